@@ -1,0 +1,46 @@
+# One environment, made on first use; every target works from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format notebooks tensorboard bench figures clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.demo  ## Train, prune, collapse, export and verify on handwritten digits; under three minutes.
+	$(BIN)/python -m lightning_easier.demo --output demo_output
+
+test: $(VENV)/.dev lint  ## Lint, then run all tests.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(VENV)/.dev  ## Execute the notebooks in place.
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/#custom_scalars.
+	$(BIN)/tensorboard --logdir demo_output
+
+bench: $(VENV)/.dev  ## Measure what measuring costs.
+	$(BIN)/python benchmarks/measuring.py
+
+clean:  ## Remove the environment and what the demo made.
+	rm -rf $(VENV) demo_output

@@ -1,0 +1,546 @@
+"""EASIER's loop inside a Trainer: measure, make the least important activation linear, train on, judge.
+
+Two moments matter. The *decision* falls at the end of a training epoch, when validation is over and every score is
+known, and before ModelCheckpoint saves: a checkpoint pairs the score with the structure it belongs to, and holds the
+decision. The *operation* follows at the start of the next epoch (or when a run is taken up again).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.activations import ActivationSite, isolated_sites, match_names, planned_sites
+from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
+from lightning_easier.checkpoint import restructure_on_load
+from lightning_easier.criteria import lowest_entropy
+from lightning_easier.dashboard import Dashboard, entropy_key
+from lightning_easier.linearize import linearize, restore, stand_ins
+from lightning_easier.probe import EntropyProbe
+from lightning_easier.report import PruningReport, Round
+
+REMOVED_KEY = "removed"
+# A fall that float32 can't tell from the tolerance is not beyond it.
+_SCORE_RESOLUTION = torch.finfo(torch.float32).eps
+
+
+class EntropyPruningCallback(Callback):
+    """Make the activations of lowest entropy linear, round by round, while the score allows.
+
+    The first round trains the dense model for ``warmup_epochs + epochs_per_round`` epochs; its score is the reference.
+    Every further round starts by making activations linear, trains for ``epochs_per_round`` epochs, and is judged on
+    the first validation at its end. If the score has fallen by more than ``tolerance`` from the dense score, structure,
+    weights, optimizer and schedulers go back to those of the last good round, and the run stops. It stops as well when
+    nothing is left to remove, or ``max_removals`` is reached. A round that the end of the run cuts short is judged on
+    its last score.
+
+    Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet, and ``removed``. In
+    TensorBoard, besides, one chart of all entropies, the score against the number removed, and an event per round.
+    The last good model is the checkpoint ``last_good.ckpt`` in ``dirpath``; :func:`~lightning_easier.load_pruned` loads
+    it.
+
+    Args:
+        monitor: Name of the logged score.
+        mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
+        tolerance: By how much the score may fall below the dense score, in the score's own unit.
+        epochs_per_round: Training epochs between two removals.
+        removals_per_round: How many activations become linear at once.
+        max_removals: How many may become linear in all; no limit by default.
+        warmup_epochs: Epochs before the dense round.
+        include: Name globs of the activations that may become linear; all by default.
+        exclude: Name globs of those that may not.
+        measure_on: Which batches the entropy is measured on.
+        neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        dirpath: Folder of the last good checkpoint; ``entropy_pruning`` in the logger's folder by default.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value out of range.
+        MisconfigurationException: When training starts, if there is no activation or a glob matches none, if there is
+            nothing to measure on, or a strategy or another callback does not go with it; after the first epoch, if
+            ``monitor`` was not logged.
+
+    Source: EASIER, arXiv 2404.18949.
+
+    Note:
+        EASIER restarts optimizer and schedule every round; here both go on.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> pruning = EntropyPruningCallback(monitor="val_acc", mode="max", tolerance=0.01)
+        >>> trainer = Trainer(callbacks=[pruning], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Literal["min", "max"] = "max",
+        tolerance: float = 0.01,
+        epochs_per_round: int = 1,
+        removals_per_round: int = 1,
+        max_removals: int | None = None,
+        warmup_epochs: int = 0,
+        include: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
+        measure_on: Literal["validation", "training"] = "validation",
+        neuron_dim: dict[str, int] | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(monitor, str) or not monitor:
+            raise ValueError(f"Expected argument `monitor` to be the name of a logged score, but got {monitor!r}")
+        _check_choice("mode", mode, ("min", "max"))
+        _check_choice("measure_on", measure_on, ("validation", "training"))
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+            raise TypeError(f"Expected argument `tolerance` to be a number, but got {tolerance!r}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"Expected argument `tolerance` to be finite and at least 0, but got {tolerance}")
+        _check_integer("epochs_per_round", epochs_per_round, 1)
+        _check_integer("removals_per_round", removals_per_round, 1)
+        _check_integer("warmup_epochs", warmup_epochs, 0)
+        if max_removals is not None:
+            _check_integer("max_removals", max_removals, 1)
+        self.monitor = monitor
+        self.mode = mode
+        self.tolerance = tolerance
+        self.epochs_per_round = epochs_per_round
+        self.removals_per_round = removals_per_round
+        self.max_removals = max_removals
+        self.warmup_epochs = warmup_epochs
+        self.include = _as_globs("include", include)
+        self.exclude = _as_globs("exclude", exclude)
+        self.measure_on = measure_on
+        self.neuron_dim = dict(neuron_dim or {})
+        self.dirpath = dirpath
+
+        self._candidates: list[str] | None = None  # None: the activations were not looked for yet
+        self._active = False
+        self._load_handle: RemovableHandle | None = None
+        self._probe: EntropyProbe | None = None
+        self._dashboard: Dashboard | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Set what a checkpoint carries to the start of a run."""
+        self._rounds: list[Round] = [Round([], {}, None, None, None, 0)]
+        self._epochs = 0  # finished in the round
+        self._measured: dict[str, float] | None = None  # entropies of the structure as it is, if measured
+        self._validated = False  # whether the structure as it is was
+        self._validated_this_epoch = False
+        self._pending: dict[str, Any] | None = None  # decided, not carried out
+        self._finished = False  # nothing more will be decided
+        self._last_good: str | None = None
+        self._dropped: list[Position] = []  # where the parameters removed in this round were
+
+    # What a user may ask for
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds so far, the dense one first."""
+        return list(self._rounds)
+
+    @property
+    def removed(self) -> list[str]:
+        """The activations that are linear by now, in the order of their removal."""
+        return [name for this in self._rounds if this.accepted is not False for name in this.removed]
+
+    def report(self) -> PruningReport:
+        """Return what the run did, round by round."""
+        return PruningReport(self.monitor, self.rounds)
+
+    def select(self, entropies: Mapping[str, float], count: int) -> list[str]:
+        """Choose the activations that become linear next; override for another criterion.
+
+        Args:
+            entropies: Name -> entropy in bits of the candidates, in execution order, the same on all processes.
+            count: How many to choose at most.
+        """
+        return lowest_entropy(entropies, count)
+
+    # Start of a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Isolate the activations before weights are loaded and the strategy wraps the model."""
+        twins = [callback for callback in trainer.callbacks if isinstance(callback, EntropyPruningCallback)]  # type: ignore[attr-defined]
+        if len(twins) > 1:
+            raise MisconfigurationException(
+                f"Expected one EntropyPruningCallback in the Trainer, but got {len(twins)}; give one of them all globs"
+            )
+        self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._candidates = None
+        if stage == "fit":
+            self._reset()
+        # A model built in `setup` or `configure_model` has no activations yet; it is looked at again in on_fit_start.
+        if planned_sites(pl_module) or stand_ins(pl_module):
+            self._discover(pl_module)
+        self._load_handle = restructure_on_load(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the wiring."""
+        if self._candidates is None:
+            self._discover(pl_module)
+        self._check_wiring(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._detach()
+        if self._load_handle is not None:
+            self._load_handle.remove()
+            self._load_handle = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._detach()
+
+    def _discover(self, pl_module: LightningModule) -> None:
+        """Find and isolate the activations; check the globs before anything is changed."""
+        names = [site.name for site in planned_sites(pl_module)]
+        linear = list(stand_ins(pl_module))
+        if not names and not linear:
+            raise MisconfigurationException(
+                f"Expected {type(pl_module).__name__} to call at least one rectifier, but found none. Rectifiers are "
+                f"the activations of torch.nn from ReLU to Softplus; see `isolate_activations`."
+            )
+        try:
+            known = names + linear
+            chosen = match_names(known, self.include, self.exclude)
+            for glob in self.neuron_dim:
+                match_names(known, [glob], None)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        if not chosen:
+            raise MisconfigurationException(
+                f"Expected arguments `include` {self.include} and `exclude` {self.exclude} to leave activations to "
+                f"prune, but they leave none of {known}"
+            )
+        self._candidates = chosen
+        if self._active:
+            isolated_sites(pl_module)
+
+    def _check_wiring(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"EntropyPruningCallback does not support {type(trainer.strategy).__name__} yet: it shards the model "
+                f"that would be changed. Use DDP or one device."
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise MisconfigurationException(
+                    f"EntropyPruningCallback does not go with {type(callback).__name__}, which keeps a second model "
+                    f"that would stay unpruned. Remove one of the two."
+                )
+        modules = dict(pl_module.named_modules())
+        with_parameters = [n for n in self._candidates or () if n in modules and list(modules[n].parameters())]
+        if with_parameters and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"EntropyPruningCallback can't remove {with_parameters} under {trainer.world_size} processes yet: they "
+                f"have parameters, which the wrapped model would miss. Pass them as `exclude`."
+            )
+        if self.measure_on == "validation" and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"EntropyPruningCallback measures on validation batches, but the run has none (limit_val_batches="
+                f"{trainer.limit_val_batches}). Add a validation loader and step, or pass measure_on='training'."
+            )
+
+    # Measuring
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to count."""
+        if not self._active or trainer.sanity_checking:
+            return
+        if self._probe is not None:  # training batches are counted, these are not
+            self._probe.paused = True
+        elif self.measure_on == "validation" or trainer.state.fn != TrainerFn.FITTING:
+            self._attach(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the entropies and the number removed."""
+        if not self._active or trainer.sanity_checking:
+            return
+        self._validated = self._validated_this_epoch = True
+        if self._probe is not None and not self._probe.paused:
+            self._measured = self._read(trainer, pl_module)
+        on_all = trainer.world_size > 1
+        pl_module.log(REMOVED_KEY, float(len(stand_ins(pl_module))), prog_bar=True, sync_dist=on_all)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count training batches again, if those are counted."""
+        if self._probe is not None:
+            self._probe.paused = False
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self._detach()
+        sites: list[ActivationSite] = isolated_sites(pl_module)
+        neuron_dim = {  # what an axis was given for may be linear by now
+            glob: axis for glob, axis in self.neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
+        }
+        self._probe = EntropyProbe(sites, neuron_dim)
+        self._probe.attach()
+
+    def _detach(self) -> None:
+        if self._probe is not None:
+            self._probe.detach()
+            self._probe = None
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        assert self._probe is not None
+        self._probe.detach()
+        entropies = self._probe.entropies()
+        self._probe = None
+        values = {entropy_key(name): value for name, value in entropies.items()}
+        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
+        return entropies
+
+    # The loop
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Carry out what was decided before the run was interrupted."""
+        if not self._active:
+            return
+        self._dashboard = Dashboard(trainer.loggers, self.monitor)
+        self._dashboard.write_layout()
+        self._operate(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Carry out what was decided at the end of the last epoch."""
+        if not self._active:
+            return
+        self._validated_this_epoch = False
+        self._operate(trainer, pl_module)
+        if self.measure_on == "training" and not self._finished:
+            self._attach(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the round, if this was its last epoch, and decide on the next."""
+        if not self._active or self._finished:
+            return
+        if self._probe is not None:
+            self._measured = self._read(trainer, pl_module)
+        self._epochs += 1
+        self._check_validation_ran(trainer)
+        score = self._score(trainer)
+        judgeable = self._validated_this_epoch or not trainer.enable_validation
+        if score is not None and judgeable and self._measured is not None and self._epochs >= self._length_of_round():
+            self._judge(trainer, score)
+            self._decide(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge a round that the end of the run has cut short, and go back if that is what was decided."""
+        if not self._active:
+            return
+        self._detach()
+        this = self._rounds[-1]
+        if this.removed and this.accepted is None:
+            score = self._score(trainer)
+            if score is None:
+                this.accepted = False
+                rank_zero_info(f"Round {len(self._rounds) - 1} ended without a score.")
+            else:
+                self._judge(trainer, score)
+            if this.accepted:
+                self._save(trainer)
+            else:
+                self._pending = {"action": "go_back"}
+        if self._pending is not None and self._pending["action"] == "go_back":
+            self._operate(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when there was nothing to train on."""
+        if (
+            self._active
+            and trainer.num_training_batches == 0
+            and trainer.limit_train_batches != 0
+            and trainer.max_epochs
+        ):
+            raise MisconfigurationException(
+                "EntropyPruningCallback needs training batches, but the training loader yielded none. Check its "
+                "dataset and batch size (`drop_last` drops an incomplete batch)."
+            )
+
+    def _length_of_round(self) -> int:
+        return self.epochs_per_round + (self.warmup_epochs if len(self._rounds) == 1 else 0)
+
+    def _check_validation_ran(self, trainer: Trainer) -> None:
+        every = trainer.check_val_every_n_epoch
+        due = every is not None and (trainer.current_epoch + 1) % every == 0
+        if self.measure_on == "validation" and due and not self._validated_this_epoch:
+            raise MisconfigurationException(
+                f"EntropyPruningCallback measures on validation batches, but validation in epoch "
+                f"{trainer.current_epoch} ran none: the validation loader yielded nothing. Check its dataset, or "
+                f"pass measure_on='training'."
+            )
+
+    def _score(self, trainer: Trainer) -> float | None:
+        """Return the score of the structure as it is, None if there is none yet."""
+        if trainer.enable_validation and not self._validated:
+            return None
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"Expected argument `monitor` to be a logged score, but {self.monitor!r} is not among "
+                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)` in the validation "
+                f"step."
+            )
+        # Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
+        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        if not math.isfinite(score):
+            raise ValueError(
+                f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in epoch "
+                f"{trainer.current_epoch}. The training has diverged: lower the learning rate, or take the run up "
+                f"again from {self._last_good or 'an earlier checkpoint'}."
+            )
+        return score
+
+    def _judge(self, trainer: Trainer, score: float) -> None:
+        """Compare a round with the dense model."""
+        dense, this = self._rounds[0], self._rounds[-1]
+        this.score_after = score
+        if this is not dense:
+            assert dense.score_after is not None
+            fall = (dense.score_after - score) * (1 if self.mode == "max" else -1)
+            this.accepted = fall <= self.tolerance + _SCORE_RESOLUTION * abs(dense.score_after)
+        else:
+            this.accepted = True
+        number = len(self._rounds) - 1
+        if self._dashboard is not None:
+            self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
+            self._dashboard.write_event(self.report().event(number), trainer.global_step)
+        what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
+        verdict = (
+            "kept" if this.accepted else f"beyond the tolerance {self.tolerance:g} of the dense {dense.score_after:.4f}"
+        )
+        rank_zero_info(f"Round {number}: made linear {what}; {self.monitor} {score:.4f}: {verdict}.")
+
+    def _decide(self, trainer: Trainer) -> None:
+        """Decide what happens at the start of the next epoch."""
+        if not self._rounds[-1].accepted:
+            self._pending = {"action": "go_back"}
+            self._stop(trainer)
+            return
+        assert self._measured is not None
+        candidates = {name: value for name, value in self._measured.items() if name in (self._candidates or ())}
+        allowed = math.inf if self.max_removals is None else self.max_removals - len(self.removed)
+        count = int(min(self.removals_per_round, allowed, len(candidates)))
+        names = self.select(candidates, count) if count > 0 else []
+        names = trainer.strategy.broadcast(names)
+        if names:
+            self._pending = {
+                "action": "remove",
+                "names": list(names),
+                "entropies": {name: candidates[name] for name in names},
+            }
+        else:
+            rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
+            self._stop(trainer)
+        self._save(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        self._finished = True
+        trainer.should_stop = True
+
+    def _operate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Carry out what was decided, once."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending["action"] == "go_back":
+            self._go_back(trainer, pl_module)
+            return
+        names = pending["names"]
+        modules = {name: pl_module.get_submodule(name) for name in names}
+        score = self._rounds[-1].score_after
+        linearize(pl_module, names)
+        live = set(pl_module.parameters())
+        gone = [p for module in modules.values() for p in module.parameters() if p not in live]
+        self._dropped = drop_parameters(trainer.optimizers, gone)
+        self._rounds.append(Round(list(names), dict(pending["entropies"]), score, None, None, trainer.current_epoch))
+        self._epochs, self._measured, self._validated = 0, None, False
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save the last good state on disk, where it costs no device memory."""
+        folder = self.dirpath or str(Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
+        self._last_good = str(Path(trainer.strategy.broadcast(folder)) / "last_good.ckpt")
+        trainer.save_checkpoint(self._last_good, weights_only=False)
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back structure, weights, optimizer and schedulers of the last good round."""
+        if self._last_good is None or not Path(self._last_good).is_file():
+            raise FileNotFoundError(
+                f"The last good checkpoint {self._last_good} is gone, so the model can't go back to it. Keep the "
+                f"folder of argument `dirpath` until the run is over."
+            )
+        checkpoint = trainer.strategy.load_checkpoint(self._last_good, weights_only=False)
+        names = self._rounds[-1].removed
+        linear = stand_ins(pl_module)
+        live = set(pl_module.parameters())
+        gone = [p for name in names for p in linear[name].activation.parameters() if p not in live]
+        restore(pl_module, names)
+        put_back_parameters(trainer.optimizers, gone, self._dropped)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        self._dropped, self._finished = [], True
+        rank_zero_info(
+            f"Went back to the last good model, {self._last_good}, with {len(self.removed)} linear activations."
+        )
+
+    # What a checkpoint carries
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data: it loads with ``weights_only=True``."""
+        return {
+            "monitor": self.monitor,
+            "rounds": [asdict(this) for this in self._rounds],
+            "epochs": self._epochs,
+            "measured": self._measured,
+            "validated": self._validated,
+            "validated_this_epoch": self._validated_this_epoch,
+            "pending": self._pending,
+            "finished": self._finished,
+            "last_good": self._last_good,
+            "dropped": [list(position) for position in self._dropped],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a run where its checkpoint left it; the structure comes with the model's own state dict."""
+        self._rounds = [Round(**this) for this in state_dict["rounds"]]
+        self._epochs = state_dict["epochs"]
+        self._measured = state_dict["measured"]
+        self._validated = state_dict["validated"]
+        self._validated_this_epoch = state_dict["validated_this_epoch"]
+        self._pending = state_dict["pending"]
+        self._finished = state_dict["finished"]
+        self._last_good = state_dict["last_good"]
+        self._dropped = [list(position) for position in state_dict["dropped"]]
+
+
+def _as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | None:
+    if value is None or isinstance(value, str):
+        return [value] if value is not None else None
+    globs = list(value)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"Expected argument `{argument}` to hold name globs, but got {globs!r}")
+    return globs
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected argument `{argument}` to be one of {choices}, but got {value!r}")
+
+
+def _check_integer(argument: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected argument `{argument}` to be an integer, but got {value!r}")
+    if value < least:
+        raise ValueError(f"Expected argument `{argument}` to be at least {least}, but got {value}")

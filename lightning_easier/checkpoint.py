@@ -1,0 +1,118 @@
+"""Load a pruned checkpoint right or fail loudly.
+
+The record of what was pruned lives in the state dict itself (see :mod:`lightning_easier.linearize`), so it is there in
+a weights-only checkpoint and in a bare ``torch.save(model.state_dict())`` too.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.activations import unwrap
+from lightning_easier.linearize import linearize_as_marked, read_marks, restore
+
+
+def load_pruned(
+    model: nn.Module | type[LightningModule],
+    checkpoint_path: str | Path,
+    *,
+    map_location: Any = "cpu",
+    weights_only: bool | None = True,
+    **init_kwargs: Any,
+) -> nn.Module:
+    """Load a checkpoint of a pruned model: its structure first, then its weights, strictly.
+
+    Args:
+        model: An instance built as the one that was trained, which is changed in place, or a LightningModule class,
+            which is built from the checkpoint's hyperparameters and ``init_kwargs``.
+        checkpoint_path: A Lightning checkpoint, or a file with a state dict alone.
+        map_location: Where the tensors go, as for :func:`torch.load`.
+        weights_only: As for :func:`torch.load`; ``False`` unpickles any object, so only for files that you trust.
+        **init_kwargs: Arguments of the class that the checkpoint does not hold.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If ``model`` is neither a module nor a LightningModule class, or ``init_kwargs`` come with an
+        instance. ValueError: If the checkpoint has no record of linearized activations, or does not fit the model. An
+            instance is as it was then.
+    """
+    path = Path(checkpoint_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
+    checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+    if isinstance(model, type):
+        if not issubclass(model, LightningModule):
+            raise TypeError(
+                f"Expected argument `model` to be an instance or a LightningModule class, but got {model}; pass an "
+                f"instance of it"
+            )
+        _marked_state_dict(checkpoint, path)
+        with warnings.catch_warnings():  # the marks are unexpected keys in the first, non-strict pass
+            warnings.simplefilter("ignore")
+            instance = model.load_from_checkpoint(
+                path, map_location=map_location, strict=False, weights_only=weights_only, **init_kwargs
+            )
+        instance.on_load_checkpoint(checkpoint)
+        _load(instance, _marked_state_dict(checkpoint, path), path)
+        return instance
+    if init_kwargs:
+        raise TypeError(f"Expected no arguments {sorted(init_kwargs)} with an instance of a model: it is built already")
+    inner = unwrap(model)
+    if isinstance(inner, LightningModule) and "state_dict" in checkpoint:
+        inner.on_load_checkpoint(checkpoint)
+    _load(inner, _marked_state_dict(checkpoint, path), path)
+    return model
+
+
+def restructure_on_load(module: nn.Module) -> RemovableHandle:
+    """Have a module take the structure of every state dict that it is about to load.
+
+    Lightning loads the weights before any callback's load hook runs; this is how the structure gets there first. The
+    hook holds no reference to whoever registers it, so a deep copy of the module copies nothing else.
+    """
+    return module.register_load_state_dict_pre_hook(_restructure)
+
+
+def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    linearize_as_marked(module, own)
+
+
+def _marked_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Any]:
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, Mapping) or not read_marks(state_dict):
+        raise ValueError(
+            f"Expected argument `checkpoint_path` to be a checkpoint with a record of linearized activations, but "
+            f"{path} has none. If nothing was pruned, load it as any other checkpoint (`load_from_checkpoint`)."
+        )
+    return state_dict
+
+
+def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
+    """Load structure and weights, or neither: what would not fit is found out before anything is written."""
+    linearized = linearize_as_marked(model, state_dict)
+    own = model.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state_dict]
+    problems += [f"unexpected {key}" for key in state_dict if key not in own]
+    problems += [
+        f"{key} of shape {tuple(state_dict[key].shape)} for {tuple(value.shape)}"
+        for key, value in own.items()
+        if isinstance(value, torch.Tensor) and key in state_dict and state_dict[key].shape != value.shape
+    ]
+    if problems:
+        restore(model, linearized)
+        raise ValueError(
+            f"Expected the checkpoint {path} to fit {type(model).__name__}, but it does not: {'; '.join(problems[:5])}"
+            f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Build the model as the one that was "
+            f"saved."
+        )
+    model.load_state_dict(state_dict)

@@ -1,0 +1,188 @@
+"""The command line: LightningCLI's own subcommands, joined by ``collapse``, ``export`` and ``report``.
+
+LightningCLI takes its subcommands from methods of the Trainer class, hence :class:`EasierTrainer`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
+from lightning_easier import callbacks
+from lightning_easier.checkpoint import load_pruned
+from lightning_easier.collapse import CollapseResult, collapse
+from lightning_easier.export import export
+from lightning_easier.inference import model_input
+from lightning_easier.linearize import read_marks
+from lightning_easier.report import PruningReport, Round
+
+try:
+    import rich
+    from lightning.pytorch.cli import ArgsType, LightningCLI
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"The command line needs {error.name}: `pip install 'lightning-easier[cli]'`", name=error.name
+    ) from error
+
+
+class EasierTrainer(Trainer):
+    """A Trainer that can also collapse, export and report on a pruned checkpoint."""
+
+    def collapse(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        output: str | None = None,
+        objective: Literal["latency", "macs", "depth"] = "latency",
+        batch_size: int | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Merge the neighbouring linear operators of a pruned checkpoint and report what that saves.
+
+        Args:
+            model: The model as it was trained.
+            datamodule: Where the example inputs come from.
+            ckpt_path: The pruned checkpoint.
+            output: File to write the collapsed model to, ``.onnx`` or ``.pt2``; none by default.
+            objective: What a merge has to improve.
+            batch_size: Size of the example batch; that of the data by default.
+            weights_only: As for ``torch.load``; true by default.
+        """
+        inputs = self._example_inputs(model, datamodule, batch_size)
+        result = self._collapse(model, inputs, ckpt_path, objective, weights_only)
+        rich.print(result.report)
+        if output is not None:
+            rich.print(export(result.model, output, inputs))
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        output: str = "model.onnx",
+        collapsed: bool = True,
+        objective: Literal["latency", "macs", "depth"] = "latency",
+        batch_size: int | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Export a pruned checkpoint to ONNX or pt2, collapsed or as it is, and check the file against the model.
+
+        Args:
+            model: The model as it was trained.
+            datamodule: Where the example inputs come from.
+            ckpt_path: The pruned checkpoint.
+            output: File to write, ``.onnx`` or ``.pt2``.
+            collapsed: Whether to collapse the model first.
+            objective: What a merge has to improve.
+            batch_size: Size of the example batch; that of the data by default.
+            weights_only: As for ``torch.load``; true by default.
+        """
+        inputs = self._example_inputs(model, datamodule, batch_size)
+        if collapsed:
+            shipped = self._collapse(model, inputs, ckpt_path, objective, weights_only).model
+        else:
+            shipped = load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+        rich.print(export(shipped, output, inputs))
+
+    def report(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Report what a pruning run did, round by round, from one of its checkpoints.
+
+        Args:
+            model: Not used; LightningCLI passes it.
+            datamodule: Not used; LightningCLI passes it.
+            ckpt_path: The checkpoint.
+            weights_only: As for ``torch.load``; true by default.
+        """
+        rich.print(read_pruning_report(ckpt_path, weights_only=weights_only is not False))
+
+    def _collapse(
+        self, model: LightningModule, inputs: Tensor, ckpt_path: str, objective: Any, weights_only: bool | None
+    ) -> CollapseResult:
+        load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+        return collapse(model.to(self.strategy.root_device), inputs, objective=objective)
+
+    def _example_inputs(
+        self, model: LightningModule, datamodule: LightningDataModule | None, batch_size: int | None
+    ) -> Tensor:
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("validate")
+            loader = datamodule.val_dataloader()
+            inputs = next((model_input(batch) for batch in loader), None)
+        else:
+            inputs = model.example_input_array  # type: ignore[assignment]
+        if not isinstance(inputs, Tensor) or len(inputs) == 0:
+            raise ValueError(
+                "Expected `data` to yield a validation batch, or the model to have an `example_input_array` tensor, "
+                "for an example input; but there is none"
+            )
+        return inputs[:batch_size].to(self.strategy.root_device)
+
+
+def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = True) -> PruningReport:
+    """Read what a pruning run did from one of its checkpoints.
+
+    Args:
+        checkpoint_path: A Lightning checkpoint.
+        weights_only: As for :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint is not from a run with an EntropyPruningCallback.
+    """
+    path = Path(checkpoint_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith(callbacks.EntropyPruningCallback.__qualname__) and "rounds" in state:
+            return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+    linear = list(read_marks(checkpoint.get("state_dict", {})))
+    raise ValueError(
+        f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run with its callbacks' states, but "
+        f"{path} has none (saved with weights only?). Its weights mark {linear or 'no activation'} as linear."
+    )
+
+
+class EasierCLI(LightningCLI):
+    """LightningCLI for any LightningModule and data, with the subcommands of :class:`EasierTrainer`."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=EasierTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add ours to LightningCLI's; the sets are what is not taken from the command line."""
+        ours = {name: {"model", "datamodule"} for name in ("collapse", "export", "report")}
+        return LightningCLI.subcommands() | ours
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line."""
+    EasierCLI(args)
+
+
+if __name__ == "__main__":
+    main()

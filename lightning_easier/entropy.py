@@ -1,0 +1,203 @@
+"""Entropy of an activation: how often its neurons switch between their linear pieces.
+
+Two counts per neuron are sufficient: how often its pre-activation was positive (ON) and how often negative (OFF).
+They add over batches and over processes, so the entropy of a whole data set is exact however it was cut up; the
+logarithm is taken once, at the end.
+"""
+
+from collections.abc import Callable
+from math import log, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+# A float32 holds every integer up to here, so a sum of that many signs is exact.
+_EXACT_FLOAT32_SUM = 2**24
+
+
+def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple[Tensor, Tensor]:
+    """Count ON and OFF states per neuron, without reading a value back to the host.
+
+    Returns:
+        Two int64 tensors of shape ``(neurons,)``.
+    """
+    if not pre_activation.is_floating_point():
+        raise TypeError(
+            f"Expected argument `pre_activation` to be a floating point tensor, but got dtype {pre_activation.dtype}"
+        )
+    if pre_activation.ndim < 2 or not -pre_activation.ndim <= neuron_dim < pre_activation.ndim:
+        raise ValueError(
+            f"Expected argument `pre_activation` to have a batch axis and the neuron axis {neuron_dim}, "
+            f"but got shape {tuple(pre_activation.shape)}"
+        )
+    # (outer, neurons, inner): the inner sums run in float32, which is the fast path on every device and exact below
+    # 2**24 terms; the outer sum is an integer sum.
+    signs = pre_activation.detach().movedim(neuron_dim, 1).sign()
+    inner = tuple(range(2, signs.ndim))
+    partial = torch.float32 if prod(signs.shape[2:]) < _EXACT_FLOAT32_SUM else torch.int64
+    if inner:
+        difference = signs.sum(inner, dtype=partial)  # ON - OFF
+        non_zero = signs.abs_().sum(inner, dtype=partial)  # ON + OFF
+    else:
+        difference, non_zero = signs, signs.abs()
+    difference = difference.to(torch.int64).sum(0)
+    non_zero = non_zero.to(torch.int64).sum(0)
+    return (non_zero + difference) // 2, (non_zero - difference) // 2
+
+
+def _activation_entropy_compute(on: Tensor, off: Tensor) -> Tensor:
+    """Entropy in bits from the counts, in float64 on the CPU (not every device has float64)."""
+    on, off = on.cpu().double(), off.cpu().double()
+    # clamp: a neuron that was never ON or OFF has p = 0, hence no entropy
+    p = on / (on + off).clamp(min=1.0)
+    return (torch.special.entr(p) + torch.special.entr(1 - p)) / log(2)
+
+
+def activation_entropy(pre_activation: Tensor, neuron_dim: int = 1) -> Tensor:
+    r"""Compute the entropy of every neuron of one activation from its pre-activations.
+
+    With :math:`p` the share of ON (:math:`z > 0`) among ON and OFF (:math:`z < 0`), over all axes but the neuron's,
+
+    .. math:: H = -p \log_2 p - (1 - p) \log_2 (1 - p), \qquad 0 \log_2 0 = 0.
+
+    Exact zeros (and NaN) have no sign and are discarded.
+
+    Args:
+        pre_activation: The input of the activation, shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
+        neuron_dim: The axis of the neurons (channels).
+
+    Returns:
+        Entropy in bits, shape ``(C,)``, values in [0, 1].
+
+    Raises:
+        TypeError: If ``pre_activation`` is not a floating point tensor.
+        ValueError: If ``pre_activation`` has no batch axis or no axis ``neuron_dim``.
+
+    Source: EASIER, arXiv 2404.18949, the entropy of a rectified layer.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [1.0, 0.0], [-4.0, 5.0]])
+        >>> activation_entropy(z)
+        tensor([1., 0.])
+    """
+    entropy = _activation_entropy_compute(*_activation_entropy_update(pre_activation, neuron_dim))
+    return entropy.to(device=pre_activation.device, dtype=torch.get_default_dtype())
+
+
+class ActivationEntropy(Metric):
+    r"""Entropy of every neuron of one activation over all batches and processes together.
+
+    The states are integer counts reduced by a sum: the result does not depend on how the data set was cut into batches
+    or spread over processes, a process without a single batch included.
+
+    Args:
+        num_neurons: How many neurons the activation has. Taken from the first batch when not given.
+        neuron_dim: The axis of the neurons: 1 behind convolutions and batch norm, -1 behind Linear and LayerNorm.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``num_neurons`` is not positive.
+
+    Source: EASIER, arXiv 2404.18949.
+
+    Note:
+        The published reference averages the entropies of mini-batches and counts exact zeros as ON. The paper's formula
+        is over the data set with zeros discarded; so is this metric. On one batch without zeros the two agree.
+
+    Example:
+        >>> import torch
+        >>> metric = ActivationEntropy()
+        >>> metric.update(torch.tensor([[1.0, 2.0], [-1.0, 3.0]]))
+        >>> metric.update(torch.tensor([[-1.0, 4.0]]))
+        >>> metric.compute()
+        tensor([0.9183, 0.0000])
+        >>> metric.layer()
+        tensor(0.4591)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    on: Tensor
+    off: Tensor
+    updates: Tensor
+
+    def __init__(self, num_neurons: int | None = None, neuron_dim: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if num_neurons is not None and num_neurons < 1:
+            raise ValueError(f"Expected argument `num_neurons` to be a positive integer, but got {num_neurons}")
+        self.num_neurons = num_neurons
+        self.neuron_dim = neuron_dim
+        for name in ("on", "off"):
+            self.add_state(name, torch.zeros(num_neurons or 0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, pre_activation: Tensor) -> None:
+        """Count the ON and OFF states of one batch.
+
+        Args:
+            pre_activation: The input of the activation, shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
+
+        Raises:
+            TypeError: If ``pre_activation`` is not a floating point tensor.
+            ValueError: If it has no axis ``neuron_dim``, or another number of neurons than before.
+        """
+        on, off = _activation_entropy_update(pre_activation, self.neuron_dim)
+        if self.on.numel() == 0 and self.num_neurons is None:
+            self._resize(on.numel())
+        if on.numel() != self.on.numel():
+            raise ValueError(
+                f"Expected argument `pre_activation` to have {self.on.numel()} neurons on axis {self.neuron_dim}, "
+                f"but got shape {tuple(pre_activation.shape)}"
+            )
+        # Out of place: a state made under inference_mode must not be written to outside of it.
+        self.on = self.on + on
+        self.off = self.off + off
+        self.updates = self.updates + 1
+
+    def compute(self) -> Tensor:
+        """Compute the entropy of each neuron in bits, shape ``(C,)``.
+
+        Raises:
+            RuntimeError: If there was no update on any process: nothing observed is not an entropy of zero.
+        """
+        return self.bits().to(device=self.device, dtype=self.dtype)
+
+    def layer(self) -> Tensor:
+        """Compute the entropy of the activation: the mean over its neurons, in bits, a scalar."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            return self.bits().mean().to(device=self.device, dtype=self.dtype)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> "ActivationEntropy":
+        """Set the dtype of the result; the counts stay integers."""
+        self._dtype = torch.empty(0).type(dst_type).dtype
+        return self
+
+    def bits(self) -> Tensor:
+        """Compute the entropy of each neuron from the counts as they are, in float64 on the CPU, unsynchronised."""
+        if self.updates.item() == 0:
+            raise RuntimeError(
+                "ActivationEntropy has seen no pre-activation. Call `update` first; in a hook, check that the "
+                "activation is called (a compiled model ignores hooks that are added later)."
+            )
+        return _activation_entropy_compute(self.on, self.off)
+
+    def _resize(self, num_neurons: int) -> None:
+        """Make room for counts whose number the first batch has told."""
+        self.on, self.off = (
+            torch.cat([count, count.new_zeros(num_neurons - count.numel())]) for count in (self.on, self.off)
+        )
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        # A process that got no batch does not know the number of neurons yet; it learns it from the others.
+        group = process_group or self.process_group
+        sizes = dist_sync_fn(torch.tensor([self.on.numel()], device=self.device), group=group)
+        self._resize(int(torch.cat(list(sizes)).max()))
+        super()._sync_dist(dist_sync_fn, process_group=process_group)

@@ -1,0 +1,120 @@
+"""Run a model without training it: inputs, mode, device, and errors that say which argument was at fault."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Turn example inputs into the positional arguments of a forward.
+
+    Raises:
+        TypeError: If they are neither a tensor nor a non-empty sequence of tensors.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if (
+        isinstance(example_inputs, list | tuple)
+        and example_inputs
+        and all(isinstance(x, Tensor) for x in example_inputs)
+    ):
+        return tuple(example_inputs)
+    raise TypeError(
+        f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional arguments "
+        f"of the model's forward, but got {describe(example_inputs)}"
+    )
+
+
+def model_input(batch: Any) -> Tensor:
+    """Return the input in a batch: a tensor, or a sequence whose first element is the input.
+
+    Raises:
+        TypeError: If there is no tensor in that place.
+    """
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"Expected argument `batches` to hold tensors, or sequences whose first element is the input tensor, but "
+            f"got {describe(batch)}"
+        )
+    return first
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer, the CPU if it has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients; every module's own mode comes back, also after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def forward(model: nn.Module, arguments: Sequence[Any], argument: str) -> Any:
+    """Call a model and blame the named argument where its forward doesn't accept it.
+
+    Raises:
+        ValueError: If the forward fails on these inputs; running out of memory is not their fault and passes through.
+    """
+    try:
+        return model(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"Expected argument `{argument}` to be accepted by the forward of {type(model).__name__}, but "
+            f"{describe(arguments)} made it fail: {error}. Pass inputs of the shape, dtype and number that it is "
+            f"trained on."
+        ) from error
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """List the tensors in a forward's output, whatever its structure."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def relative_difference(output: Any, reference: Any) -> float:
+    """Largest ``‖output - reference‖ / ‖reference‖`` over the tensors of two outputs, taken over what is finite.
+
+    It is inf where structure, shapes or the places of what is not finite differ.
+    """
+    pairs = tensors_in(output), tensors_in(reference)
+    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
+        return float("inf")
+    largest = 0.0
+    for a, b in zip(*pairs, strict=True):
+        a, b = a.detach().cpu().double(), b.detach().cpu().double()
+        finite = b.isfinite()
+        if not torch.equal(a.isfinite(), finite):
+            return float("inf")
+        difference, norm = float((a - b)[finite].norm()), float(b[finite].norm())
+        largest = max(largest, difference / norm if norm > 0 else difference)
+    return largest
+
+
+def tolerance_for(outputs: Any) -> float:
+    """Relative difference that rounding explains at the coarsest dtype among the outputs."""
+    tolerances = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+    return max((tolerances.get(tensor.dtype, 0.0) for tensor in tensors_in(outputs)), default=0.0)
+
+
+def describe(value: Any) -> str:
+    """Describe a value by type and, for tensors, shape and dtype, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(describe(item) for item in value[:4]) or 'nothing'}"
+    return f"a value of type {type(value).__name__}"

@@ -1,0 +1,177 @@
+"""Measure entropies with forward pre-hooks that leave nothing behind.
+
+A pre-hook sees the pre-activation even where the rectifier works in place. It reduces the tensor to counts on the spot:
+nothing is kept alive and no value is read back to the host until the entropies are asked for.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.activations import ActivationSite, isolated_sites, unwrap
+from lightning_easier.entropy import ActivationEntropy
+from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
+
+
+class EntropyProbe:
+    """Own the hooks that count the states of activations, as a context manager.
+
+    Args:
+        sites: The activations to look at.
+        neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+
+    Raises:
+        ValueError: If a glob of ``neuron_dim`` matches no activation.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_easier.activations import isolated_sites
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with EntropyProbe(isolated_sites(model)) as probe:
+        ...     _ = model(torch.randn(8, 2))
+        >>> list(probe.entropies())
+        ['1']
+    """
+
+    def __init__(self, sites: Sequence[ActivationSite], neuron_dim: Mapping[str, int] | None = None) -> None:
+        self.paused = False
+        self._sites = list(sites)
+        self._handles: list[RemovableHandle] = []
+        for glob in neuron_dim or {}:
+            if not any(fnmatchcase(site.name, glob) for site in sites):
+                raise ValueError(
+                    f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none "
+                    f"of {[site.name for site in sites]}"
+                )
+        self._metrics: dict[str, ActivationEntropy] = {}
+        for site in sites:
+            axes = [axis for glob, axis in (neuron_dim or {}).items() if fnmatchcase(site.name, glob)]
+            self._metrics[site.name] = ActivationEntropy(neuron_dim=axes[-1] if axes else site.neuron_dim)
+
+    def __enter__(self) -> "EntropyProbe":
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks; a second call does nothing."""
+        if not self._handles:
+            for site in self._sites:
+                hook = self._hook(site.name, self._metrics[site.name])
+                self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove the hooks; the counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        for metric in self._metrics.values():
+            metric.reset()
+
+    def entropies(self) -> dict[str, float]:
+        """Compute the entropy of each activation in bits, over all batches and processes, in execution order.
+
+        Every process has to call this. Activations that were not called (auxiliary heads in eval mode) are left out.
+
+        Raises:
+            RuntimeError: If none was called.
+        """
+        entropies = {}
+        for name, metric in self._metrics.items():
+            with metric.sync_context(should_sync=metric._to_sync, should_unsync=metric._should_unsync):
+                if metric.updates.item() > 0:
+                    entropies[name] = float(metric.bits().mean())
+        if self._metrics and not entropies:
+            raise RuntimeError(
+                f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
+                f"entropy was measured. A model compiled before the hooks were added does not call them: measure the "
+                f"model before `torch.compile`, or call `torch._dynamo.reset()` after adding the hooks."
+            )
+        return entropies
+
+    def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.paused:
+                return
+            pre_activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if metric.device != pre_activation.device:
+                metric.to(pre_activation.device)
+            try:
+                metric.update(pre_activation)
+            except (TypeError, ValueError) as error:
+                raise type(error)(
+                    f"The entropy of activation `{name}` can't be measured: {error}. Exclude it, or override its "
+                    f"`neuron_dim`."
+                ) from error
+
+        return count
+
+
+def measure_entropy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    neuron_dim: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Measure the entropy of every activation over all batches together.
+
+    The activations are isolated first, see :func:`~lightning_easier.isolate_activations`. The model runs in eval mode
+    without gradients; modes, hooks and weights are left as found.
+
+    Args:
+        model: Any module.
+        batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input.
+        max_batches: How many batches to use; all by default.
+        neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+
+    Returns:
+        Qualified name -> entropy in bits, in execution order. Activations that are not called are left out.
+
+    Raises:
+        TypeError: If ``model`` is not a Module or ``batches`` do not hold tensors.
+        ValueError: If there is no activation or no batch, an input does not fit, or ``max_batches`` is not positive.
+        RuntimeError: If no activation was called.
+
+    Source: EASIER, arXiv 2404.18949.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+        >>> measure_entropy(model, [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]])])
+        {'1': 1.0}
+    """
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
+    inner = unwrap(model)
+    sites = isolated_sites(inner)
+    if not sites:
+        raise ValueError(
+            f"Expected argument `model` to call at least one rectifier, but none was found in {type(inner).__name__}"
+        )
+    device = device_of(inner)
+    seen = 0
+    with EntropyProbe(sites, neuron_dim) as probe, evaluation_mode(inner):
+        for batch in batches:
+            forward(inner, (model_input(batch).to(device),), "batches")
+            seen += 1
+            if seen == max_batches:
+                break
+    if seen == 0:
+        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+    return probe.entropies()

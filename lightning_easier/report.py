@@ -1,0 +1,274 @@
+"""Plain results that can be shown as a table, Markdown, a dict or JSON."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_easier.costs import Latency
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """Render as a GitHub Markdown table under its title."""
+        lines = [f"**{self.title}**", "", _row(self.columns), _row(["---"] * len(self.columns))]
+        return "\n".join(lines + [_row(row) for row in self.rows])
+
+
+class Report:
+    """Base of the reports: subclasses are dataclasses that say what their tables are."""
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the tables of the report."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+
+    def to_json(self) -> str:
+        """Return JSON."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def to_markdown(self) -> str:
+        """Render every table as Markdown."""
+        return "\n\n".join(table.to_markdown() for table in self.tables()) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Render with rich, where it is installed: ``rich.print(report)``."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        for table in self.tables():
+            rendered = RichTable(title=table.title, title_justify="left")
+            for number, column in enumerate(table.columns):
+                rendered.add_column(column, overflow="fold", no_wrap=False, justify="left" if number == 0 else "right")
+            for row in table.rows:
+                rendered.add_row(*(Text(cell) for cell in row))
+            yield rendered
+
+
+@dataclass
+class Round:
+    """One round of pruning.
+
+    Attributes:
+        removed: The activations that became linear in this round; none in the dense round.
+        entropies: Their entropies in bits when they were chosen.
+        score_before: The monitored score before the round.
+        score_after: The monitored score at its end; None while the round goes on.
+        accepted: Whether the score stayed within the tolerance; None while the round goes on.
+        epoch: The epoch, counted from 0, at whose start the activations became linear.
+    """
+
+    removed: list[str]
+    entropies: dict[str, float]
+    score_before: float | None
+    score_after: float | None
+    accepted: bool | None
+    epoch: int
+
+
+@dataclass
+class PruningReport(Report):
+    """What a pruning run did, round by round.
+
+    Attributes:
+        monitor: Name of the monitored score.
+        rounds: The rounds, the dense one first.
+    """
+
+    monitor: str
+    rounds: list[Round] = field(default_factory=list)
+
+    def tables(self) -> Iterator[Table]:
+        """Yield one table with a row a round."""
+        yield self._table(range(len(self.rounds)))
+
+    def event(self, number: int) -> str:
+        """Describe one round as Markdown."""
+        return self._table([number]).to_markdown()
+
+    def _table(self, numbers: Iterable[int]) -> Table:
+        columns = ("round", "removed", "entropy [bit]", f"{self.monitor} before", f"{self.monitor} after", "verdict")
+        return Table("Pruning by entropy", columns, [self._row(number, self.rounds[number]) for number in numbers])
+
+    def _row(self, number: int, this: Round) -> tuple[str, ...]:
+        return (
+            str(number),
+            ", ".join(this.removed) or "(dense)",
+            ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
+            _number(this.score_before),
+            _number(this.score_after),
+            {True: "kept", False: "taken back", None: "not judged"}[this.accepted],
+        )
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs at the shape of the example inputs.
+
+    Attributes:
+        depth: Longest chain of weight-carrying operators.
+        parameters: Numbers in all parameters.
+        macs: Multiply-accumulates of one call.
+        latency: Measured time of one call, in seconds.
+    """
+
+    depth: int
+    parameters: int
+    macs: int
+    latency: Latency
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Two neighbouring operators that became one.
+
+    Attributes:
+        operators: Qualified names, in execution order.
+        into: What they became.
+        objective: The unit of the prices: ``"latency"`` (seconds), ``"macs"`` or ``"depth"``.
+        price_before: Price of the operators.
+        price_after: Price of what they became.
+    """
+
+    operators: tuple[str, ...]
+    into: str
+    objective: str
+    price_before: float
+    price_after: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that was not merged.
+
+    Attributes:
+        operators: Qualified names, in execution order.
+        reason: Why not.
+    """
+
+    operators: tuple[str, ...]
+    reason: str
+
+
+@dataclass
+class CollapseReport(Report):
+    """What a collapse merged, what it did not and why, and the model's cost before and after.
+
+    Attributes:
+        merges: Pairs of linear operators that became one.
+        fused: Batch norms that were folded into the operator before them.
+        dropped: Operators that compute the identity in eval mode and are gone.
+        refusals: What was not merged, with the reason.
+        before: Cost of the model as it was given, in eval mode.
+        after: Cost of the collapsed model.
+        relative_difference: Of the collapsed model's output on the example inputs, ``‖y - y₀‖ / ‖y₀‖``.
+    """
+
+    merges: list[Merge]
+    fused: list[str]
+    dropped: list[str]
+    refusals: list[Refusal]
+    before: ModelCost
+    after: ModelCost
+    relative_difference: float
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the costs, the merges and the refusals."""
+        b, a = self.before, self.after
+        yield Table(
+            "Collapse",
+            ("", "before", "after", "ratio"),
+            [
+                ("depth", str(b.depth), str(a.depth), _ratio(b.depth, a.depth)),
+                ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
+                ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
+                (
+                    "latency [ms]",
+                    f"{b.latency.median * 1e3:.3f} ± {b.latency.spread * 1e3:.3f}",
+                    f"{a.latency.median * 1e3:.3f} ± {a.latency.spread * 1e3:.3f}",
+                    _ratio(b.latency.median, a.latency.median),
+                ),
+            ],
+        )
+        merges = [(" + ".join(m.operators), m.into, f"{_price(m, m.price_before)} → {_price(m, m.price_after)}")
+                  for m in self.merges]  # fmt: skip
+        if self.fused:
+            merges.append((f"{len(self.fused)} batch norms", "folded into the operators before them", "-"))
+        if merges:
+            yield Table("Merged", ("operators", "into", "price"), merges)
+        if self.refusals:
+            yield Table(
+                "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
+            )
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported file's output compares with the model's at one batch size.
+
+    Attributes:
+        batch_size: The batch size.
+        max_difference: Largest absolute difference.
+        relative_difference: ``‖y - y₀‖ / ‖y₀‖``.
+    """
+
+    batch_size: int
+    max_difference: float
+    relative_difference: float
+
+
+@dataclass
+class ExportReport(Report):
+    """What was exported, and how it compares with the model.
+
+    Attributes:
+        path: The file.
+        format: ``"onnx"`` or ``"pt2"``.
+        size: Size of the file in bytes.
+        parity: One comparison a batch size.
+        tolerance: Relative difference up to which the file counts as equal.
+    """
+
+    path: str
+    format: str
+    size: int
+    parity: list[Parity]
+    tolerance: float
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the parity figures."""
+        rows = [
+            (str(p.batch_size), f"{p.max_difference:.2e}", f"{p.relative_difference:.2e}", f"{self.tolerance:.0e}")
+            for p in self.parity
+        ]
+        columns = ("batch size", "largest difference", "relative difference", "tolerance")
+        yield Table(f"Export: {self.path} ({self.format}, {self.size:,} bytes)", columns, rows)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}×" if after else "-"
+
+
+def _price(merge: Merge, value: float) -> str:
+    return f"{value * 1e6:.1f} µs" if merge.objective == "latency" else f"{value:,.0f} {merge.objective}"
