@@ -313,7 +313,7 @@ class _Rewriting:
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.added: dict[str, nn.Module] = {}
         self.unsupported: list[str] = []
-        self._targets: dict[fx.Node, tuple[str, fx.node.Argument]] = {}
+        self._targets: dict[fx.Node, str] = {}
         called: dict[str, int] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -328,7 +328,7 @@ class _Rewriting:
                         f"`{node.target}` has a parameter and is called several times; its calls count as one"
                     )
                     continue
-                self._add(module, node, str(node.target).replace(".", "_"), _copy_activation(activation), node.args[0])
+                self._add(module, node, str(node.target).replace(".", "_"), _copy_activation(activation))
             elif _is_function(node, _UNSUPPORTED_FUNCTIONS):
                 self.unsupported.append(f"the function `{node.target.__name__}` has no module form")
             else:
@@ -340,20 +340,18 @@ class _Rewriting:
         return [(name, repr(activation)) for name, activation in self.added.items()]
 
     def apply(self) -> None:
-        for node, (target, argument) in self._targets.items():
-            with node.graph.inserting_before(node):
-                call = node.graph.call_module(target, (argument,))
+        for node, target in self._targets.items():
+            with node.graph.inserting_before(node):  # the input is read now: it may have been replaced itself
+                call = node.graph.call_module(target, (node.args[0] if node.args else node.kwargs["input"],))
             node.replace_all_uses_with(call)
             node.graph.erase_node(node)
 
-    def _add(
-        self, module: nn.Module, node: fx.Node, base: str, activation: nn.Module, argument: fx.node.Argument
-    ) -> None:
+    def _add(self, module: nn.Module, node: fx.Node, base: str, activation: nn.Module) -> None:
         taken = (*self.added, *dir(module))
         name = next(name for name in _numbered(base) if name not in taken)
         activation.training = module.training
         self.added[name] = activation
-        self._targets[node] = (name, argument)
+        self._targets[node] = name
 
     def _add_function(self, module: nn.Module, node: fx.Node) -> None:
         signature = _rectifier_signature(node)
@@ -361,11 +359,11 @@ class _Rewriting:
             return
         cls, names, options = signature
         values = dict(zip(("input", *names), node.args, strict=False)) | dict(node.kwargs)
-        argument = values.pop("input")
+        del values["input"]
         if any(isinstance(value, fx.Node) for value in values.values()):
             raise UntraceableError(f"it computes an argument of `{node.target}`")
         base = cls.__name__.lower() if cls is not nn.LeakyReLU else "leaky_relu"
-        self._add(module, node, base, cls(**values, **options), argument)
+        self._add(module, node, base, cls(**values, **options))
 
 
 @dataclass(frozen=True)

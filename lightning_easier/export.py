@@ -127,8 +127,13 @@ def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: boo
     except Exception as error:  # torch.export has no common base for what it raises
         remedy = " `dynamic_batch=False` exports the example's batch size only." if dynamic_batch else ""
         raise ExportError(
-            f"torch.export does not take {type(model).__name__}: {type(error).__name__}: {error}.{remedy}"
+            f"torch.export does not take {type(model).__name__}: {_first_line(error)}.{remedy}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Say what an exporter raised without its page of advice; the rest is in the exception's cause."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _takes_varargs(model: nn.Module, arguments: int) -> bool:
@@ -146,7 +151,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
     try:
         torch.onnx.export(program, (), path, external_data=False, verbose=False)
     except Exception as error:
-        raise ExportError(f"torch.onnx can't translate the model: {type(error).__name__}: {error}") from error
+        raise ExportError(f"torch.onnx can't translate the model: {_first_line(error)}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

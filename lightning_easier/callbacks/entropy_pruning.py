@@ -194,14 +194,17 @@ class EntropyPruningCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         self._detach()
         if self._load_handle is not None:
             self._load_handle.remove()
             self._load_handle = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self._detach()
 
     def _discover(self, pl_module: LightningModule) -> None:
         """Find and isolate the activations; check the globs before anything is changed."""

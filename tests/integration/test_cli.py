@@ -1,0 +1,133 @@
+"""The command line through the configs of the repository."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import yaml
+from torchvision.utils import save_image
+
+from lightning_easier import EntropyPruningCallback
+from lightning_easier.cli import EasierCLI, main, read_pruning_report
+from lightning_easier.zoo import CIFAR10DataModule, DigitsDataModule, ImageClassifier, ImageFolderDataModule
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+SHORT = [
+    "--trainer.max_epochs=3", "--trainer.limit_train_batches=3", "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+LOOSE = [
+    "--trainer.callbacks=lightning_easier.EntropyPruningCallback", "--trainer.callbacks.monitor=val_acc",
+    "--trainer.callbacks.tolerance=1.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One short run from the digits config, its log folder."""
+    root = tmp_path_factory.mktemp("cli")
+    main(["fit", f"--config={CONFIGS / 'digits.yaml'}", *SHORT, *LOOSE, f"--trainer.default_root_dir={root}"])
+    return root / "lightning_logs" / "version_0"
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_builds_what_it_says(config):
+    cli = EasierCLI([f"--config={config}", "--trainer.accelerator=cpu"], run=False)
+    assert isinstance(cli.model, ImageClassifier)
+    assert isinstance(cli.datamodule, CIFAR10DataModule | DigitsDataModule | ImageFolderDataModule)
+    assert any(isinstance(callback, EntropyPruningCallback) for callback in cli.trainer.callbacks)
+
+
+def test_parts_can_be_swapped_on_the_command_line():
+    cli = EasierCLI(
+        [f"--config={CONFIGS / 'digits.yaml'}", f"--model={CONFIGS / 'model' / 'cifar_resnet56.yaml'}",
+         "--model.init_args.lr=0.5", "--trainer.accelerator=cpu"], run=False,
+    )  # fmt: skip
+    assert cli.model.hparams["backbone"] == "cifar_resnet56"
+    assert cli.model.lr == 0.5
+
+
+def test_the_saved_config_loads_again(run, tmp_path):
+    saved = run / "config.yaml"
+    content = yaml.safe_load(saved.read_text())
+    (block,) = content["trainer"]["callbacks"]
+    assert block["class_path"] == "lightning_easier.EntropyPruningCallback"
+    main(["fit", f"--config={saved}", "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"])
+    again = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
+    content["trainer"].update(max_epochs=1, default_root_dir=str(tmp_path))
+    assert again == content
+
+
+def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
+    checkpoint = run / "entropy_pruning" / "last_good.ckpt"
+    common = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    main(["report", *common])
+    shown = capsys.readouterr().out
+    report = read_pruning_report(checkpoint)
+    assert len(report.rounds) == 3
+    assert all(f"{this.score_after:.4f}" in shown for this in report.rounds)
+
+    main(["collapse", *common, "--objective=macs", f"--output={tmp_path / 'm.pt2'}"])
+    assert "Collapse" in capsys.readouterr().out
+    main(["export", *common, "--batch_size=5", f"--output={tmp_path / 'm.onnx'}"])
+    assert "relative difference" in capsys.readouterr().out
+    main(["export", *common, "--collapsed=false", f"--output={tmp_path / 'whole.onnx'}"])
+
+    images = torch.rand(7, 1, 8, 8)
+    outputs = [torch.export.load(tmp_path / "m.pt2").module()(images)]
+    for name in ("m.onnx", "whole.onnx"):
+        session = onnxruntime.InferenceSession(tmp_path / name)
+        (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        outputs.append(torch.from_numpy(output))
+    assert all(torch.allclose(output, outputs[0], rtol=1e-4, atol=1e-4) for output in outputs)
+
+
+def test_lightnings_own_subcommands_take_the_checkpoint_too(run, capsys):
+    main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'last_good.ckpt'}"])
+    assert "test_acc" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_record_is_named(run, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match=r"a checkpoint of a pruning run.*none\.ckpt.*has none"):
+        read_pruning_report(tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match="to be a checkpoint file"):
+        read_pruning_report(tmp_path / "nowhere.ckpt")
+
+
+def test_an_image_folder_of_other_sizes_and_classes(tmp_path):
+    for split, count in (("train", 12), ("test", 4)):
+        for number in range(count):
+            folder = tmp_path / "data" / split / "abc"[number % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            save_image(torch.rand(3, 20 + number, 30), folder / f"{number}.png")
+    main(
+        ["fit", f"--config={CONFIGS / 'image_folder_resnet56.yaml'}", "--model.backbone=cifar_resnet20",
+         "--model.num_classes=3", f"--data.root={tmp_path / 'data'}", "--data.val_size=4", "--data.num_workers=0",
+         "--data.batch_size=4", *SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]
+    )  # fmt: skip
+    assert (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_installed_command_says_what_it_can_do():
+    command = [str(Path(sys.executable).parent / "lightning-easier"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in ("fit", "validate", "test", "predict", "collapse", "export", "report"))
+
+
+def test_the_demo_runs_from_training_to_the_verified_file(tmp_path):
+    command = [sys.executable, "-m", "lightning_easier.demo", "--output", tmp_path, "--warmup-epochs=2"]
+    result = subprocess.run([*command, "--epochs-per-round=1", "--tolerance=1"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["pruning"]["rounds"]) >= 4
+    assert report["collapse"]["after"]["macs"] < report["collapse"]["before"]["macs"]
+    assert report["test_accuracy"]["collapsed"] == report["test_accuracy"]["pruned"]
+    assert all(p["relative_difference"] <= report["export"]["tolerance"] for p in report["export"]["parity"])
+    assert {"report.md", "entropy.png", "model.onnx", "logs"} <= {path.name for path in tmp_path.iterdir()}
+    assert f"--logdir {tmp_path}" in result.stdout

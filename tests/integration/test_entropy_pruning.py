@@ -1,0 +1,441 @@
+"""The callback in a real Trainer on real digits."""
+
+import copy
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_easier import EntropyPruningCallback, isolate_activations, load_pruned, measure_entropy
+from lightning_easier.collapse.chains import has_hooks
+from lightning_easier.linearize import stand_ins
+from lightning_easier.zoo import DigitsDataModule
+from tests.integration.tiny import NAMES, Tiny, assert_equal_states, pruning, train, weights_of
+
+
+class Witness(Callback):
+    """Notes, at the moments that matter, what is linear and what ModelCheckpoint would see."""
+
+    def __init__(self):
+        self.linear_in_epoch, self.removed_logged, self.hooked_in_training = [], [], False
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            self.linear_in_epoch.append(sorted(stand_ins(pl_module)))
+        self.hooked_in_training |= any(has_hooks(module) for module in pl_module.modules())
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.removed_logged.append(trainer.callback_metrics["removed"].item())
+
+
+def test_rounds_remove_the_lowest_entropy_at_the_start_of_the_next_epoch(tmp_path):
+    model, callback, witness = Tiny(), pruning(), Witness()
+    train(model, callback, witness, root=tmp_path, epochs=6)
+    removed = [name for this in callback.rounds for name in this.removed]
+    assert callback.removed == removed
+    assert sorted(removed) == sorted(NAMES)
+    assert witness.linear_in_epoch == [sorted(removed[:count]) for count in range(5)]
+    assert witness.removed_logged == [0, 1, 2, 3, 4]
+    assert [this.epoch for this in callback.rounds] == [0, 1, 2, 3, 4]
+    assert not witness.hooked_in_training
+    assert not any(has_hooks(module) for module in model.modules())
+    scores = [this.score_after for this in callback.rounds]
+    assert [this.score_before for this in callback.rounds] == [None, *scores[:-1]]
+    assert all(this.accepted for this in callback.rounds)
+    assert isolate_activations(model) == {}
+    report = callback.report().to_markdown()
+    assert all(f"| {name} |" in report for name in removed)
+
+
+def test_entropies_are_those_of_the_validation_data_and_decide(tmp_path):
+    model, callback = Tiny(), pruning()
+    seen = {}
+
+    class Check(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if trainer.sanity_checking:
+                return
+            batches = [batch for batch, _ in zip(trainer.datamodule.val_dataloader(), range(3), strict=False)]
+            seen[trainer.current_epoch] = measure_entropy(pl_module, batches)
+            assert not pl_module.training
+
+    trainer = train(model, callback, Check(), root=tmp_path, epochs=2)
+    (name,) = callback.rounds[1].removed
+    assert callback.rounds[1].entropies[name] == pytest.approx(min(seen[0].values()), rel=1e-6)
+    assert name == min(seen[0], key=seen[0].get)
+    assert {f"entropy/{n}": v for n, v in seen[1].items()} == pytest.approx(
+        {k: v.item() for k, v in trainer.callback_metrics.items() if k in {f"entropy/{n}" for n in seen[1]}}, rel=1e-6
+    )
+
+
+class KeepLastGood(Callback):
+    """Copies everything that has to come back, at the end of every epoch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+        self.states.append(
+            copy.deepcopy((pl_module.state_dict(), optimizer.state_dict(), config.scheduler.state_dict()))
+        )
+
+
+def test_a_fall_beyond_the_tolerance_brings_everything_back_and_stops(tmp_path):
+    model = Tiny(scores=(0.9, 0.9, 0.88, 0.70))
+    callback, keep = pruning(monitor="scripted", tolerance=0.05), KeepLastGood()
+    trainer = train(model, callback, keep, root=tmp_path, epochs=9)
+    assert [this.accepted for this in callback.rounds] == [True, True, True, False]
+    assert trainer.current_epoch == 4
+    good_weights, good_optimizer, good_scheduler = keep.states[2]
+    assert sorted(stand_ins(model)) == sorted(callback.removed)
+    assert len(callback.removed) == 2
+    assert_equal_states(dict(model.state_dict()), dict(good_weights))
+    assert not torch.equal(keep.states[3][0]["bn.running_mean"], good_weights["bn.running_mean"])
+    assert_equal_states(trainer.optimizers[0].state_dict(), good_optimizer)
+    assert_equal_states(trainer.lr_scheduler_configs[0].scheduler.state_dict(), good_scheduler)
+    loaded = load_pruned(Tiny, tmp_path / "entropy_pruning" / "last_good.ckpt")
+    assert_equal_states(dict(loaded.state_dict()), dict(good_weights))
+
+
+def test_tolerance_is_from_the_dense_score_and_its_edge_is_within(tmp_path):
+    callback = pruning(monitor="scripted", tolerance=0.05)
+    train(Tiny(scores=(0.90, 0.87, 0.85, 0.84)), callback, root=tmp_path, epochs=9)
+    assert [this.accepted for this in callback.rounds] == [True, True, True, False]
+
+
+def test_a_lower_score_can_be_the_better_one(tmp_path):
+    callback = pruning(monitor="scripted", mode="min", tolerance=0.05)
+    train(Tiny(scores=(0.10, 0.05, 0.14, 0.16)), callback, root=tmp_path, epochs=9)
+    assert [this.accepted for this in callback.rounds] == [True, True, True, False]
+
+
+def test_warmup_length_and_size_of_rounds_and_their_limit(tmp_path):
+    callback, witness = pruning(warmup_epochs=1, epochs_per_round=2, removals_per_round=2, max_removals=3), Witness()
+    trainer = train(Tiny(), callback, witness, root=tmp_path, epochs=20)
+    assert [len(names) for names in witness.linear_in_epoch] == [0, 0, 0, 2, 2, 3, 3]
+    assert trainer.current_epoch == 7
+    assert [len(this.removed) for this in callback.rounds] == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"include": ["act*"], "exclude": "act4"}, ["act1", "act2"]), ({"include": "relu"}, ["relu"])],
+)
+def test_only_the_wanted_activations_become_linear(tmp_path, options, expected):
+    callback = pruning(**options)
+    train(Tiny(), callback, root=tmp_path, epochs=9)
+    assert sorted(callback.removed) == expected
+
+
+def test_training_batches_can_be_measured_instead(tmp_path):
+    class NoValidation(Tiny):
+        validation_step = LightningModule.validation_step
+
+    callback = pruning(monitor="train_loss", mode="min", measure_on="training")
+    train(NoValidation(), callback, root=tmp_path, epochs=3, num_sanity_val_steps=0)
+    assert len(callback.removed) == 2
+    with_validation = pruning(measure_on="training")
+    train(Tiny(), with_validation, root=tmp_path, epochs=3)
+    assert len(with_validation.removed) == 2
+
+
+def test_a_round_is_judged_on_a_validation_at_its_end(tmp_path):
+    """With validation every second epoch, a round of one epoch waits for it."""
+    callback = pruning()
+    train(Tiny(), callback, root=tmp_path, epochs=6, check_val_every_n_epoch=2)
+    assert [this.epoch for this in callback.rounds] == [0, 2, 4]
+
+
+def test_several_validations_an_epoch_and_several_loaders(tmp_path):
+    callback, data = pruning(monitor="val_acc/dataloader_idx_1"), DigitsDataModule(batch_size=64)
+    data.setup("fit")
+    loaders = [data.val_dataloader(), data.test_dataloader()]
+    data.val_dataloader = lambda: loaders
+    train(Tiny(), callback, root=tmp_path, epochs=3, val_check_interval=0.5, data=data)
+    assert [this.epoch for this in callback.rounds] == [0, 1, 2]
+
+
+def test_the_end_of_the_run_judges_a_round_that_it_cuts_short(tmp_path):
+    for last, accepted in ((0.9, True), (0.1, False)):
+        model, callback = (
+            Tiny(scores=(0.9, 0.9, 0.9, last)),
+            pruning(monitor="scripted", epochs_per_round=3, tolerance=0.1),
+        )
+        train(model, callback, root=tmp_path, epochs=4)
+        assert [this.accepted for this in callback.rounds] == [True, accepted]
+        assert len(stand_ins(model)) == len(callback.removed) == int(accepted)
+        loaded = load_pruned(Tiny, tmp_path / "entropy_pruning" / "last_good.ckpt") if accepted else model
+        assert_equal_states(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+def test_early_stopping_of_the_user_ends_the_run_in_a_judged_state(tmp_path):
+    model = Tiny(scores=(0.9, 0.8, 0.7, 0.6))
+    callback = pruning(monitor="scripted", epochs_per_round=2, tolerance=0.15)
+    trainer = train(model, callback, EarlyStopping("scripted", mode="max", patience=2), root=tmp_path, epochs=9)
+    assert trainer.current_epoch == 3
+    assert [this.accepted for this in callback.rounds] == [True, True]  # 0.7 against 0.8
+
+
+def test_every_checkpoint_pairs_a_score_with_its_structure(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path / "all", "{epoch}-{removed:.0f}-{val_acc:.6f}", "val_acc", save_top_k=-1)
+    train(Tiny(), pruning(), checkpoints, root=tmp_path, epochs=5, enable_checkpointing=True)
+    files = sorted((tmp_path / "all").glob("*.ckpt"))
+    assert len(files) == 5
+    for file in files:
+        epoch, removed, accuracy = (part.split("=")[1] for part in file.stem.split("-"))
+        model = Tiny() if int(removed) == 0 else None
+        if model is None:
+            model = load_pruned(Tiny, file)
+        else:
+            model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+        assert len(stand_ins(model)) == int(removed) == int(epoch)
+        metrics = Trainer(logger=False, enable_progress_bar=False, limit_val_batches=3, accelerator="cpu",
+                          enable_checkpointing=False).validate(model, DigitsDataModule(64), verbose=False)  # fmt: skip
+        assert metrics[0]["val_acc"] == pytest.approx(float(accuracy), abs=1e-6)
+
+
+class InOrder(DigitsDataModule):
+    """The same batches in every epoch of every run."""
+
+    def train_dataloader(self):
+        return DataLoader(self.train_set, self.batch_size)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_after):
+    scores = (0.9, 0.9, 0.9, 0.5, 0.9)
+
+    def make():
+        torch.manual_seed(3)
+        return Tiny(scores=scores), pruning(monitor="scripted", tolerance=0.2)
+
+    whole, whole_callback = make()
+    reference = train(whole, whole_callback, root=tmp_path / "whole", epochs=5, data=InOrder(64))
+    first, first_callback = make()
+    saver = ModelCheckpoint(tmp_path / "part", save_last=True)
+    options = {"data": InOrder(64), "enable_checkpointing": True}
+    train(first, first_callback, saver, root=tmp_path / "part", epochs=stop_after, **options)
+    second, second_callback = make()
+    last = tmp_path / "part" / "last.ckpt"
+    resumed = train(second, second_callback, root=tmp_path / "rest", epochs=5, ckpt_path=last, data=InOrder(64))
+    assert second_callback.removed == whole_callback.removed
+    assert second_callback.report() == whole_callback.report()
+    assert resumed.current_epoch == reference.current_epoch == 4
+    assert_equal_states(dict(second.state_dict()), dict(whole.state_dict()))
+    assert_equal_states(resumed.optimizers[0].state_dict(), reference.optimizers[0].state_dict())
+
+
+def test_a_pruned_checkpoint_validates_with_the_callback_and_fails_loudly_without(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    model = Tiny()
+    train(model, pruning(), saver, root=tmp_path, epochs=3, enable_checkpointing=True)
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_checkpointing": False}
+    fresh = Tiny()
+    measured = Trainer(callbacks=[pruning()], **options).validate(
+        fresh, DigitsDataModule(), tmp_path / "last.ckpt", False
+    )
+    assert measured[0]["removed"] == len(stand_ins(fresh)) == 2
+    assert {key for key in measured[0] if key.startswith("entropy/")} == {
+        f"entropy/{n}" for n in isolate_activations(fresh)
+    }
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        Trainer(**options).validate(Tiny(), DigitsDataModule(), tmp_path / "last.ckpt", False)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["EntropyPruningCallback"]
+    assert len(state["rounds"]) == 3
+
+
+def test_sanity_check_and_fast_dev_run_have_no_side_effects(tmp_path):
+    model, callback = Tiny(), pruning()
+    keys, modules = list(model.state_dict()), list(model.named_modules())
+    train(model, callback, root=tmp_path, fast_dev_run=3)
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in modules]
+    assert "forward" not in vars(model)
+    assert list(tmp_path.iterdir()) == []
+    assert callback.removed == []
+
+    class StopAfterSanity(Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            assert not any(has_hooks(module) for module in pl_module.modules())
+            assert "removed" not in trainer.callback_metrics
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        train(Tiny(), callback, StopAfterSanity(), root=tmp_path)
+    assert callback.report().rounds[0].score_after is None
+
+
+def test_an_exception_in_validation_leaves_no_hook_behind(tmp_path):
+    class Fails(Tiny):
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking and batch_idx == 1:
+                raise KeyError("any")
+            return super().validation_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(KeyError, match="any"):
+        train(model, pruning(), root=tmp_path)
+    assert not any(has_hooks(module) for module in model.modules())
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_the_optimizer_holds_exactly_the_live_parameters(tmp_path):
+    model = Tiny(scores=(0.9, 0.9, 0.1), activation="PReLU")
+    slope = model.act2.weight
+    callback = pruning(monitor="scripted", include=["act2", "act4"], tolerance=0.1)
+    callback.select = lambda entropies, count: [next(name for name in ("act4", "act2") if name in entropies)]
+    live = []
+
+    class Check(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+            assert set(held) == set(pl_module.parameters())
+            live.append(any(p is slope for p in held))
+
+    trainer = train(model, callback, Check(), root=tmp_path, epochs=9)
+    assert live == [True] * 8 + [False] * 4
+    held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in model.parameters()]  # as configure_optimizers made it
+    assert any(p is slope for p in held)
+
+
+class Manual(Tiny):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class BuiltLate(LightningModule):
+    """Its layers exist only after configure_model."""
+
+    def configure_model(self):
+        if not hasattr(self, "inner"):
+            self.inner = Tiny()
+
+    def forward(self, x):
+        return self.inner(x)
+
+    training_step = Tiny.training_step
+    validation_step = Tiny.validation_step
+    configure_optimizers = Tiny.configure_optimizers
+
+
+@pytest.mark.parametrize("make", [Manual, BuiltLate])
+def test_other_ways_to_write_a_module(tmp_path, make):
+    callback = pruning()
+    train(make(), callback, root=tmp_path, epochs=3)
+    assert len(callback.removed) == 2
+
+
+def test_a_second_fit_starts_anew(tmp_path):
+    callback = pruning(max_removals=1)
+    train(Tiny(), callback, root=tmp_path, epochs=5)
+    model = Tiny()
+    train(model, callback, root=tmp_path, epochs=5)
+    assert len(callback.rounds) == 2
+    assert len(stand_ins(model)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"monitor": ""}, ValueError, "`monitor` to be the name of a logged score, but got ''"),
+        ({"mode": "up"}, ValueError, r"`mode` to be one of \('min', 'max'\), but got 'up'"),
+        ({"tolerance": -0.1}, ValueError, "`tolerance` to be finite and at least 0, but got -0.1"),
+        ({"tolerance": math.nan}, ValueError, "`tolerance` to be finite and at least 0, but got nan"),
+        ({"tolerance": "1%"}, TypeError, "`tolerance` to be a number, but got '1%'"),
+        ({"epochs_per_round": 0}, ValueError, "`epochs_per_round` to be at least 1, but got 0"),
+        ({"removals_per_round": 1.5}, TypeError, "`removals_per_round` to be an integer, but got 1.5"),
+        ({"max_removals": 0}, ValueError, "`max_removals` to be at least 1, but got 0"),
+        ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),
+        ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
+        ({"include": [1]}, TypeError, r"`include` to hold name globs, but got \[1\]"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        EntropyPruningCallback(**({"monitor": "val_acc"} | options))
+
+
+class Other(EntropyPruningCallback):
+    pass
+
+
+class NoRectifier(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.act1 = self.act2 = self.act4 = nn.Sigmoid()
+
+    def forward(self, x):
+        return self.fc4(self.fc1(self.conv(x).flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "settings", "error", "message"),
+    [
+        (Tiny, lambda: [pruning(monitor="acc")], {}, MisconfigurationException,
+         "`monitor` to be a logged score, but 'acc' is not among .*'val_acc'"),
+        (NoRectifier, lambda: [pruning()], {}, MisconfigurationException, "at least one rectifier, but found none"),
+        (Tiny, lambda: [pruning(include=["layer*"])], {}, MisconfigurationException,
+         r"`include`.*'layer\*' matches none"),
+        (Tiny, lambda: [pruning(exclude=["x"])], {}, MisconfigurationException, "`exclude`.*'x' matches none"),
+        (Tiny, lambda: [pruning(exclude="*")], {}, MisconfigurationException, "leave none of"),
+        (Tiny, lambda: [pruning(neuron_dim={"x": 1})], {}, MisconfigurationException, "'x' matches none"),
+        (Tiny, lambda: [pruning(), Other("val_acc")], {}, MisconfigurationException,
+         "one EntropyPruningCallback.*but got 2"),
+        (Tiny, lambda: [pruning(), pruning()], {}, RuntimeError, "more than one stateful callback"),
+        (Tiny, lambda: [pruning(), StochasticWeightAveraging(0.1)], {}, MisconfigurationException,
+         "does not go with StochasticWeightAveraging"),
+        (Tiny, lambda: [pruning()], {"limit_val_batches": 0}, MisconfigurationException, "limit_val_batches=0"),
+        (lambda: Tiny(scores=(0.9, math.nan)), lambda: [pruning(monitor="scripted")], {}, ValueError,
+         "`monitor` 'scripted' to be finite, but got nan in epoch 1.*last_good.ckpt"),
+    ],
+)  # fmt: skip
+def test_bad_wiring_is_named_and_the_model_is_as_it_was(tmp_path, make, callbacks, settings, error, message):
+    model = make()
+    keys = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        train(model, *callbacks(), root=tmp_path, **settings)
+    assert [key for key in model.state_dict() if "_extra_state" not in key] == keys
+    assert not any(has_hooks(module) for module in model.modules())
+    if error is MisconfigurationException:
+        assert stand_ins(model) == {}
+
+
+@pytest.mark.parametrize(("split", "message"), [("val_set", "validation loader yielded nothing"),
+                                                ("train_set", "training loader yielded none")])  # fmt: skip
+def test_a_loader_that_yields_nothing_is_named(tmp_path, split, message):
+    class Empty(DigitsDataModule):
+        def setup(self, stage):
+            super().setup(stage)
+            setattr(self, split, TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)))
+
+        def train_dataloader(self):
+            return DataLoader(self.train_set, 64)
+
+    model = Tiny()
+    before = weights_of(model)
+    with pytest.raises(MisconfigurationException, match=message):
+        train(model, pruning(), root=tmp_path, data=Empty(64), limit_train_batches=1.0, limit_val_batches=1.0)
+    assert list(model.state_dict()) == list(before)
+
+
+def test_a_last_good_checkpoint_that_is_gone_is_named(tmp_path):
+    class Thief(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            for file in tmp_path.glob("kept/*.ckpt"):
+                file.unlink()
+
+    callback = pruning(monitor="scripted", tolerance=0.1, dirpath=str(tmp_path / "kept"))
+    with pytest.raises(FileNotFoundError, match="last_good.ckpt is gone"):
+        train(Tiny(scores=(0.9, 0.1)), callback, Thief(), root=tmp_path)

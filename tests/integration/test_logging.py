@@ -1,0 +1,89 @@
+"""What a run shows in TensorBoard, in CSV files, and without a logger."""
+
+import csv
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_easier.figures import plot_entropies, read_entropies
+from tests.integration.tiny import NAMES, Tiny, pruning, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    callback = pruning(monitor="scripted", tolerance=0.05)
+    model = Tiny(scores=(0.9, 0.88, 0.87, 0.5))
+    train(model, callback, root=root, epochs=9, logger=[TensorBoardLogger(root, "tb", ""), CSVLogger(root, "csv", "")])
+    return root, callback
+
+
+@pytest.fixture(scope="module")
+def events(run):
+    accumulator = EventAccumulator(str(run[0] / "tb"), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_every_activation_has_a_curve_that_ends_with_its_removal(run, events):
+    _, callback = run
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("entropy/")} == {f"entropy/{n}" for n in NAMES}
+    for this in callback.rounds[1:]:
+        (name,) = this.removed
+        curve = events.Scalars(f"entropy/{name}")
+        assert len(curve) == this.epoch  # one point a dense epoch
+        assert curve[-1].value == pytest.approx(this.entropies[name], rel=1e-6)
+        assert all(0 <= point.value <= 1 for point in curve)
+
+
+def test_the_number_removed_and_the_score_against_it(events):
+    assert [point.value for point in events.Scalars("removed")] == [0, 1, 2, 3]
+    curve = events.Scalars("score_by_removed/scripted")
+    assert [(point.step, pytest.approx(point.value)) for point in curve] == [(0, 0.9), (1, 0.88), (2, 0.87), (3, 0.5)]
+
+
+def test_one_layout_shows_all_curves_in_one_chart(events):
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    (category,) = layout.category
+    patterns = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert patterns["Entropy of every activation [bit]"] == ["^entropy/.*$"]
+    assert patterns["scripted against activations removed"] == ["^score_by_removed/.*$"]
+
+
+def test_each_round_is_a_readable_event(run, events):
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("pruning/events/text_summary")]
+    assert len(texts) == len(run[1].rounds) == 4
+    assert "(dense)" in texts[0]
+    for text, this in zip(texts[1:], run[1].rounds[1:], strict=True):
+        assert this.removed[0] in text
+        assert f"{this.entropies[this.removed[0]]:.4f}" in text
+    assert "kept" in texts[2]
+    assert "taken back" in texts[3]
+
+
+def test_a_csv_file_has_score_and_number_removed_side_by_side(run):
+    with (run[0] / "csv" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["scripted"]]
+    assert [(float(row["removed"]), float(row["scripted"])) for row in rows] == [
+        (0, pytest.approx(0.9)), (1, pytest.approx(0.88)), (2, pytest.approx(0.87)), (3, pytest.approx(0.5)),
+    ]  # fmt: skip
+    assert set(rows[0]) >= {f"entropy/{name}" for name in NAMES}
+
+
+def test_the_figure_is_drawn_from_the_logs(run, tmp_path):
+    curves = read_entropies(run[0] / "tb")
+    assert sorted(curves) == sorted(NAMES)
+    plot_entropies(run[0] / "tb", tmp_path / "entropy.png")
+    assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="to hold a run that has logged entropies"):
+        read_entropies(tmp_path)
+
+
+def test_works_with_no_logger(tmp_path):
+    callback = pruning()
+    train(Tiny(), callback, root=tmp_path, logger=False)
+    assert len(callback.removed) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["entropy_pruning"]

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_easier import linearize, load_pruned
+from lightning_easier.linearize import stand_ins
+
+
+class Net(LightningModule):
+    def __init__(self, width: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Linear(3, width), activation(), nn.Linear(width, width), activation())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Renaming(Net):
+    """Repairs old checkpoints on load, as users do."""
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {
+            key.replace("old_body", "body"): value for key, value in checkpoint["state_dict"].items()
+        }
+
+
+def save(model: LightningModule, path) -> str:
+    torch.save(
+        {
+            "state_dict": model.state_dict(),
+            "hyper_parameters": {"width": model.hparams["width"]},
+            "pytorch-lightning_version": "2.6.0",
+        },
+        path,
+    )
+    return str(path)
+
+
+@pytest.fixture
+def pruned():
+    torch.manual_seed(0)
+    return linearize(Net(5), ["body.1"])
+
+
+def test_loads_into_an_instance_in_place(pruned, tmp_path):
+    model = Net(5)
+    assert load_pruned(model, save(pruned, tmp_path / "a.ckpt")) is model
+    x = torch.randn(4, 3)
+    assert list(stand_ins(model)) == ["body.1"]
+    assert torch.equal(model(x), pruned(x))
+
+
+def test_builds_a_class_from_its_hyperparameters(pruned, tmp_path):
+    path = save(pruned, tmp_path / "a.ckpt")
+    model = load_pruned(Net, path)
+    x = torch.randn(4, 3)
+    assert type(model) is Net
+    assert torch.equal(model(x), pruned(x))
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        Net.load_from_checkpoint(path)
+
+
+def test_the_modules_own_load_hook_is_obeyed(pruned, tmp_path):
+    checkpoint = torch.load(save(pruned, tmp_path / "a.ckpt"), weights_only=True)
+    checkpoint["state_dict"] = {k.replace("body", "old_body"): v for k, v in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    x = torch.randn(4, 3)
+    assert torch.equal(load_pruned(Renaming(5), tmp_path / "old.ckpt")(x), pruned(x))
+    assert torch.equal(load_pruned(Renaming, tmp_path / "old.ckpt")(x), pruned(x))
+
+
+def test_loads_a_bare_state_dict_into_a_plain_module(pruned, tmp_path):
+    torch.save(pruned.body.state_dict(), tmp_path / "weights.pt")
+    model = load_pruned(Net(5).body, tmp_path / "weights.pt")
+    x = torch.randn(4, 3)
+    assert torch.equal(model(x), pruned(x))
+
+
+@pytest.mark.parametrize("other", [lambda: Net(6), lambda: Net(5, nn.GELU), lambda: nn.Sequential(nn.Linear(3, 5))])
+def test_a_model_that_does_not_fit_is_left_as_it_was(pruned, tmp_path, other):
+    model = other()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Expected the (checkpoint|model)"):
+        load_pruned(model, save(pruned, tmp_path / "a.ckpt"))
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_bad_arguments_are_named(pruned, tmp_path):
+    dense = save(Net(5), tmp_path / "dense.ckpt")
+    path = save(pruned, tmp_path / "a.ckpt")
+    for model in (Net(5), Net):
+        with pytest.raises(ValueError, match=r"a record of linearized activations, but .*dense\.ckpt has none"):
+            load_pruned(model, dense)
+    with pytest.raises(FileNotFoundError, match="to be a checkpoint file, but nowhere is none"):
+        load_pruned(Net, "nowhere")
+    with pytest.raises(TypeError, match="an instance or a LightningModule class"):
+        load_pruned(nn.Linear, path)
+    with pytest.raises(TypeError, match=r"no arguments \['width'\] with an instance"):
+        load_pruned(Net(5), path, width=5)

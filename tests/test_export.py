@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_easier import ExportError, collapse, export, linearize
+from lightning_easier import export as export_function
+from tests.models import Functional, Residual, randomize_batch_norms
+
+
+def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+
+def run_pt2(path: Path, *inputs: Tensor) -> list[Tensor]:
+    return [torch.export.load(path).module()(*inputs)]
+
+
+RUN = {"onnx": run_onnx, "pt2": run_pt2}
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_the_file_computes_the_same_at_any_batch_size(tmp_path, format, collapsed):
+    model = nn.Sequential(randomize_batch_norms(Residual()), nn.Dropout(0.5)).train()
+    linearize(model, ["0.relu"])
+    x = torch.randn(1, 4, 5, 6)
+    shipped = collapse(model, x, objective="depth").model if collapsed else model
+    path = tmp_path / "folder" / f"model.{format}"
+    report = export(shipped, path, x)
+    other = torch.randn(7, 4, 5, 6)
+    (output,) = RUN[format](path, other)
+    assert torch.allclose(output, model.eval()(other), rtol=1e-4, atol=1e-5)
+    assert report.format == format
+    assert report.size == path.stat().st_size
+    assert [parity.batch_size for parity in report.parity] == [1, 2]
+    assert all(parity.relative_difference <= report.tolerance == 1e-4 for parity in report.parity)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_an_isolated_functional_model_is_exported_and_left_as_it_was(tmp_path):
+    model = Functional().train()
+    linearize(model, ["relu"])
+    x = torch.randn(3, 6)
+    export(model, tmp_path / "m.onnx", x)
+    assert all(module.training for module in model.modules())
+    (output,) = run_onnx(tmp_path / "m.onnx", x)
+    assert torch.allclose(output, model.eval()(x), atol=1e-6)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, image: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.fc(image)
+        return y + offset, y - offset
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_several_inputs_and_outputs(tmp_path, format):
+    model, inputs = TwoInputs(), (torch.randn(2, 3), torch.randn(2, 2))
+    report = export(model, tmp_path / "m", inputs, format=format)
+    assert [parity.batch_size for parity in report.parity] == [2, 3]
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "m")
+        assert [node.name for node in session.get_inputs()] == ["image", "offset"]
+        assert len(run_onnx(tmp_path / "m", *inputs)) == 2
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x):
+        return x.reshape(2, -1) * 2
+
+
+def test_a_batch_size_that_is_built_in(tmp_path):
+    with pytest.raises(ExportError, match=r"torch\.export does not take FixedBatch.*dynamic_batch=False"):
+        export(FixedBatch(), tmp_path / "m.pt2", torch.randn(2, 3))
+    assert list(tmp_path.iterdir()) == []
+    report = export(FixedBatch(), tmp_path / "m.pt2", torch.randn(2, 3), dynamic_batch=False)
+    assert [parity.batch_size for parity in report.parity] == [2]
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_file_that_differs_does_not_replace_the_one_there(tmp_path, format, monkeypatch):
+    path = tmp_path / f"m.{format}"
+    path.write_text("precious")
+    import lightning_easier.export
+
+    module = __import__("sys").modules[export_function.__module__]
+    write = module._WRITERS[format]
+
+    def write_wrongly(program, file):
+        run = write(program, file)
+        return lambda *inputs: [output + 0.01 for output in run(*inputs)]
+
+    monkeypatch.setitem(module._WRITERS, format, write_wrongly)
+    with pytest.raises(ExportError, match=f"The {format} file differs from Linear by .* at batch size 2"):
+        export(nn.Linear(3, 3), path, torch.randn(2, 3))
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+    assert lightning_easier.export is export_function
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("m.txt", torch.randn(2, 3)), {}, ValueError, r"one of \('onnx', 'pt2'\).*but got `path` 'm.txt'"),
+        (("m", torch.randn(2, 3)), {"format": "tflite"}, ValueError, "but got `format` 'tflite'"),
+        (("m.pt2", torch.randn(2, 4)), {}, ValueError, "`example_inputs` to be accepted by the forward of Linear"),
+        (("m.pt2", torch.randn(0, 3)), {}, ValueError, "a non-empty batch axis first"),
+        (("m.pt2", None), {}, TypeError, "`example_inputs` to be a tensor"),
+        (("m.pt2", torch.randn(2, 3)), {"tolerance": -1.0}, ValueError, "`tolerance` to be None or at least 0"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(tmp_path, monkeypatch, arguments, options, error, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        export(nn.Linear(3, 3), *arguments, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    module = __import__("sys").modules[export_function.__module__]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs onnx, onnxscript, onnxruntime.*lightning-easier\[onnx\]"):
+        export(nn.Linear(3, 3), tmp_path / "m.onnx", torch.randn(2, 3))

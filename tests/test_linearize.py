@@ -1,0 +1,140 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier import isolate_activations, linearize, restore
+from lightning_easier.linearize import IdentityStandIn, Mark, linearize_as_marked, read_marks, stand_ins
+from tests.models import Functional, Residual
+
+
+def make_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+
+
+def test_the_named_activation_becomes_linear_and_comes_back():
+    model = make_mlp()
+    x = torch.randn(5, 3)
+    before = model(x)
+    assert linearize(model, ["3"]) is model
+    assert torch.equal(model(x), model[4](model[2](model[1](model[0](x)))))
+    assert not torch.equal(model(x), before)
+    assert restore(model, ["3"]) is model
+    assert torch.equal(model(x), before)
+    assert type(model[3]) is nn.ReLU
+
+
+def test_one_call_of_a_shared_module_becomes_linear():
+    model = Residual().eval()
+    reference = copy.deepcopy(model)
+    linearize(model, ["relu"])
+    x = torch.randn(2, 4, 5, 6)
+    expected = torch.relu(reference.conv2(reference.bn1(reference.conv1(x))) + x)
+    assert torch.equal(model(x), expected)
+    assert list(isolate_activations(model)) == ["relu_1"]
+
+
+def test_functional_calls_become_linear():
+    model = Functional().eval()
+    names = list(isolate_activations(model))
+    linearize(model, names)
+    x = torch.randn(3, 6)
+    assert torch.allclose(model(x), torch.sigmoid(model.fc(x) - 0.1 - 0.2) - 0.3)
+
+
+def test_the_parameters_of_a_removed_activation_are_no_longer_the_models_until_it_is_restored():
+    model = make_mlp()
+    slope = model[1].weight
+    linearize(model, ["1"])
+    assert all(parameter is not slope for parameter in model.parameters())
+    model.double()  # what is put aside does not move along
+    restore(model)
+    assert any(parameter is slope for parameter in model.parameters())
+
+
+def test_the_mode_goes_over_both_ways():
+    model = make_mlp()
+    model[3].eval()
+    linearize(model, ["3"])
+    assert model[0].training
+    assert not model[3].training
+    model[3].train()
+    restore(model)
+    assert model[3].training
+
+
+def test_is_idempotent_and_copies_with_the_model():
+    model = linearize(linearize(make_mlp(), ["3"]), ["3"])
+    twin = copy.deepcopy(model)
+    restore(twin)
+    assert list(stand_ins(model)) == ["3"]
+    assert stand_ins(twin) == {}
+
+
+def test_a_marked_state_dict_does_not_load_into_the_dense_model_nor_a_dense_one_into_the_pruned():
+    pruned, dense = linearize(make_mlp(), ["3"]), make_mlp()
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*3\._extra_state"):
+        dense.load_state_dict(pruned.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\._extra_state"):
+        pruned.load_state_dict(dense.state_dict())
+    pruned.load_state_dict(pruned.state_dict())
+
+
+def test_a_mark_of_another_activation_does_not_load():
+    pruned = linearize(make_mlp(), ["3"])
+    state_dict = pruned.state_dict()
+    state_dict["3._extra_state"] = Mark("identity", "GELU").encode()
+    with pytest.raises(ValueError, match="to carry the mark.*ReLU.*but got.*GELU"):
+        pruned.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_marks_are_plain_tensors_that_survive_a_cast(tmp_path, dtype):
+    state_dict = linearize(make_mlp(), ["1", "3"]).state_dict()
+    torch.save({key: value.to(dtype) for key, value in state_dict.items()}, tmp_path / "weights.pt")
+    marks = read_marks(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert marks == {"1": Mark("identity", "PReLU"), "3": Mark("identity", "ReLU")}
+
+
+def test_extra_states_of_others_are_no_marks():
+    values = [torch.zeros(3), torch.tensor([123, 125], dtype=torch.uint8), {"a": 1}, torch.zeros(())]
+    assert read_marks({f"{i}._extra_state": value for i, value in enumerate(values)}) == {}
+
+
+def test_the_structure_is_replayed_from_the_marks():
+    state_dict = linearize(make_mlp(), ["1", "3"]).state_dict()
+    model = linearize(make_mlp(), ["1"])
+    assert linearize_as_marked(model, state_dict) == ["3"]
+    model.load_state_dict(state_dict)
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with pytest.raises(ValueError, match="to have an activation '1' of class PReLU.*but got ReLU"):
+        linearize_as_marked(other, state_dict)
+    assert stand_ins(other) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((["nope"],), ValueError, r"`names` to hold names of activations, but got 'nope'"),
+        ((["3", "2"],), ValueError, "but got '2'"),
+        (("3",), TypeError, "an iterable of names, but got the string '3'"),
+    ],
+)
+def test_bad_names_are_refused_and_the_model_is_as_it_was(arguments, error, message):
+    model = make_mlp()
+    modules = dict(model.named_modules())
+    with pytest.raises(error, match=message):
+        linearize(model, *arguments)
+    assert dict(model.named_modules()) == modules
+
+
+def test_bad_stand_ins_are_refused():
+    model = make_mlp()
+    with pytest.raises(ValueError, match=r"`stand_in` to be one of \('identity',\), but got 'affine'"):
+        linearize(model, ["3"], stand_in="affine")
+    with pytest.raises(ValueError, match="`statistics` to be None"):
+        linearize(model, ["3"], statistics={"3": (1.0, 0.0)})
+    with pytest.raises(ValueError, match="linearized activations, but got '3'; linear are"):
+        restore(model, ["3"])
+    assert not any(isinstance(module, IdentityStandIn) for module in model.modules())
