@@ -5,6 +5,7 @@ is looked at by itself (see :mod:`lightning_easier.tracing`) and rewritten only 
 module that is called more than once. Everything is planned first, without touching the model, then carried out.
 """
 
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,10 @@ from torchmetrics import Metric
 
 from lightning_easier.tracing import (
     RecordedForward,
+    Recording,
     UntraceableError,
     Variant,
+    input_of,
     recorded_forward,
     trace_forward,
     variants,
@@ -70,9 +73,14 @@ _CHANNEL_AXIS: dict[Literal[1, -1], tuple[type[nn.Module], ...]] = {
 }  # fmt: skip
 _CHANNEL_AXIS_OF_FUNCTION: dict[Any, Literal[1, -1]] = {
     torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, F.batch_norm: 1, F.group_norm: 1, F.instance_norm: 1,
-    F.linear: -1, F.layer_norm: -1, torch.matmul: -1, torch.bmm: -1, F.embedding: -1,
+    F.linear: -1, F.layer_norm: -1, torch.matmul: -1, operator.matmul: -1, torch.bmm: -1, torch.einsum: -1,
+    F.embedding: -1,
     F.scaled_dot_product_attention: -1,
 }  # fmt: skip
+
+
+# The forwards of nn.Sequential, and of what has none (nn.ModuleList, nn.ModuleDict)
+_CONTAINER_FORWARDS = (nn.Sequential.forward, nn.Module.forward)
 
 
 @dataclass(frozen=True)
@@ -226,8 +234,11 @@ class _Planner:
     def _walk(self, module: nn.Module, name: str) -> None:
         self._visited.add(module)
         self._note_axis(module)
-        if not module._modules and type(module).__module__.startswith("torch.nn."):
-            return  # a built-in layer; its rectifier, if it is one, was the caller's site
+        if _permutes(module) or (not module._modules and type(module).__module__.startswith("torch.nn.")):
+            return  # a norm, or a built-in layer; its rectifier, if it is one, was the caller's site
+        if isinstance(module, nn.TransformerEncoderLayer):
+            self._plan.left_alone[name] = "in eval mode it takes a fused path that does not call its activation"
+            return
         added: dict[str, nn.Module] = {}
         seen: set[str] = set()
         for call in self._calls(module, name, added):
@@ -256,7 +267,7 @@ class _Planner:
 
     def _note_axis(self, module: nn.Module) -> None:
         for axis, classes in _CHANNEL_AXIS.items():
-            if isinstance(module, classes):
+            if isinstance(module, classes) and not _permutes(module):
                 self._axis = axis
 
     def _calls(self, module: nn.Module, name: str, added: dict[str, nn.Module]) -> Sequence[_Call]:
@@ -264,21 +275,21 @@ class _Planner:
         recorded = recorded_forward(module)
         if recorded is not None:
             return recorded.calls
-        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if type(module).forward in _CONTAINER_FORWARDS:
             return [_ModuleCall(target) for target in module._modules if module._modules[target] is not None]
         try:
             plainest, *others = variants(module)
-            graph = trace_forward(module, plainest)
-            first = _Rewriting(module, graph)
-            graphs = {plainest: graph}
+            recording = trace_forward(module, plainest)
+            first = _Rewriting(module, recording.graph)
+            recordings = {plainest: recording}
             rewritings = [first]
             for variant in others if first.added else ():
                 recorded_too = _trace_optional(module, variant)
                 if recorded_too is None:
                     continue
-                rewriting = _Rewriting(module, recorded_too)
+                rewriting = _Rewriting(module, recorded_too.graph)
                 if rewriting.description == first.description:
-                    graphs[variant] = recorded_too
+                    recordings[variant] = recorded_too
                     rewritings.append(rewriting)
                 elif not variant[1]:
                     raise UntraceableError("it calls other activations in train mode than in eval mode")
@@ -290,14 +301,14 @@ class _Planner:
             self._plan.left_alone[name] = first.unsupported[0]
         for rewriting in rewritings:
             rewriting.apply()
-        calls = tuple(_read_calls(graphs[plainest]))
+        calls = tuple(_read_calls(recording.graph))
         if first.added:
             added.update(first.added)
-            self._plan.edits.append(_Rewrite(module, graphs, calls, first.added))
+            self._plan.edits.append(_Rewrite(module, recordings, calls, first.added))
         return calls
 
 
-def _trace_optional(module: nn.Module, variant: Variant) -> fx.Graph | None:
+def _trace_optional(module: nn.Module, variant: Variant) -> Recording | None:
     """Record a variant; one with optional arguments may be impossible, one in the other mode must not."""
     try:
         return trace_forward(module, variant)
@@ -342,7 +353,7 @@ class _Rewriting:
     def apply(self) -> None:
         for node, target in self._targets.items():
             with node.graph.inserting_before(node):  # the input is read now: it may have been replaced itself
-                call = node.graph.call_module(target, (node.args[0] if node.args else node.kwargs["input"],))
+                call = node.graph.call_module(target, (input_of(node),))
             node.replace_all_uses_with(call)
             node.graph.erase_node(node)
 
@@ -383,7 +394,7 @@ class _Rewrite:
     """An edit: activations of its own and a recorded forward for one module."""
 
     module: nn.Module
-    graphs: dict[Variant, fx.Graph]
+    recordings: dict[Variant, Recording]
     calls: tuple[_Call, ...]
     added: dict[str, nn.Module]
 
@@ -393,7 +404,7 @@ class _Rewrite:
         targets = (call.target for call in self.calls if isinstance(call, _ModuleCall))
         called = {target: self.module.get_submodule(target) for target in targets}
         activations = {target: type(child) for target, child in called.items() if isinstance(child, RECTIFIERS)}
-        forward = RecordedForward(self.module, self.graphs, self.calls, activations)
+        forward = RecordedForward(self.module, self.recordings, self.calls, activations)
         self.module.__dict__["forward"] = forward
 
 
@@ -418,6 +429,8 @@ def _read_calls(graph: fx.Graph) -> Sequence[_Call]:
     for node in graph.nodes:
         if node.op == "call_module":
             calls.append(_ModuleCall(str(node.target)))
+        elif node.op == "call_method" and node.target in ("matmul", "bmm"):
+            calls.append(_ChannelAxis(-1))
         elif node.op == "call_function":
             calls += [_ChannelAxis(axis) for function, axis in _CHANNEL_AXIS_OF_FUNCTION.items()
                       if node.target is function]  # fmt: skip
@@ -439,6 +452,11 @@ def _copy_activation(activation: nn.Module) -> nn.Module:
         if isinstance(value, dict):
             twin.__dict__[name] = type(value)() if name.endswith("hooks") else copy(value)
     return twin
+
+
+def _permutes(module: nn.Module) -> bool:
+    """Tell a LayerNorm that works on channels in axis 1 (torchvision's and timm's LayerNorm2d) from a plain one."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward
 
 
 def _has_own_parameters(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ The record of what was pruned lives in the state dict itself (see :mod:`lightnin
 a weights-only checkpoint and in a bare ``torch.save(model.state_dict())`` too.
 """
 
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import unwrap
-from lightning_easier.linearize import linearize_as_marked, read_marks, restore
+from lightning_easier.linearize import linearize, read_marks, restore, restructure_as_marked
 
 
 def load_pruned(
@@ -48,7 +49,19 @@ def load_pruned(
     path = Path(checkpoint_path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
-    checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+    except (
+        pickle.UnpicklingError,
+        KeyError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # all that torch.load raises
+        raise ValueError(
+            f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} can't be read. If it holds "
+            f"objects of your own and you trust it, pass `weights_only=False`."
+        ) from error
     if isinstance(model, type):
         if not issubclass(model, LightningModule):
             raise TypeError(
@@ -84,7 +97,7 @@ def restructure_on_load(module: nn.Module) -> RemovableHandle:
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    linearize_as_marked(module, own)
+    restructure_as_marked(module, own)
 
 
 def _marked_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Any]:
@@ -99,7 +112,7 @@ def _marked_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Any]:
 
 def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load structure and weights, or neither: what would not fit is found out before anything is written."""
-    linearized = linearize_as_marked(model, state_dict)
+    linearized, restored = restructure_as_marked(model, state_dict)
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in own]
@@ -110,6 +123,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     ]
     if problems:
         restore(model, linearized)
+        linearize(model, restored)
         raise ValueError(
             f"Expected the checkpoint {path} to fit {type(model).__name__}, but it does not: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Build the model as the one that was "

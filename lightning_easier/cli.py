@@ -11,7 +11,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
-from lightning_easier import callbacks
 from lightning_easier.checkpoint import load_pruned
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
@@ -147,8 +146,8 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
     if not path.is_file():
         raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
     checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith(callbacks.EntropyPruningCallback.__qualname__) and "rounds" in state:
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and {"monitor", "rounds"} <= set(state):
             return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
     linear = list(read_marks(checkpoint.get("state_dict", {})))
     raise ValueError(

@@ -121,7 +121,7 @@ class ActivationEntropy(Metric):
 
     is_differentiable = False
     higher_is_better = None
-    full_state_update = False
+    full_state_update = True  # `forward` would add counts of unlike size otherwise
 
     on: Tensor
     off: Tensor

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier.activations import isolate_activations, planned_sites, unwrap
-from lightning_easier.inference import device_of
 
 STAND_INS = ("identity",)
 _EXTRA_STATE = "_extra_state"
@@ -181,8 +180,9 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     for name in names:
         activation = linear[name].activation
         activation.train(linear[name].training)
-        if next(activation.parameters(), None) is not None:  # it did not move with the model
-            activation.to(device_of(inner))
+        if next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
+            like = next((tensor for tensor in inner.parameters() if tensor.is_floating_point()), torch.empty(0))
+            activation.to(like.device, like.dtype)
         inner.set_submodule(name, activation)
     return model
 
@@ -203,20 +203,20 @@ def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
     return marks
 
 
-def linearize_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Give a model the structure that a state dict is marked with, in place.
+def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Give a model the structure that a state dict is marked with, in place: what is marked is linear, the rest is not.
 
     Returns:
-        The names that were made linear by this call.
+        The names that were made linear, and those that were restored by this call.
 
     Raises:
         ValueError: If a mark names an activation that the model does not have, or another kind of it.
     """
     marks = read_marks(state_dict)
-    if not marks:
-        return []
     inner = unwrap(model)
     linear = stand_ins(inner)
+    if set(marks) == set(linear):
+        return [], []
     sites = {site.name: site.module for site in planned_sites(inner)}
     for name, mark in marks.items():
         found = linear[name].activation if name in linear else sites.get(name)
@@ -226,9 +226,11 @@ def linearize_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> list
                 f"marks as linear ({mark.stand_in}), but got {found}. The model has {list(sites) + list(linear)}: load "
                 f"the checkpoint into a model built as the one that was saved."
             )
-    new = [name for name in marks if name not in linear]
-    linearize(inner, new)
-    return new
+    linearized = [name for name in marks if name not in linear]
+    restored = [name for name in linear if name not in marks]
+    linearize(inner, linearized)
+    restore(inner, restored)
+    return linearized, restored
 
 
 def _as_names(names: Iterable[str]) -> list[str]:

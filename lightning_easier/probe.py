@@ -97,8 +97,8 @@ class EntropyProbe:
         if self._metrics and not entropies:
             raise RuntimeError(
                 f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
-                f"entropy was measured. A model compiled before the hooks were added does not call them: measure the "
-                f"model before `torch.compile`, or call `torch._dynamo.reset()` after adding the hooks."
+                f"entropy was measured. Their model's forward has to run as it is now: code compiled earlier does "
+                f"not see them (call `torch._dynamo.reset()`), nor does a step that calls other methods than forward."
             )
         return entropies
 
@@ -158,6 +158,11 @@ def measure_entropy(
     """
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be "
+            "taken for batches. Pass `[tensor]`."
+        )
     inner = unwrap(model)
     sites = isolated_sites(inner)
     if not sites:

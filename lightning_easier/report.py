@@ -21,6 +21,18 @@ class Table:
         lines = [f"**{self.title}**", "", _row(self.columns), _row(["---"] * len(self.columns))]
         return "\n".join(lines + [_row(row) for row in self.rows])
 
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Render with rich, where it is installed: ``rich.print(table)``."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        rendered = RichTable(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            rendered.add_column(Text(column), overflow="fold", justify="left" if number == 0 else "right")
+        for row in self.rows:
+            rendered.add_row(*(Text(cell) for cell in row))
+        yield rendered
+
 
 class Report:
     """Base of the reports: subclasses are dataclasses that say what their tables are."""
@@ -46,16 +58,7 @@ class Report:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Render with rich, where it is installed: ``rich.print(report)``."""
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        for table in self.tables():
-            rendered = RichTable(title=table.title, title_justify="left")
-            for number, column in enumerate(table.columns):
-                rendered.add_column(column, overflow="fold", no_wrap=False, justify="left" if number == 0 else "right")
-            for row in table.rows:
-                rendered.add_row(*(Text(cell) for cell in row))
-            yield rendered
+        yield from self.tables()
 
 
 @dataclass

@@ -5,17 +5,23 @@ is the order of calls; what is written, only where asked for, is an instance att
 traced graph, so the module keeps its class, its parameters and its place in the tree.
 
 A traced forward is a recording. What a recording would lose is refused here instead, with the reason: control flow
-that depends on the data, attributes assigned in the forward, constants made on the fly, a changed autograd or autocast
-mode. What is read from ``self.training`` is kept: both modes are recorded and the module's own flag chooses. So are
-optional arguments: a forward is recorded with and without each.
+that depends on the data, on its type or on chance, state that the forward changes, constants made on the fly, a changed
+autograd or autocast mode. What is read from ``self.training`` is kept: both modes are recorded and the module's own
+flag chooses. So are optional arguments: a forward is recorded with and without each. Other plain attributes are
+guarded: where one has changed since, the class's own forward runs.
 """
 
 import inspect
 import linecache
+import operator
+import random
+import sys
 from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import combinations
-from types import CodeType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -28,8 +34,28 @@ class UntraceableError(Exception):
     """A forward that can't be recorded without losing something; the message is the reason."""
 
 
+class InPlaceProxy(fx.Proxy):
+    """A proxy on which ``x += y`` stays in place; torch.fx would record ``x = x + y``, unseen by other names of x."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    operation = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor"):
+    setattr(InPlaceProxy, f"__{_name}__", _in_place(_name))
+
+
 class _ForwardTracer(fx.Tracer):
     """Record one forward, every child a leaf."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -72,7 +98,20 @@ def variants(module: nn.Module) -> list[Variant]:
     return [(training, names) for names in given for training in (module.training, not module.training)]
 
 
-def trace_forward(module: nn.Module, variant: Variant) -> fx.Graph:
+@dataclass(frozen=True)
+class Recording:
+    """A recorded forward.
+
+    Attributes:
+        graph: What it does.
+        guards: The plain attributes of the module that it may have read, with the values they had.
+    """
+
+    graph: fx.Graph
+    guards: dict[str, Any]
+
+
+def trace_forward(module: nn.Module, variant: Variant) -> Recording:
     """Record ``type(module).forward`` with all children as leaves; the module is as before afterwards.
 
     Args:
@@ -85,43 +124,108 @@ def trace_forward(module: nn.Module, variant: Variant) -> fx.Graph:
     training, given = variant
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
-    before = dict(vars(module)), {name: dict(getattr(module, name)) for name in ("_parameters", "_buffers", "_modules")}
+    if "forward" in vars(module):
+        raise UntraceableError("its forward was replaced on the instance")
+    recording = _trace(module, training, defaults)
+    # torch.fx numbers the placeholders of arguments that have a concrete value
+    placeholders = [node for node in recording.graph.nodes if node.op == "placeholder"]
+    for node, parameter in zip(placeholders, parameters, strict=True):
+        node.target = parameter.name
+    return recording
+
+
+def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recording:
+    """Trace a forward twice, with and without gradients, and put back whatever it has changed."""
+    state = _State(module)
+    chance = _random_states()
+    code = _UserCode(module)
+    graphs = []
     try:
         module.__dict__["training"] = training
-        graph = _ForwardTracer().trace(module, concrete_args=defaults or None)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), code:
+                graphs.append(_ForwardTracer().trace(module, concrete_args=defaults or None))
     except UntraceableError:
         raise
     except Exception as error:  # whatever a user's forward raises on a proxy is the reason
         raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     finally:
-        module.__dict__["training"] = before[0]["training"]
-        changed = _undo_changes(module, *before)
+        changed = state.undo()
     if changed:
-        raise UntraceableError(f"its forward assigns `self.{changed[0]}` or makes constant tensors")
-    # torch.fx numbers the placeholders of arguments that have a concrete value
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, parameter in zip(placeholders, parameters, strict=True):
-        node.target = parameter.name
-    return graph
+        raise UntraceableError(f"its forward changes `self.{changed[0]}` or makes constant tensors")
+    if _random_states() != chance:
+        raise UntraceableError("its forward draws random numbers in Python")
+    if "isinstance" in code.names:
+        raise UntraceableError("its forward asks for the type of a value (`isinstance`)")
+    if len({graph.python_code("self").src for graph in graphs}) > 1:
+        raise UntraceableError("its forward asks whether gradients are enabled")
+    return Recording(graphs[0], {name: value for name, value in plain_attributes(module).items() if name in code.names})
 
 
-def _undo_changes(module: nn.Module, attributes: dict[str, Any], tables: dict[str, dict[str, Any]]) -> list[str]:
-    """Put back what a forward (or the tracer) has set on the module, and name it."""
-    changed = []
-    for name, value in tables.items():
-        table = getattr(module, name)
-        if list(table) != list(value) or any(table[key] is not value[key] for key in value):
-            changed += [key for key in table if key not in value or table[key] is not value[key]] or [name]
-            table.clear()
-            table.update(value)
-    for key in [k for k in vars(module) if k not in attributes]:
-        changed.append(key)
-        del module.__dict__[key]
-    for key, value in attributes.items():
-        if vars(module).get(key) is not value and key != "training":
+class _State:
+    """What hangs on a module: its attributes, and what is in those that are containers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(vars(module))
+        self._contents = {k: copy(v) for k, v in vars(module).items() if isinstance(v, dict | list | set)}
+
+    def undo(self) -> list[str]:
+        """Put everything back, and name what had been changed (the mode aside)."""
+        changed = []
+        current = vars(self._module)
+        for key in [key for key in current if key not in self._attributes]:
             changed.append(key)
-            module.__dict__[key] = value
-    return changed
+            del current[key]
+        for key, value in self._attributes.items():
+            if current.get(key) is not value:
+                current[key] = value
+                changed += [key] if key != "training" else []
+        for key, content in self._contents.items():
+            container = self._attributes[key]
+            if not _same_items(container, content):
+                changed += [str(item) for item in container if item not in content] if key == "_modules" else [key]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        return changed
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Compare containers by the identity of their items; an item may not compare (a tensor, a proxy)."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(k1 is k2 or k1 == k2 for k1, k2 in zip(a, b, strict=True)) and all(a[k] is b[k] for k in b)
+    return {id(item) for item in a} == {id(item) for item in b}
+
+
+def _random_states() -> tuple[Any, ...]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+class _UserCode:
+    """Note the functions of a module's own package that run in this context."""
+
+    def __init__(self, module: nn.Module) -> None:
+        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
+        self._packages = packages - {"builtins", "torch"}
+        self._codes: set[CodeType] = set()
+
+    def __enter__(self) -> None:
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").partition(".")[0] in self._packages:
+            self._codes.add(frame.f_code)
+
+    @property
+    def names(self) -> set[str]:
+        """The global names and attributes that these functions use."""
+        return {name for code in self._codes for name in code.co_names}
 
 
 class RecordedForward:
@@ -134,7 +238,7 @@ class RecordedForward:
 
     Args:
         module: The module it belongs to.
-        graphs: The recorded graph by variant.
+        recordings: By variant.
         calls: What the module calls, in order, for whoever asks later (a recording isn't traced again).
         activations: The classes of the activation modules that the recordings call, by name within the module.
     """
@@ -142,16 +246,18 @@ class RecordedForward:
     def __init__(
         self,
         module: nn.Module,
-        graphs: Mapping[Variant, fx.Graph],
+        recordings: Mapping[Variant, Recording],
         calls: tuple[Any, ...],
         activations: Mapping[str, type[nn.Module]],
     ) -> None:
         self.module = module
         self.calls = calls
         self.activations = dict(activations)
+        self._guards: dict[str, Any] = {}
         self._sources: dict[Variant, tuple[str, dict[str, Any]]] = {}
-        for variant, graph in graphs.items():
-            code = graph.python_code("self")
+        for variant, recording in recordings.items():
+            self._guards |= recording.guards
+            code = recording.graph.python_code("self")
             self._sources[variant] = (code.src, dict(code.globals))
         self._compile()
 
@@ -159,8 +265,9 @@ class RecordedForward:
         """Run the recording for the module's mode and these arguments."""
         given = self._given(args, kwargs) if self._defaults else ()
         function = self._functions.get((self.module.training, given))
-        if function is None:
-            return self._call_original(given, args, kwargs)
+        changed = [key for key, value in self._guards.items() if vars(self.module).get(key) != value]
+        if function is None or changed:
+            return self._call_original(given, changed, args, kwargs)
         return function(self.module, *args, **kwargs)
 
     @property
@@ -169,19 +276,23 @@ class RecordedForward:
         return type(self.module).forward.__code__
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Name the optional arguments that are not at their default."""
         values = dict(zip(self._names, args, strict=False))
         values.update(kwargs)
         return tuple(
             name for name, default in self._defaults.items() if name in values and not _same(values[name], default)
         )
 
-    def _call_original(self, given: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_original(
+        self, given: tuple[str, ...], changed: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         for name, cls in self.activations.items():
             if type(self.module.get_submodule(name)) is not cls:
+                wanted = f"its attributes {changed} as they were" if changed else f"the default of {list(given)}"
                 raise RuntimeError(
-                    f"Expected {type(self.module).__name__}.forward to be called with the default of {list(given)}, "
-                    f"since its activation `{name}` was replaced and no recording covers these arguments. Restore the "
-                    f"activation, or exclude it from pruning."
+                    f"Expected {type(self.module).__name__}.forward to be called with {wanted}: its activation "
+                    f"`{name}` was replaced, and no recording covers this call. Restore the activation, or exclude "
+                    f"it from pruning."
                 )
         return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -201,7 +312,7 @@ class RecordedForward:
             self._functions[variant] = namespace["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: vars(self)[key] for key in ("module", "calls", "activations")}
+        state = {key: vars(self)[key] for key in ("module", "calls", "activations", "_guards")}
         state["_sources"] = {
             variant: (
                 source,
@@ -220,6 +331,16 @@ class RecordedForward:
         self._compile()
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that are plain values, which its forward may read and someone may change."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, plain) and key != "training" and not key.startswith("_")
+    }
+
+
 def _same(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, bool | int | float | str) and bool(value == default))
 
@@ -234,3 +355,8 @@ def recorded_forward(module: nn.Module) -> RecordedForward | None:
     """Return the recorded forward of a module, or None where its class's own is in force."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, RecordedForward) else None
+
+
+def input_of(node: fx.Node) -> Any:
+    """Return the input of a call with one, however it was passed."""
+    return node.args[0] if node.args else next(iter(node.kwargs.values()))

@@ -2,6 +2,7 @@ import copy
 import inspect
 import io
 import pickle
+import random
 import warnings
 
 import pytest
@@ -143,7 +144,7 @@ def test_arguments_that_no_recording_covers_fail_loudly_once_the_activation_is_l
     linearize(model, ["relu"])
     x = torch.randn(3, 4)
     assert torch.equal(model(x, torch.ones(3, 4)), model.fc(x) + 1)
-    with pytest.raises(RuntimeError, match=r"default of \['scale'\].*`relu` was replaced"):
+    with pytest.raises(RuntimeError, match=r"the default of \['scale'\].*`relu` was replaced"):
         model(x, scale=2.0)
 
 
@@ -195,12 +196,60 @@ class ParametricTwice(nn.Module):
         return self.act(self.act(x) - 1)
 
 
+class Filling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def forward(self, x):
+        self.cache["x"] = x
+        return F.relu(x)
+
+
+class Drawing(nn.Module):
+    def forward(self, x):
+        random.random()
+        return F.relu(x)
+
+
+class AskingForGradients(nn.Module):
+    def forward(self, x):
+        return F.relu(x) if torch.is_grad_enabled() else F.relu(x) * 2
+
+
+class AskingForType(nn.Module):
+    def forward(self, x):
+        return F.relu(x) if isinstance(x, Tensor) else F.relu(x[0])
+
+
+class Overridden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.forward = lambda x: F.relu(x) * 3
+
+    def forward(self, x):
+        return F.relu(x)
+
+
+class FusedInEval(nn.Module):
+    """Stands for itself: see test_what_a_recording_would_lose."""
+
+    def __new__(cls):
+        return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, activation=nn.ReLU(), batch_first=True)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (WithBlock, "changes the autograd or autocast mode"),
         (Branching, "control flow"),
-        (Remembering, r"assigns `self\.last`"),
+        (Remembering, r"changes `self\.last`"),
+        (Filling, r"changes `self\.cache`"),
+        (Drawing, "draws random numbers in Python"),
+        (AskingForGradients, "asks whether gradients are enabled"),
+        (AskingForType, "asks for the type of a value"),
+        (Overridden, "was replaced on the instance"),
+        (FusedInEval, "fused path"),
         (MakesConstant, "makes constant tensors"),
         (Variadic, "variable number of arguments"),
         (ParametricTwice, "has a parameter and is called several times"),
@@ -209,13 +258,71 @@ class ParametricTwice(nn.Module):
 def test_what_a_recording_would_lose_is_left_alone_and_named(make, reason):
     model = nn.Sequential(make(), nn.ReLU())
     reference = copy.deepcopy(model)
+    contents = copy.copy(vars(model[0]).get("cache"))
     attributes = set(vars(model[0]))
     with pytest.warns(UserWarning, match=f"`0`: .*{reason}.*of its own"):
         sites = isolate_activations(model)
     assert list(sites) == (["0.act", "1"] if make is ParametricTwice else ["1"])
     assert set(vars(model[0])) == attributes
-    x = torch.randn(2, 3, requires_grad=True)
+    assert vars(model[0]).get("cache") == contents
+    x = torch.randn(2, 4 if make is FusedInEval else 3, requires_grad=True)
+    if make is FusedInEval:
+        x = x.unsqueeze(1)
     assert torch.equal(model(x), reference(x))
+
+
+class Scaled(nn.Module):
+    """Reads plain attributes, works in place on a tensor with two names, and passes a child its input by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha, self.unread = 2.0, 0
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = x * self.alpha
+        skip = y
+        y += 1
+        return self.act(input=F.relu(y) - 0.5) + self.act(input=skip)
+
+
+def test_attributes_that_a_forward_reads_and_in_place_operators_keep_their_effect():
+    model, reference = Scaled(), Scaled()
+    assert list(isolate_activations(model)) == ["relu", "act", "act_1"]
+    x = torch.randn(50)
+    assert torch.equal(model(x), reference(x))
+    model.alpha = reference.alpha = -3.0
+    model.unread = 1
+    assert torch.equal(model(x), reference(x))
+    linearize(model, ["act_1"])
+    with pytest.raises(RuntimeError, match=r"its attributes \['alpha'\] as they were: its activation `act_1`"):
+        model(x)
+    model.alpha = 2.0
+    assert torch.equal(model(x), torch.relu(torch.relu(x * 2 + 1) - 0.5) + (x * 2 + 1))
+
+
+class OwnForward(nn.Sequential):
+    def forward(self, x):
+        return F.gelu(super().forward(x))
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_looked_at():
+    assert list(isolate_activations(OwnForward(nn.Linear(2, 2), nn.ReLU()))) == ["1", "gelu"]
+
+
+class MatrixProduct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(2, 3, 1), torchvision.models.convnext.LayerNorm2d(3), nn.ReLU()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        return F.gelu(x.flatten(2).transpose(1, 2) @ self.weight)
+
+
+def test_the_neuron_axis_behind_matrix_products_and_norms_that_permute():
+    assert [(site.name, site.neuron_dim) for site in isolated_sites(MatrixProduct())] == [("act", 1), ("gelu", -1)]
 
 
 class Convolutional(nn.Module):

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import random
 import re
 from collections import OrderedDict
@@ -282,3 +283,65 @@ def test_named_children_of_an_ordered_sequential_keep_their_names():
     model = nn.Sequential(OrderedDict(stem=nn.Conv2d(1, 4, 3), act=nn.ReLU(), head=nn.Conv2d(4, 2, 1)))
     result = collapse(linearize(model, ["act"]), torch.randn(1, 1, 5, 5), objective="depth")
     assert list(result.model.state_dict()) == ["stem.weight", "stem.bias"]
+
+
+@dataclasses.dataclass
+class Answer:
+    value: Tensor
+
+
+class ReturnsDataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return Answer(self.fc(x))
+
+
+def test_outputs_that_can_not_be_compared_are_refused():
+    with pytest.raises(ValueError, match="to return tensors.*ReturnsDataclass returns a value of type Answer"):
+        collapse(ReturnsDataclass(), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="`example_inputs` to give finite outputs"):
+        collapse(nn.Linear(3, 3), torch.full((2, 3), torch.nan))
+
+
+class ReadsWeightElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x)) @ self.fc1.weight.t()
+
+
+class InPlaceOnAnIntermediate(nn.Module):
+    """The first Linear's output has two names, and changes in place before the second reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.drop, self.fc2 = nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.drop(self.fc1(input=x))
+        z = y
+        y += 1
+        return self.fc2(input=z)
+
+
+@pytest.mark.parametrize("make", [ReadsWeightElsewhere, InPlaceOnAnIntermediate])
+def test_what_reads_an_operator_besides_is_seen(make):
+    model = make().eval()
+    result = collapse(model, torch.randn(2, 3), objective="depth")
+    assert result.report.merges == []
+    assert_same_function(result.model, model, (4, 3))
+
+
+def test_a_batch_norm_without_weights_is_folded():
+    for first, shape in ((nn.Linear(3, 4), (5, 3)), (nn.Conv2d(2, 4, 1), (2, 2, 3, 3))):
+        norm = nn.BatchNorm1d if isinstance(first, nn.Linear) else nn.BatchNorm2d
+        model = nn.Sequential(first, norm(4, affine=False)).double()
+        model[1].running_mean.normal_()
+        result = collapse(model, torch.randn(shape, dtype=torch.float64))
+        assert result.report.fused == ["1"]
+        assert_same_function(result.model, model, shape)

@@ -104,6 +104,16 @@ def test_can_be_updated_inside_and_outside_of_inference_mode():
     assert metric.layer().item() == 1.0
 
 
+@pytest.mark.parametrize("neurons", [1, 3])
+def test_calling_the_metric_returns_the_batch_and_keeps_counting(neurons):
+    metric, reference = ActivationEntropy(), ActivationEntropy()
+    for seed in range(2):
+        z = torch.randn(9, neurons, generator=torch.Generator().manual_seed(seed))
+        assert_close(metric(z).reshape(-1), activation_entropy(z))
+        reference.update(z)
+    assert torch.equal(metric.compute(), reference.compute())
+
+
 def test_reset_forgets():
     metric = ActivationEntropy()
     metric.update(torch.tensor([[1.0], [-1.0]]))

@@ -73,6 +73,17 @@ def test_several_inputs_and_outputs(tmp_path, format):
         assert len(run_onnx(tmp_path / "m", *inputs)) == 2
 
 
+class TwoTypes(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x > 0, x.argmax(-1)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_outputs_that_are_not_floating_point(tmp_path, format):
+    report = export(TwoTypes(), tmp_path / "m", torch.randn(3, 4), format=format)
+    assert all(parity.max_difference == 0 for parity in report.parity)
+
+
 class FixedBatch(nn.Module):
     def forward(self, x):
         return x.reshape(2, -1) * 2

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_easier import isolate_activations, linearize, restore
-from lightning_easier.linearize import IdentityStandIn, Mark, linearize_as_marked, read_marks, stand_ins
+from lightning_easier.linearize import IdentityStandIn, Mark, read_marks, restructure_as_marked, stand_ins
 from tests.models import Functional, Residual
 
 
@@ -48,8 +48,9 @@ def test_the_parameters_of_a_removed_activation_are_no_longer_the_models_until_i
     slope = model[1].weight
     linearize(model, ["1"])
     assert all(parameter is not slope for parameter in model.parameters())
-    model.double()  # what is put aside does not move along
+    model.double()  # what is put aside is not cast along, but when it comes back
     restore(model)
+    assert model(torch.randn(2, 3, dtype=torch.float64)).dtype == torch.float64
     assert any(parameter is slope for parameter in model.parameters())
 
 
@@ -105,12 +106,15 @@ def test_extra_states_of_others_are_no_marks():
 def test_the_structure_is_replayed_from_the_marks():
     state_dict = linearize(make_mlp(), ["1", "3"]).state_dict()
     model = linearize(make_mlp(), ["1"])
-    assert linearize_as_marked(model, state_dict) == ["3"]
+    assert restructure_as_marked(model, state_dict) == (["3"], [])
+    assert restructure_as_marked(model, state_dict) == ([], [])
     model.load_state_dict(state_dict)
     other = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with pytest.raises(ValueError, match="to have an activation '1' of class PReLU.*but got ReLU"):
-        linearize_as_marked(other, state_dict)
+        restructure_as_marked(other, state_dict)
     assert stand_ins(other) == {}
+    assert restructure_as_marked(model, make_mlp().state_dict()) == ([], ["1", "3"])
+    model.load_state_dict(make_mlp().state_dict())
 
 
 @pytest.mark.parametrize(

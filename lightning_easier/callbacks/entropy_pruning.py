@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites, match_names, planned_sites
@@ -47,8 +50,8 @@ class EntropyPruningCallback(Callback):
 
     Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet, and ``removed``. In
     TensorBoard, besides, one chart of all entropies, the score against the number removed, and an event per round.
-    The last good model is the checkpoint ``last_good.ckpt`` in ``dirpath``; :func:`~lightning_easier.load_pruned` loads
-    it.
+    The model of every round that was kept is a checkpoint ``round_<number>.ckpt`` in ``dirpath``, the last of them
+    :attr:`last_good`; :func:`~lightning_easier.load_pruned` loads it.
 
     Args:
         monitor: Name of the logged score.
@@ -56,13 +59,13 @@ class EntropyPruningCallback(Callback):
         tolerance: By how much the score may fall below the dense score, in the score's own unit.
         epochs_per_round: Training epochs between two removals.
         removals_per_round: How many activations become linear at once.
-        max_removals: How many may become linear in all; no limit by default.
+        max_removals: How many may become linear in this run; no limit by default.
         warmup_epochs: Epochs before the dense round.
         include: Name globs of the activations that may become linear; all by default.
-        exclude: Name globs of those that may not.
+        exclude: Name globs of those that may not; they are not measured either.
         measure_on: Which batches the entropy is measured on.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
-        dirpath: Folder of the last good checkpoint; ``entropy_pruning`` in the logger's folder by default.
+        dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -74,7 +77,9 @@ class EntropyPruningCallback(Callback):
     Source: EASIER, arXiv 2404.18949.
 
     Note:
-        EASIER restarts optimizer and schedule every round; here both go on.
+        EASIER restarts optimizer and schedule every round; here both go on. A model that comes with linear activations
+        keeps them; the score of this run's first round is the reference. The Trainer's ``min_epochs`` keeps it training
+        when pruning is over, without judging what follows.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -129,6 +134,7 @@ class EntropyPruningCallback(Callback):
         self._load_handle: RemovableHandle | None = None
         self._probe: EntropyProbe | None = None
         self._dashboard: Dashboard | None = None
+        self._not_called: dict[str, RemovableHandle] = {}  # hooks that go away when training calls the activation
         self._reset()
 
     def _reset(self) -> None:
@@ -155,6 +161,11 @@ class EntropyPruningCallback(Callback):
         """The activations that are linear by now, in the order of their removal."""
         return [name for this in self._rounds if this.accepted is not False for name in this.removed]
 
+    @property
+    def last_good(self) -> Path | None:
+        """Checkpoint of the last round that was kept; None before the first was judged."""
+        return None if self._last_good is None else Path(self._last_good)
+
     def report(self) -> PruningReport:
         """Return what the run did, round by round."""
         return PruningReport(self.monitor, self.rounds)
@@ -179,18 +190,17 @@ class EntropyPruningCallback(Callback):
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._candidates = None
-        if stage == "fit":
+        if stage == TrainerFn.FITTING:
             self._reset()
-        # A model built in `setup` or `configure_model` has no activations yet; it is looked at again in on_fit_start.
-        if planned_sites(pl_module) or stand_ins(pl_module):
-            self._discover(pl_module)
+        # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
+        if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+            self._discover(trainer, pl_module)
         self._load_handle = restructure_on_load(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the wiring."""
+        """Isolate the activations of a model that was not whole before."""
         if self._candidates is None:
-            self._discover(pl_module)
-        self._check_wiring(trainer, pl_module)
+            self._discover(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
@@ -202,12 +212,13 @@ class EntropyPruningCallback(Callback):
 
     def _remove_hooks(self) -> None:
         self._detach()
+        self._stop_watching()
         if self._load_handle is not None:
             self._load_handle.remove()
             self._load_handle = None
 
-    def _discover(self, pl_module: LightningModule) -> None:
-        """Find and isolate the activations; check the globs before anything is changed."""
+    def _discover(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find and isolate the activations; check globs and wiring before anything is changed."""
         names = [site.name for site in planned_sites(pl_module)]
         linear = list(stand_ins(pl_module))
         if not names and not linear:
@@ -227,11 +238,13 @@ class EntropyPruningCallback(Callback):
                 f"Expected arguments `include` {self.include} and `exclude` {self.exclude} to leave activations to "
                 f"prune, but they leave none of {known}"
             )
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_wiring(trainer, pl_module, chosen)
         self._candidates = chosen
         if self._active:
             isolated_sites(pl_module)
 
-    def _check_wiring(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_wiring(self, trainer: Trainer, pl_module: LightningModule, candidates: list[str]) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"EntropyPruningCallback does not support {type(trainer.strategy).__name__} yet: it shards the model "
@@ -243,13 +256,20 @@ class EntropyPruningCallback(Callback):
                     f"EntropyPruningCallback does not go with {type(callback).__name__}, which keeps a second model "
                     f"that would stay unpruned. Remove one of the two."
                 )
-        modules = dict(pl_module.named_modules())
-        with_parameters = [n for n in self._candidates or () if n in modules and list(modules[n].parameters())]
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise MisconfigurationException(
+                "EntropyPruningCallback does not support strategies that spawn or fork processes yet: the weights "
+                "would come back into a model of the old structure. Use strategy='ddp' in a script, or torchrun."
+            )
+        sites = {site.name: site.module for site in planned_sites(pl_module)}
+        with_parameters = [name for name in candidates if name in sites and list(sites[name].parameters())]
         if with_parameters and trainer.world_size > 1:
             raise MisconfigurationException(
                 f"EntropyPruningCallback can't remove {with_parameters} under {trainer.world_size} processes yet: they "
                 f"have parameters, which the wrapped model would miss. Pass them as `exclude`."
             )
+        if self.dirpath is not None and Path(self.dirpath).exists() and not Path(self.dirpath).is_dir():
+            raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {self.dirpath} is a file")
         if self.measure_on == "validation" and not trainer.enable_validation:
             raise MisconfigurationException(
                 f"EntropyPruningCallback measures on validation batches, but the run has none (limit_val_batches="
@@ -284,21 +304,43 @@ class EntropyPruningCallback(Callback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         self._detach()
-        sites: list[ActivationSite] = isolated_sites(pl_module)
+        sites: list[ActivationSite] = [
+            site
+            for site in isolated_sites(pl_module)
+            if not any(fnmatchcase(site.name, glob) for glob in self.exclude or ())
+        ]
         neuron_dim = {  # what an axis was given for may be linear by now
             glob: axis for glob, axis in self.neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
         }
         self._probe = EntropyProbe(sites, neuron_dim)
         self._probe.attach()
+        _forget_compiled_code(pl_module)
 
     def _detach(self) -> None:
         if self._probe is not None:
             self._probe.detach()
             self._probe = None
 
+    def _stop_watching(self) -> None:
+        for handle in self._not_called.values():
+            handle.remove()
+        self._not_called = {}
+
+    def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notice which activations training does not call; each hook goes away at the first call."""
+        self._stop_watching()
+        for site in isolated_sites(pl_module):
+
+            def note(module: nn.Module, args: Any, name: str = site.name) -> None:
+                if not trainer.validating and name in self._not_called:
+                    self._not_called.pop(name).remove()
+
+            self._not_called[site.name] = site.module.register_forward_pre_hook(note)
+
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         assert self._probe is not None
         self._probe.detach()
+        _forget_compiled_code(pl_module)
         entropies = self._probe.entropies()
         self._probe = None
         values = {entropy_key(name): value for name, value in entropies.items()}
@@ -313,6 +355,12 @@ class EntropyPruningCallback(Callback):
             return
         self._dashboard = Dashboard(trainer.loggers, self.monitor)
         self._dashboard.write_layout()
+        given = len(stand_ins(pl_module)) - len(self.removed)
+        if given > 0:
+            rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
+        if self._finished:
+            trainer.should_stop = True
+            rank_zero_info("Pruning was over when this run was saved; remove EntropyPruningCallback to train on.")
         self._operate(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -321,8 +369,12 @@ class EntropyPruningCallback(Callback):
             return
         self._validated_this_epoch = False
         self._operate(trainer, pl_module)
-        if self.measure_on == "training" and not self._finished:
+        if self._finished:
+            return
+        if self.measure_on == "training":
             self._attach(pl_module)
+        elif not _is_compiled(pl_module):  # hooks would cost it a compilation
+            self._watch_training(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
@@ -330,22 +382,30 @@ class EntropyPruningCallback(Callback):
             return
         if self._probe is not None:
             self._measured = self._read(trainer, pl_module)
+        idle = list(self._not_called)
+        self._stop_watching()
         self._epochs += 1
         self._check_validation_ran(trainer)
         score = self._score(trainer)
         judgeable = self._validated_this_epoch or not trainer.enable_validation
         if score is not None and judgeable and self._measured is not None and self._epochs >= self._length_of_round():
             self._judge(trainer, score)
-            self._decide(trainer)
+            self._decide(trainer, idle)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge a round that the end of the run has cut short, and go back if that is what was decided."""
         if not self._active:
             return
         self._detach()
+        self._stop_watching()
         this = self._rounds[-1]
+        if this is self._rounds[0] and this.accepted is None:
+            rank_zero_warn(
+                f"Nothing was pruned: the run ended before its first round, {self._length_of_round()} epochs with a "
+                f"validation at their end."
+            )
         if this.removed and this.accepted is None:
-            score = self._score(trainer)
+            score = self._score(trainer) if self.monitor in trainer.callback_metrics else None
             if score is None:
                 this.accepted = False
                 rank_zero_info(f"Round {len(self._rounds) - 1} ended without a score.")
@@ -424,17 +484,24 @@ class EntropyPruningCallback(Callback):
         )
         rank_zero_info(f"Round {number}: made linear {what}; {self.monitor} {score:.4f}: {verdict}.")
 
-    def _decide(self, trainer: Trainer) -> None:
-        """Decide what happens at the start of the next epoch."""
+    def _decide(self, trainer: Trainer, idle: list[str]) -> None:
+        """Decide what happens at the start of the next epoch; ``idle`` activations were not called in training."""
         if not self._rounds[-1].accepted:
             self._pending = {"action": "go_back"}
             self._stop(trainer)
             return
         assert self._measured is not None
         candidates = {name: value for name, value in self._measured.items() if name in (self._candidates or ())}
+        unused = [name for name in candidates if name in idle]
+        if unused:
+            rank_zero_warn(
+                f"Training does not call {unused}, which validation calls: they are left alone. Does `training_step` "
+                f"call other methods than the model's forward?"
+            )
+            candidates = {name: value for name, value in candidates.items() if name not in unused}
         allowed = math.inf if self.max_removals is None else self.max_removals - len(self.removed)
         count = int(min(self.removals_per_round, allowed, len(candidates)))
-        names = self.select(candidates, count) if count > 0 else []
+        names = list(self.select(candidates, count))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
         if names:
             self._pending = {
@@ -470,9 +537,13 @@ class EntropyPruningCallback(Callback):
         self._epochs, self._measured, self._validated = 0, None, False
 
     def _save(self, trainer: Trainer) -> None:
-        """Save the last good state on disk, where it costs no device memory."""
+        """Save the state of a round that was kept on disk, where it costs no device memory.
+
+        Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
+        """
         folder = self.dirpath or str(Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
-        self._last_good = str(Path(trainer.strategy.broadcast(folder)) / "last_good.ckpt")
+        folder = trainer.strategy.broadcast(folder)
+        self._last_good = str(Path(folder) / f"round_{len(self._rounds) - 1}.ckpt")
         trainer.save_checkpoint(self._last_good, weights_only=False)
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -483,13 +554,18 @@ class EntropyPruningCallback(Callback):
                 f"folder of argument `dirpath` until the run is over."
             )
         checkpoint = trainer.strategy.load_checkpoint(self._last_good, weights_only=False)
+        if checkpoint["callbacks"][self.state_key]["rounds"] != [asdict(this) for this in self._rounds[:-1]]:
+            raise RuntimeError(
+                f"The last good checkpoint {self._last_good} is of another run, so the model can't go back to it. Give "
+                f"every run a `dirpath` of its own."
+            )
         names = self._rounds[-1].removed
         linear = stand_ins(pl_module)
         live = set(pl_module.parameters())
         gone = [p for name in names for p in linear[name].activation.parameters() if p not in live]
         restore(pl_module, names)
         put_back_parameters(trainer.optimizers, gone, self._dropped)
-        trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
@@ -526,6 +602,21 @@ class EntropyPruningCallback(Callback):
         self._finished = state_dict["finished"]
         self._last_good = state_dict["last_good"]
         self._dropped = [list(position) for position in state_dict["dropped"]]
+
+
+def _is_compiled(pl_module: LightningModule) -> bool:
+    """Tell whether the module or a part of it is compiled, by the user or handed to the Trainer so."""
+    handed_over = getattr(pl_module, "_compiler_ctx", None) is not None
+    return handed_over or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in pl_module.modules()
+    )
+
+
+def _forget_compiled_code(pl_module: LightningModule) -> None:
+    """Have compiled code made anew: it neither sees hooks that were added since, nor misses those that are gone."""
+    if _is_compiled(pl_module):
+        torch._dynamo.reset()
 
 
 def _as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | None:

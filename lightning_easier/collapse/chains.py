@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from lightning_easier.activations import RECTIFIERS
 from lightning_easier.collapse.operators import LINEAR_OPERATORS
 from lightning_easier.linearize import IdentityStandIn
-from lightning_easier.tracing import UntraceableError, trace_forward, variants
+from lightning_easier.tracing import InPlaceProxy, UntraceableError, input_of, trace_forward, variants
 
 _WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _WEIGHTED_FUNCTIONS: tuple[Any, ...] = (
@@ -71,6 +71,9 @@ class _ModelTracer(fx.Tracer):
     def __init__(self, opaque: frozenset[nn.Module]) -> None:
         super().__init__()
         self._opaque = opaque
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -135,7 +138,7 @@ def neighbours(captured: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     for node in captured.graph.nodes:
         if is_linear_operator(captured, node) and len(node.users) == 1:
             (user,) = node.users
-            if is_linear_operator(captured, user) and user.args[0] is node:
+            if is_linear_operator(captured, user) and input_of(user) is node:
                 yield node, user
 
 
@@ -145,6 +148,10 @@ def why_separate(captured: fx.GraphModule, first: fx.Node, second: fx.Node) -> s
     tensors = Counter(
         id(parameter) for target in calls for parameter in captured.get_submodule(str(target)).parameters()
     )
+    for node in captured.graph.nodes:  # a parameter may be read without its module being called
+        if node.op == "get_attr":
+            owner, _, attribute = str(node.target).rpartition(".")
+            tensors[id(getattr(captured.get_submodule(owner), attribute))] += 1
     for node in (first, second):
         module = captured.get_submodule(str(node.target))
         if calls[node.target] > 1:
@@ -158,9 +165,9 @@ def why_separate(captured: fx.GraphModule, first: fx.Node, second: fx.Node) -> s
 
 def why_nothing_meets(captured: fx.GraphModule, stand_in: fx.Node) -> str | None:
     """Give the reason why the removal of an activation makes no two linear operators neighbours; None if it does."""
-    before = stand_in.args[0]
+    before = input_of(stand_in)
     while isinstance(before, fx.Node) and _is_stand_in(captured, before):
-        before = before.args[0]
+        before = input_of(before)
     if not isinstance(before, fx.Node) or not is_linear_operator(captured, before):
         return f"what comes before it is {describe(captured, before)}, not one linear operator"
     readers, node = list(before.users), before

@@ -8,15 +8,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils import _pytree as pytree
 
 from lightning_easier.activations import unwrap
 from lightning_easier.collapse import chains
 from lightning_easier.collapse.operators import CannotMergeError, compose
 from lightning_easier.collapse.planner import OBJECTIVES, Objective, pays, prices
 from lightning_easier.costs import count_macs, count_parameters, measure_latency
-from lightning_easier.inference import as_arguments, evaluation_mode, forward, relative_difference, tolerance_for
+from lightning_easier.inference import (
+    as_arguments,
+    describe,
+    evaluation_mode,
+    forward,
+    relative_difference,
+    tolerance_for,
+)
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.report import CollapseReport, Merge, ModelCost, Refusal
+from lightning_easier.tracing import input_of
 
 _IDENTITIES = (
     nn.Identity,
@@ -78,8 +87,8 @@ def collapse(
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, or the model does
-            not accept ``example_inputs``.
+        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, the model does not
+            accept ``example_inputs``, or its outputs can't be compared.
         CollapseError: If the model can't be captured, or the result differs from it on the example inputs.
 
     Example:
@@ -106,6 +115,7 @@ def collapse(
     model = unwrap(model)
     with evaluation_mode(model):
         expected = forward(model, arguments, "example_inputs")
+    _check_comparable(expected, model)
 
     source = deepcopy(model).eval()
     try:
@@ -177,7 +187,7 @@ class _Steps:
             batch_norm: Any = chains.module_of(self._captured, node)
             if type(batch_norm) not in _BATCH_NORMS:
                 continue
-            before = node.args[0]
+            before = input_of(node)
             reason = self._why_not_fold(before, node, batch_norm)
             if reason is not None:
                 self.refusals.append(Refusal((str(node.target),), reason))
@@ -186,7 +196,7 @@ class _Steps:
             operator: Any = chains.module_of(self._captured, before)
             fused: Any
             if isinstance(operator, nn.Linear):
-                fused = fuse_linear_bn_eval(operator, batch_norm)
+                fused = fuse_linear_bn_eval(operator, _affine(batch_norm))
             else:
                 transposed = isinstance(operator, _TRANSPOSED_CONVOLUTIONS)
                 fused = fuse_conv_bn_eval(operator, batch_norm, transposed)
@@ -262,8 +272,36 @@ class _Steps:
         return self._captured
 
     def _bypass(self, node: fx.Node) -> None:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(input_of(node))
         self._graph.erase_node(node)
+
+
+def _affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
+    """Give a batch norm without weight and bias those that change nothing; torch's fusion with a Linear needs them."""
+    if batch_norm.affine:
+        return batch_norm
+    batch_norm = deepcopy(batch_norm)
+    assert batch_norm.running_mean is not None
+    batch_norm.weight = nn.Parameter(torch.ones_like(batch_norm.running_mean), requires_grad=False)
+    batch_norm.bias = nn.Parameter(torch.zeros_like(batch_norm.running_mean), requires_grad=False)
+    return batch_norm
+
+
+def _check_comparable(output: Any, model: nn.Module) -> None:
+    """Refuse outputs that a collapse could not be verified on."""
+    leaves = pytree.tree_leaves(output)
+    strange = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | bool | str | None)]
+    if strange or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"Expected argument `model` to return tensors, or tuples, lists or dicts of them, but "
+            f"{type(model).__name__} returns {describe(strange[0] if strange else output)}, which can't be compared. "
+            f"Wrap it in a module that returns its tensors."
+        )
+    if not any(bool(leaf.isfinite().any()) for leaf in leaves if isinstance(leaf, Tensor)):
+        raise ValueError(
+            f"Expected argument `example_inputs` to give finite outputs, but {type(model).__name__} returns none, so "
+            f"that the collapsed model can't be compared with it"
+        )
 
 
 def _summary(operator: nn.Module) -> str:

@@ -64,7 +64,7 @@ def test_the_saved_config_loads_again(run, tmp_path):
 
 
 def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
-    checkpoint = run / "entropy_pruning" / "last_good.ckpt"
+    checkpoint = run / "entropy_pruning" / "round_2.ckpt"
     common = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
     main(["report", *common])
     shown = capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
 
 
 def test_lightnings_own_subcommands_take_the_checkpoint_too(run, capsys):
-    main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'last_good.ckpt'}"])
+    main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"])
     assert "test_acc" in capsys.readouterr().out
 
 

@@ -99,7 +99,8 @@ def test_a_fall_beyond_the_tolerance_brings_everything_back_and_stops(tmp_path):
     assert not torch.equal(keep.states[3][0]["bn.running_mean"], good_weights["bn.running_mean"])
     assert_equal_states(trainer.optimizers[0].state_dict(), good_optimizer)
     assert_equal_states(trainer.lr_scheduler_configs[0].scheduler.state_dict(), good_scheduler)
-    loaded = load_pruned(Tiny, tmp_path / "entropy_pruning" / "last_good.ckpt")
+    assert callback.last_good == tmp_path / "entropy_pruning" / "round_2.ckpt"
+    loaded = load_pruned(Tiny, callback.last_good)
     assert_equal_states(dict(loaded.state_dict()), dict(good_weights))
 
 
@@ -170,7 +171,7 @@ def test_the_end_of_the_run_judges_a_round_that_it_cuts_short(tmp_path):
         train(model, callback, root=tmp_path, epochs=4)
         assert [this.accepted for this in callback.rounds] == [True, accepted]
         assert len(stand_ins(model)) == len(callback.removed) == int(accepted)
-        loaded = load_pruned(Tiny, tmp_path / "entropy_pruning" / "last_good.ckpt") if accepted else model
+        loaded = load_pruned(Tiny, callback.last_good) if accepted else model
         assert_equal_states(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
@@ -305,6 +306,140 @@ def test_the_optimizer_holds_exactly_the_live_parameters(tmp_path):
     assert any(p is slope for p in held)
 
 
+def test_going_back_after_a_resume_from_an_older_checkpoint(tmp_path):
+    """The killed run had kept a round that the resumed one has not: that round's checkpoint must not come back."""
+    saver = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
+    options = {"data": InOrder(64), "root": tmp_path}
+    first = pruning(monitor="scripted", tolerance=0.1)
+    train(Tiny(scores=(0.9,)), first, saver, epochs=4, enable_checkpointing=True, **options)
+    assert len(first.removed) == 3
+    model, callback = Tiny(scores=(0.9, 0.9, 0.1)), pruning(monitor="scripted", tolerance=0.1)
+    train(model, callback, epochs=9, ckpt_path=tmp_path / "kept" / "epoch=1.ckpt", **options)
+    assert [this.accepted for this in callback.rounds] == [True, True, False]
+    assert list(stand_ins(model)) == callback.removed
+    assert_equal_states(
+        dict(model.state_dict()), dict(torch.load(callback.last_good, weights_only=False)["state_dict"])
+    )
+
+
+def test_a_checkpoint_of_another_run_does_not_come_back(tmp_path):
+    class Swap(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                (tmp_path / "kept" / "round_0.ckpt").replace(tmp_path / "kept" / "round_1.ckpt")
+
+    callback = pruning(monitor="scripted", tolerance=0.1, dirpath=str(tmp_path / "kept"))
+    with pytest.raises(RuntimeError, match="round_1.ckpt is of another run"):
+        train(Tiny(scores=(0.9, 0.9, 0.1)), callback, Swap(), root=tmp_path)
+
+
+def test_a_run_that_was_over_does_not_train_on_when_it_is_resumed(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    options = {"root": tmp_path, "epochs": 9}
+    first = Tiny(scores=(0.9, 0.1))
+    train(first, pruning(monitor="scripted", tolerance=0.1), saver, enable_checkpointing=True, **options)
+    second, callback = Tiny(scores=(0.9, 0.1)), pruning(monitor="scripted", tolerance=0.1)
+    trainer = train(second, callback, ckpt_path=tmp_path / "kept" / "last.ckpt", **options)
+    assert trainer.current_epoch == 2
+    assert_equal_states(dict(second.state_dict()), dict(first.state_dict()))
+
+
+def test_the_structure_of_a_checkpoint_comes_with_it_in_either_direction(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
+    model = Tiny()
+    trainer = train(model, pruning(), saver, root=tmp_path, epochs=3, enable_checkpointing=True)
+    for epoch in (0, 2, 1):
+        trainer.validate(model, DigitsDataModule(64), str(tmp_path / "kept" / f"epoch={epoch}.ckpt"), verbose=False)
+        assert len(stand_ins(model)) == epoch == trainer.callback_metrics["removed"]
+
+
+class Bypassing(Tiny):
+    """Trains past its own forward, as one does who needs features and logits."""
+
+    def training_step(self, batch, batch_idx):
+        x = self.act1(self.bn(self.conv(batch[0]))).flatten(1)
+        x = torch.relu(self.fc2(self.act2(self.fc1(x))))
+        return nn.functional.cross_entropy(self.fc4(self.act4(self.fc3(x))), batch[1])
+
+
+def test_an_activation_that_training_does_not_call_is_left_alone(tmp_path):
+    callback = pruning()
+    with pytest.warns(UserWarning, match=r"Training does not call \['relu'\]"):
+        train(Bypassing(), callback, root=tmp_path, epochs=6)
+    assert sorted(callback.removed) == ["act1", "act2", "act4"]
+
+
+class BuiltInSetup(Tiny):
+    """One rectifier from the start, the rest in setup."""
+
+    def __init__(self):
+        super().__init__()
+        self.act1 = None
+
+    def setup(self, stage):
+        self.act1 = nn.ReLU()
+
+
+def test_a_model_that_is_completed_in_setup_is_seen_whole(tmp_path):
+    callback = pruning(include=["act1"])
+    train(BuiltInSetup(), callback, root=tmp_path, epochs=2)
+    assert callback.removed == ["act1"]
+
+
+class Outer(LightningModule):
+    """Calls a network that is a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Tiny()
+
+    def forward(self, x):
+        return self.inner(x)
+
+    training_step = Tiny.training_step
+    validation_step = Tiny.validation_step
+    configure_optimizers = Tiny.configure_optimizers
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_measured_and_pruned_alike(tmp_path, whole):
+    def make():
+        torch.manual_seed(3)
+        return Outer()
+
+    plain, compiled = make(), make()
+    expected, callback = pruning(), pruning()
+    train(plain, expected, root=tmp_path / "a", epochs=3)
+    if not whole:
+        compiled.inner.compile(backend="eager")
+    handed_over = torch.compile(compiled, backend="eager") if whole else compiled
+    train(handed_over, callback, root=tmp_path / "b", epochs=3)
+    assert callback.report() == expected.report()
+    assert_equal_states([*plain.state_dict().values()], [*compiled.state_dict().values()])
+
+
+def test_what_is_excluded_is_not_measured(tmp_path):
+    trainer = train(Tiny(), pruning(exclude=["act1"]), root=tmp_path, epochs=1)
+    assert {key for key in trainer.callback_metrics if key.startswith("entropy/")} == {
+        "entropy/act2", "entropy/relu", "entropy/act4",
+    }  # fmt: skip
+
+
+def test_a_choice_of_ones_own_is_held_to_the_limit(tmp_path):
+    class Last(EntropyPruningCallback):
+        def select(self, entropies, count):
+            return list(entropies)[::-1]
+
+    callback = Last("val_acc", tolerance=100.0, max_removals=2)
+    train(Tiny(), callback, root=tmp_path, epochs=9)
+    assert callback.removed == ["act4", "relu"]
+
+
+def test_a_run_too_short_for_a_round_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="Nothing was pruned: the run ended before its first round, 4 epochs"):
+        train(Tiny(), pruning(epochs_per_round=4), root=tmp_path, epochs=3)
+
+
 class Manual(Tiny):
     automatic_optimization = False
 
@@ -315,19 +450,15 @@ class Manual(Tiny):
         optimizer.step()
 
 
-class BuiltLate(LightningModule):
+class BuiltLate(Outer):
     """Its layers exist only after configure_model."""
+
+    def __init__(self):
+        LightningModule.__init__(self)
 
     def configure_model(self):
         if not hasattr(self, "inner"):
             self.inner = Tiny()
-
-    def forward(self, x):
-        return self.inner(x)
-
-    training_step = Tiny.training_step
-    validation_step = Tiny.validation_step
-    configure_optimizers = Tiny.configure_optimizers
 
 
 @pytest.mark.parametrize("make", [Manual, BuiltLate])
@@ -396,9 +527,10 @@ class NoRectifier(Tiny):
         (Tiny, lambda: [pruning(), pruning()], {}, RuntimeError, "more than one stateful callback"),
         (Tiny, lambda: [pruning(), StochasticWeightAveraging(0.1)], {}, MisconfigurationException,
          "does not go with StochasticWeightAveraging"),
+        (Tiny, lambda: [pruning(dirpath=__file__)], {}, MisconfigurationException, "`dirpath` to be a folder, but"),
         (Tiny, lambda: [pruning()], {"limit_val_batches": 0}, MisconfigurationException, "limit_val_batches=0"),
         (lambda: Tiny(scores=(0.9, math.nan)), lambda: [pruning(monitor="scripted")], {}, ValueError,
-         "`monitor` 'scripted' to be finite, but got nan in epoch 1.*last_good.ckpt"),
+         "`monitor` 'scripted' to be finite, but got nan in epoch 1.*round_0.ckpt"),
     ],
 )  # fmt: skip
 def test_bad_wiring_is_named_and_the_model_is_as_it_was(tmp_path, make, callbacks, settings, error, message):
@@ -410,6 +542,7 @@ def test_bad_wiring_is_named_and_the_model_is_as_it_was(tmp_path, make, callback
     assert not any(has_hooks(module) for module in model.modules())
     if error is MisconfigurationException:
         assert stand_ins(model) == {}
+        assert "relu" not in dict(model.named_modules()) or "acc" in message
 
 
 @pytest.mark.parametrize(("split", "message"), [("val_set", "validation loader yielded nothing"),
@@ -437,5 +570,5 @@ def test_a_last_good_checkpoint_that_is_gone_is_named(tmp_path):
                 file.unlink()
 
     callback = pruning(monitor="scripted", tolerance=0.1, dirpath=str(tmp_path / "kept"))
-    with pytest.raises(FileNotFoundError, match="last_good.ckpt is gone"):
+    with pytest.raises(FileNotFoundError, match="round_0.ckpt is gone"):
         train(Tiny(scores=(0.9, 0.1)), callback, Thief(), root=tmp_path)
