@@ -6,7 +6,7 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,15 +16,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites, match_names, planned_sites
+from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
+from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
 from lightning_easier.checkpoint import restructure_on_load
 from lightning_easier.criteria import lowest_entropy
@@ -105,17 +104,14 @@ class EntropyPruningCallback(Callback):
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"Expected argument `monitor` to be the name of a logged score, but got {monitor!r}")
-        _check_choice("mode", mode, ("min", "max"))
-        _check_choice("measure_on", measure_on, ("validation", "training"))
-        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
-            raise TypeError(f"Expected argument `tolerance` to be a number, but got {tolerance!r}")
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"Expected argument `tolerance` to be finite and at least 0, but got {tolerance}")
-        _check_integer("epochs_per_round", epochs_per_round, 1)
-        _check_integer("removals_per_round", removals_per_round, 1)
-        _check_integer("warmup_epochs", warmup_epochs, 0)
+        check_choice("mode", mode, ("min", "max"))
+        check_choice("measure_on", measure_on, ("validation", "training"))
+        check_non_negative("tolerance", tolerance)
+        check_integer("epochs_per_round", epochs_per_round, 1)
+        check_integer("removals_per_round", removals_per_round, 1)
+        check_integer("warmup_epochs", warmup_epochs, 0)
         if max_removals is not None:
-            _check_integer("max_removals", max_removals, 1)
+            check_integer("max_removals", max_removals, 1)
         self.monitor = monitor
         self.mode = mode
         self.tolerance = tolerance
@@ -123,13 +119,18 @@ class EntropyPruningCallback(Callback):
         self.removals_per_round = removals_per_round
         self.max_removals = max_removals
         self.warmup_epochs = warmup_epochs
-        self.include = _as_globs("include", include)
-        self.exclude = _as_globs("exclude", exclude)
+        self.include = as_globs("include", include)
+        self.exclude = as_globs("exclude", exclude)
         self.measure_on = measure_on
+        if neuron_dim is not None and not isinstance(neuron_dim, Mapping):
+            raise TypeError(f"Expected argument `neuron_dim` to map name globs to axes, but got {neuron_dim!r}")
         self.neuron_dim = dict(neuron_dim or {})
-        self.dirpath = dirpath
+        if dirpath is not None and not isinstance(dirpath, str | Path):
+            raise TypeError(f"Expected argument `dirpath` to be a path, but got {dirpath!r}")
+        self.dirpath = None if dirpath is None else str(dirpath)
 
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
+        self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._active = False
         self._load_handle: RemovableHandle | None = None
         self._probe: EntropyProbe | None = None
@@ -189,7 +190,7 @@ class EntropyPruningCallback(Callback):
                 f"Expected one EntropyPruningCallback in the Trainer, but got {len(twins)}; give one of them all globs"
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._candidates = None
+        self._candidates = self._sites = None
         if stage == TrainerFn.FITTING:
             self._reset()
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
@@ -239,42 +240,10 @@ class EntropyPruningCallback(Callback):
                 f"prune, but they leave none of {known}"
             )
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check_wiring(trainer, pl_module, chosen)
+            wiring.check(trainer, pl_module, chosen, self.measure_on, self.dirpath)
         self._candidates = chosen
         if self._active:
             isolated_sites(pl_module)
-
-    def _check_wiring(self, trainer: Trainer, pl_module: LightningModule, candidates: list[str]) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"EntropyPruningCallback does not support {type(trainer.strategy).__name__} yet: it shards the model "
-                f"that would be changed. Use DDP or one device."
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                raise MisconfigurationException(
-                    f"EntropyPruningCallback does not go with {type(callback).__name__}, which keeps a second model "
-                    f"that would stay unpruned. Remove one of the two."
-                )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise MisconfigurationException(
-                "EntropyPruningCallback does not support strategies that spawn or fork processes yet: the weights "
-                "would come back into a model of the old structure. Use strategy='ddp' in a script, or torchrun."
-            )
-        sites = {site.name: site.module for site in planned_sites(pl_module)}
-        with_parameters = [name for name in candidates if name in sites and list(sites[name].parameters())]
-        if with_parameters and trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"EntropyPruningCallback can't remove {with_parameters} under {trainer.world_size} processes yet: they "
-                f"have parameters, which the wrapped model would miss. Pass them as `exclude`."
-            )
-        if self.dirpath is not None and Path(self.dirpath).exists() and not Path(self.dirpath).is_dir():
-            raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {self.dirpath} is a file")
-        if self.measure_on == "validation" and not trainer.enable_validation:
-            raise MisconfigurationException(
-                f"EntropyPruningCallback measures on validation batches, but the run has none (limit_val_batches="
-                f"{trainer.limit_val_batches}). Add a validation loader and step, or pass measure_on='training'."
-            )
 
     # Measuring
 
@@ -302,19 +271,22 @@ class EntropyPruningCallback(Callback):
         if self._probe is not None:
             self._probe.paused = False
 
+    def _live_sites(self, pl_module: LightningModule) -> list[ActivationSite]:
+        """Return the activations that are not linear; looking for them costs time, so it is done once."""
+        if self._sites is None:
+            self._sites = isolated_sites(pl_module)
+        return [site for site in self._sites if pl_module.get_submodule(site.name) is site.module]
+
     def _attach(self, pl_module: LightningModule) -> None:
         self._detach()
-        sites: list[ActivationSite] = [
-            site
-            for site in isolated_sites(pl_module)
-            if not any(fnmatchcase(site.name, glob) for glob in self.exclude or ())
-        ]
+        excluded = self.exclude or ()
+        sites = [s for s in self._live_sites(pl_module) if not any(fnmatchcase(s.name, glob) for glob in excluded)]
         neuron_dim = {  # what an axis was given for may be linear by now
             glob: axis for glob, axis in self.neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
         }
         self._probe = EntropyProbe(sites, neuron_dim)
         self._probe.attach()
-        _forget_compiled_code(pl_module)
+        wiring.forget_compiled_code(pl_module)
 
     def _detach(self) -> None:
         if self._probe is not None:
@@ -329,7 +301,7 @@ class EntropyPruningCallback(Callback):
     def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notice which activations training does not call; each hook goes away at the first call."""
         self._stop_watching()
-        for site in isolated_sites(pl_module):
+        for site in self._live_sites(pl_module):
 
             def note(module: nn.Module, args: Any, name: str = site.name) -> None:
                 if not trainer.validating and name in self._not_called:
@@ -340,7 +312,7 @@ class EntropyPruningCallback(Callback):
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         assert self._probe is not None
         self._probe.detach()
-        _forget_compiled_code(pl_module)
+        wiring.forget_compiled_code(pl_module)
         entropies = self._probe.entropies()
         self._probe = None
         values = {entropy_key(name): value for name, value in entropies.items()}
@@ -373,7 +345,7 @@ class EntropyPruningCallback(Callback):
             return
         if self.measure_on == "training":
             self._attach(pl_module)
-        elif not _is_compiled(pl_module):  # hooks would cost it a compilation
+        elif not wiring.is_compiled(pl_module):  # hooks would cost it a compilation
             self._watch_training(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -564,6 +536,7 @@ class EntropyPruningCallback(Callback):
         live = set(pl_module.parameters())
         gone = [p for name in names for p in linear[name].activation.parameters() if p not in live]
         restore(pl_module, names)
+        self._sites = None
         put_back_parameters(trainer.optimizers, gone, self._dropped)
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
@@ -602,39 +575,3 @@ class EntropyPruningCallback(Callback):
         self._finished = state_dict["finished"]
         self._last_good = state_dict["last_good"]
         self._dropped = [list(position) for position in state_dict["dropped"]]
-
-
-def _is_compiled(pl_module: LightningModule) -> bool:
-    """Tell whether the module or a part of it is compiled, by the user or handed to the Trainer so."""
-    handed_over = getattr(pl_module, "_compiler_ctx", None) is not None
-    return handed_over or any(
-        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
-        for module in pl_module.modules()
-    )
-
-
-def _forget_compiled_code(pl_module: LightningModule) -> None:
-    """Have compiled code made anew: it neither sees hooks that were added since, nor misses those that are gone."""
-    if _is_compiled(pl_module):
-        torch._dynamo.reset()
-
-
-def _as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | None:
-    if value is None or isinstance(value, str):
-        return [value] if value is not None else None
-    globs = list(value)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"Expected argument `{argument}` to hold name globs, but got {globs!r}")
-    return globs
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected argument `{argument}` to be one of {choices}, but got {value!r}")
-
-
-def _check_integer(argument: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected argument `{argument}` to be an integer, but got {value!r}")
-    if value < least:
-        raise ValueError(f"Expected argument `{argument}` to be at least {least}, but got {value}")

@@ -490,6 +490,8 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"max_removals": 0}, ValueError, "`max_removals` to be at least 1, but got 0"),
         ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),
         ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
+        ({"neuron_dim": 1}, TypeError, "`neuron_dim` to map name globs to axes, but got 1"),
+        ({"dirpath": 1}, TypeError, "`dirpath` to be a path, but got 1"),
         ({"include": [1]}, TypeError, r"`include` to hold name globs, but got \[1\]"),
     ],
 )

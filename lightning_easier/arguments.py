@@ -1,0 +1,37 @@
+"""Checks of arguments that name the argument and the value."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | None:
+    """Take one glob for a list of one."""
+    if value is None or isinstance(value, str):
+        return [value] if value is not None else None
+    globs = list(value)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"Expected argument `{argument}` to hold name globs, but got {globs!r}")
+    return globs
+
+
+def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Require one of several values."""
+    if value not in choices:
+        raise ValueError(f"Expected argument `{argument}` to be one of {choices}, but got {value!r}")
+
+
+def check_integer(argument: str, value: Any, least: int) -> None:
+    """Require an integer of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected argument `{argument}` to be an integer, but got {value!r}")
+    if value < least:
+        raise ValueError(f"Expected argument `{argument}` to be at least {least}, but got {value}")
+
+
+def check_non_negative(argument: str, value: Any) -> None:
+    """Require a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `{argument}` to be a number, but got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Expected argument `{argument}` to be finite and at least 0, but got {value}")
