@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -40,6 +41,9 @@ def load_pruned(
     Returns:
         The model.
 
+    Warns:
+        UserWarning: If the checkpoint was saved at the end of a round that was taken back.
+
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If ``model`` is neither a module nor a LightningModule class, or ``init_kwargs`` come with an
@@ -62,6 +66,9 @@ def load_pruned(
             f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} can't be read. If it holds "
             f"objects of your own and you trust it, pass `weights_only=False`."
         ) from error
+    for state in checkpoint.get("callbacks", {}).values() if isinstance(checkpoint, Mapping) else ():
+        if isinstance(state, Mapping):
+            warn_if_rejected(state)
     if isinstance(model, type):
         if not issubclass(model, LightningModule):
             raise TypeError(
@@ -84,6 +91,16 @@ def load_pruned(
         inner.on_load_checkpoint(checkpoint)
     _load(inner, _marked_state_dict(checkpoint, path), path)
     return model
+
+
+def warn_if_rejected(state: Mapping[str, Any]) -> None:
+    """Warn if the state of a pruning callback is that of a round that was about to be taken back."""
+    pending = state.get("pending")
+    if isinstance(pending, Mapping) and pending.get("action") == "go_back":
+        rank_zero_warn(
+            f"This checkpoint was saved at the end of a round whose score fell beyond the tolerance; the run went back "
+            f"after it. Its last good model is {state.get('last_good')}."
+        )
 
 
 def restructure_on_load(module: nn.Module) -> RemovableHandle:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
+from lightning_easier.arguments import check_integer
 from lightning_easier.checkpoint import load_pruned
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
@@ -86,7 +88,7 @@ class EasierTrainer(Trainer):
         if collapsed:
             shipped = self._collapse(model, inputs, ckpt_path, objective, weights_only).model
         else:
-            shipped = load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+            shipped = self._load(model, ckpt_path, weights_only)
         rich.print(export(shipped, output, inputs))
 
     def report(
@@ -110,16 +112,31 @@ class EasierTrainer(Trainer):
     def _collapse(
         self, model: LightningModule, inputs: Tensor, ckpt_path: str, objective: Any, weights_only: bool | None
     ) -> CollapseResult:
-        load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+        self._load(model, ckpt_path, weights_only)
         return collapse(model.to(self.strategy.root_device), inputs, objective=objective)
+
+    def _load(self, model: LightningModule, ckpt_path: str, weights_only: bool | None) -> LightningModule:
+        """Load a checkpoint of any number of removals, none included."""
+        if not Path(ckpt_path).is_file():
+            raise FileNotFoundError(f"Expected option `--ckpt_path` to be a checkpoint file, but {ckpt_path} is none")
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)
+        if read_marks(checkpoint["state_dict"]):
+            load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+        else:
+            rank_zero_info(f"No activation is linear in {ckpt_path}.")
+            model.load_state_dict(checkpoint["state_dict"])
+        return model
 
     def _example_inputs(
         self, model: LightningModule, datamodule: LightningDataModule | None, batch_size: int | None
     ) -> Tensor:
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1)
         if datamodule is not None:
             datamodule.prepare_data()
             datamodule.setup("validate")
-            loader = datamodule.val_dataloader()
+            loaders = datamodule.val_dataloader()
+            loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
             inputs = next((model_input(batch) for batch in loader), None)
         else:
             inputs = model.example_input_array  # type: ignore[assignment]

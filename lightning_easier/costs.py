@@ -1,7 +1,7 @@
 """What a model costs: parameters, multiply-accumulates and measured time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
@@ -21,10 +21,24 @@ class Latency:
     Attributes:
         median: Median over the samples.
         spread: Interquartile range over the samples.
+        samples: The samples, in the order they were taken.
     """
 
     median: float
     spread: float
+    samples: tuple[float, ...] = field(repr=False)
+
+
+def speed_up(before: Latency, after: Latency) -> tuple[float, float, float]:
+    """Compare two latencies that were measured interleaved: quartiles of the ratio of neighbouring samples.
+
+    What slows the machine down for a while meets both samples of a pair, so the ratio hardly notices.
+
+    Returns:
+        First quartile, median and third quartile of how many times faster ``after`` is.
+    """
+    first, middle, third = quantiles([b / a for b, a in zip(before.samples, after.samples, strict=True)], n=4)
+    return first, middle, third
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -40,7 +54,7 @@ def count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
 
 
 def measure_latency(
-    candidates: Mapping[str, Callable[..., Any]], arguments: Sequence[Tensor], *, samples: int = 9
+    candidates: Mapping[str, Callable[..., Any]], arguments: Sequence[Tensor], *, samples: int = 15
 ) -> dict[str, Latency]:
     """Time several callables on the same arguments, interleaved, so that noise meets all of them alike.
 
@@ -64,7 +78,7 @@ def measure_latency(
         for _ in range(samples):
             for name, timer in timers.items():
                 times[name].append(timer.timeit(runs[name]).mean)
-    return {name: Latency(median(values), _interquartile_range(values)) for name, values in times.items()}
+    return {name: Latency(median(v), _interquartile_range(v), tuple(v)) for name, v in times.items()}
 
 
 def _interquartile_range(values: list[float]) -> float:

@@ -58,12 +58,14 @@ def export(
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If the format is not known, ``tolerance`` is negative, or the model does not accept the inputs.
-        ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
+        ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, or the model does not
+        accept the inputs. ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
         ExportError: If the export fails, or the file does not compute the same.
     """
     path = Path(path)
     format = _format_of(path, format)
+    if path.is_dir():
+        raise ValueError(f"Expected argument `path` to be a file, but {path} is a folder")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"Expected argument `tolerance` to be None or at least 0, but got {tolerance}")
     if format == "onnx":

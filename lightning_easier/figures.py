@@ -34,7 +34,7 @@ def read_entropies(log_dir: str | Path) -> dict[str, tuple[list[int], list[float
 
 
 def plot_entropies(log_dir: str | Path, path: str | Path) -> None:
-    """Draw the entropy of every activation over the run; a curve ends where its activation became linear.
+    """Draw the entropy of every activation over the run; a curve ends where its activation was made linear.
 
     Args:
         log_dir: Folder with TensorBoard's event files.
@@ -54,7 +54,7 @@ def plot_entropies(log_dir: str | Path, path: str | Path) -> None:
         if steps[-1] < last:
             axes.plot(steps[-1], values[-1], "o", color=line.get_color(), markersize=5)
     axes.set(xlabel="training step", ylabel="entropy [bit]")
-    axes.set_title("Entropy of every activation (a dot: became linear)", loc="left", fontsize=10)
+    axes.set_title("Entropy of every activation (a dot: made linear)", loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

@@ -25,7 +25,7 @@ from lightning_easier.activations import ActivationSite, isolated_sites, match_n
 from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
 from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
-from lightning_easier.checkpoint import restructure_on_load
+from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
 from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
 from lightning_easier.linearize import linearize, restore, stand_ins
@@ -53,7 +53,8 @@ class EntropyPruningCallback(Callback):
     :attr:`last_good`; :func:`~lightning_easier.load_pruned` loads it.
 
     Args:
-        monitor: Name of the logged score.
+        monitor: Name of the score, logged in a validation or training step or at the end of validation. (What is logged
+            in the module's ``on_train_epoch_end`` comes too late.)
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
         tolerance: By how much the score may fall below the dense score, in the score's own unit.
         epochs_per_round: Training epochs between two removals.
@@ -132,6 +133,7 @@ class EntropyPruningCallback(Callback):
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._active = False
+        self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
         self._probe: EntropyProbe | None = None
         self._dashboard: Dashboard | None = None
@@ -191,7 +193,8 @@ class EntropyPruningCallback(Callback):
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._candidates = self._sites = None
-        if stage == TrainerFn.FITTING:
+        self._stage = stage
+        if stage == TrainerFn.FITTING and trainer.current_epoch == 0:  # else a Trainer that goes on
             self._reset()
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
@@ -206,6 +209,7 @@ class EntropyPruningCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._remove_hooks()
+        self._stage = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -230,10 +234,14 @@ class EntropyPruningCallback(Callback):
         try:
             known = names + linear
             chosen = match_names(known, self.include, self.exclude)
-            for glob in self.neuron_dim:
-                match_names(known, [glob], None)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        for glob in self.neuron_dim:
+            if not any(fnmatchcase(name, glob) for name in known):
+                raise MisconfigurationException(
+                    f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none "
+                    f"of {known}"
+                )
         if not chosen:
             raise MisconfigurationException(
                 f"Expected arguments `include` {self.include} and `exclude` {self.exclude} to leave activations to "
@@ -356,6 +364,8 @@ class EntropyPruningCallback(Callback):
             self._measured = self._read(trainer, pl_module)
         idle = list(self._not_called)
         self._stop_watching()
+        if not trainer.is_last_batch:  # the run ends inside an epoch; on_train_end judges
+            return
         self._epochs += 1
         self._check_validation_ran(trainer)
         score = self._score(trainer)
@@ -429,10 +439,13 @@ class EntropyPruningCallback(Callback):
         # Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
         score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         if not math.isfinite(score):
+            if self._last_good is not None and self._rounds[-1].removed:
+                self._rounds[-1].accepted = False
+                self._go_back(trainer, trainer.lightning_module)
             raise ValueError(
                 f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in epoch "
-                f"{trainer.current_epoch}. The training has diverged: lower the learning rate, or take the run up "
-                f"again from {self._last_good or 'an earlier checkpoint'}."
+                f"{trainer.current_epoch}. The training has diverged: lower the learning rate. The last good model is "
+                f"{self._last_good or 'an earlier checkpoint'}."
             )
         return score
 
@@ -475,6 +488,8 @@ class EntropyPruningCallback(Callback):
         count = int(min(self.removals_per_round, allowed, len(candidates)))
         names = list(self.select(candidates, count))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
+        if not set(names) <= set(candidates):
+            raise ValueError(f"Expected `select` to choose among {list(candidates)}, but it returned {names}")
         if names:
             self._pending = {
                 "action": "remove",
@@ -543,6 +558,8 @@ class EntropyPruningCallback(Callback):
         for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
         self._dropped, self._finished = [], True
+        for logger in trainer.loggers:
+            logger.log_metrics({REMOVED_KEY: float(len(stand_ins(pl_module)))}, trainer.global_step)
         rank_zero_info(
             f"Went back to the last good model, {self._last_good}, with {len(self.removed)} linear activations."
         )
@@ -553,6 +570,7 @@ class EntropyPruningCallback(Callback):
         """Return plain data: it loads with ``weights_only=True``."""
         return {
             "monitor": self.monitor,
+            "mode": self.mode,
             "rounds": [asdict(this) for this in self._rounds],
             "epochs": self._epochs,
             "measured": self._measured,
@@ -565,7 +583,22 @@ class EntropyPruningCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a run where its checkpoint left it; the structure comes with the model's own state dict."""
+        """Take up a run where its checkpoint left it; the structure comes with the model's own state dict.
+
+        To validate, test or predict with a checkpoint is not to take up its run: rounds and report stay as they are.
+
+        Raises:
+            MisconfigurationException: If the run was judged on another score.
+        """
+        if self._stage not in (None, TrainerFn.FITTING):
+            warn_if_rejected(state_dict)
+            return
+        judged_on = (state_dict["monitor"], state_dict["mode"])
+        if judged_on != (self.monitor, self.mode):
+            raise MisconfigurationException(
+                f"Expected arguments `monitor` and `mode` to be {judged_on}, those of the run that is resumed, but got "
+                f"{(self.monitor, self.mode)}: its rounds can't be compared on another score."
+            )
         self._rounds = [Round(**this) for this in state_dict["rounds"]]
         self._epochs = state_dict["epochs"]
         self._measured = state_dict["measured"]

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from lightning_easier.costs import count_macs, measure_latency
+from lightning_easier.costs import count_macs, measure_latency, speed_up
 
 Objective = Literal["latency", "macs", "depth"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -33,7 +33,8 @@ def prices(
     if objective == "macs":
         return float(count_macs(original, arguments)), float(count_macs(merged, arguments))
     latency = measure_latency({"original": original, "merged": merged}, arguments)
-    return latency["original"].median, latency["merged"].median
+    _, faster, _ = speed_up(latency["original"], latency["merged"])
+    return latency["original"].median, latency["original"].median / faster
 
 
 def pays(objective: Objective, before: float, after: float) -> bool:

@@ -87,6 +87,17 @@ def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
     assert all(torch.allclose(output, outputs[0], rtol=1e-4, atol=1e-4) for output in outputs)
 
 
+def test_a_dense_checkpoint_is_exported_too_and_bad_options_are_named(run, tmp_path):
+    common = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}"]
+    dense = f"--ckpt_path={run / 'entropy_pruning' / 'round_0.ckpt'}"
+    main([*common, dense])
+    assert (tmp_path / "m.pt2").is_file()
+    with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
+        main([*common, dense, "--batch_size=0"])
+    with pytest.raises(FileNotFoundError, match="`--ckpt_path` to be a checkpoint file, but nowhere is none"):
+        main([*common, "--ckpt_path=nowhere"])
+
+
 def test_lightnings_own_subcommands_take_the_checkpoint_too(run, capsys):
     main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"])
     assert "test_acc" in capsys.readouterr().out

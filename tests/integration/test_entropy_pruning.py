@@ -434,6 +434,50 @@ def test_a_choice_of_ones_own_is_held_to_the_limit(tmp_path):
     train(Tiny(), callback, root=tmp_path, epochs=9)
     assert callback.removed == ["act4", "relu"]
 
+    class Unknown(EntropyPruningCallback):
+        def select(self, entropies, count):
+            return ["conv"]
+
+    with pytest.raises(ValueError, match=r"`select` to choose among .*but it returned \['conv'\]"):
+        train(Tiny(), Unknown("val_acc"), root=tmp_path)
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+def test_a_run_that_ends_inside_an_epoch_is_judged(tmp_path, steps):
+    model, callback = Tiny(), pruning()
+    train(model, callback, root=tmp_path, epochs=-1, max_steps=steps)
+    assert [this.accepted for this in callback.rounds] == ([True, False] if steps == 6 else [True, True])
+    assert list(stand_ins(model)) == callback.removed
+
+
+def test_a_checkpoint_of_a_round_that_was_taken_back_says_so(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    model, callback = Tiny(scores=(0.9, 0.9, 0.1)), pruning(monitor="scripted", tolerance=0.1)
+    trainer = train(model, callback, saver, root=tmp_path, epochs=9, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"fell beyond the tolerance.*last good model is .*round_1\.ckpt"):
+        load_pruned(Tiny, tmp_path / "kept" / "last.ckpt")
+    report = callback.report()
+    with pytest.warns(UserWarning, match="fell beyond the tolerance"):
+        trainer.validate(model, DigitsDataModule(64), str(tmp_path / "kept" / "last.ckpt"), verbose=False)
+    assert callback.report() == report  # to look at a checkpoint is not to take up its run
+
+
+def test_a_trainer_that_goes_on_keeps_its_rounds(tmp_path):
+    model, callback = Tiny(), pruning()
+    trainer = train(model, callback, root=tmp_path, epochs=2)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, DigitsDataModule(64))
+    assert [this.epoch for this in callback.rounds] == [0, 1, 2, 3]
+    assert sorted(stand_ins(model)) == sorted(callback.removed)
+
+
+def test_a_run_is_not_taken_up_with_another_score(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    train(Tiny(), pruning(), saver, root=tmp_path, epochs=2, enable_checkpointing=True)
+    other = pruning(monitor="val_loss", mode="min")
+    with pytest.raises(MisconfigurationException, match=r"`mode` to be \('val_acc', 'max'\)"):
+        train(Tiny(), other, root=tmp_path, ckpt_path=tmp_path / "kept" / "last.ckpt")
+
 
 def test_a_run_too_short_for_a_round_says_so(tmp_path):
     with pytest.warns(UserWarning, match="Nothing was pruned: the run ended before its first round, 4 epochs"):
@@ -492,6 +536,7 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
         ({"neuron_dim": 1}, TypeError, "`neuron_dim` to map name globs to axes, but got 1"),
         ({"dirpath": 1}, TypeError, "`dirpath` to be a path, but got 1"),
+        ({"include": 5}, TypeError, "`include` to hold name globs, but got 5"),
         ({"include": [1]}, TypeError, r"`include` to hold name globs, but got \[1\]"),
     ],
 )
@@ -532,19 +577,29 @@ class NoRectifier(Tiny):
         (Tiny, lambda: [pruning(dirpath=__file__)], {}, MisconfigurationException, "`dirpath` to be a folder, but"),
         (Tiny, lambda: [pruning()], {"limit_val_batches": 0}, MisconfigurationException, "limit_val_batches=0"),
         (lambda: Tiny(scores=(0.9, math.nan)), lambda: [pruning(monitor="scripted")], {}, ValueError,
-         "`monitor` 'scripted' to be finite, but got nan in epoch 1.*round_0.ckpt"),
+         "`monitor` 'scripted' to be finite, but got nan in epoch 1.*last good model is .*round_0.ckpt"),
     ],
 )  # fmt: skip
 def test_bad_wiring_is_named_and_the_model_is_as_it_was(tmp_path, make, callbacks, settings, error, message):
-    model = make()
-    keys = list(model.state_dict())
+    model, before = make(), {}
+    keys, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
+
+    class AtStart(Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update(weights_of(pl_module))
+
+    given = callbacks()
     with pytest.raises(error, match=message):
-        train(model, *callbacks(), root=tmp_path, **settings)
-    assert [key for key in model.state_dict() if "_extra_state" not in key] == keys
+        train(model, *given, AtStart(), root=tmp_path, **settings)
+    assert list(model.state_dict()) == keys
+    assert stand_ins(model) == {}
     assert not any(has_hooks(module) for module in model.modules())
-    if error is MisconfigurationException:
-        assert stand_ins(model) == {}
-        assert "relu" not in dict(model.named_modules()) or "acc" in message
+    if "epoch 1" in message:  # it diverged in the first round after the dense one, which is back
+        good = torch.load(given[0].last_good, weights_only=False)["state_dict"]
+        assert_equal_states(dict(model.state_dict()), dict(good))
+    elif "acc" not in message:  # found before anything was changed
+        assert before == {}
+        assert [name for name, _ in model.named_modules()] == modules
 
 
 @pytest.mark.parametrize(("split", "message"), [("val_set", "validation loader yielded nothing"),
@@ -562,7 +617,10 @@ def test_a_loader_that_yields_nothing_is_named(tmp_path, split, message):
     before = weights_of(model)
     with pytest.raises(MisconfigurationException, match=message):
         train(model, pruning(), root=tmp_path, data=Empty(64), limit_train_batches=1.0, limit_val_batches=1.0)
+    if split == "train_set":
+        assert_equal_states(weights_of(model), before)
     assert list(model.state_dict()) == list(before)
+    assert stand_ins(model) == {}
 
 
 def test_a_last_good_checkpoint_that_is_gone_is_named(tmp_path):
