@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import unwrap
-from lightning_easier.linearize import linearize, read_marks, restore, restructure_as_marked
+from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, restructure_as_marked, stand_ins
 
 
 def load_pruned(
@@ -51,21 +51,7 @@ def load_pruned(
             instance is as it was then.
     """
     path = Path(checkpoint_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (
-        pickle.UnpicklingError,
-        KeyError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # all that torch.load raises
-        raise ValueError(
-            f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} can't be read. If it holds "
-            f"objects of your own and you trust it, pass `weights_only=False`."
-        ) from error
+    checkpoint = read_checkpoint(path, map_location=map_location, weights_only=weights_only)
     for state in checkpoint.get("callbacks", {}).values() if isinstance(checkpoint, Mapping) else ():
         if isinstance(state, Mapping):
             warn_if_rejected(state)
@@ -93,6 +79,30 @@ def load_pruned(
     return model
 
 
+def read_checkpoint(
+    path: str | Path,
+    *,
+    argument: str = "checkpoint_path",
+    map_location: Any = "cpu",
+    weights_only: bool | None = True,
+) -> Any:
+    """Read what ``torch.save`` has written, and blame the named argument where that fails.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file can't be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {path} is none")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=weights_only)
+    except (pickle.UnpicklingError, KeyError, EOFError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected argument `{argument}` to be a checkpoint file, but {path} can't be read. If it holds objects of "
+            f"your own and you trust it, pass `weights_only=False`."
+        ) from error
+
+
 def warn_if_rejected(state: Mapping[str, Any]) -> None:
     """Warn if the state of a pruning callback is that of a round that was about to be taken back."""
     pending = state.get("pending")
@@ -114,7 +124,10 @@ def restructure_on_load(module: nn.Module) -> RemovableHandle:
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    restructure_as_marked(module, own)
+    stand_in_keys = {f"{name}.{EXTRA_STATE}" for name in stand_ins(module)}
+    is_whole = set(module.state_dict()) - stand_in_keys <= set(own)
+    if is_whole or read_marks(own):  # a part of a state without marks says nothing of the structure
+        restructure_as_marked(module, own)
 
 
 def _marked_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Any]:

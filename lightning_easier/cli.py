@@ -6,14 +6,13 @@ LightningCLI takes its subcommands from methods of the Trainer class, hence :cla
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
 from lightning_easier.arguments import check_integer
-from lightning_easier.checkpoint import load_pruned
+from lightning_easier.checkpoint import load_pruned, read_checkpoint
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
 from lightning_easier.inference import model_input
@@ -117,14 +116,14 @@ class EasierTrainer(Trainer):
 
     def _load(self, model: LightningModule, ckpt_path: str, weights_only: bool | None) -> LightningModule:
         """Load a checkpoint of any number of removals, none included."""
-        if not Path(ckpt_path).is_file():
-            raise FileNotFoundError(f"Expected option `--ckpt_path` to be a checkpoint file, but {ckpt_path} is none")
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only is not False)
-        if read_marks(checkpoint["state_dict"]):
-            load_pruned(model, ckpt_path, weights_only=weights_only is not False)
+        safely = weights_only is not False
+        checkpoint = read_checkpoint(ckpt_path, argument="--ckpt_path", weights_only=safely)
+        state_dict = checkpoint.get("state_dict", checkpoint)
+        if read_marks(state_dict):
+            load_pruned(model, ckpt_path, weights_only=safely)
         else:
             rank_zero_info(f"No activation is linear in {ckpt_path}.")
-            model.load_state_dict(checkpoint["state_dict"])
+            model.load_state_dict(state_dict)
         return model
 
     def _example_inputs(
@@ -159,17 +158,14 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
         FileNotFoundError: If there is no such file.
         ValueError: If the checkpoint is not from a run with an EntropyPruningCallback.
     """
-    path = Path(checkpoint_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected argument `checkpoint_path` to be a checkpoint file, but {path} is none")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    checkpoint = read_checkpoint(checkpoint_path, weights_only=weights_only)
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, dict) and {"monitor", "rounds"} <= set(state):
             return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
     linear = list(read_marks(checkpoint.get("state_dict", {})))
     raise ValueError(
         f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run with its callbacks' states, but "
-        f"{path} has none (saved with weights only?). Its weights mark {linear or 'no activation'} as linear."
+        f"{checkpoint_path} has none (saved with weights only?). Its weights mark {linear or 'nothing'} as linear."
     )
 
 

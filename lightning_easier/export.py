@@ -59,7 +59,8 @@ def export(
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
         ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, or the model does not
-        accept the inputs. ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
+            accept the inputs.
+        ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
         ExportError: If the export fails, or the file does not compute the same.
     """
     path = Path(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_easier.activations import isolate_activations, planned_sites, unwrap
 
 STAND_INS = ("identity",)
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 _MAGIC = "lightning_easier.linear"
 
 
@@ -196,10 +196,10 @@ def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
     """Return qualified name -> mark for every linearized activation that a state dict knows of."""
     marks = {}
     for key, value in state_dict.items():
-        if key == _EXTRA_STATE or key.endswith(f".{_EXTRA_STATE}"):
+        if key == EXTRA_STATE or key.endswith(f".{EXTRA_STATE}"):
             mark = Mark.decode(value)
             if mark is not None:
-                marks[key.removesuffix(_EXTRA_STATE).removesuffix(".")] = mark
+                marks[key.removesuffix(EXTRA_STATE).removesuffix(".")] = mark
     return marks
 
 

@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_easier import linearize, load_pruned
+from lightning_easier.checkpoint import restructure_on_load
 from lightning_easier.linearize import stand_ins
 
 
@@ -76,6 +77,17 @@ def test_loads_a_bare_state_dict_into_a_plain_module(pruned, tmp_path):
     model = load_pruned(Net(5).body, tmp_path / "weights.pt")
     x = torch.randn(4, 3)
     assert torch.equal(model(x), pruned(x))
+
+
+def test_a_part_of_a_state_does_not_bring_the_rectifiers_back(pruned):
+    handle = restructure_on_load(pruned)
+    weight = torch.full_like(pruned.body[0].weight, 3.0)
+    pruned.load_state_dict({"body.0.weight": weight}, strict=False)
+    assert list(stand_ins(pruned)) == ["body.1"]
+    assert torch.equal(pruned.body[0].weight, weight)
+    pruned.load_state_dict(Net(5).state_dict())  # a whole one does
+    assert stand_ins(pruned) == {}
+    handle.remove()
 
 
 @pytest.mark.parametrize("other", [lambda: Net(6), lambda: Net(5, nn.GELU), lambda: nn.Sequential(nn.Linear(3, 5))])
