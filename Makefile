@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format notebooks tensorboard bench figures clean
+.PHONY: help demo test lint format notebooks networks tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -38,6 +38,9 @@ notebooks: $(VENV)/.dev  ## Execute the notebooks in place.
 
 tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/#custom_scalars.
 	$(BIN)/tensorboard --logdir demo_output
+
+networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real networks become sites.
+	$(BIN)/python -m tests.network_table
 
 bench: $(VENV)/.dev  ## Measure what measuring costs.
 	$(BIN)/python benchmarks/measuring.py

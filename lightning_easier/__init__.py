@@ -2,21 +2,22 @@
 
 from lightning_easier.activations import isolate_activations
 from lightning_easier.callbacks import EntropyPruningCallback
+from lightning_easier.candidates import candidates
 from lightning_easier.checkpoint import load_pruned
 from lightning_easier.collapse import CollapseError, CollapseResult, collapse
 from lightning_easier.entropy import ActivationEntropy, activation_entropy
 from lightning_easier.export import ExportError, export
 from lightning_easier.linearize import linearize, restore
 from lightning_easier.probe import EntropyProbe, measure_entropy
-from lightning_easier.report import CollapseReport, ExportReport, PruningReport
+from lightning_easier.report import CandidateReport, CollapseReport, ExportReport, PruningReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EntropyPruningCallback",
     "measure_entropy", "ActivationEntropy", "activation_entropy", "EntropyProbe",
-    "isolate_activations", "linearize", "restore", "load_pruned",
+    "isolate_activations", "candidates", "linearize", "restore", "load_pruned",
     "collapse", "CollapseResult", "CollapseError",
     "export", "ExportError",
-    "PruningReport", "CollapseReport", "ExportReport",
+    "PruningReport", "CandidateReport", "CollapseReport", "ExportReport",
 ]  # fmt: skip

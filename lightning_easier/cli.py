@@ -12,11 +12,13 @@ from torch import Tensor
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
 from lightning_easier.arguments import check_integer
+from lightning_easier.candidates import candidates as list_candidates
 from lightning_easier.checkpoint import load_pruned, read_checkpoint
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
 from lightning_easier.inference import model_input
 from lightning_easier.linearize import read_marks
+from lightning_easier.probe import measure_entropy
 from lightning_easier.report import PruningReport, Round
 
 try:
@@ -95,18 +97,36 @@ class EasierTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         *,
-        ckpt_path: str,
+        ckpt_path: str | None = None,
+        candidates: bool = False,
+        max_batches: int = 0,
         weights_only: bool | None = None,
     ) -> None:
-        """Report what a pruning run did, round by round, from one of its checkpoints.
+        """Report what a pruning run did, round by round, or which activations could be removed.
 
         Args:
-            model: Not used; LightningCLI passes it.
-            datamodule: Not used; LightningCLI passes it.
-            ckpt_path: The checkpoint.
+            model: The model; for the first report LightningCLI passes it, but only the checkpoint is read.
+            datamodule: Where the entropies are measured.
+            ckpt_path: The checkpoint of a run. With ``candidates`` the weights to look at; the model's own by default.
+            candidates: Whether to list the activations instead, the linear operators around each, and what would merge.
+            max_batches: With ``candidates``: how many validation batches to measure the entropies on; not by default.
             weights_only: As for ``torch.load``; true by default.
         """
-        rich.print(read_pruning_report(ckpt_path, weights_only=weights_only is not False))
+        check_integer("max_batches", max_batches, 0)
+        if not candidates:
+            if ckpt_path is None:
+                raise ValueError("Expected argument `--ckpt_path` to be a checkpoint of a pruning run, but got none")
+            rich.print(read_pruning_report(ckpt_path, weights_only=weights_only is not False))
+            return
+        if ckpt_path is not None:
+            self._load(model, ckpt_path, weights_only)
+        entropies = None
+        if max_batches > 0:
+            if datamodule is None:
+                raise ValueError("Expected `data`, to measure entropies on, but got none; leave out `--max_batches`")
+            loader = _validation_loader(datamodule)
+            entropies = measure_entropy(model.to(self.strategy.root_device), loader, max_batches=max_batches)
+        rich.print(list_candidates(model, entropies))
 
     def _collapse(
         self, model: LightningModule, inputs: Tensor, ckpt_path: str, objective: Any, weights_only: bool | None
@@ -132,11 +152,7 @@ class EasierTrainer(Trainer):
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
         if datamodule is not None:
-            datamodule.prepare_data()
-            datamodule.setup("validate")
-            loaders = datamodule.val_dataloader()
-            loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-            inputs = next((model_input(batch) for batch in loader), None)
+            inputs = next((model_input(batch) for batch in _validation_loader(datamodule)), None)
         else:
             inputs = model.example_input_array  # type: ignore[assignment]
         if not isinstance(inputs, Tensor) or len(inputs) == 0:
@@ -145,6 +161,13 @@ class EasierTrainer(Trainer):
                 "for an example input; but there is none"
             )
         return inputs[:batch_size].to(self.strategy.root_device)
+
+
+def _validation_loader(datamodule: LightningDataModule) -> Any:
+    datamodule.prepare_data()
+    datamodule.setup("validate")
+    loaders = datamodule.val_dataloader()
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders
 
 
 def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = True) -> PruningReport:
@@ -189,6 +212,14 @@ class EasierCLI(LightningCLI):
         """Add ours to LightningCLI's; the sets are what is not taken from the command line."""
         ours = {name: {"model", "datamodule"} for name in ("collapse", "export", "report")}
         return LightningCLI.subcommands() | ours
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        """Let ``--candidates`` stand alone, as one writes a flag; jsonargparse wants every bool spelled out."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "candidates":
+                action.nargs, action.const = "?", True
+        return parser
 
 
 def main(args: ArgsType = None) -> None:

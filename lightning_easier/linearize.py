@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_easier.activations import isolate_activations, planned_sites, unwrap
+from lightning_easier.activations import isolate_activations, planned_sites, replace_activation, unwrap
+from lightning_easier.rectifiers import GATES, activation_kind
 
 STAND_INS = ("identity",)
 EXTRA_STATE = "_extra_state"
@@ -70,8 +71,8 @@ class IdentityStandIn(nn.Module):
         """What the state dict says of this stand-in."""
         return Mark("identity", type(self.activation).__name__)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input."""
+    def forward(self, input: Tensor, *_: Tensor) -> Tensor:
+        """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
         return input
 
     def get_extra_state(self) -> Tensor:
@@ -104,8 +105,8 @@ def linearize(
 
     Args:
         model: Any module; its activations are isolated first.
-        names: Qualified names as :func:`~lightning_easier.isolate_activations` returns them. Names that are linear
-            already stay so.
+        names: Qualified names as :func:`~lightning_easier.isolate_activations` returns them, those of gates among
+            them. Names that are linear already stay so.
         stand_in: What takes the place of an activation: ``"identity"``.
         statistics: Reserved for stand-ins that are fitted to data; the identity takes none.
 
@@ -131,18 +132,18 @@ def linearize(
     inner = unwrap(model)
     names = _as_names(names)
     linear = stand_ins(inner)
-    known = [site.name for site in planned_sites(inner)]
+    known, gates = _activations_for(inner, [name for name in names if name not in linear])
     for name in names:
         if name not in known and name not in linear:
-            close = get_close_matches(name, known, n=3) or known[:5]
+            close = get_close_matches(name, known, n=3) or list(known)[:5]
             raise ValueError(
                 f"Expected argument `names` to hold names of activations, but got {name!r}. Did you mean one of "
                 f"{close}? `isolate_activations(model)` lists all {len(known)}."
             )
-    activations = isolate_activations(inner)
+    activations = isolate_activations(inner, gates=gates)
     for name in names:
         if name not in linear:
-            inner.set_submodule(name, IdentityStandIn(activations[name]))
+            replace_activation(inner, name, IdentityStandIn(activations[name]))
     return model
 
 
@@ -183,7 +184,7 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         if next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
             like = next((tensor for tensor in inner.parameters() if tensor.is_floating_point()), torch.empty(0))
             activation.to(like.device, like.dtype)
-        inner.set_submodule(name, activation)
+        replace_activation(inner, name, activation)
     return model
 
 
@@ -217,7 +218,7 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     linear = stand_ins(inner)
     if set(marks) == set(linear):
         return [], []
-    sites = {site.name: site.module for site in planned_sites(inner)}
+    sites, _ = _activations_for(inner, [name for name in marks if name not in linear])
     for name, mark in marks.items():
         found = linear[name].activation if name in linear else sites.get(name)
         if found is None or type(found).__name__ != mark.activation or mark.stand_in not in STAND_INS:
@@ -231,6 +232,16 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     linearize(inner, linearized)
     restore(inner, restored)
     return linearized, restored
+
+
+def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, nn.Module], frozenset[str]]:
+    """Return the activations of a model that names can stand for, and the gates among those named."""
+    activations = {site.name: site.module for site in planned_sites(model)}
+    if all(name in activations for name in names):
+        return activations, frozenset()
+    activations = {site.name: site.module for site in planned_sites(model, gates=True)}
+    kinds = {activation_kind(activations[name]) for name in names if name in activations}
+    return activations, frozenset(GATES.keys() & kinds)
 
 
 def _as_names(names: Iterable[str]) -> list[str]:

@@ -108,6 +108,8 @@ class EntropyProbe:
             if self.paused:
                 return
             pre_activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
+                pre_activation = pre_activation.to_padded_tensor(0.0)
             if metric.device != pre_activation.device:
                 metric.to(pre_activation.device)
             try:
@@ -127,6 +129,7 @@ def measure_entropy(
     *,
     max_batches: int | None = None,
     neuron_dim: Mapping[str, int] | None = None,
+    gates: bool | Iterable[str] = False,
 ) -> dict[str, float]:
     """Measure the entropy of every activation over all batches together.
 
@@ -138,6 +141,7 @@ def measure_entropy(
         batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input.
         max_batches: How many batches to use; all by default.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        gates: Whether bounded activations are measured too, see :func:`~lightning_easier.isolate_activations`.
 
     Returns:
         Qualified name -> entropy in bits, in execution order. Activations that are not called are left out.
@@ -164,7 +168,7 @@ def measure_entropy(
             "taken for batches. Pass `[tensor]`."
         )
     inner = unwrap(model)
-    sites = isolated_sites(inner)
+    sites = isolated_sites(inner, gates)
     if not sites:
         raise ValueError(
             f"Expected argument `model` to call at least one rectifier, but none was found in {type(inner).__name__}"

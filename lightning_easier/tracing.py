@@ -16,7 +16,9 @@ import linecache
 import operator
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,7 +37,10 @@ class UntraceableError(Exception):
 
 
 class InPlaceProxy(fx.Proxy):
-    """A proxy on which ``x += y`` stays in place; torch.fx would record ``x = x + y``, unseen by other names of x."""
+    """A proxy on which ``x += y`` and ``x[i] = y`` stay in place.
+
+    torch.fx would record ``x = x + y``, unseen by other names of x, and refuse the second.
+    """
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -51,6 +56,13 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "
     setattr(InPlaceProxy, f"__{_name}__", _in_place(_name))
 
 
+def _set_item(self: fx.Proxy, key: Any, value: Any) -> None:
+    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+setattr(InPlaceProxy, "__setitem__", _set_item)  # noqa: B010  # as above
+
+
 class _ForwardTracer(fx.Tracer):
     """Record one forward, every child a leaf."""
 
@@ -62,12 +74,47 @@ class _ForwardTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self._modes = _modes()
+        # A child under several names is read as another object under each, to tell which name a call goes by.
+        names = Counter(root._modules.values())
+        self._aliases = {name: copy(child) for name, child in root._modules.items() if names[child] > 1}
         return super().trace(root, concrete_args)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        self._check_modes()
+        return super().create_node(kind, *args, **kwargs)
+
+    def _check_modes(self) -> None:
         if _modes() != self._modes:
             raise UntraceableError("it changes the autograd or autocast mode inside its forward")
-        return super().create_node(kind, *args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if attr in self._aliases and self.root._modules[attr] is attr_val:
+            return self._aliases[attr]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        alias = next((name for name, child in self._aliases.items() if child is mod), None)
+        return super().path_of_module(mod) if alias is None else alias
+
+
+class _Reader(_ForwardTracer):
+    """Record a forward to look at only: with its required arguments (or its first), in whatever mode."""
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names = [p.name for p in named if p.default is p.empty] or [p.name for p in named[:1]]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+        def call(module: nn.Module, *values: Any) -> Any:
+            return root_fn(module, **dict(zip(names, values, strict=True)))
+
+        return call, [self.root, *proxies]
+
+    def _check_modes(self) -> None:
+        pass
 
 
 def _modes() -> tuple[bool, ...]:
@@ -84,7 +131,7 @@ Variant = tuple[bool, tuple[str, ...]]
 
 
 def variants(module: nn.Module) -> list[Variant]:
-    """List the ways to call a module's forward that are worth recording, the plainest one first.
+    """List the ways to call a module's forward that are worth recording, the plainest one in eval mode first.
 
     Raises:
         UntraceableError: If the forward takes a variable number of arguments.
@@ -95,7 +142,7 @@ def variants(module: nn.Module) -> list[Variant]:
     # An argument with the default None is a tensor when given; of any other default, other values can't be foreseen.
     optional = [parameter.name for parameter in parameters if parameter.default is None][:_MAX_OPTIONAL_ARGUMENTS]
     given = [names for size in range(len(optional) + 1) for names in combinations(optional, size)]
-    return [(training, names) for names in given for training in (module.training, not module.training)]
+    return [(training, names) for names in given for training in (False, True)]
 
 
 @dataclass(frozen=True)
@@ -124,7 +171,7 @@ def trace_forward(module: nn.Module, variant: Variant) -> Recording:
     training, given = variant
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
-    if "forward" in vars(module):
+    if "forward" in vars(module) and recorded_forward(module) is None:
         raise UntraceableError("its forward was replaced on the instance")
     recording = _trace(module, training, defaults)
     # torch.fx numbers the placeholders of arguments that have a concrete value
@@ -134,10 +181,37 @@ def trace_forward(module: nn.Module, variant: Variant) -> Recording:
     return recording
 
 
+def read_forward(module: nn.Module) -> fx.Graph | None:
+    """Look at a forward that may be too intricate to record faithfully, optional arguments at their defaults.
+
+    Returns:
+        What it does in the module's own mode, on one way through its control flow, not fit to be run; None if it can't
+        be traced at all.
+    """
+    if recorded_forward(module) is None and "forward" in vars(module):
+        return None
+    try:
+        with undone(module), torch.random.fork_rng(devices=[]):
+            return _Reader().trace(module)
+    except Exception:  # whatever a user's forward raises on a proxy
+        return None
+
+
+@contextmanager
+def undone(module: nn.Module) -> Iterator[list[str]]:
+    """Put back what happens to a module's attributes inside this context; afterwards the list names what changed."""
+    state = _State(module)
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        changed += state.undo()
+
+
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recording:
     """Trace a forward twice, with and without gradients, and put back whatever it has changed."""
     state = _State(module)
-    chance = _random_states()
+    chance = random_states()
     code = _UserCode(module)
     graphs = []
     try:
@@ -153,7 +227,7 @@ def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recor
         changed = state.undo()
     if changed:
         raise UntraceableError(f"its forward changes `self.{changed[0]}` or makes constant tensors")
-    if _random_states() != chance:
+    if random_states() != chance:
         raise UntraceableError("its forward draws random numbers in Python")
     if "isinstance" in code.names:
         raise UntraceableError("its forward asks for the type of a value (`isinstance`)")
@@ -199,7 +273,8 @@ def _same_items(a: Any, b: Any) -> bool:
     return {id(item) for item in a} == {id(item) for item in b}
 
 
-def _random_states() -> tuple[Any, ...]:
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that a forward may draw from."""
     return random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
@@ -239,20 +314,26 @@ class RecordedForward:
     Args:
         module: The module it belongs to.
         recordings: By variant.
-        calls: What the module calls, in order, for whoever asks later (a recording isn't traced again).
+        steps: What the plainest recording does, for whoever asks later (a recording isn't traced again).
         activations: The classes of the activation modules that the recordings call, by name within the module.
+        added: Names of those children that the recordings call and the class's own forward does not.
+        gates: The gates that were given a module of their own, besides the rectifiers.
     """
 
     def __init__(
         self,
         module: nn.Module,
         recordings: Mapping[Variant, Recording],
-        calls: tuple[Any, ...],
+        steps: tuple[Any, ...],
         activations: Mapping[str, type[nn.Module]],
+        added: Iterable[str],
+        gates: frozenset[str],
     ) -> None:
         self.module = module
-        self.calls = calls
+        self.steps = steps
         self.activations = dict(activations)
+        self.added = tuple(added)
+        self.gates = gates
         self._guards: dict[str, Any] = {}
         self._sources: dict[Variant, tuple[str, dict[str, Any]]] = {}
         for variant, recording in recordings.items():
@@ -312,7 +393,7 @@ class RecordedForward:
             self._functions[variant] = namespace["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: vars(self)[key] for key in ("module", "calls", "activations", "_guards")}
+        state = {key: vars(self)[key] for key in ("module", "steps", "activations", "added", "gates", "_guards")}
         state["_sources"] = {
             variant: (
                 source,

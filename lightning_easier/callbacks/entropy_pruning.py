@@ -30,6 +30,7 @@ from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
 from lightning_easier.linearize import linearize, restore, stand_ins
 from lightning_easier.probe import EntropyProbe
+from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import PruningReport, Round
 
 REMOVED_KEY = "removed"
@@ -65,6 +66,8 @@ class EntropyPruningCallback(Callback):
         exclude: Name globs of those that may not; they are not measured either.
         measure_on: Which batches the entropy is measured on.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        gates: Whether activations that bound their output (sigmoid, tanh, ...) may become linear too: all, or those
+            named, see :func:`~lightning_easier.isolate_activations`.
         dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default.
 
     Raises:
@@ -100,6 +103,7 @@ class EntropyPruningCallback(Callback):
         exclude: list[str] | str | None = None,
         measure_on: Literal["validation", "training"] = "validation",
         neuron_dim: dict[str, int] | None = None,
+        gates: bool | list[str] = False,
         dirpath: str | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +130,7 @@ class EntropyPruningCallback(Callback):
         if neuron_dim is not None and not isinstance(neuron_dim, Mapping):
             raise TypeError(f"Expected argument `neuron_dim` to map name globs to axes, but got {neuron_dim!r}")
         self.neuron_dim = dict(neuron_dim or {})
+        self.gates = sorted(as_gates(gates))
         if dirpath is not None and not isinstance(dirpath, str | Path):
             raise TypeError(f"Expected argument `dirpath` to be a path, but got {dirpath!r}")
         self.dirpath = None if dirpath is None else str(dirpath)
@@ -224,7 +229,8 @@ class EntropyPruningCallback(Callback):
 
     def _discover(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and isolate the activations; check globs and wiring before anything is changed."""
-        names = [site.name for site in planned_sites(pl_module)]
+        sites = {site.name: site.module for site in planned_sites(pl_module, self.gates)}
+        names = list(sites)
         linear = list(stand_ins(pl_module))
         if not names and not linear:
             raise MisconfigurationException(
@@ -248,10 +254,11 @@ class EntropyPruningCallback(Callback):
                 f"prune, but they leave none of {known}"
             )
         if trainer.state.fn == TrainerFn.FITTING:
-            wiring.check(trainer, pl_module, chosen, self.measure_on, self.dirpath)
+            live = {name: sites[name] for name in chosen if name in sites}
+            wiring.check(trainer, live, self.measure_on, self.dirpath)
         self._candidates = chosen
         if self._active:
-            isolated_sites(pl_module)
+            isolated_sites(pl_module, self.gates)
 
     # Measuring
 
@@ -282,7 +289,7 @@ class EntropyPruningCallback(Callback):
     def _live_sites(self, pl_module: LightningModule) -> list[ActivationSite]:
         """Return the activations that are not linear; looking for them costs time, so it is done once."""
         if self._sites is None:
-            self._sites = isolated_sites(pl_module)
+            self._sites = isolated_sites(pl_module, self.gates)
         return [site for site in self._sites if pl_module.get_submodule(site.name) is site.module]
 
     def _attach(self, pl_module: LightningModule) -> None:

@@ -1,6 +1,6 @@
 """What has to hold around the callback: the strategy, the other callbacks, the data, compiled code."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,14 +9,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
 
-from lightning_easier.activations import planned_sites
+from lightning_easier.rectifiers import FunctionalPReLU
 
 
-def check(
-    trainer: Trainer, pl_module: LightningModule, candidates: Sequence[str], measure_on: str, dirpath: str | None
-) -> None:
+def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str, dirpath: str | None) -> None:
     """Refuse what pruning does not go with, before anything is changed.
+
+    Args:
+        trainer: The Trainer, before it starts.
+        candidates: Name -> module of the activations that may become linear.
+        measure_on: Which batches the entropy is measured on.
+        dirpath: Folder of the rounds' checkpoints.
 
     Raises:
         MisconfigurationException: With the reason and the remedy.
@@ -37,8 +42,11 @@ def check(
             "EntropyPruningCallback does not support strategies that spawn or fork processes yet: the weights "
             "would come back into a model of the old structure. Use strategy='ddp' in a script, or torchrun."
         )
-    sites = {site.name: site.module for site in planned_sites(pl_module)}
-    with_parameters = [name for name in candidates if name in sites and list(sites[name].parameters())]
+    with_parameters = [
+        name
+        for name, module in candidates.items()
+        if isinstance(module, FunctionalPReLU) or next(module.parameters(), None) is not None
+    ]
     if with_parameters and trainer.world_size > 1:
         raise MisconfigurationException(
             f"EntropyPruningCallback can't remove {with_parameters} under {trainer.world_size} processes yet: they "

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import PH
 from torch.fx.passes.shape_prop import ShapeProp
 
-from lightning_easier.activations import RECTIFIERS
 from lightning_easier.collapse.operators import LINEAR_OPERATORS
 from lightning_easier.linearize import IdentityStandIn
+from lightning_easier.rectifiers import is_activation
 from lightning_easier.tracing import InPlaceProxy, UntraceableError, input_of, trace_forward, variants
 
 _WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
@@ -78,7 +78,8 @@ class _ModelTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             m in self._opaque
-            or isinstance(m, (IdentityStandIn, *RECTIFIERS))
+            or isinstance(m, IdentityStandIn)
+            or is_activation(m)
             or has_hooks(m)
             or (module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name))
         )
@@ -166,12 +167,12 @@ def why_separate(captured: fx.GraphModule, first: fx.Node, second: fx.Node) -> s
 def why_nothing_meets(captured: fx.GraphModule, stand_in: fx.Node) -> str | None:
     """Give the reason why the removal of an activation makes no two linear operators neighbours; None if it does."""
     before = input_of(stand_in)
-    while isinstance(before, fx.Node) and _is_stand_in(captured, before):
+    while isinstance(before, fx.Node) and is_stand_in(captured, before):
         before = input_of(before)
     if not isinstance(before, fx.Node) or not is_linear_operator(captured, before):
         return f"what comes before it is {describe(captured, before)}, not one linear operator"
     readers, node = list(before.users), before
-    while len(readers) == 1 and _is_stand_in(captured, readers[0]):
+    while len(readers) == 1 and is_stand_in(captured, readers[0]):
         node = readers[0]
         readers = list(node.users)
     if len(readers) != 1:
@@ -181,7 +182,8 @@ def why_nothing_meets(captured: fx.GraphModule, stand_in: fx.Node) -> str | None
     return None
 
 
-def _is_stand_in(captured: fx.GraphModule, node: fx.Node) -> bool:
+def is_stand_in(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node calls a linearized activation."""
     return isinstance(module_of(captured, node), IdentityStandIn)
 
 

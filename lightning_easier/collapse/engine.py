@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils import _pytree as pytree
 
 from lightning_easier.activations import unwrap
 from lightning_easier.collapse import chains
-from lightning_easier.collapse.operators import CannotMergeError, compose
+from lightning_easier.collapse.operators import CannotMergeError, compose, fold_batch_norm
 from lightning_easier.collapse.planner import OBJECTIVES, Objective, pays, prices
 from lightning_easier.costs import count_macs, count_parameters, measure_latency
 from lightning_easier.inference import (
@@ -182,42 +181,36 @@ class _Steps:
                 self.dropped.append(str(node.target))
 
     def fold_batch_norms(self) -> None:
-        """Fold each batch norm into the convolution or Linear before it, by torch's own fusion."""
+        """Fold each batch norm into the convolution or Linear before it."""
         for node in list(self._graph.nodes):
             batch_norm: Any = chains.module_of(self._captured, node)
             if type(batch_norm) not in _BATCH_NORMS:
                 continue
             before = input_of(node)
-            reason = self._why_not_fold(before, node, batch_norm)
-            if reason is not None:
-                self.refusals.append(Refusal((str(node.target),), reason))
+            while isinstance(before, fx.Node) and chains.is_stand_in(self._captured, before) and len(before.users) == 1:
+                before = input_of(before)
+            try:
+                fused = self._fold(before, node, batch_norm)
+            except CannotMergeError as error:
+                self.refusals.append(Refusal((str(node.target),), str(error)))
                 continue
-            assert isinstance(before, fx.Node)
-            operator: Any = chains.module_of(self._captured, before)
-            fused: Any
-            if isinstance(operator, nn.Linear):
-                fused = fuse_linear_bn_eval(operator, _affine(batch_norm))
-            else:
-                transposed = isinstance(operator, _TRANSPOSED_CONVOLUTIONS)
-                fused = fuse_conv_bn_eval(operator, batch_norm, transposed)
             self._captured.set_submodule(str(before.target), fused)
             self._bypass(node)
             self.fused.append(str(node.target))
 
-    def _why_not_fold(self, before: Any, node: fx.Node, batch_norm: Any) -> str | None:
+    def _fold(self, before: Any, node: fx.Node, batch_norm: Any) -> nn.Module:
         operator: Any = chains.module_of(self._captured, before) if isinstance(before, fx.Node) else None
         if type(operator) not in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS):
-            return f"what comes before this batch norm is {chains.describe(self._captured, before)}"
+            raise CannotMergeError(f"what comes before this batch norm is {chains.describe(self._captured, before)}")
         if len(before.users) > 1:
             readers = ", ".join(chains.describe(self._captured, user) for user in before.users)
-            return f"the operator before this batch norm has {len(before.users)} readers: {readers}"
-        if batch_norm.running_mean is None or batch_norm.running_var is None:
-            return "this batch norm has no running statistics: it normalises each batch by its own, also in eval mode"
+            raise CannotMergeError(f"the operator before this batch norm has {len(before.users)} readers: {readers}")
         if isinstance(operator, nn.Linear) and len(before.meta["tensor_meta"].shape) != 2:
-            return "its channel axis is not that of the Linear before it"
-        if isinstance(operator, _TRANSPOSED_CONVOLUTIONS) and operator.groups > 1:
-            return "the transposed convolution before it is grouped"
-        return chains.why_separate(self._captured, before, node)
+            raise CannotMergeError("its channel axis is not that of the Linear before it")
+        reason = chains.why_separate(self._captured, before, node)
+        if reason is not None:
+            raise CannotMergeError(reason)
+        return fold_batch_norm(operator, batch_norm)
 
     def drop_stand_ins(self) -> None:
         """Remove the stand-ins, and say of each whose removal brings nothing together why."""
@@ -274,17 +267,6 @@ class _Steps:
     def _bypass(self, node: fx.Node) -> None:
         node.replace_all_uses_with(input_of(node))
         self._graph.erase_node(node)
-
-
-def _affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
-    """Give a batch norm without weight and bias those that change nothing; torch's fusion with a Linear needs them."""
-    if batch_norm.affine:
-        return batch_norm
-    batch_norm = deepcopy(batch_norm)
-    assert batch_norm.running_mean is not None
-    batch_norm.weight = nn.Parameter(torch.ones_like(batch_norm.running_mean), requires_grad=False)
-    batch_norm.bias = nn.Parameter(torch.zeros_like(batch_norm.running_mean), requires_grad=False)
-    return batch_norm
 
 
 def _check_comparable(output: Any, model: nn.Module) -> None:

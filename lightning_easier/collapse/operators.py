@@ -17,12 +17,14 @@ All sums are taken in float64 and rounded once, to the dtype of the operators.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import repeat
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -31,6 +33,7 @@ _TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv2d: torch.conv_transpose2d,
     nn.Conv3d: torch.conv_transpose3d,
 }
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED)
 """Exact classes that :func:`compose` knows; subclasses may compute anything."""
 
@@ -50,21 +53,66 @@ def compose(first: nn.Module, second: nn.Module) -> nn.Module:
     Raises:
         CannotMergeError: With the reason, when there is no exact equal.
     """
+    check(first, second)
+    merge: Callable[[Any, Any], nn.Module] = compose_linear if isinstance(first, nn.Linear) else compose_convolutions
+    merged = merge(first, second)
+    merged.train(first.training)
+    trainable = any(parameter.requires_grad for op in (first, second) for parameter in op.parameters())
+    return merged.requires_grad_(trainable)
+
+
+def check(first: nn.Module, second: nn.Module) -> None:
+    """Find out whether :func:`compose` can merge two operators, without doing it.
+
+    Raises:
+        CannotMergeError: With the reason, when it can't.
+    """
+    same = type(first) is type(second)
+    if not same or type(first) not in LINEAR_OPERATORS:
+        raise CannotMergeError(f"no merge of {type(first).__name__} and {type(second).__name__} is known")
     if first.training != second.training:
         raise CannotMergeError("one is in training mode and the other is not")
     weights: tuple[Tensor, Tensor] = (first.weight, second.weight)  # type: ignore[assignment]
     if weights[0].dtype != weights[1].dtype or weights[0].device != weights[1].device:
         raise CannotMergeError("their weights differ in dtype or device")
-    merged: nn.Linear | Convolution
-    if type(first) is nn.Linear and type(second) is nn.Linear:
-        merged = compose_linear(first, second)
-    elif type(first) in _TRANSPOSED and type(first) is type(second):
-        merged = compose_convolutions(first, second)  # type: ignore[arg-type]
-    else:
-        raise CannotMergeError(f"no merge of {type(first).__name__} and {type(second).__name__} is known")
-    merged.train(first.training)
-    trainable = any(parameter.requires_grad for op in (first, second) for parameter in op.parameters())
-    return merged.requires_grad_(trainable)
+    if isinstance(first, Convolution) and isinstance(second, Convolution):
+        _padding(first)
+        _check_borders(first, second, _padding(second))
+
+
+def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    """Return an operator that computes ``batch_norm(operator(x))`` in eval mode, by torch's own fusion.
+
+    Args:
+        operator: A Linear on vectors, a convolution or a transposed convolution; not changed.
+        batch_norm: The batch norm that reads its output.
+
+    Raises:
+        CannotMergeError: With the reason, when there is no such operator.
+    """
+    if type(operator) not in (nn.Linear, *_TRANSPOSED, *_TRANSPOSED_CONVOLUTIONS):
+        raise CannotMergeError(f"a batch norm can't be folded into {type(operator).__name__}")
+    if batch_norm.running_mean is None or batch_norm.running_var is None:
+        raise CannotMergeError(
+            "this batch norm has no running statistics: it normalises each batch by its own, also in eval mode"
+        )
+    if isinstance(operator, nn.Linear):
+        return fuse_linear_bn_eval(operator, _affine(batch_norm))
+    transposed = isinstance(operator, _TRANSPOSED_CONVOLUTIONS)
+    if transposed and operator.groups != 1:
+        raise CannotMergeError("the transposed convolution before it is grouped")
+    return fuse_conv_bn_eval(operator, batch_norm, transposed)  # type: ignore[type-var]
+
+
+def _affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
+    """Give a batch norm without weight and bias those that change nothing; torch's fusion with a Linear needs them."""
+    if batch_norm.affine:
+        return batch_norm
+    batch_norm = deepcopy(batch_norm)
+    assert batch_norm.running_mean is not None
+    batch_norm.weight = nn.Parameter(torch.ones_like(batch_norm.running_mean), requires_grad=False)
+    batch_norm.bias = nn.Parameter(torch.zeros_like(batch_norm.running_mean), requires_grad=False)
+    return batch_norm
 
 
 def compose_linear(first: nn.Linear, second: nn.Linear) -> nn.Linear:

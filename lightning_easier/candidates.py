@@ -1,0 +1,85 @@
+"""What would each activation's removal bring together? The table to read before a run."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lightning_easier.activations import ActivationSite, planned_sites, unwrap
+from lightning_easier.collapse.operators import CannotMergeError, check, fold_batch_norm
+from lightning_easier.inference import evaluation_mode
+from lightning_easier.neighbourhood import Meeting
+from lightning_easier.report import Candidate, CandidateReport
+
+
+def candidates(
+    model: nn.Module, entropies: Mapping[str, float] | None = None, *, gates: bool | Iterable[str] = False
+) -> CandidateReport:
+    """List the activations of a model, the linear operators around each, and what would merge if it were linear.
+
+    The model is looked at as in eval mode, and not touched. No example inputs are needed; where a forward can't be
+    traced, the table says so.
+
+    Args:
+        model: Any module.
+        entropies: Name -> entropy in bits, as :func:`~lightning_easier.measure_entropy` returns them.
+        gates: Whether bounded activations are listed too, see :func:`~lightning_easier.isolate_activations`.
+
+    Returns:
+        A report with one row an activation, in execution order. A merge is one that
+        :func:`~lightning_easier.collapse` can make exactly; whether it pays is measured there.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or a ScriptModule.
+        ValueError: If ``entropies`` or ``gates`` holds an unknown name.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU())
+        >>> [(candidate.name, candidate.merges) for candidate in candidates(model).candidates]
+        [('1', (('0', '2'),)), ('3', ())]
+    """
+    with evaluation_mode(unwrap(model)):
+        sites = planned_sites(model, gates)
+        names = [site.name for site in sites]
+        for name in entropies or {}:
+            if name not in names:
+                raise ValueError(
+                    f"Expected argument `entropies` to hold names of activations, but got {name!r}, not one of {names}"
+                )
+        return CandidateReport([_candidate(site, (entropies or {}).get(site.name)) for site in sites])
+
+
+def _candidate(site: ActivationSite, entropy: float | None) -> Candidate:
+    around = site.neighbourhood
+    merges, reasons = [], [around.reason] if around.reason else []
+    for meeting in around.meetings:
+        try:
+            _check(meeting)
+            merges.append((meeting.first, meeting.second))
+        except CannotMergeError as error:
+            reasons.append(f"`{meeting.first}` and `{meeting.second}` would meet, but {error}")
+    return Candidate(
+        site.name, type(site.module).__name__, site.neuron_dim, entropy, around.before, around.behind, tuple(merges),
+        "; ".join(reasons) or None,
+    )  # fmt: skip
+
+
+def _check(meeting: Meeting) -> None:
+    """Find out whether a collapse would merge two operators that meet.
+
+    Raises:
+        CannotMergeError: With the reason, when it would not.
+    """
+    for kind in ("addition", "flatten"):
+        if kind in meeting.through:
+            raise CannotMergeError(f"no merge goes through the {kind} between them")
+    first, second = meeting.operators
+    if first is None or second is None:
+        raise CannotMergeError("one of them is a function, not a module")
+    for module in meeting.between:
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise CannotMergeError("a functional batch norm lies between them")
+        first = fold_batch_norm(first, module)
+        if isinstance(first.bias, nn.Parameter):
+            nn.init.ones_(first.bias)  # that of a batch norm is zero before training, and then no longer
+    check(first, second)

@@ -1,0 +1,326 @@
+"""What flows from where to where: the steps of one recorded forward, and the flow of a whole model made of them.
+
+A :class:`Step` is plain data: it outlives the graph it was read from, and is pickled with the model. The
+:class:`Flow` strings the steps of all forwards together, one node for each operator, norm, activation or function that
+a value passes. Shapes are not known; what is followed instead is the *neuron axis*: which axis holds the channels.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+
+class Kind(StrEnum):
+    """What a step does to a value, as far as linear operators and their neighbours are concerned."""
+
+    INPUT = "input"
+    CONSTANT = "constant"
+    MODULE = "module"
+    OPERATOR = "operator"
+    BATCH_NORM = "batch norm"
+    IDENTITY = "identity"
+    FLATTEN = "flatten"
+    ADD = "addition"
+    ACTIVATION = "activation"
+    OTHER = "other"
+    OUTPUT = "output"
+    UNKNOWN = "unknown"
+
+
+# What becomes of the neuron axis: ("keep",), ("set", axis), ("permute", axes), ("swap", axis, axis),
+# ("flatten", first, last), or ("lose",) where only what reads the value can tell.
+Layout = tuple[Any, ...]
+_KEEP: Layout = ("keep",)
+_LOSE: Layout = ("lose",)
+
+_OPERATORS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
+_NEURON_AXIS: dict[int, tuple[type[nn.Module], ...]] = {
+    1: (
+        nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm,
+    ),
+    -1: (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase),
+}  # fmt: skip
+_NEURON_AXIS_OF_FUNCTION: dict[Any, int] = {
+    torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, torch.conv_transpose1d: 1, torch.conv_transpose2d: 1,
+    torch.conv_transpose3d: 1, F.batch_norm: 1, F.group_norm: 1, F.instance_norm: 1, F.linear: -1, F.layer_norm: -1,
+    F.rms_norm: -1, torch.matmul: -1, operator.matmul: -1, torch.bmm: -1, torch.addmm: -1, torch.baddbmm: -1,
+    F.embedding: -1,
+    F.scaled_dot_product_attention: -1, F.multi_head_attention_forward: -1,
+}  # fmt: skip
+_OPERATOR_FUNCTIONS: tuple[Any, ...] = (
+    F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
+    torch.conv_transpose3d, torch.matmul, operator.matmul, torch.addmm,
+)  # fmt: skip
+_ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+_DROPOUTS: tuple[Any, ...] = (
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+)  # fmt: skip
+# What is asked of a value without reading its numbers
+_QUESTIONS = ("size", "dim", "numel", "ndimension", "stride", "is_contiguous")
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
+_PASSING_METHODS = ("contiguous", "clone")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a forward does.
+
+    Attributes:
+        kind: What it does.
+        name: The child that is called (relative to the module), the argument, the parameter, or the function.
+        inputs: Numbers of the steps whose values it reads, in order.
+        keywords: Those of them that are passed by keyword, by name.
+        layout: What becomes of the neuron axis.
+    """
+
+    kind: Kind
+    name: str
+    inputs: tuple[int, ...] = ()
+    keywords: tuple[tuple[str, int], ...] = ()
+    layout: Layout = _KEEP
+
+
+def read_steps(graph: fx.Graph) -> tuple[Step, ...]:
+    """Read the steps of a recorded forward."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    constants: set[fx.Node] = set()
+    for node in graph.nodes:  # parameters, and what is computed from them alone
+        computed = node.op in ("call_function", "call_method") and node.all_input_nodes
+        if node.op == "get_attr" or (computed and constants.issuperset(node.all_input_nodes)):
+            constants.add(node)
+    return tuple(_read_step(node, number, constants) for node in graph.nodes)
+
+
+def sequential_steps(targets: Sequence[str]) -> tuple[Step, ...]:
+    """Return the steps of a forward that calls its children one after the other."""
+    calls = [Step(Kind.MODULE, target, (index,)) for index, target in enumerate(targets)]
+    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", (len(calls),)))
+
+
+def encoder_layer_steps(layer: nn.TransformerEncoderLayer, *, has_module: bool) -> tuple[Step, ...]:
+    """Return the steps of torch's transformer layer, whose forward asks too many questions to be traced.
+
+    Args:
+        layer: The layer.
+        has_module: Whether its activation is a module; it may be a function.
+    """
+    steps = [Step(Kind.INPUT, "src")]
+
+    def call(*targets: str) -> None:
+        for target in targets:
+            kind = Kind.OTHER if target == "activation" and not has_module else Kind.MODULE
+            steps.append(Step(kind, target, (len(steps) - 1,)))
+
+    def residual(norm: str, *targets: str) -> None:
+        before = len(steps) - 1
+        call(*((norm,) if layer.norm_first else ()), *targets)
+        steps.append(Step(Kind.ADD, "add", (before, len(steps) - 1)))
+        call(*(() if layer.norm_first else (norm,)))
+
+    residual("norm1", "self_attn", "dropout1")
+    residual("norm2", "linear1", "activation", "dropout", "linear2", "dropout2")
+    return (*steps, Step(Kind.OUTPUT, "output", (len(steps) - 1,)))
+
+
+def _read_step(node: fx.Node, number: dict[fx.Node, int], constants: set[fx.Node]) -> Step:
+    inputs = tuple(number[parent] for parent in node.all_input_nodes)
+    keywords = tuple((key, number[value]) for key, value in node.kwargs.items() if isinstance(value, fx.Node))
+    kinds = {"placeholder": Kind.INPUT, "get_attr": Kind.CONSTANT, "call_module": Kind.MODULE, "output": Kind.OUTPUT}
+    if node.op in kinds:
+        return Step(kinds[node.op], str(node.target), inputs, keywords)
+    method = str(node.target) if node.op == "call_method" else ""
+    if method in _QUESTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES):
+        return Step(Kind.CONSTANT, method or str(node.args[1]))
+    name = method or getattr(node.target, "__name__", str(node.target))
+    return Step(_kind_of_function(node, method, constants), name, inputs, layout=_layout(node, name))
+
+
+def _kind_of_function(node: fx.Node, method: str, constants: set[fx.Node]) -> Kind:
+    values = [value for value in node.all_input_nodes if value not in constants]
+    if method in ("add", "add_") or _is_one_of(node, _ADDITIONS):
+        return Kind.ADD if len(values) > 1 else Kind.OTHER
+    if _is_one_of(node, _OPERATOR_FUNCTIONS) or method == "matmul":
+        return Kind.OPERATOR if len(values) == 1 else Kind.OTHER
+    if node.target is F.batch_norm:
+        return Kind.BATCH_NORM
+    if method in _PASSING_METHODS or (_is_one_of(node, _DROPOUTS) and not _argument(node, 2, "training", True)):
+        return Kind.IDENTITY
+    if method == "flatten" or node.target is torch.flatten or _makes_vectors(node, method):
+        return Kind.FLATTEN
+    return Kind.OTHER
+
+
+def _layout(node: fx.Node, name: str) -> Layout:
+    if node.op == "call_function":
+        axis = next((axis for fn, axis in _NEURON_AXIS_OF_FUNCTION.items() if node.target is fn), None)
+        if axis is not None:
+            return ("set", axis)
+    elif name in ("matmul", "bmm"):
+        return ("set", -1)
+    arguments: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
+    if name == "permute":
+        axes = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
+        return ("permute", tuple(axes)) if all(isinstance(axis, int) for axis in axes) else _LOSE
+    if name in ("transpose", "transpose_", "swapaxes", "swapdims"):
+        return ("swap", *arguments) if all(isinstance(axis, int) for axis in arguments) else _LOSE
+    if name == "flatten":
+        ends = (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
+        return ("flatten", *ends) if all(isinstance(axis, int) for axis in ends) else _LOSE
+    if _makes_vectors(node, name):
+        return ("flatten", 1, -1)
+    if name in ("view", "reshape", "unflatten", "movedim", "moveaxis", "unsqueeze", "einsum", "rearrange", "squeeze",
+                "view_as", "reshape_as"):  # fmt: skip
+        return _LOSE
+    if name == "getitem":
+        key = node.args[1]
+        return _LOSE if isinstance(key, tuple) and any(part is None for part in key) else _KEEP
+    return _KEEP
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _makes_vectors(node: fx.Node, name: str) -> bool:
+    """Tell whether a view or reshape leaves the batch axis and one other."""
+    if name not in ("view", "reshape") and getattr(node.target, "__name__", "") != "reshape":
+        return False
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    return len(sizes) == 2
+
+
+def _is_one_of(node: fx.Node, functions: tuple[Any, ...]) -> bool:
+    return node.op == "call_function" and any(node.target is function for function in functions)
+
+
+def _neuron_axis_behind(layout: Layout, axis: int | None) -> int | None:
+    """Return the neuron axis of a step's value, from that of its input."""
+    match layout:
+        case ("set", int(there)):
+            return there
+        case ("lose",):
+            return None
+        case ("flatten", 1, -1):
+            return 1  # vectors: the axes 1 and -1 are one
+        case ("flatten", first, last):
+            return axis if (axis == 1 and first >= 2) or (axis == -1 and last >= 0) else None
+        case ("permute", axes) if axis is not None and -len(axes) <= axis < len(axes):
+            place = [a % len(axes) for a in axes].index(axis % len(axes))
+            return -1 if place == len(axes) - 1 else place
+        case ("swap", first, second) if axis is not None:
+            if axis in (first, second):
+                return second if axis == first else first
+            return axis if (axis < 0) == (first < 0) == (second < 0) else None  # else it takes the number of axes
+        case ("keep",):
+            return axis
+    return None
+
+
+@dataclass
+class FlowNode:
+    """What one value went through last.
+
+    Attributes:
+        kind: What made it.
+        name: Qualified name of the module, or of the module that calls the function, and the function's.
+        inputs: The nodes it came from.
+        axis: The neuron axis, None where only what reads it can tell.
+        earlier_axis: The neuron axis before it was lost.
+        layout: What became of that axis.
+        module: The module that made it, if one did.
+    """
+
+    kind: Kind
+    name: str
+    inputs: tuple["FlowNode", ...] = ()
+    axis: int | None = None
+    earlier_axis: int | None = None
+    layout: Layout = _KEEP
+    module: nn.Module | None = None
+    readers: list["FlowNode"] = field(default_factory=list, repr=False)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class Flow:
+    """The flow of values through a whole model."""
+
+    def __init__(self) -> None:
+        self.nodes: list[FlowNode] = []
+
+    def add(
+        self,
+        kind: Kind,
+        name: str,
+        inputs: Sequence[FlowNode] = (),
+        layout: Layout = _KEEP,
+        module: nn.Module | None = None,
+    ) -> FlowNode:
+        """Add a node behind others."""
+        known = next((node.axis for node in inputs if node.axis is not None), None)
+        axis = _neuron_axis_behind(layout, known)
+        earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
+        node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module)
+        for parent in inputs:
+            parent.readers.append(node)
+        self.nodes.append(node)
+        return node
+
+    def add_leaf(self, module: nn.Module, name: str, inputs: Sequence[FlowNode]) -> FlowNode:
+        """Add a layer that is not looked into."""
+        layout: Layout = _KEEP
+        for axis, classes in _NEURON_AXIS.items():
+            if isinstance(module, classes) and not permutes(module):
+                layout = ("set", axis)
+        if isinstance(module, nn.Flatten):
+            layout = ("flatten", module.start_dim, module.end_dim)
+        elif isinstance(module, nn.Unflatten):
+            layout = _LOSE
+        elif permutes(module):
+            layout = ("set", 1)
+        return self.add(_kind_of_module(module), name, inputs, layout, module)
+
+    def neuron_axis(self, node: FlowNode) -> int:
+        """Return the neuron axis at a node; where the way there does not tell it, the next to read it does.
+
+        Where neither does, it is taken to be what it was before a reshape hid it.
+        """
+        if node.axis is not None:
+            return node.axis
+        seen, queue = {node}, [node]
+        while queue:
+            for reader in queue.pop(0).readers:
+                if reader.layout[0] == "set":
+                    return int(reader.layout[1])
+                if reader.layout == _KEEP and reader not in seen:
+                    seen.add(reader)
+                    queue.append(reader)
+        return 1 if node.earlier_axis is None else node.earlier_axis
+
+
+def _kind_of_module(module: nn.Module) -> Kind:
+    if isinstance(module, _OPERATORS):
+        return Kind.OPERATOR
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return Kind.BATCH_NORM
+    if isinstance(module, _IDENTITIES):
+        return Kind.IDENTITY
+    return Kind.FLATTEN if isinstance(module, nn.Flatten) else Kind.OTHER
+
+
+def permutes(module: nn.Module) -> bool:
+    """Tell a LayerNorm that works on channels in axis 1 (torchvision's and timm's LayerNorm2d) from a plain one."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward

@@ -1,0 +1,118 @@
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lightning_easier import candidates, collapse, linearize
+from tests.models import randomize_batch_norms
+from tests.networks import NETWORKS
+from tests.test_dataflow import Net
+
+
+def by_name(model, **options):
+    return {candidate.name: candidate for candidate in candidates(model, **options).candidates}
+
+
+def test_what_lies_around_each_activation_of_a_residual_network():
+    found = by_name(torchvision.models.resnet18())
+    assert list(found)[:3] == ["relu", "layer1.0.relu", "layer1.0.relu_1"]
+    assert found["relu"].before == ("conv1",)
+    assert found["relu"].behind == ()
+    assert found["relu"].reason == "what comes behind it is `maxpool` (MaxPool2d), not a linear operator"
+    inner = found["layer1.0.relu"]
+    assert (inner.before, inner.behind, inner.merges) == (("layer1.0.conv1",), ("layer1.0.conv2",), ())
+    assert "`layer1.0.conv1` and `layer1.0.conv2` would meet, but the second pads its input by (1, 1)" in inner.reason
+    outer = found["layer2.0.relu_1"]
+    assert (outer.before, outer.behind) == (("layer2.0.conv2", "layer2.0.downsample.0"), ("layer2.1.conv1",))
+    assert outer.reason.startswith("its value has 2 readers: `layer2.1.conv1` (Conv2d), `layer2.1.")
+    assert outer.merges == ()
+
+
+def conv(*channels, kernel=1, **options):
+    return nn.Conv2d(*channels, kernel, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "merges", "reason"),
+    [
+        (nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 2)), [("0", "2")], None),
+        (nn.Sequential(conv(2, 3), nn.Identity(), nn.ReLU(), nn.Dropout(), conv(3, 2)), [("0", "4")], None),
+        (nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2)), [("0", "3")], None),
+        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.BatchNorm2d(3), conv(3, 2)), [("0", "3")], None),
+        (nn.Sequential(conv(2, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2, kernel=3, padding=1)), [],
+         "where the first would have put its bias"),
+        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), [],
+         "`0` and `3` would meet, but no merge goes through the flatten between them"),
+        (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), [],
+         "what comes behind it is `2` (LayerNorm), not a linear operator"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), [],
+         "what comes before it is the model's input, not a linear operator"),
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), [],
+         "what comes behind it is the model's output, not a linear operator"),
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), conv(2, 2)), [],
+         "`0` and `2` would meet, but no merge of Linear and Conv2d is known"),
+        (Net(lambda s, x: s.b(s.act(s.a(x) + x)), a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+         "`a` and `b` would meet, but no merge goes through the addition between them"),
+        (Net(lambda s, x: s.b(s.act(y := s.a(x))) + y, a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+         "the value of `a` (Conv2d) has 2 readers: `act` (ReLU), `add` (function)"),
+        (Net(lambda s, x: s.b(s.act(torch.conv2d(x, s.a.weight))), a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+         "`conv2d` and `b` would meet, but one of them is a function, not a module"),
+        (Net(lambda s, x: s.b(s.act(s.a(x))) if x.sum() > 0 else x, a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+         "what comes before it is the forward of `Net`, which can't be traced, not a linear operator"),
+    ],
+)  # fmt: skip
+def test_what_would_merge_and_why_nothing_would(model, merges, reason):
+    (found,) = candidates(randomize_batch_norms(model)).candidates
+    assert list(found.merges) == merges
+    assert found.reason is None if reason is None else reason in found.reason
+
+
+def test_a_block_that_is_called_twice_has_no_neighbourhood_of_its_own():
+    block = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    (found,) = candidates(Net(lambda s, x: s.block(s.block(x)), block=block)).candidates
+    assert found.merges == ()
+    assert found.reason == "it is called 2 times, with other neighbours each time"
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v2", "resnet50"])
+def test_what_is_said_to_merge_is_what_a_collapse_merges(name):
+    (network,) = [network for network in NETWORKS if network.name == name]
+    listed = [
+        candidate for candidate in candidates(network.build()).candidates if candidate.before and candidate.behind
+    ]
+    for chosen in ([c for c in listed if c.merges][:1], [c for c in listed if not c.merges][:1]):
+        for candidate in chosen:
+            torch.manual_seed(0)
+            pruned = linearize(randomize_batch_norms(network.build().eval()), [candidate.name])
+            merges = collapse(pruned, network.inputs(), objective="depth").report.merges
+            around = {candidate.before[0], candidate.behind[0]}
+            assert any(around <= set(merge.operators) for merge in merges) == bool(candidate.merges), candidate
+
+
+def test_nothing_is_touched_and_the_mode_stays():
+    model = torchvision.models.resnet18()
+    model.layer1.eval()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    candidates(model)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_the_table_shows_entropies_and_names_beside_the_activation():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), nn.GELU(), nn.Linear(2, 2))
+    report = candidates(model, {"0.1": 0.25})
+    shown = report.to_markdown()
+    assert "| 0.1 | ReLU | 0.2500 | .0 → .2 | .0 + .2 |" in shown
+    assert "| 1 | GELU | - | 0.2 → 2 | 0.2 + 2 |" in shown
+    assert json.loads(report.to_json())["candidates"][0]["merges"] == [["0.0", "0.2"]]
+    with pytest.raises(ValueError, match=r"`entropies` to hold names of activations, but got 'x'"):
+        candidates(model, {"x": 0.1})
+    with pytest.raises(TypeError, match="to be a torch.nn.Module, but got int"):
+        candidates(3)
+
+
+def test_gates_are_listed_on_request():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 2))
+    assert candidates(model).candidates == []
+    assert by_name(model, gates=True)["1"].merges == (("0", "2"),)
