@@ -1,10 +1,12 @@
 """What would each activation's removal bring together? The table to read before a run."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from lightning_easier.activations import ActivationSite, planned_sites, unwrap
+from lightning_easier.collapse.chains import has_hooks
 from lightning_easier.collapse.operators import CannotMergeError, check, fold_batch_norm
 from lightning_easier.inference import evaluation_mode
 from lightning_easier.neighbourhood import Meeting
@@ -46,15 +48,16 @@ def candidates(
                 raise ValueError(
                     f"Expected argument `entropies` to hold names of activations, but got {name!r}, not one of {names}"
                 )
-        return CandidateReport([_candidate(site, (entropies or {}).get(site.name)) for site in sites])
+        owners = Counter(id(tensor) for module in unwrap(model).modules() for tensor in module._parameters.values())
+        return CandidateReport([_candidate(site, (entropies or {}).get(site.name), owners) for site in sites])
 
 
-def _candidate(site: ActivationSite, entropy: float | None) -> Candidate:
+def _candidate(site: ActivationSite, entropy: float | None, owners: Mapping[int, int]) -> Candidate:
     around = site.neighbourhood
     merges, reasons = [], [around.reason] if around.reason else []
     for meeting in around.meetings:
         try:
-            _check(meeting)
+            _check(meeting, owners)
             merges.append((meeting.first, meeting.second))
         except CannotMergeError as error:
             reasons.append(f"`{meeting.first}` and `{meeting.second}` would meet, but {error}")
@@ -64,8 +67,12 @@ def _candidate(site: ActivationSite, entropy: float | None) -> Candidate:
     )  # fmt: skip
 
 
-def _check(meeting: Meeting) -> None:
+def _check(meeting: Meeting, owners: Mapping[int, int]) -> None:
     """Find out whether a collapse would merge two operators that meet.
+
+    Args:
+        meeting: The operators, and what lies between them.
+        owners: How many modules hold a parameter, by its id.
 
     Raises:
         CannotMergeError: With the reason, when it would not.
@@ -76,6 +83,11 @@ def _check(meeting: Meeting) -> None:
     first, second = meeting.operators
     if first is None or second is None:
         raise CannotMergeError("one of them is a function, not a module")
+    for operator in (first, second):
+        if any(owners[id(parameter)] > 1 for parameter in operator.parameters()):
+            raise CannotMergeError("one of them shares its parameters with another module")
+        if has_hooks(operator):
+            raise CannotMergeError("one of them has hooks, which would see something else")
     for module in meeting.between:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise CannotMergeError("a functional batch norm lies between them")

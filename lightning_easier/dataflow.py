@@ -65,7 +65,6 @@ _DROPOUTS: tuple[Any, ...] = (
 # What is asked of a value without reading its numbers
 _QUESTIONS = ("size", "dim", "numel", "ndimension", "stride", "is_contiguous")
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
-_PASSING_METHODS = ("contiguous", "clone")
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,16 @@ class Step:
     Attributes:
         kind: What it does.
         name: The child that is called (relative to the module), the argument, the parameter, or the function.
-        inputs: Numbers of the steps whose values it reads, in order.
-        keywords: Those of them that are passed by keyword, by name.
+        inputs: The steps whose values it reads, by number, argument by argument: one for a value, several for a list
+            of values, none for a constant.
+        keywords: Those that are passed to a child by keyword.
         layout: What becomes of the neuron axis.
     """
 
     kind: Kind
     name: str
-    inputs: tuple[int, ...] = ()
-    keywords: tuple[tuple[str, int], ...] = ()
+    inputs: tuple[tuple[int, ...], ...] = ()
+    keywords: tuple[tuple[str, tuple[int, ...]], ...] = ()
     layout: Layout = _KEEP
 
 
@@ -100,8 +100,8 @@ def read_steps(graph: fx.Graph) -> tuple[Step, ...]:
 
 def sequential_steps(targets: Sequence[str]) -> tuple[Step, ...]:
     """Return the steps of a forward that calls its children one after the other."""
-    calls = [Step(Kind.MODULE, target, (index,)) for index, target in enumerate(targets)]
-    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", (len(calls),)))
+    calls = [Step(Kind.MODULE, target, ((index,),)) for index, target in enumerate(targets)]
+    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", ((len(calls),),)))
 
 
 def encoder_layer_steps(layer: nn.TransformerEncoderLayer, *, has_module: bool) -> tuple[Step, ...]:
@@ -116,30 +116,39 @@ def encoder_layer_steps(layer: nn.TransformerEncoderLayer, *, has_module: bool) 
     def call(*targets: str) -> None:
         for target in targets:
             kind = Kind.OTHER if target == "activation" and not has_module else Kind.MODULE
-            steps.append(Step(kind, target, (len(steps) - 1,)))
+            steps.append(Step(kind, target, ((len(steps) - 1,),)))
 
     def residual(norm: str, *targets: str) -> None:
         before = len(steps) - 1
         call(*((norm,) if layer.norm_first else ()), *targets)
-        steps.append(Step(Kind.ADD, "add", (before, len(steps) - 1)))
+        steps.append(Step(Kind.ADD, "add", ((before,), (len(steps) - 1,))))
         call(*(() if layer.norm_first else (norm,)))
 
     residual("norm1", "self_attn", "dropout1")
     residual("norm2", "linear1", "activation", "dropout", "linear2", "dropout2")
-    return (*steps, Step(Kind.OUTPUT, "output", (len(steps) - 1,)))
+    return (*steps, Step(Kind.OUTPUT, "output", ((len(steps) - 1,),)))
 
 
 def _read_step(node: fx.Node, number: dict[fx.Node, int], constants: set[fx.Node]) -> Step:
-    inputs = tuple(number[parent] for parent in node.all_input_nodes)
-    keywords = tuple((key, number[value]) for key, value in node.kwargs.items() if isinstance(value, fx.Node))
-    kinds = {"placeholder": Kind.INPUT, "get_attr": Kind.CONSTANT, "call_module": Kind.MODULE, "output": Kind.OUTPUT}
+    if node.op == "call_module":
+        keywords = tuple((key, _numbers(value, number)) for key, value in node.kwargs.items())
+        return Step(Kind.MODULE, str(node.target), tuple(_numbers(value, number) for value in node.args), keywords)
+    inputs = tuple((number[parent],) for parent in node.all_input_nodes)
+    kinds = {"placeholder": Kind.INPUT, "get_attr": Kind.CONSTANT, "output": Kind.OUTPUT}
     if node.op in kinds:
-        return Step(kinds[node.op], str(node.target), inputs, keywords)
+        return Step(kinds[node.op], str(node.target), inputs)
     method = str(node.target) if node.op == "call_method" else ""
     if method in _QUESTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES):
         return Step(Kind.CONSTANT, method or str(node.args[1]))
     name = method or getattr(node.target, "__name__", str(node.target))
     return Step(_kind_of_function(node, method, constants), name, inputs, layout=_layout(node, name))
+
+
+def _numbers(argument: Any, number: dict[fx.Node, int]) -> tuple[int, ...]:
+    """Number the nodes in an argument, which may be a list or a dict of them."""
+    found: list[int] = []
+    fx.node.map_arg(argument, lambda node: found.append(number[node]))
+    return tuple(found)
 
 
 def _kind_of_function(node: fx.Node, method: str, constants: set[fx.Node]) -> Kind:
@@ -150,7 +159,7 @@ def _kind_of_function(node: fx.Node, method: str, constants: set[fx.Node]) -> Ki
         return Kind.OPERATOR if len(values) == 1 else Kind.OTHER
     if node.target is F.batch_norm:
         return Kind.BATCH_NORM
-    if method in _PASSING_METHODS or (_is_one_of(node, _DROPOUTS) and not _argument(node, 2, "training", True)):
+    if is_idle_dropout(node):
         return Kind.IDENTITY
     if method == "flatten" or node.target is torch.flatten or _makes_vectors(node, method):
         return Kind.FLATTEN
@@ -182,6 +191,11 @@ def _layout(node: fx.Node, name: str) -> Layout:
         key = node.args[1]
         return _LOSE if isinstance(key, tuple) and any(part is None for part in key) else _KEEP
     return _KEEP
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Tell whether a node calls a functional dropout that is off, as in eval mode."""
+    return _is_one_of(node, _DROPOUTS) and _argument(node, 2, "training", True) is False
 
 
 def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:

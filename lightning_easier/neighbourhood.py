@@ -1,6 +1,6 @@
 """What lies around an activation, and which linear operators would meet if it were linear."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,13 +49,24 @@ class Neighbourhood:
     calls: int
 
 
-def neighbourhood(site: FlowNode, calls: int) -> Neighbourhood:
-    """Look around an activation."""
+def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int]) -> Neighbourhood:
+    """Look around an activation.
+
+    Args:
+        site: Its node in the flow.
+        calls: How often each module is called in one forward of the model.
+    """
     before = [node for node in _reached(site, back=True) if node.kind == Kind.OPERATOR]
     behind = [node for node in _reached(site, back=False) if node.kind == Kind.OPERATOR]
-    meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None] if calls == 1 else []
-    reason = None if meetings else _why_none_meets(site, before, behind, calls)
-    return Neighbourhood(_names(before), _names(behind), tuple(meetings), reason, calls)
+    several = [node for node in (site, *before, *behind) if node.module is not None and calls[node.module] > 1]
+    meetings: list[Meeting] = []
+    reason: str | None
+    if several:
+        reason = f"`{several[0].name}` is called {calls[several[0].module]} times"
+    else:
+        meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None]
+        reason = None if meetings else _why_none_meets(site, before, behind)
+    return Neighbourhood(_names(before), _names(behind), tuple(meetings), reason, calls[site.module])
 
 
 def _reached(site: FlowNode, *, back: bool) -> Iterator[FlowNode]:
@@ -91,9 +102,7 @@ def _meeting(first: FlowNode, site: FlowNode) -> Meeting | None:
     return None
 
 
-def _why_none_meets(site: FlowNode, before: list[FlowNode], behind: list[FlowNode], calls: int) -> str:
-    if calls > 1:
-        return f"it is called {calls} times, with other neighbours each time"
+def _why_none_meets(site: FlowNode, before: list[FlowNode], behind: list[FlowNode]) -> str:
     if not before:
         return f"what comes before it is {_listing(_reached(site, back=True))}, not a linear operator"
     if not behind:

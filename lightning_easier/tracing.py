@@ -1,33 +1,28 @@
-"""Look at one module's forward at a time, its children as leaves, and give it another forward where that is needed.
+"""Look at one module's forward at a time, its children as leaves.
 
-Tracing one forward is far sturdier than tracing a network: whatever the children do stays out of sight. What is read
-is the order of calls; what is written, only where asked for, is an instance attribute ``forward`` compiled from the
-traced graph, so the module keeps its class, its parameters and its place in the tree.
+Tracing one forward is far sturdier than tracing a network: whatever the children do stays out of sight.
 
-A traced forward is a recording. What a recording would lose is refused here instead, with the reason: control flow
-that depends on the data, on its type or on chance, state that the forward changes, constants made on the fly, a changed
-autograd or autocast mode. What is read from ``self.training`` is kept: both modes are recorded and the module's own
-flag chooses. So are optional arguments: a forward is recorded with and without each. Other plain attributes are
-guarded: where one has changed since, the class's own forward runs.
+A traced forward is a recording (see :mod:`lightning_easier.recording`). What a recording would lose is refused here
+instead, with the reason: control flow that depends on the data, on its type or on chance, state that the forward
+changes, constants made on the fly, a changed autograd or autocast mode.
 """
 
 import inspect
-import linecache
 import operator
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from importlib import import_module
 from itertools import combinations
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from lightning_easier.recording import Recording, Variant, plain_attributes, recorded_forward
 
 _MAX_OPTIONAL_ARGUMENTS = 3  # recordings double with each
 
@@ -126,10 +121,6 @@ def _modes() -> tuple[bool, ...]:
     )
 
 
-Variant = tuple[bool, tuple[str, ...]]
-"""What a recording is for: the training mode, and the optional arguments that are given (the rest at their default)."""
-
-
 def variants(module: nn.Module) -> list[Variant]:
     """List the ways to call a module's forward that are worth recording, the plainest one in eval mode first.
 
@@ -143,19 +134,6 @@ def variants(module: nn.Module) -> list[Variant]:
     optional = [parameter.name for parameter in parameters if parameter.default is None][:_MAX_OPTIONAL_ARGUMENTS]
     given = [names for size in range(len(optional) + 1) for names in combinations(optional, size)]
     return [(training, names) for names in given for training in (False, True)]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A recorded forward.
-
-    Attributes:
-        graph: What it does.
-        guards: The plain attributes of the module that it may have read, with the values they had.
-    """
-
-    graph: fx.Graph
-    guards: dict[str, Any]
 
 
 def trace_forward(module: nn.Module, variant: Variant) -> Recording:
@@ -301,141 +279,6 @@ class _UserCode:
     def names(self) -> set[str]:
         """The global names and attributes that these functions use."""
         return {name for code in self._codes for name in code.co_names}
-
-
-class RecordedForward:
-    """A module's forward, compiled from recordings; the module's mode and the arguments given choose among them.
-
-    It lives in the module's ``__dict__`` as ``forward``. It can be deep-copied and pickled with the module: what is
-    stored is source code and the names it needs.
-
-    A call that no recording covers runs the class's own forward, as long as its activations are what they were.
-
-    Args:
-        module: The module it belongs to.
-        recordings: By variant.
-        steps: What the plainest recording does, for whoever asks later (a recording isn't traced again).
-        activations: The classes of the activation modules that the recordings call, by name within the module.
-        added: Names of those children that the recordings call and the class's own forward does not.
-        gates: The gates that were given a module of their own, besides the rectifiers.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        recordings: Mapping[Variant, Recording],
-        steps: tuple[Any, ...],
-        activations: Mapping[str, type[nn.Module]],
-        added: Iterable[str],
-        gates: frozenset[str],
-    ) -> None:
-        self.module = module
-        self.steps = steps
-        self.activations = dict(activations)
-        self.added = tuple(added)
-        self.gates = gates
-        self._guards: dict[str, Any] = {}
-        self._sources: dict[Variant, tuple[str, dict[str, Any]]] = {}
-        for variant, recording in recordings.items():
-            self._guards |= recording.guards
-            code = recording.graph.python_code("self")
-            self._sources[variant] = (code.src, dict(code.globals))
-        self._compile()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the recording for the module's mode and these arguments."""
-        given = self._given(args, kwargs) if self._defaults else ()
-        function = self._functions.get((self.module.training, given))
-        changed = [key for key, value in self._guards.items() if vars(self.module).get(key) != value]
-        if function is None or changed:
-            return self._call_original(given, changed, args, kwargs)
-        return function(self.module, *args, **kwargs)
-
-    @property
-    def __code__(self) -> CodeType:
-        """The code of the class's own forward, whose place in the source torch.export asks for."""
-        return type(self.module).forward.__code__
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Name the optional arguments that are not at their default."""
-        values = dict(zip(self._names, args, strict=False))
-        values.update(kwargs)
-        return tuple(
-            name for name, default in self._defaults.items() if name in values and not _same(values[name], default)
-        )
-
-    def _call_original(
-        self, given: tuple[str, ...], changed: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        for name, cls in self.activations.items():
-            if type(self.module.get_submodule(name)) is not cls:
-                wanted = f"its attributes {changed} as they were" if changed else f"the default of {list(given)}"
-                raise RuntimeError(
-                    f"Expected {type(self.module).__name__}.forward to be called with {wanted}: its activation "
-                    f"`{name}` was replaced, and no recording covers this call. Restore the activation, or exclude "
-                    f"it from pruning."
-                )
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def _compile(self) -> None:
-        forward = inspect.signature(type(self.module).forward)
-        parameters = list(forward.parameters.values())[1:]
-        # inspect.signature, torch.export and keyword calls see the user's own signature
-        self.__signature__ = forward.replace(parameters=parameters)
-        self._names = [parameter.name for parameter in parameters]
-        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        self._functions: dict[Variant, Callable[..., Any]] = {}
-        for variant, (source, names) in self._sources.items():
-            file = f"<{type(self.module).__name__}.forward recorded by lightning_easier, {hash(source):x}>"
-            linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-            namespace = dict(names)
-            exec(compile(source, file, "exec"), namespace)
-            self._functions[variant] = namespace["forward"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {key: vars(self)[key] for key in ("module", "steps", "activations", "added", "gates", "_guards")}
-        state["_sources"] = {
-            variant: (
-                source,
-                {key: _ModuleName(v.__name__) if isinstance(v, ModuleType) else v for key, v in names.items()},
-            )
-            for variant, (source, names) in self._sources.items()
-        }
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._sources = {
-            variant: (source, {k: import_module(v) if isinstance(v, _ModuleName) else v for k, v in names.items()})
-            for variant, (source, names) in self._sources.items()
-        }
-        self._compile()
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are plain values, which its forward may read and someone may change."""
-    plain = (bool, int, float, str, type(None))
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, plain) and key != "training" and not key.startswith("_")
-    }
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, bool | int | float | str) and bool(value == default))
-
-
-class _ModuleName(str):
-    """A Python module by name, since modules can't be pickled."""
-
-    __slots__ = ()
-
-
-def recorded_forward(module: nn.Module) -> RecordedForward | None:
-    """Return the recorded forward of a module, or None where its class's own is in force."""
-    forward = vars(module).get("forward")
-    return forward if isinstance(forward, RecordedForward) else None
 
 
 def input_of(node: fx.Node) -> Any:

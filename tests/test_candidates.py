@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -34,46 +35,101 @@ def conv(*channels, kernel=1, **options):
     return nn.Conv2d(*channels, kernel, **options)
 
 
+def tied():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[2].weight = model[0].weight
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+class Takes(nn.Module):
+    """Passes its first value on, whatever else it gets."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, other=None, *more, skip=None):
+        x = self.layer(x[0] if isinstance(x, list) else x)
+        return x if other is None and skip is None else x + (other if skip is None else skip)
+
+
+def linears():
+    return {"a": nn.Linear(5, 5), "act": nn.ReLU(), "b": nn.Linear(5, 5)}
+
+
+def net(forward):
+    return Net(forward, **linears())
+
+
+IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
+
+
 @pytest.mark.parametrize(
-    ("model", "merges", "reason"),
+    ("model", "shape", "merges", "reason"),
     [
-        (nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 2)), [("0", "2")], None),
-        (nn.Sequential(conv(2, 3), nn.Identity(), nn.ReLU(), nn.Dropout(), conv(3, 2)), [("0", "4")], None),
-        (nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2)), [("0", "3")], None),
-        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.BatchNorm2d(3), conv(3, 2)), [("0", "3")], None),
-        (nn.Sequential(conv(2, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2, kernel=3, padding=1)), [],
-         "where the first would have put its bias"),
-        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), [],
+        (nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 2)), IMAGES, [("0", "2")], None),
+        (nn.Sequential(conv(2, 3), nn.Identity(), nn.ReLU(), nn.Dropout(), conv(3, 2)), IMAGES, [("0", "4")], None),
+        (nn.Sequential(conv(2, 3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2)), IMAGES, [("0", "3")], None),
+        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.BatchNorm2d(3), conv(3, 2)), IMAGES, [("0", "3")], None),
+        (net(lambda s, x: s.b(F.dropout(s.act(s.a(x)), 0.5, s.training))), VECTORS, [("a", "b")], None),
+        (nn.Sequential(conv(2, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2, kernel=3, padding=1)), IMAGES,
+         [], "where the first would have put its bias"),
+        (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), IMAGES, [],
          "`0` and `3` would meet, but no merge goes through the flatten between them"),
-        (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), [],
+        (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), VECTORS, [],
          "what comes behind it is `2` (LayerNorm), not a linear operator"),
-        (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), [],
+        (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), VECTORS, [],
          "what comes before it is the model's input, not a linear operator"),
-        (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), [],
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), VECTORS, [],
          "what comes behind it is the model's output, not a linear operator"),
-        (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), conv(2, 2)), [],
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), conv(2, 2)), (1, 2, 4, 5), [],
          "`0` and `2` would meet, but no merge of Linear and Conv2d is known"),
-        (Net(lambda s, x: s.b(s.act(s.a(x) + x)), a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+        (net(lambda s, x: s.b(s.act(s.a(x) + x))), VECTORS, [],
          "`a` and `b` would meet, but no merge goes through the addition between them"),
-        (Net(lambda s, x: s.b(s.act(y := s.a(x))) + y, a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
-         "the value of `a` (Conv2d) has 2 readers: `act` (ReLU), `add` (function)"),
-        (Net(lambda s, x: s.b(s.act(torch.conv2d(x, s.a.weight))), a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
-         "`conv2d` and `b` would meet, but one of them is a function, not a module"),
-        (Net(lambda s, x: s.b(s.act(s.a(x))) if x.sum() > 0 else x, a=conv(2, 2), act=nn.ReLU(), b=conv(2, 2)), [],
+        (net(lambda s, x: s.b(s.act(y := s.a(x))) + y), VECTORS, [],
+         "the value of `a` (Linear) has 2 readers: `act` (ReLU), `add` (function)"),
+        (net(lambda s, x: s.b(s.act(F.linear(x, s.a.weight * 2)))), VECTORS, [],
+         "`linear` and `b` would meet, but one of them is a function, not a module"),
+        (net(lambda s, x: s.b(s.act(s.a(x))) if x.sum() > 0 else x), None, [],
          "what comes before it is the forward of `Net`, which can't be traced, not a linear operator"),
+        (net(lambda s, x: s.b(s.b(s.act(s.a(x))))), VECTORS, [], "`b` is called 2 times"),
+        (net(lambda s, x: (y := s.act(s.a(x)), s.b(y))), VECTORS, [],
+         "its value has 2 readers: `b` (Linear), `outputs`"),
+        (net(lambda s, x: s.b(torch.cat([y := s.a(x), s.act(y)]))), VECTORS, [],
+         "what comes behind it is `cat` (function)"),
+        # what a block does with a value that it is given is followed, or taken for another reader
+        (Net(lambda s, x: s.t([y := s.act(s.a(x)), y]), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
+         None, [], "what comes behind it is `list` (function)"),
+        (Net(lambda s, x: s.t(x, s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
+         VECTORS, [], "what comes behind it is an optional argument of `t`, not a linear operator"),
+        (Net(lambda s, x: s.t(x, skip=s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
+         VECTORS, [], "what comes behind it is an optional argument of `t`, not a linear operator"),
+        (Net(lambda s, x: s.t(s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
+         None, [("a", "t.layer")], None),
+        (tied(), VECTORS, [], "one of them shares its parameters with another module"),
+        (hooked(), VECTORS, [], "one of them has hooks"),
     ],
 )  # fmt: skip
-def test_what_would_merge_and_why_nothing_would(model, merges, reason):
+def test_what_would_merge_and_why_nothing_would(model, shape, merges, reason):
     (found,) = candidates(randomize_batch_norms(model)).candidates
     assert list(found.merges) == merges
     assert found.reason is None if reason is None else reason in found.reason
+    if shape is not None:
+        made = collapse(linearize(model, [found.name]), torch.randn(shape), objective="depth").report.merges
+        assert [merge.operators for merge in made] == merges
 
 
 def test_a_block_that_is_called_twice_has_no_neighbourhood_of_its_own():
     block = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     (found,) = candidates(Net(lambda s, x: s.block(s.block(x)), block=block)).candidates
     assert found.merges == ()
-    assert found.reason == "it is called 2 times, with other neighbours each time"
+    assert found.reason == "`block.1` is called 2 times"
 
 
 @pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v2", "resnet50"])

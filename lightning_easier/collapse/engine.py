@@ -14,6 +14,7 @@ from lightning_easier.collapse import chains
 from lightning_easier.collapse.operators import CannotMergeError, compose, fold_batch_norm
 from lightning_easier.collapse.planner import OBJECTIVES, Objective, pays, prices
 from lightning_easier.costs import count_macs, count_parameters, measure_latency
+from lightning_easier.dataflow import is_idle_dropout
 from lightning_easier.inference import (
     as_arguments,
     describe,
@@ -179,6 +180,8 @@ class _Steps:
             if type(module) in _IDENTITIES and not chains.has_hooks(module):  # type: ignore[arg-type]
                 self._bypass(node)
                 self.dropped.append(str(node.target))
+            elif is_idle_dropout(node):
+                self._bypass(node)
 
     def fold_batch_norms(self) -> None:
         """Fold each batch norm into the convolution or Linear before it."""

@@ -98,6 +98,34 @@ def test_a_dense_checkpoint_is_exported_too_and_bad_options_are_named(run, tmp_p
         main([*common, "--ckpt_path=nowhere"])
 
 
+@pytest.mark.parametrize("flag", ["--candidates", "--candidates=true"])
+def test_report_lists_the_candidates_of_a_model(flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    main(["report", f"--config={CONFIGS / 'digits.yaml'}", flag])
+    shown = capsys.readouterr().out
+    assert "│ model.stages.0.0.relu │ ReLU │             - │" in shown
+    assert ".expand + .project │" in shown
+    assert "not: its value has 2 readers: │" in shown
+
+
+def test_report_measures_the_candidates_of_a_checkpoint_on_request(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ["report", f"--config={run / 'config.yaml'}", "--candidates"]
+    main([*arguments, f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}", "--max_batches=1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ model.")]
+    assert len(rows) >= 4
+    assert all(0 < float(row.split("│")[3]) < 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "`--ckpt_path` to be a checkpoint of a pruning run"), (["--candidates", "--max_batches=-1"], "at least 0")],
+)
+def test_a_report_that_can_not_be_made_says_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(["report", f"--config={CONFIGS / 'digits.yaml'}", *arguments])
+
+
 def test_lightnings_own_subcommands_take_the_checkpoint_too(run, capsys):
     main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"])
     assert "test_acc" in capsys.readouterr().out
