@@ -2,6 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -9,12 +12,17 @@ from lightning_easier.activations import ActivationSite, planned_sites, unwrap
 from lightning_easier.collapse.chains import has_hooks
 from lightning_easier.collapse.operators import CannotMergeError, check, fold_batch_norm
 from lightning_easier.inference import evaluation_mode
-from lightning_easier.neighbourhood import Meeting
+from lightning_easier.neighbourhood import Meeting, Neighbourhood
+from lightning_easier.padding import possible_shift
 from lightning_easier.report import Candidate, CandidateReport
 
 
 def candidates(
-    model: nn.Module, entropies: Mapping[str, float] | None = None, *, gates: bool | Iterable[str] = False
+    model: nn.Module,
+    entropies: Mapping[str, float] | None = None,
+    *,
+    gates: bool | Iterable[str] = False,
+    shift_padding: bool = True,
 ) -> CandidateReport:
     """List the activations of a model, the linear operators around each, and what would merge if it were linear.
 
@@ -25,6 +33,8 @@ def candidates(
         model: Any module.
         entropies: Name -> entropy in bits, as :func:`~lightning_easier.measure_entropy` returns them.
         gates: Whether bounded activations are listed too, see :func:`~lightning_easier.isolate_activations`.
+        shift_padding: Whether paddings move with the removal, as :class:`~lightning_easier.EntropyPruningCallback` does
+            by default; see :func:`~lightning_easier.linearize`.
 
     Returns:
         A report with one row an activation, in execution order. A merge is one that
@@ -49,11 +59,30 @@ def candidates(
                     f"Expected argument `entropies` to hold names of activations, but got {name!r}, not one of {names}"
                 )
         owners = Counter(id(tensor) for module in unwrap(model).modules() for tensor in module._parameters.values())
-        return CandidateReport([_candidate(site, (entropies or {}).get(site.name), owners) for site in sites])
+        shifted = [_shifted(site) if shift_padding else site.neighbourhood for site in sites]
+        return CandidateReport(
+            [
+                _candidate(site, around, (entropies or {}).get(site.name), owners)
+                for site, around in zip(sites, shifted, strict=True)
+            ]
+        )
 
 
-def _candidate(site: ActivationSite, entropy: float | None, owners: Mapping[int, int]) -> Candidate:
+def _shifted(site: ActivationSite) -> Neighbourhood:
+    """Return the neighbourhood of a site as it is once the padding between two convolutions has moved."""
     around = site.neighbourhood
+    if possible_shift(around) is None:
+        return around
+    (meeting,) = around.meetings
+    first, second = meeting.operators
+    unpadded: Any = copy(second)
+    unpadded.padding = (0,) * len(unpadded.kernel_size)
+    return replace(around, meetings=(replace(meeting, operators=(first, unpadded)),))
+
+
+def _candidate(
+    site: ActivationSite, around: Neighbourhood, entropy: float | None, owners: Mapping[int, int]
+) -> Candidate:
     merges, reasons = [], [around.reason] if around.reason else []
     for meeting in around.meetings:
         try:

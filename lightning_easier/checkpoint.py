@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import unwrap
-from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, restructure_as_marked, stand_ins
+from lightning_easier.linearize import EXTRA_STATE, read_marks, restructure, restructure_as_marked, stand_ins
 
 
 def load_pruned(
@@ -152,8 +152,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, torch.Tensor) and key in state_dict and state_dict[key].shape != value.shape
     ]
     if problems:
-        restore(model, linearized)
-        linearize(model, restored)
+        restructure(model, linearized, restored)
         raise ValueError(
             f"Expected the checkpoint {path} to fit {type(model).__name__}, but it does not: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Build the model as the one that was "

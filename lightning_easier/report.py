@@ -72,6 +72,7 @@ class Round:
         score_after: The monitored score at its end; None while the round goes on.
         accepted: Whether the score stayed within the tolerance; None while the round goes on.
         epoch: The epoch, counted from 0, at whose start the activations became linear.
+        shifts: Name -> what padding was moved when it became linear.
     """
 
     removed: list[str]
@@ -80,6 +81,7 @@ class Round:
     score_after: float | None
     accepted: bool | None
     epoch: int
+    shifts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,7 +111,7 @@ class PruningReport(Report):
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
         return (
             str(number),
-            ", ".join(this.removed) or "(dense)",
+            ", ".join(f"{name} (padding moved)" if name in this.shifts else name for name in this.removed) or "(dense)",
             ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
             _number(this.score_before),
             _number(this.score_after),

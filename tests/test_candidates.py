@@ -23,8 +23,11 @@ def test_what_lies_around_each_activation_of_a_residual_network():
     assert found["relu"].behind == ()
     assert found["relu"].reason == "what comes behind it is `maxpool` (MaxPool2d), not a linear operator"
     inner = found["layer1.0.relu"]
-    assert (inner.before, inner.behind, inner.merges) == (("layer1.0.conv1",), ("layer1.0.conv2",), ())
-    assert "`layer1.0.conv1` and `layer1.0.conv2` would meet, but the second pads its input by (1, 1)" in inner.reason
+    assert (inner.before, inner.behind) == (("layer1.0.conv1",), ("layer1.0.conv2",))
+    assert (inner.merges, inner.reason) == ((("layer1.0.conv1", "layer1.0.conv2"),), None)
+    unmoved = by_name(torchvision.models.resnet18(), shift_padding=False)["layer1.0.relu"]
+    assert unmoved.merges == ()
+    assert "`layer1.0.conv1` and `layer1.0.conv2` would meet, but the second pads its input by (1, 1)" in unmoved.reason
     outer = found["layer2.0.relu_1"]
     assert (outer.before, outer.behind) == (("layer2.0.conv2", "layer2.0.downsample.0"), ("layer2.1.conv1",))
     assert outer.reason.startswith("its value has 2 readers: `layer2.1.conv1` (Conv2d), `layer2.1.")
@@ -79,7 +82,9 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (nn.Sequential(conv(2, 3), nn.ReLU(), nn.BatchNorm2d(3), conv(3, 2)), IMAGES, [("0", "3")], None),
         (net(lambda s, x: s.b(F.dropout(s.act(s.a(x)), 0.5, s.training))), VECTORS, [("a", "b")], None),
         (nn.Sequential(conv(2, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2, kernel=3, padding=1)), IMAGES,
-         [], "where the first would have put its bias"),
+         [("0", "3")], None),
+        (nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 2, kernel=3, padding=1, padding_mode="reflect")), IMAGES,
+         [], "padding mode 'reflect' does not commute"),
         (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), IMAGES, [],
          "`0` and `3` would meet, but no merge goes through the flatten between them"),
         (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), VECTORS, [],
@@ -121,7 +126,8 @@ def test_what_would_merge_and_why_nothing_would(model, shape, merges, reason):
     assert list(found.merges) == merges
     assert found.reason is None if reason is None else reason in found.reason
     if shape is not None:
-        made = collapse(linearize(model, [found.name]), torch.randn(shape), objective="depth").report.merges
+        linearize(model, [found.name], shift_padding=True)
+        made = collapse(model, torch.randn(shape), objective="depth").report.merges
         assert [merge.operators for merge in made] == merges
 
 
@@ -141,7 +147,8 @@ def test_what_is_said_to_merge_is_what_a_collapse_merges(name):
     for chosen in ([c for c in listed if c.merges][:1], [c for c in listed if not c.merges][:1]):
         for candidate in chosen:
             torch.manual_seed(0)
-            pruned = linearize(randomize_batch_norms(network.build().eval()), [candidate.name])
+            pruned = randomize_batch_norms(network.build().eval())
+            linearize(pruned, [candidate.name], shift_padding=True)
             merges = collapse(pruned, network.inputs(), objective="depth").report.merges
             around = {candidate.before[0], candidate.behind[0]}
             assert any(around <= set(merge.operators) for merge in merges) == bool(candidate.merges), candidate
@@ -166,6 +173,13 @@ def test_the_table_shows_entropies_and_names_beside_the_activation():
         candidates(model, {"x": 0.1})
     with pytest.raises(TypeError, match="to be a torch.nn.Module, but got int"):
         candidates(3)
+
+
+def test_a_batch_norm_is_taken_to_have_a_bias_though_it_has_none_before_training():
+    model = nn.Sequential(conv(2, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2, kernel=3, padding=1))
+    (found,) = candidates(model, shift_padding=False).candidates
+    assert found.merges == ()
+    assert "at the borders it sees zeros where the first would have put its bias" in found.reason
 
 
 def test_gates_are_listed_on_request():

@@ -68,6 +68,9 @@ class EntropyPruningCallback(Callback):
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
         gates: Whether activations that bound their output (sigmoid, tanh, ...) may become linear too: all, or those
             named, see :func:`~lightning_easier.isolate_activations`.
+        shift_padding: Whether the padding of a convolution behind a removed activation moves to the one before it,
+            where the two would meet: training goes on with the very function that a collapse merges exactly. See
+            :func:`~lightning_easier.linearize`.
         dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default.
 
     Raises:
@@ -104,6 +107,7 @@ class EntropyPruningCallback(Callback):
         measure_on: Literal["validation", "training"] = "validation",
         neuron_dim: dict[str, int] | None = None,
         gates: bool | list[str] = False,
+        shift_padding: bool = True,
         dirpath: str | None = None,
     ) -> None:
         super().__init__()
@@ -131,6 +135,9 @@ class EntropyPruningCallback(Callback):
             raise TypeError(f"Expected argument `neuron_dim` to map name globs to axes, but got {neuron_dim!r}")
         self.neuron_dim = dict(neuron_dim or {})
         self.gates = sorted(as_gates(gates))
+        if not isinstance(shift_padding, bool):
+            raise TypeError(f"Expected argument `shift_padding` to be a bool, but got {shift_padding!r}")
+        self.shift_padding = shift_padding
         if dirpath is not None and not isinstance(dirpath, str | Path):
             raise TypeError(f"Expected argument `dirpath` to be a path, but got {dirpath!r}")
         self.dirpath = None if dirpath is None else str(dirpath)
@@ -471,6 +478,7 @@ class EntropyPruningCallback(Callback):
             self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
             self._dashboard.write_event(self.report().event(number), trainer.global_step)
         what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
+        what += "".join(f"; {shift}" for shift in this.shifts.values())
         verdict = (
             "kept" if this.accepted else f"beyond the tolerance {self.tolerance:g} of the dense {dense.score_after:.4f}"
         )
@@ -523,11 +531,15 @@ class EntropyPruningCallback(Callback):
         names = pending["names"]
         modules = {name: pl_module.get_submodule(name) for name in names}
         score = self._rounds[-1].score_after
-        linearize(pl_module, names)
+        linearize(pl_module, names, shift_padding=self.shift_padding)
+        linear = stand_ins(pl_module)
+        shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
         live = set(pl_module.parameters())
         gone = [p for module in modules.values() for p in module.parameters() if p not in live]
         self._dropped = drop_parameters(trainer.optimizers, gone)
-        self._rounds.append(Round(list(names), dict(pending["entropies"]), score, None, None, trainer.current_epoch))
+        self._rounds.append(
+            Round(list(names), dict(pending["entropies"]), score, None, None, trainer.current_epoch, shifts)
+        )
         self._epochs, self._measured, self._validated = 0, None, False
 
     def _save(self, trainer: Trainer) -> None:

@@ -18,13 +18,14 @@ All sums are taken in float64 and rounded once, to the dtype of the operators.
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import repeat
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from lightning_easier.padding import numeric_padding
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -195,16 +196,10 @@ def _check_borders(first: Convolution, second: Convolution, p2: tuple[int, ...])
 
 
 def _padding(convolution: Convolution) -> tuple[int, ...]:
-    """Padding per axis as numbers; "same" may be uneven, which one convolution can't be told."""
-    padding = convolution.padding
-    if padding == "valid":
-        return tuple(repeat(0, len(convolution.kernel_size)))
-    if isinstance(padding, str):
-        totals = [d * (k - 1) for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)]
-        if any(total % 2 for total in totals):
-            raise CannotMergeError("padding='same' pads its two sides unevenly")
-        return tuple(total // 2 for total in totals)
-    return tuple(padding)
+    padding = numeric_padding(convolution)
+    if padding is None:
+        raise CannotMergeError("padding='same' pads its two sides unevenly")
+    return padding
 
 
 def _regroup(weight: Tensor, groups: int, coarser: int) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyPruningCallback, isolate_activations, load_pruned, measure_entropy
+from lightning_easier import EntropyPruningCallback, collapse, isolate_activations, load_pruned, measure_entropy
 from lightning_easier.collapse.chains import has_hooks
 from lightning_easier.linearize import stand_ins
 from lightning_easier.zoo import DigitsDataModule
@@ -230,6 +230,59 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_after):
     assert resumed.current_epoch == reference.current_epoch == 4
     assert_equal_states(dict(second.state_dict()), dict(whole.state_dict()))
     assert_equal_states(resumed.optimizers[0].state_dict(), reference.optimizers[0].state_dict())
+
+
+class Padded(Tiny):
+    """Three padded convolutions in a row."""
+
+    def __init__(self, scores: tuple[float, ...] = ()) -> None:
+        super().__init__(scores)
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv2, self.mid, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = self.conv3(self.mid(self.conv2(self.act1(self.bn(self.conv(x))))))
+        return self.fc4(self.act4(self.fc3(self.fc2(self.act2(self.fc1(x.flatten(1)))))))
+
+    @property
+    def paddings(self):
+        return [layer.padding for layer in (self.conv, self.conv2, self.conv3)]
+
+
+def test_the_padding_moves_with_the_removal_and_comes_back_with_it(tmp_path):
+    model, callback = (
+        Padded(scores=(0.9, 0.9, 0.1)),
+        pruning(monitor="scripted", tolerance=0.2, include=["act1", "mid"]),
+    )
+    callback.select = lambda entropies, count: ["act1" if "act1" in entropies else "mid"]
+    train(model, callback, root=tmp_path, epochs=4)
+    assert [(this.removed, this.accepted) for this in callback.rounds] == [
+        ([], True), (["act1"], True), (["mid"], False)
+    ]  # fmt: skip
+    assert [this.shifts for this in callback.rounds] == [
+        {}, {"act1": "the padding of conv2 moves to conv"}, {}
+    ]  # fmt: skip
+    assert "act1 (padding moved)" in str(callback.report())
+    assert model.paddings == [(2, 2), (0, 0), (0, 0)]
+
+    loaded = load_pruned(Padded, callback.last_good).eval()
+    images = torch.rand(8, 1, 8, 8)
+    assert loaded.paddings == model.paddings
+    assert torch.equal(loaded(images), model.eval()(images))
+    result = collapse(loaded.double(), images.double(), objective="depth")
+    assert result.report.merges[0].operators == ("conv", "conv2")
+    assert result.report.relative_difference < 1e-9
+
+    model, callback = Padded(scores=(0.9, 0.1)), pruning(monitor="scripted", tolerance=0.2, include=["act1"])
+    train(model, callback, root=tmp_path / "back", epochs=4)
+    assert callback.rounds[-1].accepted is False
+    assert model.paddings == [(1, 1), (1, 1), (0, 0)]
+
+    model, callback = Padded(), pruning(include=["act1"], shift_padding=False)
+    train(model, callback, root=tmp_path / "unmoved", epochs=2)
+    assert callback.removed == ["act1"]
+    assert callback.rounds[-1].shifts == {}
+    assert model.paddings == [(1, 1), (1, 1), (0, 0)]
 
 
 def test_a_pruned_checkpoint_validates_with_the_callback_and_fails_loudly_without(tmp_path):
