@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_easier.discovery import ActivationSite, Discovery
 from lightning_easier.rectifiers import as_gates
+from lightning_easier.rewriting import carry_out
 
 
 def isolate_activations(model: nn.Module, *, gates: bool | Iterable[str] = False) -> dict[str, nn.Module]:
@@ -54,8 +55,7 @@ def isolate_activations(model: nn.Module, *, gates: bool | Iterable[str] = False
 def isolated_sites(model: nn.Module, gates: bool | Iterable[str] = False) -> list[ActivationSite]:
     """Isolate the activations of a model in place and describe each; see :func:`isolate_activations`."""
     plan = Discovery(as_gates(gates)).plan(unwrap(model))
-    for edit in plan.edits:
-        edit()
+    carry_out(plan.edits)
     if plan.left_alone:
         listing = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in plan.left_alone.items())
         warnings.warn(

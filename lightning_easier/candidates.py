@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_easier.activations import ActivationSite, planned_sites, unwrap
-from lightning_easier.collapse.chains import has_hooks
+from lightning_easier.activations import unwrap
 from lightning_easier.collapse.operators import CannotMergeError, check, fold_batch_norm
-from lightning_easier.inference import evaluation_mode
+from lightning_easier.dataflow import Kind
+from lightning_easier.discovery import ActivationSite, Discovery, Plan
+from lightning_easier.inference import evaluation_mode, has_hooks
 from lightning_easier.neighbourhood import Meeting, Neighbourhood
 from lightning_easier.padding import possible_shift
+from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import Candidate, CandidateReport
 
 
@@ -50,20 +52,25 @@ def candidates(
         >>> [(candidate.name, candidate.merges) for candidate in candidates(model).candidates]
         [('1', (('0', '2'),)), ('3', ())]
     """
-    with evaluation_mode(unwrap(model)):
-        sites = planned_sites(model, gates)
-        names = [site.name for site in sites]
+    inner = unwrap(model)
+    with evaluation_mode(inner):
+        plan = Discovery(as_gates(gates)).plan(inner)
+        names = [site.name for site in plan.sites]
         for name in entropies or {}:
             if name not in names:
                 raise ValueError(
                     f"Expected argument `entropies` to hold names of activations, but got {name!r}, not one of {names}"
                 )
-        owners = Counter(id(tensor) for module in unwrap(model).modules() for tensor in module._parameters.values())
-        shifted = [_shifted(site) if shift_padding else site.neighbourhood for site in sites]
+        check = _Check(inner, plan)
         return CandidateReport(
             [
-                _candidate(site, around, (entropies or {}).get(site.name), owners)
-                for site, around in zip(sites, shifted, strict=True)
+                _candidate(
+                    site,
+                    _shifted(site) if shift_padding else site.neighbourhood,
+                    (entropies or {}).get(site.name),
+                    check,
+                )
+                for site in plan.sites
             ]
         )
 
@@ -80,13 +87,11 @@ def _shifted(site: ActivationSite) -> Neighbourhood:
     return replace(around, meetings=(replace(meeting, operators=(first, unpadded)),))
 
 
-def _candidate(
-    site: ActivationSite, around: Neighbourhood, entropy: float | None, owners: Mapping[int, int]
-) -> Candidate:
+def _candidate(site: ActivationSite, around: Neighbourhood, entropy: float | None, check: "_Check") -> Candidate:
     merges, reasons = [], [around.reason] if around.reason else []
     for meeting in around.meetings:
         try:
-            _check(meeting, owners)
+            check(meeting)
             merges.append((meeting.first, meeting.second))
         except CannotMergeError as error:
             reasons.append(f"`{meeting.first}` and `{meeting.second}` would meet, but {error}")
@@ -96,31 +101,48 @@ def _candidate(
     )  # fmt: skip
 
 
-def _check(meeting: Meeting, owners: Mapping[int, int]) -> None:
-    """Find out whether a collapse would merge two operators that meet.
+class _Check:
+    """Find out whether a collapse would merge two operators that meet."""
 
-    Args:
-        meeting: The operators, and what lies between them.
-        owners: How many modules hold a parameter, by its id.
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._hooked = {name: module for name, module in model.named_modules() if name and has_hooks(module)}
+        # how many modules hold a tensor, and how often one is read without its module being called
+        self._readers = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+        for node in plan.flow.nodes:
+            if node.kind == Kind.CONSTANT:
+                owner, _, attribute = node.name.rpartition(".")
+                self._readers[id(_get(model, owner, attribute))] += 1
 
-    Raises:
-        CannotMergeError: With the reason, when it would not.
-    """
-    for kind in ("addition", "flatten"):
-        if kind in meeting.through:
-            raise CannotMergeError(f"no merge goes through the {kind} between them")
-    first, second = meeting.operators
-    if first is None or second is None:
-        raise CannotMergeError("one of them is a function, not a module")
-    for operator in (first, second):
-        if any(owners[id(parameter)] > 1 for parameter in operator.parameters()):
-            raise CannotMergeError("one of them shares its parameters with another module")
-        if has_hooks(operator):
-            raise CannotMergeError("one of them has hooks, which would see something else")
-    for module in meeting.between:
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise CannotMergeError("a functional batch norm lies between them")
-        first = fold_batch_norm(first, module)
-        if isinstance(first.bias, nn.Parameter):
-            nn.init.ones_(first.bias)  # that of a batch norm is zero before training, and then no longer
-    check(first, second)
+    def __call__(self, meeting: Meeting) -> None:
+        """Check one meeting.
+
+        Raises:
+            CannotMergeError: With the reason, when it would not.
+        """
+        for kind in ("addition", "flatten"):
+            if kind in meeting.through:
+                raise CannotMergeError(f"no merge goes through the {kind} between them")
+        first, second = meeting.operators
+        if first is None or second is None:
+            raise CannotMergeError("one of them is a function, not a module")
+        for operator in (first, second):
+            if any(self._readers[id(parameter)] > 1 for parameter in operator.parameters()):
+                raise CannotMergeError("one of them shares its parameters with something else")
+        ways = (f"{meeting.first}.", f"{meeting.second}.")
+        for name, module in self._hooked.items():
+            if any(way.startswith(f"{name}.") for way in ways) or module in (*meeting.between, *meeting.idle):
+                raise CannotMergeError(f"`{name}` has hooks, which would see something else")
+        for batch_norm in meeting.between:
+            if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
+                raise CannotMergeError("a functional batch norm lies between them")
+            first = fold_batch_norm(first, batch_norm)
+            if isinstance(first.bias, nn.Parameter):
+                nn.init.ones_(first.bias)  # that of a batch norm is zero before training, and then no longer
+        check(first, second)
+
+
+def _get(model: nn.Module, owner: str, attribute: str) -> Any:
+    try:
+        return getattr(model.get_submodule(owner), attribute, None)
+    except AttributeError:  # a question that was asked of a value, such as its size
+        return None

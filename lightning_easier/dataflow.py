@@ -34,7 +34,8 @@ class Kind(StrEnum):
 
 
 # What becomes of the neuron axis: ("keep",), ("set", axis), ("permute", axes), ("swap", axis, axis),
-# ("flatten", first, last), or ("lose",) where only what reads the value can tell.
+# ("move", from, to), ("flatten", first, last), ("insert", axis), ("pick", places) for an index of slices and Nones, or
+# ("lose",) where only what reads the value can tell.
 Layout = tuple[Any, ...]
 _KEEP: Layout = ("keep",)
 _LOSE: Layout = ("lose",)
@@ -170,27 +171,61 @@ def _layout(node: fx.Node, name: str) -> Layout:
     if node.op == "call_function":
         axis = next((axis for fn, axis in _NEURON_AXIS_OF_FUNCTION.items() if node.target is fn), None)
         if axis is not None:
-            return ("set", axis)
+            return ("set", _of_product(node) if name == "matmul" else axis)
     elif name in ("matmul", "bmm"):
         return ("set", -1)
     arguments: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
+    whole = all(isinstance(argument, int) for argument in arguments)
     if name == "permute":
         axes = arguments[0] if arguments and isinstance(arguments[0], tuple | list) else arguments
         return ("permute", tuple(axes)) if all(isinstance(axis, int) for axis in axes) else _LOSE
     if name in ("transpose", "transpose_", "swapaxes", "swapdims"):
-        return ("swap", *arguments) if all(isinstance(axis, int) for axis in arguments) else _LOSE
+        return ("swap", *arguments) if whole else _LOSE
+    if name in ("movedim", "moveaxis"):
+        return ("move", *arguments) if whole else _LOSE
+    if name == "getattr" and node.args[1] == "mT":
+        return ("swap", -2, -1)
     if name == "flatten":
         ends = (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
         return ("flatten", *ends) if all(isinstance(axis, int) for axis in ends) else _LOSE
+    if name in ("unsqueeze", "stack"):
+        place = _argument(node, 1, "dim", 0)
+        return ("insert", place) if isinstance(place, int) else _LOSE
     if _makes_vectors(node, name):
         return ("flatten", 1, -1)
-    if name in ("view", "reshape", "unflatten", "movedim", "moveaxis", "unsqueeze", "einsum", "rearrange", "squeeze",
-                "view_as", "reshape_as"):  # fmt: skip
+    if name in ("view", "reshape", "unflatten", "rearrange", "squeeze", "view_as", "reshape_as"):
         return _LOSE
-    if name == "getitem":
-        key = node.args[1]
-        return _LOSE if isinstance(key, tuple) and any(part is None for part in key) else _KEEP
+    if name == "einsum":
+        return _einsum(node)
+    if name == "getitem" and isinstance(node.args[1], tuple):
+        return _pick(node.args[1])
     return _KEEP
+
+
+def _of_product(node: fx.Node) -> int:
+    """Return the axis of the rows where a weight stands on the left of a product, that of the columns elsewhere."""
+    left = node.args[0]
+    return -2 if isinstance(left, fx.Node) and left.op == "get_attr" else -1
+
+
+def _einsum(node: fx.Node) -> Layout:
+    """Return the axis of the one index that a weight brings in."""
+    equation = node.args[0]
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return _LOSE
+    read, _, made = equation.replace(" ", "").partition("->")
+    values, *weights = read.split(",")
+    new = [index for index in made if index not in values]
+    return ("set", made.index(new[0])) if len(weights) == 1 and len(new) == 1 else _LOSE
+
+
+def _pick(key: tuple[Any, ...]) -> Layout:
+    """Return where each axis goes under an index of whole slices and new axes."""
+    if not any(part is None for part in key):
+        return _KEEP
+    if not all(part is None or isinstance(part, slice) for part in key):
+        return _LOSE
+    return ("pick", tuple(place for place, part in enumerate(key) if part is not None))
 
 
 def is_idle_dropout(node: fx.Node) -> bool:
@@ -234,9 +269,25 @@ def _neuron_axis_behind(layout: Layout, axis: int | None) -> int | None:
             if axis in (first, second):
                 return second if axis == first else first
             return axis if (axis < 0) == (first < 0) == (second < 0) else None  # else it takes the number of axes
+        case ("move", source, target) if axis == source:
+            return int(target)
+        case ("insert", place) if axis is not None:
+            if axis >= 0:
+                return axis + 1 if 0 <= place <= axis else axis
+            return axis - 1 if place == -1 else axis
+        case ("pick", places) if axis is not None and -len(places) <= axis < len(places):
+            return int(places[axis])
         case ("keep",):
             return axis
     return None
+
+
+def _likely_axis_behind(layout: Layout, axis: int | None) -> int | None:
+    """Return the neuron axis behind a swap that names one side by its distance from the end, for three axes."""
+    if layout[0] == "swap" and axis is not None:
+        behind = _neuron_axis_behind(("swap", layout[1] % 3, layout[2] % 3), axis % 3)
+        return -1 if behind == 2 else behind
+    return axis
 
 
 @dataclass
@@ -287,6 +338,7 @@ class Flow:
         known = next((node.axis for node in inputs if node.axis is not None), None)
         axis = _neuron_axis_behind(layout, known)
         earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
+        earlier = _likely_axis_behind(layout, earlier)
         node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module)
         for parent in inputs:
             parent.readers.append(node)
@@ -297,14 +349,12 @@ class Flow:
         """Add a layer that is not looked into."""
         layout: Layout = _KEEP
         for axis, classes in _NEURON_AXIS.items():
-            if isinstance(module, classes) and not permutes(module):
+            if isinstance(module, classes):
                 layout = ("set", axis)
         if isinstance(module, nn.Flatten):
             layout = ("flatten", module.start_dim, module.end_dim)
         elif isinstance(module, nn.Unflatten):
             layout = _LOSE
-        elif permutes(module):
-            layout = ("set", 1)
         return self.add(_kind_of_module(module), name, inputs, layout, module)
 
     def neuron_axis(self, node: FlowNode) -> int:
@@ -333,8 +383,3 @@ def _kind_of_module(module: nn.Module) -> Kind:
     if isinstance(module, _IDENTITIES):
         return Kind.IDENTITY
     return Kind.FLATTEN if isinstance(module, nn.Flatten) else Kind.OTHER
-
-
-def permutes(module: nn.Module) -> bool:
-    """Tell a LayerNorm that works on channels in axis 1 (torchvision's and timm's LayerNorm2d) from a plain one."""
-    return isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward

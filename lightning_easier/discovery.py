@@ -4,36 +4,57 @@ Each forward is looked at by itself (see :mod:`lightning_easier.tracing`) and re
 function, or a module that is called more than once. The model is not touched: a plan holds the edits.
 """
 
-import dis
-import inspect
+import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchmetrics import Metric
 
+from lightning_easier.bytecode import code_of, names_used
 from lightning_easier.dataflow import (
     Flow,
     FlowNode,
     Kind,
     Step,
     encoder_layer_steps,
-    permutes,
     read_steps,
     sequential_steps,
 )
+from lightning_easier.inference import has_hooks
 from lightning_easier.neighbourhood import Neighbourhood, neighbourhood
-from lightning_easier.recording import Recording, Variant, recorded_forward
-from lightning_easier.rectifiers import GATES, as_module, function_names, functions, is_activation
-from lightning_easier.rewriting import MakeModule, ReplaceModule, RewriteForward, Rewriting, copy_activation
-from lightning_easier.tracing import UntraceableError, read_forward, trace_forward, variants
+from lightning_easier.recording import RecordedForward, Recording, Variant, recorded_forward
+from lightning_easier.rectifiers import (
+    GATES,
+    RECTIFIER,
+    RECTIFIERS,
+    NotAModuleError,
+    activation_kind,
+    as_module,
+    function_names,
+    functions,
+    is_activation,
+    replacement,
+)
+from lightning_easier.rewriting import (
+    Edit,
+    MakeModule,
+    ReplaceModule,
+    RewriteForward,
+    RewriteGraph,
+    Rewriting,
+    copy_activation,
+)
+from lightning_easier.tracing import read_forward, trace_forward, variants
+from lightning_easier.watching import UntraceableError
 
 # The forwards of nn.Sequential, and of what has none (nn.ModuleList, nn.ModuleDict)
 _CONTAINER_FORWARDS = (nn.Sequential.forward, nn.Module.forward)
@@ -68,13 +89,15 @@ class Plan:
     Attributes:
         flow: The flow of values through the model.
         found: Name -> module of each site, with its first call.
+        inside: Name -> what it lies in, of the sites within a forward that can't be traced.
         edits: What to do, in order, so that each site has its module.
         left_alone: Name -> reason, of the modules that seem to call an activation and can't be rewritten.
     """
 
     flow: Flow = field(default_factory=Flow)
     found: dict[str, tuple[nn.Module, FlowNode]] = field(default_factory=dict)
-    edits: list[Callable[[], None]] = field(default_factory=list)
+    inside: dict[str, str] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -82,9 +105,14 @@ class Plan:
         """The sites, in execution order."""
         calls = Counter(node.module for node in self.flow.nodes)
         return [
-            ActivationSite(name, module, self.flow.neuron_axis(node), neighbourhood(node, calls))
+            ActivationSite(name, module, self.flow.neuron_axis(node), neighbourhood(node, calls, self.inside.get(name)))
             for name, (module, node) in self.found.items()
         ]
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether there was a forward that could not be traced."""
+        return bool(self.left_alone) or any(node.kind == Kind.UNKNOWN for node in self.flow.nodes)
 
 
 class _Inputs:
@@ -106,10 +134,6 @@ class _Inputs:
             return self._named.pop(name)
         return self._positional.pop(0) if self._positional else None
 
-    @property
-    def rest(self) -> list[FlowNode]:
-        return self.values
-
 
 class Discovery:
     """Follow the values through a model and note the sites, and the edits that would isolate them."""
@@ -121,6 +145,7 @@ class Discovery:
         self._names: dict[nn.Module, str] = {}  # of the modules met so far; the first name of each counts
         self._steps: dict[nn.Module, Sequence[Step]] = {}
         self._added: dict[nn.Module, dict[str, nn.Module]] = {}  # by the edits, once they are carried out
+        self._inside: str | None = None  # the forward that can't be traced, if the walk is in one
 
     def plan(self, model: nn.Module) -> Plan:
         """Look through a model."""
@@ -128,7 +153,7 @@ class Discovery:
         self._flow.add(Kind.OUTPUT, "", [self._run(model, "", _Inputs())])
         return self._plan
 
-    def _run(self, module: nn.Module, name: str, inputs: "_Inputs") -> FlowNode:
+    def _run(self, module: nn.Module, name: str, inputs: _Inputs) -> FlowNode:
         """Let values flow through a module; return what comes out."""
         if _is_leaf(module):
             return self._flow.add_leaf(module, name, inputs.values)
@@ -141,13 +166,13 @@ class Discovery:
         nodes: list[FlowNode] = []
         for step in steps:
             nodes.append(self._take(module, name, step, nodes, inputs))
-        for unread in inputs.rest:  # optional arguments, whose way is not followed
+        for unread in inputs.values:  # optional arguments, whose way is not followed
             self._flow.add(Kind.UNKNOWN, f"an optional argument of `{name}`", [unread])
         if first_time:
             self._run_uncalled(module, name, steps)
         return nodes[-1]
 
-    def _take(self, module: nn.Module, name: str, step: Step, nodes: Sequence[FlowNode], inputs: "_Inputs") -> FlowNode:
+    def _take(self, module: nn.Module, name: str, step: Step, nodes: Sequence[FlowNode], inputs: _Inputs) -> FlowNode:
         if step.kind == Kind.INPUT:
             kind = Kind.UNKNOWN if name else Kind.INPUT
             return inputs.take(step.name) or self._flow.add(kind, f"the argument `{step.name}` of `{name}`")
@@ -166,90 +191,155 @@ class Discovery:
             return self._flow.add(Kind.OTHER, _join(name, "list"), [nodes[number] for number in group])
         return nodes[group[0]] if group else None
 
-    def _call(self, parent: nn.Module, parent_name: str, target: str, inputs: "_Inputs") -> FlowNode:
+    def _call(self, parent: nn.Module, parent_name: str, target: str, inputs: _Inputs) -> FlowNode:
         """Let values flow through a child; an activation is a site."""
         name = _join(parent_name, target)
         added = self._added.get(parent, {})
         child = added[target] if target in added else parent.get_submodule(target)
-        is_site = is_activation(child, self._gates)
+        kind = activation_kind(child)
+        is_site = kind == RECTIFIER or kind in self._gates
         known_as = self._names.setdefault(child, name)
         if known_as != name:
-            if is_site or (_is_bare(child) and self._calls_activations(child)):
-                # one object under two names: each name gets its own, parameters stay shared
+            if any(has_hooks(part) for part in child.modules()) or not (is_site or self._can_be_doubled(child)):
+                name = known_as
+            else:  # one object under two names: each name gets its own, parameters stay shared
                 child = copy_activation(child) if is_site else deepcopy(child)
                 self._names[child] = name
                 self._plan.edits.append(ReplaceModule(parent, target, child))
-            else:
-                name = known_as
         if not is_site:
-            return self._run(child, name, inputs)
+            # a gate that nobody asked for is not looked into, whatever it is made of
+            return self._flow.add_leaf(child, name, inputs.values) if kind else self._run(child, name, inputs)
         node = self._flow.add(Kind.ACTIVATION, name, inputs.values[:1], module=child)
         self._plan.found.setdefault(name, (child, node))
+        if self._inside is not None:
+            self._plan.inside[name] = self._inside
         return node
 
     def _run_untraceable(self, module: nn.Module, name: str, inputs: Sequence[FlowNode]) -> FlowNode:
         """Call the children in the order of their names: the best guess at an axis, and no more than a guess."""
-        reason = f"the forward of `{name or type(module).__name__}`, which can't be traced"
-        node = self._flow.add(Kind.UNKNOWN, reason, inputs)
+        where = f"the forward of `{name or type(module).__name__}`, which can't be traced"
+        outside, self._inside = self._inside, where
+        node = self._flow.add(Kind.UNKNOWN, where, inputs)
         for target, child in module.named_children():
-            if not isinstance(child, Metric | torch.jit.ScriptModule):
-                node = self._flow.add(Kind.UNKNOWN, reason, [self._call(module, name, target, _Inputs([node]))])
+            if not isinstance(child, Metric):
+                node = self._flow.add(Kind.UNKNOWN, where, [self._call(module, name, target, _Inputs([node]))])
+        self._inside = outside
         return node
 
     def _run_uncalled(self, module: nn.Module, name: str, steps: Sequence[Step]) -> None:
         """Visit the children that this forward does not call, in this mode at least."""
         called = [step.name for step in steps if step.kind in (Kind.MODULE, Kind.CONSTANT)]
         for target, child in list(module.named_children()):
-            if isinstance(child, Metric | torch.jit.ScriptModule):
+            if isinstance(child, Metric):
                 continue
             if not any(other == target or other.startswith(f"{target}.") for other in called):
                 where = f"what calls `{_join(name, target)}`, which its module's forward does not"
                 self._call(module, name, target, _Inputs([self._flow.add(Kind.UNKNOWN, where)]))
 
-    def _calls_activations(self, module: nn.Module) -> bool:
-        return bool(Discovery(self._gates).plan(module).found)
+    def _can_be_doubled(self, module: nn.Module) -> bool:
+        """Tell whether a block calls activations, and another copy of it would leave no trace and compute the same."""
+        if _is_leaf(module) or next(chain(module.parameters(), module.buffers()), None) is not None:
+            return False
+        if any(has_hooks(part) for part in module.modules()):
+            return False
+        plan = Discovery(self._gates).plan(module)
+        return bool(plan.found) and not plan.is_guessed
 
     def _steps_of(self, module: nn.Module, name: str) -> Sequence[Step]:
         """Return what the forward of a module does; plan its rewriting where that is needed."""
-        if isinstance(module, nn.TransformerEncoderLayer):
-            return self._steps_of_encoder_layer(module, name)
+        if type(module).forward is nn.TransformerEncoderLayer.forward and _has_stock_feed_forward(module):
+            return self._steps_of_encoder_layer(module, name)  # type: ignore[arg-type]
         recorded = recorded_forward(module)
-        if recorded is not None and self._gates <= recorded.gates:
+        if recorded is not None and self._gates <= recorded.gates and _has_children(module, recorded.steps):
             return recorded.steps
-        if type(module).forward in _CONTAINER_FORWARDS and "forward" not in vars(module):
+        if isinstance(module, fx.GraphModule):
+            return self._steps_of_graph(module, name)
+        if type(module).forward in _CONTAINER_FORWARDS and ("forward" not in vars(module) or recorded is not None):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
+        rewritings: dict[Variant, Rewriting] = {}
         try:
-            plainest, *others = variants(module)
-            recording = trace_forward(module, plainest)
-            first = self._rewriting(module, recording, plainest)
-            recordings = {plainest: recording}
-            rewritings = [first]
-            for variant in others if first.targets else ():
-                recorded_too = _trace_optional(module, variant)
-                if recorded_too is None:
-                    continue
-                rewriting = self._rewriting(module, recorded_too, variant)
-                if rewriting.description == first.description:
-                    recordings[variant] = recorded_too
-                    rewritings.append(rewriting)
-                elif not variant[1]:
-                    reasons = [*first.unsupported, *rewriting.unsupported]
-                    reasons.append("it calls other activations in train mode than in eval mode")
-                    raise UntraceableError(reasons[0])
+            recordings, reasons = self._record(module, rewritings)
         except UntraceableError as error:
-            if self._seems_to_hide_sites(module):
-                self._plan.left_alone[name] = str(error)
-            graph = read_forward(module)
-            return () if graph is None else read_steps(graph)
-        if first.unsupported:
-            self._plan.left_alone[name] = first.unsupported[0]
-        for rewriting in rewritings:
-            rewriting.apply()
-        steps = read_steps(recording.graph)
-        if first.targets:
-            self._added[module] = first.added
-            self._plan.edits.append(RewriteForward(module, recordings, steps, first.added, self._gates))
+            found = any(rewriting.targets for rewriting in rewritings.values())
+            return self._steps_of_unfaithful(module, name, str(error), found=found)
+        plainest = next(iter(recordings))
+        reasons += rewritings[plainest].unsupported
+        if reasons:
+            self._plan.left_alone[name] = "; ".join(dict.fromkeys(reasons))
+        added = rewritings[plainest].added
+        for variant in recordings:
+            rewritings[variant].apply()
+        steps = read_steps(recordings[plainest].graph)
+        if added:
+            self._added[module] = added
+            edit = RewriteForward(module, _for_both_modes(recordings), steps, added, self._gates)
+            self._plan.edits.append(edit)
         return steps
+
+    def _record(
+        self, module: nn.Module, rewritings: dict[Variant, Rewriting]
+    ) -> tuple[dict[Variant, Recording], list[str]]:
+        """Record a forward in every variant that may call an activation; say what is not reached.
+
+        Args:
+            module: The module.
+            rewritings: Filled with what would change in each recording.
+
+        Raises:
+            UntraceableError: If the two modes, without optional arguments, can't both be recorded and rewritten alike.
+        """
+        recordings: dict[Variant, Recording] = {}
+        reasons: list[str] = []
+        plainest, *others = variants(module)
+        for variant in (plainest, *others):
+            training, given = variant
+            twin = (False, given)
+            if training and twin in recordings and not recordings[twin].reads_training:
+                continue  # it does the same in both modes
+            if given and not (rewritings[plainest].targets or _names_an_activation(module, self._gates)):
+                continue
+            try:
+                recording = trace_forward(module, variant)
+            except UntraceableError:
+                if not given:
+                    raise
+                continue
+            rewriting = rewritings[variant] = Rewriting(
+                module, recording.graph, self._gates, training, self._can_be_doubled
+            )
+            if rewriting.description == rewritings[plainest].description:
+                recordings[variant] = recording
+            elif given:
+                reasons.append(f"given {' and '.join(f'`{name}`' for name in given)} it calls other activations")
+            else:
+                unsupported = [*rewritings[plainest].unsupported, *rewriting.unsupported]
+                raise UntraceableError(
+                    (*unsupported, "it calls other activations in train mode than in eval mode, or elsewhere")[0]
+                )
+        return recordings, reasons
+
+    def _steps_of_unfaithful(self, module: nn.Module, name: str, reason: str, *, found: bool) -> Sequence[Step]:
+        graph = read_forward(module)
+        calls = [] if graph is None else [_counts(node, self._gates) for node in graph.nodes]
+        if found or any(calls) or self._seems_to_hide_sites(module):
+            self._plan.left_alone[name] = reason
+        return () if graph is None else read_steps(graph)
+
+    def _steps_of_graph(self, module: fx.GraphModule, name: str) -> Sequence[Step]:
+        """Rewrite a graph module's own graph, which is what it is copied, pickled and exported by."""
+        graph = deepcopy(module.graph)
+        rewriting = Rewriting(module, graph, self._gates, module.training, self._can_be_doubled)
+        aten = [str(node.target) for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        known = function_names(self._gates)
+        hidden = [target for target in aten if target.split(".")[1] in known]
+        reasons = [*rewriting.unsupported, *(f"its graph calls `{target}`" for target in hidden[:1])]
+        if reasons:
+            self._plan.left_alone[name] = "; ".join(reasons)
+        rewriting.apply()
+        if rewriting.targets:
+            self._added[module] = rewriting.added
+            self._plan.edits.append(RewriteGraph(module, graph, rewriting.added))
+        return read_steps(graph)
 
     def _steps_of_encoder_layer(self, layer: nn.TransformerEncoderLayer, name: str) -> Sequence[Step]:
         function = vars(layer).get("activation")
@@ -265,32 +355,75 @@ class Discovery:
         self._plan.edits.append(MakeModule(layer, "activation", activation))
         return encoder_layer_steps(layer, has_module=True)
 
-    def _rewriting(self, module: nn.Module, recording: Recording, variant: Variant) -> "Rewriting":
-        return Rewriting(module, recording.graph, self._gates, variant[0], self._is_bare_and_calls_activations)
-
-    def _is_bare_and_calls_activations(self, module: nn.Module) -> bool:
-        return not _is_leaf(module) and _is_bare(module) and self._calls_activations(module)
-
     def _seems_to_hide_sites(self, module: nn.Module) -> bool:
         """Tell whether a forward that can't be traced is likely to call an activation that no module stands for."""
-        known = functions(self._gates)
-        if any(value is function for value in vars(module).values() for function in known):
+        if _names_an_activation(module, self._gates):
             return True
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        names = _names_in(code) if isinstance(code, types.CodeType) else Counter()
-        if (set(names) & function_names(self._gates)) - set(module._modules):
-            return True
-        return any(names[target] > 1 and is_activation(child, self._gates) for target, child in module.named_children())
+        names = names_used(_own_code(module))
+        return any(
+            names[target] > 1 and (is_activation(child, self._gates) or self._can_be_doubled(child))
+            for target, child in module.named_children()
+        )
 
 
-def _trace_optional(module: nn.Module, variant: Variant) -> Recording | None:
-    """Record a variant; one with optional arguments may be impossible, one in the other mode must not."""
+def _names_an_activation(module: nn.Module, gates: frozenset[str]) -> bool:
+    """Tell whether a module's code names an activation that is not one of its children, or its attributes hold one."""
+    known = functions(gates)
+    values: list[Any] = []
+    for value in vars(module).values():
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        values += [getattr(item, "func", item) for item in inner]
+    if any(value is function for value in values for function in known):
+        return True
+    if any(isinstance(v, nn.Module) and v not in module._modules.values() and is_activation(v, gates) for v in values):
+        return True
+    names = set(names_used(_own_code(module))) - set(module._modules)
+    return bool(names & (function_names(gates) | {cls.__name__ for cls in RECTIFIERS}))
+
+
+def _own_code(module: nn.Module) -> list[types.CodeType]:
+    """Return the code of a module's forward, and of the methods and the package's functions it names."""
+    forward = vars(module).get("forward", type(module).forward)
+    found: dict[types.CodeType, None] = {}
+    queue = [] if isinstance(forward, RecordedForward) else code_of(forward)
+    package = type(module).__module__.partition(".")[0]
+    scope = vars(sys.modules.get(type(module).__module__, types.ModuleType("")))
+    while queue:
+        code = queue.pop()
+        if code in found:
+            continue
+        found[code] = None
+        for name in code.co_names:
+            for function in (vars(module).get(name), getattr(type(module), name, None), scope.get(name)):
+                if getattr(function, "__module__", "").partition(".")[0] == package and package != "torch":
+                    queue += code_of(function)
+    return list(found)
+
+
+def _counts(node: fx.Node, gates: frozenset[str]) -> bool:
     try:
-        return trace_forward(module, variant)
-    except UntraceableError:
-        if not variant[1]:
-            raise
-        return None
+        return replacement(node, gates, training=False) is not None
+    except NotAModuleError:
+        return True
+
+
+def _for_both_modes(recordings: Mapping[Variant, Recording]) -> dict[Variant, Recording]:
+    """Let a recording that did not ask for the mode stand for the other one too."""
+    both = dict(recordings)
+    for (training, names), recording in recordings.items():
+        if not recording.reads_training:
+            both.setdefault((not training, names), recording)
+    return both
+
+
+def _has_children(module: nn.Module, steps: Iterable[Step]) -> bool:
+    """Tell whether the children are still there that a recording calls."""
+    names = {name for name, _ in module.named_modules()}
+    return all(step.name in names for step in steps if step.kind == Kind.MODULE)
+
+
+def _has_stock_feed_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "_ff_block", None) is nn.TransformerEncoderLayer._ff_block
 
 
 def _join(name: str, target: str) -> str:
@@ -299,34 +432,13 @@ def _join(name: str, target: str) -> str:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Tell whether a module is a layer that is not looked into: torch's own, but for containers and transformers."""
-    if permutes(module):
+    if isinstance(module, torch.jit.ScriptModule):
         return True
+    if "forward" in vars(module):
+        return False
     cls = type(module)
     if is_parametrized(module):
         cls = cls.__bases__[0]
     return cls.__module__.startswith("torch.nn.modules.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, *_TRANSFORMERS)
     )
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Tell whether a module could be doubled without a trace in the state dict."""
-    return next(chain(module.parameters(), module.buffers()), None) is None
-
-
-def _names_in(code: types.CodeType, weight: int = 1) -> Counter[str]:
-    """Count the names that a function uses; those inside a loop count twice."""
-    instructions = list(dis.get_instructions(code))
-    loops = [
-        range(instruction.argval, instruction.offset)
-        for instruction in instructions
-        if "JUMP" in instruction.opname and instruction.argval < instruction.offset
-    ]
-    names: Counter[str] = Counter()
-    for instruction in instructions:
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME"):
-            names[instruction.argval] += 2 if any(instruction.offset in loop for loop in loops) else weight
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += _names_in(constant, 2)
-    return names

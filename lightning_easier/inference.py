@@ -50,6 +50,11 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether calling a module runs anything besides its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients; every module's own mode comes back, also after an exception."""

@@ -83,7 +83,7 @@ class IdentityStandIn(nn.Module):
         """What the state dict says of this stand-in."""
         return Mark("identity", type(self.activation).__name__, self.shift is not None)
 
-    def forward(self, input: Tensor, *_: Tensor) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
         return input
 

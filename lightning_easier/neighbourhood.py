@@ -19,7 +19,8 @@ class Meeting:
         first: Qualified name of the operator before the activation.
         second: Qualified name of the operator behind it.
         through: What stays between them: ``"batch norm"``, ``"flatten"``, ``"addition"``.
-        between: The modules between them, the activation aside; None for a function.
+        between: The modules between them, identities and the activation aside; None for a function.
+        idle: The modules between them that compute the identity in eval mode.
         operators: The two modules; None for a function (``F.linear``).
     """
 
@@ -27,6 +28,7 @@ class Meeting:
     second: str
     through: tuple[str, ...]
     between: tuple[nn.Module | None, ...]
+    idle: tuple[nn.Module, ...]
     operators: tuple[nn.Module | None, nn.Module | None]
 
 
@@ -49,19 +51,22 @@ class Neighbourhood:
     calls: int
 
 
-def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int]) -> Neighbourhood:
+def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside: str | None = None) -> Neighbourhood:
     """Look around an activation.
 
     Args:
         site: Its node in the flow.
         calls: How often each module is called in one forward of the model.
+        inside: The forward it lies in that can't be traced, if there is one; a collapse keeps all of that as it is.
     """
     before = [node for node in _reached(site, back=True) if node.kind == Kind.OPERATOR]
     behind = [node for node in _reached(site, back=False) if node.kind == Kind.OPERATOR]
     several = [node for node in (site, *before, *behind) if node.module is not None and calls[node.module] > 1]
     meetings: list[Meeting] = []
     reason: str | None
-    if several:
+    if inside is not None:
+        reason = f"it lies in {inside}"
+    elif several:
         reason = f"`{several[0].name}` is called {calls[several[0].module]} times"
     else:
         meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None]
@@ -87,6 +92,7 @@ def _reached(site: FlowNode, *, back: bool) -> Iterator[FlowNode]:
 def _meeting(first: FlowNode, site: FlowNode) -> Meeting | None:
     """Follow a value from an operator to the next, as long as there is one reader."""
     between: list[FlowNode] = []
+    idle: list[nn.Module] = []
     node, passed = first, False
     while len(node.readers) == 1:
         node = node.readers[0]
@@ -94,9 +100,11 @@ def _meeting(first: FlowNode, site: FlowNode) -> Meeting | None:
         if node.kind == Kind.OPERATOR and passed:
             kinds = tuple(dict.fromkeys(str(other.kind) for other in between))
             modules = tuple(other.module for other in between)
-            return Meeting(first.name, node.name, kinds, modules, (first.module, node.module))
+            return Meeting(first.name, node.name, kinds, modules, tuple(idle), (first.module, node.module))
         if node.kind in _TRANSPARENT and node.kind != Kind.IDENTITY:
             between.append(node)
+        elif node.kind == Kind.IDENTITY and node.module is not None:
+            idle.append(node.module)
         elif node.kind != Kind.IDENTITY and node is not site:
             return None
     return None

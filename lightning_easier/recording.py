@@ -1,8 +1,8 @@
 """A module's forward, compiled from recordings, in the place of its class's own.
 
 What is read from ``self.training`` is kept: both modes are recorded and the module's own flag chooses. So are optional
-arguments: a forward is recorded with and without each. Other plain attributes are guarded: where one has changed since,
-the class's own forward runs.
+arguments: a forward is recorded with and without each. What it read from other attributes is guarded: where one has
+changed since, the class's own forward runs.
 """
 
 import inspect
@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from lightning_easier.watching import Guard, holds
+
 Variant = tuple[bool, tuple[str, ...]]
 """What a recording is for: the training mode, and the optional arguments that are given (the rest at their default)."""
 
@@ -25,11 +27,13 @@ class Recording:
 
     Attributes:
         graph: What it does.
-        guards: The plain attributes of the module that it may have read, with the values they had.
+        guards: The attributes that it read, with the values they had.
+        reads_training: Whether it asked for the mode; if not, it does the same in the other.
     """
 
     graph: fx.Graph
-    guards: dict[str, Any]
+    guards: list[Guard]
+    reads_training: bool
 
 
 class RecordedForward:
@@ -63,10 +67,14 @@ class RecordedForward:
         self.activations = dict(activations)
         self.added = tuple(added)
         self.gates = gates
-        self._guards: dict[str, Any] = {}
+        self.iterates_children = False  # the class's own forward would call the added ones too
+        self._guards: dict[Variant, list[Guard]] = {}
         self._sources: dict[Variant, tuple[str, dict[str, Any]]] = {}
         for variant, recording in recordings.items():
-            self._guards |= recording.guards
+            self._guards[variant] = [
+                guard for guard in recording.guards if guard[2] != "keys" or guard[0] is not module
+            ]
+            self.iterates_children |= len(self._guards[variant]) < len(recording.guards)
             code = recording.graph.python_code("self")
             self._sources[variant] = (code.src, dict(code.globals))
         self._compile()
@@ -74,10 +82,16 @@ class RecordedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the recording for the module's mode and these arguments."""
         given = self._given(args, kwargs) if self._defaults else ()
-        function = self._functions.get((self.module.training, given))
-        changed = [key for key, value in self._guards.items() if vars(self.module).get(key) != value]
-        if function is None or changed:
-            return self._call_original(given, changed, args, kwargs)
+        variant = (self.module.training, given)
+        function = self._functions.get(variant)
+        if function is None:
+            return self._call_original(f"the default of {list(given)}", args, kwargs)
+        changed = [guard[1] for guard in self._guards[variant] if not holds(guard)]
+        if changed:
+            return self._call_original(f"its attributes {changed} as they were", args, kwargs)
+        for value in args[: self._required]:
+            if value is None:  # a recording takes what is required for a value
+                return self._call_original("a value for each argument", args, kwargs)
         return function(self.module, *args, **kwargs)
 
     @property
@@ -93,12 +107,14 @@ class RecordedForward:
             name for name, default in self._defaults.items() if name in values and not _same(values[name], default)
         )
 
-    def _call_original(
-        self, given: tuple[str, ...], changed: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call_original(self, wanted: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.iterates_children:
+            raise RuntimeError(
+                f"Expected {type(self.module).__name__}.forward to be called with {wanted}: it iterates over its "
+                f"children, {list(self.added)} among them by now, and no recording covers this call."
+            )
         for name, cls in self.activations.items():
             if type(self.module.get_submodule(name)) is not cls:
-                wanted = f"its attributes {changed} as they were" if changed else f"the default of {list(given)}"
                 raise RuntimeError(
                     f"Expected {type(self.module).__name__}.forward to be called with {wanted}: its activation "
                     f"`{name}` was replaced, and no recording covers this call. Restore the activation, or exclude "
@@ -113,6 +129,7 @@ class RecordedForward:
         self.__signature__ = forward.replace(parameters=parameters)
         self._names = [parameter.name for parameter in parameters]
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._required = sum(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
         self._functions: dict[Variant, Callable[..., Any]] = {}
         for variant, (source, names) in self._sources.items():
             file = f"<{type(self.module).__name__}.forward recorded by lightning_easier, {hash(source):x}>"
@@ -122,7 +139,8 @@ class RecordedForward:
             self._functions[variant] = namespace["forward"]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: vars(self)[key] for key in ("module", "steps", "activations", "added", "gates", "_guards")}
+        plain = ("module", "steps", "activations", "added", "gates", "iterates_children", "_guards")
+        state = {key: vars(self)[key] for key in plain}
         state["_sources"] = {
             variant: (
                 source,
@@ -145,16 +163,6 @@ def recorded_forward(module: nn.Module) -> RecordedForward | None:
     """Return the recorded forward of a module, or None where its class's own is in force."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, RecordedForward) else None
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are plain values, which its forward may read and someone may change."""
-    plain = (bool, int, float, str, type(None))
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, plain) and key != "training" and not key.startswith("_")
-    }
 
 
 def _same(value: Any, default: Any) -> bool:

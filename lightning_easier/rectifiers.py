@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lightning_easier.tracing import input_of, random_states, read_forward, undone
+from lightning_easier.tracing import chance_restored, input_of, read_forward, undone
 
 RECTIFIERS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -104,6 +104,10 @@ _METHODS: dict[str, _Spelling] = {
 }
 _IN_PLACE_GATES = ("sigmoid_", "tanh_")
 _NAMES = {nn.LeakyReLU: "leaky_relu", FunctionalPReLU: "prelu"}  # others: the class's, in lower case
+
+
+_STOCK: tuple[type[nn.Module], ...] = (*RECTIFIERS, *GATES.values(), FunctionalPReLU)
+_STOCK_FORWARDS = {cls.forward for cls in _STOCK}
 
 
 class NotAModuleError(Exception):
@@ -209,19 +213,23 @@ def activation_kind(module: nn.Module) -> str | None:
     """Say what a module is: ``"rectifier"``, the name of a gate, or None for anything else.
 
     torch's classes are known by name. A class of somebody else's that has neither parameters nor buffers nor children
-    (timm's ``QuickGELU``, ``HardMish``, ...) is known by its values: it is called on a few numbers in eval mode. One
+    (timm's ``QuickGELU``, ``HardMish``, ...) is known by its values: it is called on a few numbers in both modes. One
     that changes anything, draws random numbers, calls several rectifiers, or does not work on each number by itself is
     not taken for one.
     """
-    if isinstance(module, (*RECTIFIERS, FunctionalPReLU)):
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    stock = type(module).forward in _STOCK_FORWARDS or isinstance(module, nn.PReLU)
+    if stock and isinstance(module, (*RECTIFIERS, FunctionalPReLU)):
         return RECTIFIER
     for name, cls in GATES.items():
-        if isinstance(module, cls):
+        if stock and isinstance(module, cls):
             return name
-    if type(module).__module__.startswith("torch.") or not _is_bare(module):
+    if type(module).__module__.startswith("torch.") or not _could_be_an_activation(module):
         return None
-    far = torch.tensor([30.0, 40.0, 60.0])
-    points = torch.cat([-far.flip(0), torch.linspace(-6, 6, 49), far])
+    with torch.device("cpu"):  # whatever the default is by now
+        far = torch.tensor([30.0, 40.0, 60.0], dtype=torch.float32)
+        points = torch.cat([-far.flip(0), torch.linspace(-6, 6, 49, dtype=torch.float32), far])
     values = _values(module, points)
     if values is None or _rectifiers_called(module) > 1:
         return None
@@ -234,7 +242,7 @@ def _rectifiers_called(module: nn.Module) -> int:
     return sum(spelling is not None and spelling.kind == RECTIFIER for spelling in spellings)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def _could_be_an_activation(module: nn.Module) -> bool:
     """Tell whether a module could be an activation: one input, and nothing of its own."""
     if module._modules or module._parameters or module._buffers or "forward" in vars(module):
         return False
@@ -249,19 +257,17 @@ def _is_bare(module: nn.Module) -> bool:
 def _values(module: nn.Module, points: Tensor) -> Tensor | None:
     """Return a module's values at some points, or None if it does more than work on each number by itself."""
     batches = [points, points.flip(0).reshape(1, -1, 1, 1), *points.chunk(2)]
-    before = random_states()
     try:
-        with undone(module) as changed, torch.random.fork_rng(devices=[]):
-            module.__dict__["training"] = False
+        with undone(module) as changed, chance_restored() as drawn:
             results = []
-            for gradients in (False, True):
-                with torch.set_grad_enabled(gradients):
+            for mode in (False, True):  # of training and of gradients
+                module.__dict__["training"] = mode
+                with torch.set_grad_enabled(mode), torch.device("cpu"):
                     results += [type(module).forward(module, batch.clone()) for batch in batches]
-            drawn = random_states() != before
     except Exception:  # it is somebody else's code, and not made for this
         return None
     shapes = [batch.shape for batch in batches] * 2
-    if changed or drawn or not all(isinstance(result, Tensor) for result in results):
+    if changed or any(drawn) or not all(isinstance(result, Tensor) for result in results):
         return None
     if [result.shape for result in results] != shapes or not results[0].isfinite().all():
         return None
@@ -275,7 +281,7 @@ def _kind_of(points: Tensor, values: Tensor) -> str | None:
     slopes = values.diff() / points.diff()
     left, right = slopes[:2], slopes[-2:]
     straight = bool((left[0] - left[1]).abs() < 1e-3 and (right[0] - right[1]).abs() < 1e-3)
-    if straight and (right[0] - 1).abs() < 0.1 and (left[0] - right[0]).abs() > 1e-3:
+    if straight and (right[0] - 1).abs() < 0.1 and -1e-3 < left[0] < right[0] - 1e-3:
         return RECTIFIER
     if torch.allclose(values, F.relu6(points), atol=1e-5):
         return RECTIFIER

@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from itertools import combinations
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from lightning_easier.recording import Recording, Variant, plain_attributes, recorded_forward
+from lightning_easier.bytecode import ExecutedCode, why_unfaithful
+from lightning_easier.recording import Recording, Variant, recorded_forward
+from lightning_easier.watching import LooseWatch, UntraceableError, Watch, is_foreign_frame, same_items
 
 _MAX_OPTIONAL_ARGUMENTS = 3  # recordings double with each
-
-
-class UntraceableError(Exception):
-    """A forward that can't be recorded without losing something; the message is the reason."""
 
 
 class InPlaceProxy(fx.Proxy):
@@ -36,6 +34,25 @@ class InPlaceProxy(fx.Proxy):
 
     torch.fx would record ``x = x + y``, unseen by other names of x, and refuse the second.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_foreign_frame(1):
+            raise UntraceableError(f"it sets the attribute `{name}` of a value")
+        super().__setattr__(name, value)
+
+
+class _RecordingProxy(InPlaceProxy):
+    """A proxy that notices when it is asked for its type."""
+
+    @property
+    def __class__(self) -> type:
+        if is_foreign_frame(1):
+            self.tracer.asks_for_type = True  # type: ignore[attr-defined]
+        return _RecordingProxy
+
+    @__class__.setter
+    def __class__(self, _: type) -> None:
+        raise TypeError("A proxy keeps its class")
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -47,7 +64,7 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return method
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor"):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor", "ipow", "imatmul"):
     setattr(InPlaceProxy, f"__{_name}__", _in_place(_name))
 
 
@@ -61,8 +78,16 @@ setattr(InPlaceProxy, "__setitem__", _set_item)  # noqa: B010  # as above
 class _ForwardTracer(fx.Tracer):
     """Record one forward, every child a leaf."""
 
+    # A buffer is read when the forward runs, like a parameter.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asks_for_type = False
+        self.refusals: list[str] = []  # a forward may swallow an exception
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
+        return _RecordingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -78,9 +103,28 @@ class _ForwardTracer(fx.Tracer):
         self._check_modes()
         return super().create_node(kind, *args, **kwargs)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict:
+            self._refuse(f"it makes a {type(a).__name__}, which a recording would make a dict")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refusals.append("its control flow depends on a value")
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        try:
+            return super().iter(obj)
+        except Exception:
+            self.refusals.append("it iterates over a value")
+            raise
+
+    def _refuse(self, reason: str) -> None:
+        raise UntraceableError(reason)
+
     def _check_modes(self) -> None:
         if _modes() != self._modes:
-            raise UntraceableError("it changes the autograd or autocast mode inside its forward")
+            self._refuse("it changes the autograd or autocast mode inside its forward")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if attr in self._aliases and self.root._modules[attr] is attr_val:
@@ -88,6 +132,8 @@ class _ForwardTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def path_of_module(self, mod: nn.Module) -> str:
+        if mod is self.root:
+            self._refuse("it calls itself")
         alias = next((name for name, child in self._aliases.items() if child is mod), None)
         return super().path_of_module(mod) if alias is None else alias
 
@@ -107,6 +153,12 @@ class _Reader(_ForwardTracer):
             return root_fn(module, **dict(zip(names, values, strict=True)))
 
         return call, [self.root, *proxies]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(dict(a) if isinstance(a, dict) else a)
 
     def _check_modes(self) -> None:
         pass
@@ -151,6 +203,9 @@ def trace_forward(module: nn.Module, variant: Variant) -> Recording:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
     if "forward" in vars(module) and recorded_forward(module) is None:
         raise UntraceableError("its forward was replaced on the instance")
+    for name, default in defaults.items():
+        if not isinstance(default, bool | int | float | str | None) or default != default:
+            raise UntraceableError(f"the default of its argument `{name}` is {default!r}")
     recording = _trace(module, training, defaults)
     # torch.fx numbers the placeholders of arguments that have a concrete value
     placeholders = [node for node in recording.graph.nodes if node.op == "placeholder"]
@@ -168,11 +223,19 @@ def read_forward(module: nn.Module) -> fx.Graph | None:
     """
     if recorded_forward(module) is None and "forward" in vars(module):
         return None
+    watch = LooseWatch(module)
     try:
-        with undone(module), torch.random.fork_rng(devices=[]):
+        with undone(module), chance_restored(), watch:
             return _Reader().trace(module)
     except Exception:  # whatever a user's forward raises on a proxy
         return None
+    finally:
+        watch.undo()
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Tell whether the data flow through a module's forward can be followed."""
+    return type(module).forward is not nn.Module.forward and read_forward(module) is not None
 
 
 @contextmanager
@@ -188,30 +251,45 @@ def undone(module: nn.Module) -> Iterator[list[str]]:
 
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recording:
     """Trace a forward twice, with and without gradients, and put back whatever it has changed."""
-    state = _State(module)
-    chance = random_states()
-    code = _UserCode(module)
-    graphs = []
+    watch, code = Watch(module, training), ExecutedCode()
+    graphs, tracers = [], [_ForwardTracer(), _ForwardTracer()]
     try:
-        module.__dict__["training"] = training
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients), code:
-                graphs.append(_ForwardTracer().trace(module, concrete_args=defaults or None))
+        with undone(module) as changed, chance_restored() as drawn:
+            for gradients, tracer in zip((True, False), tracers, strict=True):
+                with torch.set_grad_enabled(gradients), watch, code:
+                    graphs.append(tracer.trace(module, concrete_args=defaults or None))
     except UntraceableError:
         raise
     except Exception as error:  # whatever a user's forward raises on a proxy is the reason
-        raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]) from error
     finally:
-        changed = state.undo()
+        changed += watch.undo()
     if changed:
         raise UntraceableError(f"its forward changes `self.{changed[0]}` or makes constant tensors")
-    if random_states() != chance:
+    if any(drawn):
         raise UntraceableError("its forward draws random numbers in Python")
-    if "isinstance" in code.names:
+    if any(tracer.asks_for_type for tracer in tracers):
         raise UntraceableError("its forward asks for the type of a value (`isinstance`)")
+    for reason in (*tracers[0].refusals, *tracers[1].refusals, why_unfaithful(code, type(module).forward)):
+        if reason is not None:
+            raise UntraceableError(reason)
     if len({graph.python_code("self").src for graph in graphs}) > 1:
         raise UntraceableError("its forward asks whether gradients are enabled")
-    return Recording(graphs[0], {name: value for name, value in plain_attributes(module).items() if name in code.names})
+    _check_constants(graphs[0], code)
+    return Recording(graphs[0], watch.guards(), watch.reads_training)
+
+
+def _check_constants(graph: fx.Graph, code: ExecutedCode) -> None:
+    """Refuse dtypes and devices that were read from a tensor: the module may be moved or cast.
+
+    A dtype that the code names (``torch.float32``) is meant.
+    """
+    named = {name for executed in code.codes for name in executed.co_names}
+    for node in graph.nodes:
+        for value in pytree.tree_leaves((node.args, node.kwargs)):
+            meant = isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in named
+            if isinstance(value, torch.dtype | torch.device) and not meant:
+                raise UntraceableError(f"it reads the dtype or device of a parameter ({value})")
 
 
 class _State:
@@ -235,50 +313,30 @@ class _State:
                 changed += [key] if key != "training" else []
         for key, content in self._contents.items():
             container = self._attributes[key]
-            if not _same_items(container, content):
+            if not same_items(container, content):
                 changed += [str(item) for item in container if item not in content] if key == "_modules" else [key]
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         return changed
 
 
-def _same_items(a: Any, b: Any) -> bool:
-    """Compare containers by the identity of their items; an item may not compare (a tensor, a proxy)."""
-    if len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        return all(k1 is k2 or k1 == k2 for k1, k2 in zip(a, b, strict=True)) and all(a[k] is b[k] for k in b)
-    return {id(item) for item in a} == {id(item) for item in b}
-
-
-def random_states() -> tuple[Any, ...]:
-    """Return the states of the generators that a forward may draw from."""
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
-
-
-class _UserCode:
-    """Note the functions of a module's own package that run in this context."""
-
-    def __init__(self, module: nn.Module) -> None:
-        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-        self._packages = packages - {"builtins", "torch"}
-        self._codes: set[CodeType] = set()
-
-    def __enter__(self) -> None:
-        self._before = sys.getprofile()
-        sys.setprofile(self._note)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
-
-    def _note(self, frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_globals.get("__name__", "").partition(".")[0] in self._packages:
-            self._codes.add(frame.f_code)
-
-    @property
-    def names(self) -> set[str]:
-        """The global names and attributes that these functions use."""
-        return {name for code in self._codes for name in code.co_names}
+@contextmanager
+def chance_restored() -> Iterator[list[bool]]:
+    """Put the global random generators back; afterwards the list says whether anything was drawn from them."""
+    before = random.getstate(), torch.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    numbers = None if numpy is None else numpy.random.get_state()
+    drawn: list[bool] = []
+    try:
+        yield drawn
+    finally:
+        drawn.append(random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]))
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
+        if numpy is not None and numbers is not None:
+            after = numpy.random.get_state()
+            drawn[0] |= after[2:] != numbers[2:] or bool((after[1] != numbers[1]).any())
+            numpy.random.set_state(numbers)
 
 
 def input_of(node: fx.Node) -> Any:

@@ -50,6 +50,18 @@ def hooked():
     return model
 
 
+def hooked_between():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 5))
+    model[2].register_forward_hook(lambda *_: None)
+    return model
+
+
+def hooked_around():
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), nn.Linear(5, 5))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
 class Takes(nn.Module):
     """Passes its first value on, whatever else it gets."""
 
@@ -102,7 +114,7 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (net(lambda s, x: s.b(s.act(F.linear(x, s.a.weight * 2)))), VECTORS, [],
          "`linear` and `b` would meet, but one of them is a function, not a module"),
         (net(lambda s, x: s.b(s.act(s.a(x))) if x.sum() > 0 else x), None, [],
-         "what comes before it is the forward of `Net`, which can't be traced, not a linear operator"),
+         "it lies in the forward of `Net`, which can't be traced"),
         (net(lambda s, x: s.b(s.b(s.act(s.a(x))))), VECTORS, [], "`b` is called 2 times"),
         (net(lambda s, x: (y := s.act(s.a(x)), s.b(y))), VECTORS, [],
          "its value has 2 readers: `b` (Linear), `outputs`"),
@@ -117,8 +129,11 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
          VECTORS, [], "what comes behind it is an optional argument of `t`, not a linear operator"),
         (Net(lambda s, x: s.t(s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
          None, [("a", "t.layer")], None),
-        (tied(), VECTORS, [], "one of them shares its parameters with another module"),
-        (hooked(), VECTORS, [], "one of them has hooks"),
+        (tied(), VECTORS, [], "one of them shares its parameters with something else"),
+        (net(lambda s, x: s.b(s.act(s.a(x))) + s.a.weight.sum()), VECTORS, [], "shares its parameters with something"),
+        (hooked_between(), VECTORS, [], "`2` has hooks"),
+        (hooked_around(), VECTORS, [], "`0` has hooks"),
+        (hooked(), VECTORS, [], "`0` has hooks"),
     ],
 )  # fmt: skip
 def test_what_would_merge_and_why_nothing_would(model, shape, merges, reason):

@@ -1,4 +1,5 @@
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -57,6 +58,13 @@ class Net(nn.Module):
         return self.compute(self, x)
 
 
+class HalfPrecisionNorm(nn.LayerNorm):
+    """As in OpenAI's CLIP."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
 def tokens(size=3):
     return nn.Linear(size, 5)
 
@@ -96,6 +104,20 @@ def tokens(size=3):
              fc=tokens(), norm=nn.BatchNorm1d(5), fc2=nn.Linear(5, 2)), (4, 7, 3), [5]),
         (Net(lambda s, x: F.relu(torch.addmm(s.fc.bias, x.view(-1, 3), s.fc.weight.t()).view(4, 7, 5)), fc=tokens()),
          (4, 7, 3), [5]),
+        (Net(lambda s, x: F.max_pool1d(F.relu(s.fc(x).transpose(1, 2)), 2), fc=tokens()), (4, 7, 3), [5]),
+        (Net(lambda s, x: F.relu(s.fc(x).transpose(dim0=1, dim1=2)).mean(-1), fc=tokens()), (4, 7, 3), [5]),
+        (Net(lambda s, x: F.relu(s.fc(x).mT), fc=tokens()), (4, 7, 3), [5]),
+        (Net(lambda s, x: F.relu(s.conv(x).movedim(1, -1)), conv=nn.Conv2d(3, 5, 1)), (4, 3, 2, 7), [5]),
+        (Net(lambda s, x: F.relu(torch.movedim(s.fc(x), -1, 1)), fc=tokens()), (4, 2, 7, 3), [5]),
+        (Net(lambda s, x: F.relu(s.fc(x)[:, :, None, None]), fc=tokens()), (4, 3), [5]),
+        (Net(lambda s, x: F.relu(torch.stack([s.conv(x), s.conv(x)], 1)), conv=nn.Conv2d(3, 5, 1)), (4, 3, 2, 7), [5]),
+        (Net(lambda s, x: F.relu(torch.einsum("bct,cd->btd", x, s.fc.weight.t())), fc=tokens()), (4, 3, 7), [5]),
+        (Net(lambda s, x: F.relu(s.fc.weight @ x), fc=tokens()), (4, 3, 7), [5]),
+        # norms of somebody's own
+        (nn.Sequential(tokens(), timm.layers.LayerNorm(5), nn.GELU()), (4, 7, 3), [5]),
+        (nn.Sequential(tokens(), HalfPrecisionNorm(5), nn.GELU()), (4, 7, 3), [5]),
+        (nn.Sequential(nn.Conv2d(3, 5, 1), timm.layers.LayerNorm2d(5), nn.GELU()), (4, 3, 2, 7), [5]),
+        (nn.Sequential(nn.Conv2d(3, 5, 1), timm.layers.LayerNormAct2d(5)), (4, 3, 2, 7), [5]),
         # other axes
         (nn.Sequential(nn.Conv1d(3, 5, 1), nn.ReLU()), (4, 3, 7), [5]),
         (nn.Sequential(nn.Conv3d(3, 5, 1), nn.GroupNorm(5, 5), nn.ELU()), (4, 3, 2, 7, 6), [5]),

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import ActivationEntropy, EntropyProbe, linearize, measure_entropy
 from lightning_easier.activations import isolated_sites
-from lightning_easier.collapse.chains import has_hooks
+from lightning_easier.inference import has_hooks
 from tests.models import Functional, Residual
 
 

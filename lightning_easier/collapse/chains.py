@@ -12,9 +12,10 @@ from torch.fx._symbolic_trace import PH
 from torch.fx.passes.shape_prop import ShapeProp
 
 from lightning_easier.collapse.operators import LINEAR_OPERATORS
+from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
-from lightning_easier.tracing import InPlaceProxy, UntraceableError, input_of, trace_forward, variants
+from lightning_easier.tracing import InPlaceProxy, input_of, is_readable
 
 _WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _WEIGHTED_FUNCTIONS: tuple[Any, ...] = (
@@ -42,7 +43,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
     try:
         graph, constants = _trace(model, len(arguments), frozenset())
     except Exception:  # whatever a user's forward raises on a proxy; the parts that do are looked for
-        opaque = frozenset(module for module in model.modules() if module is not model and not _is_traceable(module))
+        opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
         try:
             graph, constants = _trace(model, len(arguments), opaque)
         except Exception as error:
@@ -109,19 +110,6 @@ def _argument_names(model: nn.Module, inputs: int) -> Iterator[str]:
     ]
     yield from names[:inputs]
     yield from (f"input_{number}" for number in range(len(names), inputs))
-
-
-def _is_traceable(module: nn.Module) -> bool:
-    try:
-        trace_forward(module, variants(module)[0])
-    except UntraceableError:
-        return False
-    return True
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether calling a module runs anything besides its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
