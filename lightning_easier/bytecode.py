@@ -4,7 +4,7 @@ import dis
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from types import CodeType, FrameType
@@ -14,14 +14,20 @@ from typing import Any
 _GLOBALS = ("type", "hasattr", "callable", "issubclass", "vars", "id")
 _NAMES = ("is_tensor", "is_compiling", "is_exporting", "is_dynamo_compiling", "children", "named_children", "modules",
           "named_modules", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict")  # fmt: skip
-_OTHERS = frozenset({"torch", "lightning_easier", *sys.stdlib_module_names}) - {"__main__"}
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME")
 
 
 class ExecutedCode:
-    """Collect the functions that run in this context, torch's and Python's own aside."""
+    """Collect the functions of some packages that run in this context.
 
-    def __init__(self) -> None:
+    Others may run too without being called: finalizers, for one.
+
+    Args:
+        packages: Names of top-level packages.
+    """
+
+    def __init__(self, packages: Collection[str]) -> None:
+        self._packages = frozenset(packages) - {"torch", "builtins", "lightning_easier"}
         self.codes: dict[CodeType, None] = {}
         self.recomputes = False
 
@@ -47,7 +53,7 @@ class ExecutedCode:
         package = module.partition(".")[0]
         if module == "torch.utils.checkpoint":
             self.recomputes = True
-        elif package not in _OTHERS:
+        elif package in self._packages:
             self.codes[frame.f_code] = None
 
 

@@ -291,4 +291,6 @@ def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, 
 def _as_names(names: Iterable[str]) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"Expected argument `names` to be an iterable of names, but got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"Expected argument `names` to be an iterable of names, but got {names!r}")
     return list(names)

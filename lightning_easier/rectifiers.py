@@ -133,10 +133,13 @@ def as_gates(gates: bool | Iterable[str]) -> frozenset[str]:
     """Check and normalise the argument ``gates``: all of them, none, or those named.
 
     Raises:
+        TypeError: If it is neither a bool nor iterable.
         ValueError: If a name is not one of :data:`GATES`.
     """
     if isinstance(gates, bool):
         return frozenset(GATES if gates else ())
+    if not isinstance(gates, Iterable):
+        raise TypeError(f"Expected argument `gates` to be a bool or names out of {list(GATES)}, but got {gates!r}")
     names = [gates] if isinstance(gates, str) else list(gates)
     for name in names:
         if name not in GATES:

@@ -251,7 +251,8 @@ def undone(module: nn.Module) -> Iterator[list[str]]:
 
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recording:
     """Trace a forward twice, with and without gradients, and put back whatever it has changed."""
-    watch, code = Watch(module, training), ExecutedCode()
+    packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
+    watch, code = Watch(module, training), ExecutedCode(packages)
     graphs, tracers = [], [_ForwardTracer(), _ForwardTracer()]
     try:
         with undone(module) as changed, chance_restored() as drawn:

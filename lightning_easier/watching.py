@@ -26,7 +26,10 @@ _BY_IDENTITY = (
 _CONTAINERS = (list, tuple, set, dict)
 _KEYED = ("_modules", "_parameters", "_buffers")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training", *_KEYED} | {"forward"}
-_OWN_FRAMES = ("torch.fx", "torch.nn.modules.module", "torch._", "torch.overrides", "lightning_easier.", "contextlib")
+_OWN_FRAMES = (
+    "torch.fx", "torch.nn.modules.module", "torch._", "torch.overrides", "contextlib", "lightning_easier.tracing",
+    "lightning_easier.watching",
+)  # fmt: skip
 _MISSING = object()
 
 

@@ -23,7 +23,7 @@ from lightning_easier.activations import isolated_sites
 from tests.networks import NETWORKS, Network
 
 PATH = Path(__file__).parents[1] / "docs" / "networks.md"
-COLUMNS = ("network", "calls", "sites", "difference", "finite entropies", "notes")
+COLUMNS = ("network", "calls", "sites", "neuron axes", "difference", "finite entropies", "notes")
 
 
 class RectifierCalls(TorchFunctionMode):
@@ -118,8 +118,12 @@ def row(network: Network) -> tuple[str, ...]:
     assert all(a.module is b.module for a, b in zip(again, sites, strict=True))
 
     notes = _notes(calls.count, seen, [site.name for site in sites], left_alone)
+    if list(seen) != list(entropies):
+        notes.append("in another order than they are called")
+    axes = Counter(site.neuron_dim for site in sites if site.name in seen)
     difference = _largest_difference(output, expected)
-    figures = (str(calls.count), str(len(sites)), f"{difference:g}", f"{finite} of {len(entropies)}")
+    shown_axes = ", ".join(f"{count} × {axis}" for axis, count in axes.items())
+    figures = (str(calls.count), str(len(sites)), shown_axes, f"{difference:g}", f"{finite} of {len(entropies)}")
     return (f"{network.library} {network.name}", *figures, "; ".join(notes))
 
 
@@ -140,7 +144,7 @@ def _notes(calls: int, seen: Counter[str], sites: list[str], left_alone: list[st
     unreached = calls - seen.total()
     if unreached:
         assert left_alone, "calls were missed without a word"
-        named = left_alone[0].split(": ", 1)[1].split(". Call each")[0].split(". This can")[0]
+        named = left_alone[0].split(": ", 1)[1].split(". Call each")[0]
         notes.append(f"{unreached} calls are not reached: {named}")
     else:
         assert not left_alone, left_alone
@@ -171,10 +175,11 @@ def main() -> None:
         f"Written by `make networks` with {libraries};",
         "each row is checked by `tests/test_networks.py`. Random weights, small inputs, eval mode.",
         "",
-        "*Calls* are the rectifier calls counted while the network runs, by an observer that knows nothing of modules;",
-        "*sites* are what `isolate_activations` finds; *difference* is the largest absolute difference of the outputs",
-        "before and after. State-dict keys and classes stay, and a second call changes nothing: a row that breaks one",
-        "of these does not come about.",
+        "*Calls* are the rectifier calls counted while the network runs, by an observer that sees functions (and knows",
+        "a few classes that write theirs out as a formula); *sites* are what `isolate_activations` finds, in the order",
+        "of their calls; *neuron axes* how many of those called have their neurons on which axis; *difference* is the",
+        "largest absolute difference of the outputs before and after. State-dict keys and classes stay, and a second",
+        "call changes nothing: a row that breaks one of these does not come about.",
         "",
         rendered(COLUMNS),
         rendered(("---",) * len(COLUMNS)),

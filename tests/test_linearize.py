@@ -124,6 +124,7 @@ def test_the_structure_is_replayed_from_the_marks():
         ((["nope"],), ValueError, r"`names` to hold names of activations, but got 'nope'"),
         ((["3", "2"],), ValueError, "but got '2'"),
         (("3",), TypeError, "an iterable of names, but got the string '3'"),
+        ((None,), TypeError, "an iterable of names, but got None"),
     ],
 )
 def test_bad_names_are_refused_and_the_model_is_as_it_was(arguments, error, message):

@@ -21,3 +21,8 @@ def test_a_real_network_gives_the_row_that_is_documented(network, documented):
     assert found == called
     if not facts["notes"]:
         assert facts["calls"] == facts["sites"] == called
+
+
+def test_the_document_holds_these_networks_and_no_others(documented):
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in documented if line.startswith("| t")]
+    assert rows == [f"{network.library} {network.name}" for network in NETWORKS]

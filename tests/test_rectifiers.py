@@ -265,3 +265,5 @@ def test_a_gate_that_no_module_computes_is_named(gate, reason):
 def test_an_unknown_gate_is_named():
     with pytest.raises(ValueError, match=r"`gates` to be a bool or to hold names out of \['sigmoid'.*but got 'relu'"):
         isolate_activations(Gated(), gates=["sigmoid", "relu"])
+    with pytest.raises(TypeError, match="`gates` to be a bool or names out of .* but got 3"):
+        isolate_activations(Gated(), gates=3)
