@@ -10,10 +10,13 @@ from itertools import pairwise
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 # Asked of a proxy, these give an answer that says nothing of the value that will come.
 _GLOBALS = ("type", "hasattr", "callable", "issubclass", "vars", "id")
 _NAMES = ("is_tensor", "is_compiling", "is_exporting", "is_dynamo_compiling", "children", "named_children", "modules",
           "named_modules", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict")  # fmt: skip
+_GRADIENT_MODES = (torch.is_grad_enabled, torch.is_inference_mode_enabled)
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME")
 
 
@@ -30,6 +33,7 @@ class ExecutedCode:
         self._packages = frozenset(packages) - {"torch", "builtins", "lightning_easier"}
         self.codes: dict[CodeType, None] = {}
         self.recomputes = False
+        self.asks_for_gradients = False
 
     def __enter__(self) -> "ExecutedCode":
         before: Any = sys.getprofile()
@@ -46,12 +50,14 @@ class ExecutedCode:
         else:
             sys.setprofile(self._before)
 
-    def _note(self, frame: FrameType, event: str, _: object) -> None:
-        if event != "call":
-            return
+    def _note(self, frame: FrameType, event: str, called: object) -> None:
         module = frame.f_globals.get("__name__", "")
         package = module.partition(".")[0]
-        if module == "torch.utils.checkpoint":
+        if event == "c_call":
+            self.asks_for_gradients |= called in _GRADIENT_MODES and package not in ("torch", "lightning_easier")
+        elif event != "call":
+            return
+        elif module == "torch.utils.checkpoint":
             self.recomputes = True
         elif package in self._packages:
             self.codes[frame.f_code] = None
@@ -66,6 +72,8 @@ def why_unfaithful(executed: ExecutedCode, forward: Any) -> str | None:
     """
     if executed.recomputes:
         return "it recomputes activations (`torch.utils.checkpoint`)"
+    if executed.asks_for_gradients:
+        return "its forward asks whether gradients are enabled"
     optional = {p.name for p in inspect.signature(forward).parameters.values() if p.default is None}
     own = getattr(inspect.unwrap(forward), "__code__", None)
     for code in executed.codes:

@@ -256,12 +256,22 @@ class Discovery:
             return self._steps_of_graph(module, name)
         if type(module).forward in _CONTAINER_FORWARDS and ("forward" not in vars(module) or recorded is not None):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
+        # Most forwards call no activation but through children of their own: to look is enough.
+        graph = read_forward(module)
+        if graph is not None and not _names_an_activation(module, self._gates):
+            look = Rewriting(module, graph, self._gates, module.training, self._can_be_doubled)
+            if not look.targets:
+                if look.unsupported:
+                    self._plan.left_alone[name] = "; ".join(dict.fromkeys(look.unsupported))
+                return read_steps(graph)
         rewritings: dict[Variant, Rewriting] = {}
         try:
             recordings, reasons = self._record(module, rewritings)
         except UntraceableError as error:
             found = any(rewriting.targets for rewriting in rewritings.values())
-            return self._steps_of_unfaithful(module, name, str(error), found=found)
+            if found or self._calls_one(graph) or self._seems_to_hide_sites(module):
+                self._plan.left_alone[name] = str(error)
+            return () if graph is None else read_steps(graph)
         plainest = next(iter(recordings))
         reasons += rewritings[plainest].unsupported
         if reasons:
@@ -318,12 +328,8 @@ class Discovery:
                 )
         return recordings, reasons
 
-    def _steps_of_unfaithful(self, module: nn.Module, name: str, reason: str, *, found: bool) -> Sequence[Step]:
-        graph = read_forward(module)
-        calls = [] if graph is None else [_counts(node, self._gates) for node in graph.nodes]
-        if found or any(calls) or self._seems_to_hide_sites(module):
-            self._plan.left_alone[name] = reason
-        return () if graph is None else read_steps(graph)
+    def _calls_one(self, graph: fx.Graph | None) -> bool:
+        return graph is not None and any(_counts(node, self._gates) for node in graph.nodes)
 
     def _steps_of_graph(self, module: fx.GraphModule, name: str) -> Sequence[Step]:
         """Rewrite a graph module's own graph, which is what it is copied, pickled and exported by."""

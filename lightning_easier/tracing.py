@@ -250,15 +250,13 @@ def undone(module: nn.Module) -> Iterator[list[str]]:
 
 
 def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recording:
-    """Trace a forward twice, with and without gradients, and put back whatever it has changed."""
+    """Trace a forward and put back whatever it has changed."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
     watch, code = Watch(module, training), ExecutedCode(packages)
-    graphs, tracers = [], [_ForwardTracer(), _ForwardTracer()]
+    tracer = _ForwardTracer()
     try:
-        with undone(module) as changed, chance_restored() as drawn:
-            for gradients, tracer in zip((True, False), tracers, strict=True):
-                with torch.set_grad_enabled(gradients), watch, code:
-                    graphs.append(tracer.trace(module, concrete_args=defaults or None))
+        with undone(module) as changed, chance_restored() as drawn, watch, code:
+            graph = tracer.trace(module, concrete_args=defaults or None)
     except UntraceableError:
         raise
     except Exception as error:  # whatever a user's forward raises on a proxy is the reason
@@ -269,15 +267,13 @@ def _trace(module: nn.Module, training: bool, defaults: dict[str, Any]) -> Recor
         raise UntraceableError(f"its forward changes `self.{changed[0]}` or makes constant tensors")
     if any(drawn):
         raise UntraceableError("its forward draws random numbers in Python")
-    if any(tracer.asks_for_type for tracer in tracers):
+    if tracer.asks_for_type:
         raise UntraceableError("its forward asks for the type of a value (`isinstance`)")
-    for reason in (*tracers[0].refusals, *tracers[1].refusals, why_unfaithful(code, type(module).forward)):
+    for reason in (*tracer.refusals, why_unfaithful(code, type(module).forward)):
         if reason is not None:
             raise UntraceableError(reason)
-    if len({graph.python_code("self").src for graph in graphs}) > 1:
-        raise UntraceableError("its forward asks whether gradients are enabled")
-    _check_constants(graphs[0], code)
-    return Recording(graphs[0], watch.guards(), watch.reads_training)
+    _check_constants(graph, code)
+    return Recording(graph, watch.guards(), watch.reads_training)
 
 
 def _check_constants(graph: fx.Graph, code: ExecutedCode) -> None:

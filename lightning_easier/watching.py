@@ -136,11 +136,13 @@ class LooseWatch(Watch):
     """For a look only: what is written is kept aside, and every attribute may be read."""
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__(root, root.training)
+        super().__init__(root, training=False)
         self._written: dict[tuple[int, str], Any] = {}
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return what was written, or else what is there."""
+        if name == "training":
+            return False
         if name in vars(module) and name not in _INTERNAL:
             _snapshot(name, value)  # what can't be watched is not touched either
         if isinstance(value, _CONTAINERS) and name not in _INTERNAL and name not in _KEYED:
