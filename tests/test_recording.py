@@ -172,9 +172,15 @@ def stores(s, x):
     return F.relu(s.fc(x))
 
 
+def asks_for_none(s, x):
+    mask = s.masks.get("x")
+    return F.relu(s.fc(x)) if mask is None else F.relu(s.fc(x)) * mask
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (Net(asks_for_none, masks={}), "asks whether a value is None"),
         (Net(asks_shape), "handles exceptions"),
         (Net(swallows), "handles exceptions|control flow"),
         (Net(seeds), "handles exceptions or enters a context"),
