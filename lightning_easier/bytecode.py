@@ -88,6 +88,8 @@ def why_unfaithful(executed: ExecutedCode, forward: Any) -> str | None:
 def _why_unfaithful(code: CodeType, may_be_none: frozenset[str]) -> str | None:
     if code.co_exceptiontable and not code.co_flags & inspect.CO_GENERATOR:
         return "it handles exceptions or enters a context (`try`, `with`)"
+    if any(instruction.opname.startswith("MATCH_") for instruction in dis.get_instructions(code)):
+        return "it matches a value against patterns (`match`)"
     names = [name for name in _NAMES if name in code.co_names]
     names += [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL" and i.argval in _GLOBALS]
     if names:

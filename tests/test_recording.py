@@ -177,9 +177,17 @@ def asks_for_none(s, x):
     return F.relu(s.fc(x)) if mask is None else F.relu(s.fc(x)) * mask
 
 
+def matches(s, x):
+    match x:
+        case [first, *_]:
+            x = first
+    return F.relu(s.fc(x))
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (Net(matches), "matches a value against patterns"),
         (Net(asks_for_none, masks={}), "asks whether a value is None"),
         (Net(asks_shape), "handles exceptions"),
         (Net(swallows), "handles exceptions|control flow"),
