@@ -55,7 +55,8 @@ def candidates(
     inner = unwrap(model)
     with evaluation_mode(inner):
         plan = Discovery(as_gates(gates)).plan(inner)
-        names = [site.name for site in plan.sites]
+        sites = plan.sites
+        names = [site.name for site in sites]
         for name in entropies or {}:
             if name not in names:
                 raise ValueError(
@@ -70,7 +71,7 @@ def candidates(
                     (entropies or {}).get(site.name),
                     check,
                 )
-                for site in plan.sites
+                for site in sites
             ]
         )
 

@@ -124,8 +124,8 @@ def linearize(
         statistics: Reserved for stand-ins that are fitted to data; the identity takes none.
         shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
             second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
-            nothing. The function changes at the borders, and the two can be merged exactly. Convolutions that can't
-            be merged for another reason keep theirs.
+            nothing. The function changes at the borders, and the two can be merged exactly. Operators of other kinds,
+            with other padding modes or with a second reader keep theirs.
 
     Returns:
         The same model.

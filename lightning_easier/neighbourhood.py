@@ -41,14 +41,12 @@ class Neighbourhood:
         behind: Qualified names of the operators behind it.
         meetings: Which of them would meet if it were linear.
         reason: Why none would; None if some do.
-        calls: How often it is called in one forward of the model, as far as that can be traced.
     """
 
     before: tuple[str, ...]
     behind: tuple[str, ...]
     meetings: tuple[Meeting, ...]
     reason: str | None
-    calls: int
 
 
 def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside: str | None = None) -> Neighbourhood:
@@ -71,7 +69,7 @@ def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside:
     else:
         meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None]
         reason = None if meetings else _why_none_meets(site, before, behind)
-    return Neighbourhood(_names(before), _names(behind), tuple(meetings), reason, calls[site.module])
+    return Neighbourhood(_names(before), _names(behind), tuple(meetings), reason)
 
 
 def _reached(site: FlowNode, *, back: bool) -> Iterator[FlowNode]:

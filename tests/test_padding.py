@@ -1,3 +1,5 @@
+import copy
+import pickle
 from itertools import permutations
 
 import pytest
@@ -45,6 +47,10 @@ def test_a_moved_padding_makes_the_merge_exact(stride, kernel):
     result = collapse(model, x, objective="depth")
     assert [merge.operators for merge in result.report.merges] == [("0", "3")]
     assert result.report.relative_difference < 1e-12
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert paddings(restore(twin)) == [(0, kernel[1] // 2), (1, 2)]
+    assert paddings(model)[1] == (0, 0)
     restored = restore(model)
     assert paddings(restored) == [(0, kernel[1] // 2), (1, 2)]
     assert torch.equal(restored(x), make(first, SECOND)(x))
