@@ -1,14 +1,21 @@
-"""What a model costs: parameters, multiply-accumulates and measured time."""
+"""What a model costs: parameters, multiply-accumulates, memory and measured time."""
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+Name = TypeVar("Name", bound=Hashable)
 
 _SECONDS_A_SAMPLE = 0.01
 _MAX_RUNS_A_SAMPLE = 200
@@ -63,22 +70,85 @@ def measure_latency(
         arguments: Positional arguments; the device they are on is the device that is timed.
         samples: How many samples to take of each, after a warm-up.
     """
+    return time_interleaved({name: partial(call, *arguments) for name, call in candidates.items()}, samples=samples)
+
+
+def time_interleaved(
+    calls: Mapping[Name, Callable[[], Any]], *, samples: int, progress: str | None = None
+) -> dict[Name, Latency]:
+    """Time several calls in turn, so that noise meets all of them alike; gradients are off.
+
+    Args:
+        calls: The calls by name.
+        samples: How many samples to take of each, after a warm-up.
+        progress: What to call it in a progress bar, on a terminal, when it takes more than a second; none by default.
+    """
     timers = {
-        name: Timer(
-            "call(*arguments)", globals={"call": call, "arguments": arguments}, num_threads=torch.get_num_threads()
-        )
-        for name, call in candidates.items()
+        name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        for name, call in calls.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    with torch.no_grad():
+    times: dict[Name, list[float]] = {name: [] for name in timers}
+    bar = tqdm(
+        total=len(timers) * (samples + 1), desc=progress, leave=False, delay=1, disable=None if progress else True
+    )
+    with torch.no_grad(), bar:
         runs = {}
         for name, timer in timers.items():
             timer.timeit(2)  # warm-up
             runs[name] = int(min(max(_SECONDS_A_SAMPLE / timer.timeit(2).mean, 1), _MAX_RUNS_A_SAMPLE))
+            bar.update()
         for _ in range(samples):
             for name, timer in timers.items():
                 times[name].append(timer.timeit(runs[name]).mean)
+                bar.update()
     return {name: Latency(median(v), _interquartile_range(v), tuple(v)) for name, v in times.items()}
+
+
+class _PeakMemory(TorchDispatchMode):
+    """Follow the memory that operators allocate and release."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def release(_: Any) -> None:
+            self._now -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, release)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+def measure_activation_memory(model: nn.Module, arguments: Sequence[Tensor]) -> int:
+    """Measure the most bytes that the values of one call take at a time, without parameters, buffers and inputs.
+
+    What an operator needs inside itself (the workspace of a convolution) is not seen.
+    """
+    memory = _PeakMemory()
+    memory.ignore((*model.parameters(), *model.buffers(), *arguments))
+    with torch.no_grad(), memory:
+        model(*arguments)
+    return memory.peak
 
 
 def _interquartile_range(values: list[float]) -> float:

@@ -40,7 +40,7 @@ Layout = tuple[Any, ...]
 _KEEP: Layout = ("keep",)
 _LOSE: Layout = ("lose",)
 
-_OPERATORS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)  # in eval mode
 _NEURON_AXIS: dict[int, tuple[type[nn.Module], ...]] = {
     1: (
@@ -55,7 +55,7 @@ _NEURON_AXIS_OF_FUNCTION: dict[Any, int] = {
     F.embedding: -1,
     F.scaled_dot_product_attention: -1, F.multi_head_attention_forward: -1,
 }  # fmt: skip
-_OPERATOR_FUNCTIONS: tuple[Any, ...] = (
+OPERATOR_FUNCTIONS: tuple[Any, ...] = (
     F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
     torch.conv_transpose3d, torch.matmul, operator.matmul, torch.addmm,
 )  # fmt: skip
@@ -156,7 +156,7 @@ def _kind_of_function(node: fx.Node, method: str, constants: set[fx.Node]) -> Ki
     values = [value for value in node.all_input_nodes if value not in constants]
     if method in ("add", "add_") or _is_one_of(node, _ADDITIONS):
         return Kind.ADD if len(values) > 1 else Kind.OTHER
-    if _is_one_of(node, _OPERATOR_FUNCTIONS) or method == "matmul":
+    if _is_one_of(node, OPERATOR_FUNCTIONS) or method == "matmul":
         return Kind.OPERATOR if len(values) == 1 else Kind.OTHER
     if node.target is F.batch_norm:
         return Kind.BATCH_NORM
@@ -376,7 +376,7 @@ class Flow:
 
 
 def _kind_of_module(module: nn.Module) -> Kind:
-    if isinstance(module, _OPERATORS):
+    if isinstance(module, OPERATORS):
         return Kind.OPERATOR
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return Kind.BATCH_NORM

@@ -127,23 +127,25 @@ class ModelCost:
         depth: Longest chain of weight-carrying operators.
         parameters: Numbers in all parameters.
         macs: Multiply-accumulates of one call.
+        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs.
         latency: Measured time of one call, in seconds.
     """
 
     depth: int
     parameters: int
     macs: int
+    activation_memory: int
     latency: Latency
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Two neighbouring operators that became one.
+    """Linear steps in a row that became one operator, or one that has moved to a cheaper place.
 
     Attributes:
-        operators: Qualified names, in execution order.
+        operators: Qualified names, in execution order; functions go by the name of their node.
         into: What they became.
-        objective: The unit of the prices: ``"latency"`` (seconds), ``"macs"`` or ``"depth"``.
+        objective: The unit of the prices: ``"latency"`` (seconds), ``"macs"`` or ``"depth"`` (operations).
         price_before: Price of the operators.
         price_after: Price of what they became.
     """
@@ -173,13 +175,15 @@ class CollapseReport(Report):
     """What a collapse merged, what it did not and why, and the model's cost before and after.
 
     Attributes:
-        merges: Pairs of linear operators that became one.
+        merges: What became one operator, or moved.
         fused: Batch norms that were folded into the operator before them.
         dropped: Operators that compute the identity in eval mode and are gone.
         refusals: What was not merged, with the reason.
         before: Cost of the model as it was given, in eval mode.
         after: Cost of the collapsed model.
         relative_difference: Of the collapsed model's output on the example inputs, ``‖y - y₀‖ / ‖y₀‖``.
+        relative_difference_float64: The same with both in float64, before the new weights were rounded; None for a
+            model that does not run in float64.
     """
 
     merges: list[Merge]
@@ -189,6 +193,7 @@ class CollapseReport(Report):
     before: ModelCost
     after: ModelCost
     relative_difference: float
+    relative_difference_float64: float | None
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, the merges and the refusals."""
@@ -200,6 +205,12 @@ class CollapseReport(Report):
                 ("depth", str(b.depth), str(a.depth), _ratio(b.depth, a.depth)),
                 ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
                 ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
+                (
+                    "activation memory [KiB]",
+                    f"{b.activation_memory / 1024:,.1f}",
+                    f"{a.activation_memory / 1024:,.1f}",
+                    _ratio(b.activation_memory, a.activation_memory),
+                ),
                 (
                     "latency [ms]",
                     f"{b.latency.median * 1e3:.3f} ± {b.latency.spread * 1e3:.3f}",

@@ -58,6 +58,7 @@ def randomize_batch_norms(model: nn.Module, seed: int = 0) -> nn.Module:
             with torch.no_grad():
                 module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.3)
                 module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-                module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-                module.bias.copy_(torch.randn(module.num_features, generator=generator) * 0.3)
+                if module.affine:
+                    module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+                    module.bias.copy_(torch.randn(module.num_features, generator=generator) * 0.3)
     return model

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easier.collapse.operators import CannotMergeError, compose
+from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.operators import compose
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -1,115 +1,295 @@
-"""The data flow of a whole model: capture it, and find which linear operators are neighbours in it."""
+"""Find what is linear in a row: chains of linear steps in a captured graph, and forks whose branches are chains."""
 
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.fx._symbolic_trace import PH
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import fx, nn
 
-from lightning_easier.collapse.operators import LINEAR_OPERATORS
+from lightning_easier.collapse.reading import (
+    ALIASES,
+    Link,
+    Reader,
+    changes_its_input,
+    constants_of,
+    is_constant,
+    name_of,
+    shape_of,
+)
+from lightning_easier.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
-from lightning_easier.rectifiers import is_activation
-from lightning_easier.tracing import InPlaceProxy, input_of, is_readable
 
-_WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_WEIGHTED_FUNCTIONS: tuple[Any, ...] = (
-    F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
-    torch.conv_transpose3d,
-)  # fmt: skip
+_SUMS = ("add", "add_", "iadd")
+_CONCATENATIONS = ("cat", "concat", "concatenate")
+_QUESTIONS_OF_ATTRIBUTES = ("dtype", "device", "requires_grad", "is_cuda")
 
 
-class CaptureError(Exception):
-    """A model whose data flow can't be captured; the message is the reason."""
+@dataclass(frozen=True, eq=False)
+class Fork:
+    """Linear branches of one value whose results are added, or put side by side along the channels.
+
+    Attributes:
+        node: The node that joins them.
+        value: The value that all read.
+        name: For a report.
+        branches: The steps of each, in the order in which they are joined; none for the value itself.
+        how: ``"add"`` or ``"concatenate"``.
+        axis: The axis of a concatenation.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    name: str
+    branches: tuple[tuple["Element", ...], ...]
+    how: str
+    axis: int = 1
+    counts: bool = True
 
 
-def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """Capture the data flow of a model in eval mode, its layers as leaves, with the shapes met on the way.
+Element: TypeAlias = Link | Fork
+Chain: TypeAlias = tuple[Element, ...]
 
-    Parts that can't be traced stay whole, as leaves. So do modules with hooks, which a capture would lose.
+
+class Chains:
+    """The linear steps of a captured graph, strung together.
+
+    A value that something else reads besides ends a chain; so does a step that has to stay what it is.
 
     Args:
-        model: The model, in eval mode. The graph module shares its layers.
-        arguments: Example inputs, to run it once.
-
-    Raises:
-        CaptureError: With the reason.
+        captured: The graph, with the shapes met on the way; stand-ins and identities are gone.
     """
-    try:
-        graph, constants = _trace(model, len(arguments), frozenset())
-    except Exception:  # whatever a user's forward raises on a proxy; the parts that do are looked for
-        opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
-        try:
-            graph, constants = _trace(model, len(arguments), opaque)
-        except Exception as error:
-            raise CaptureError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    for name, value in constants.items():
-        setattr(model, name, value)
-    captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    captured.eval()
-    with torch.no_grad():
-        ShapeProp(captured).propagate(*arguments)
-    return captured
 
+    def __init__(self, captured: fx.GraphModule) -> None:
+        self._captured = captured
+        self._uses = Uses(captured)
+        self._reader = Reader(captured)
+        self._place = {node: place for place, node in enumerate(captured.graph.nodes)}
+        self._elements: dict[fx.Node, Element] = {}
+        self._joined_in: dict[fx.Node, fx.Node] = {}  # a node inside a fork -> the node that joins its branches
+        self._kept: dict[fx.Node, tuple[Element, str]] = {}  # what has to stay what it is, and why
+        for node in captured.graph.nodes:
+            element = self._reader.read(node) or self._fork(node)
+            if element is None:
+                continue
+            reason = self._uses.why_separate(node)
+            if reason is None:
+                self._elements[node] = element
+            else:
+                self._kept[node] = element, reason
 
-class _Root(nn.Module):
-    """Calls the model like a user would; the tracer would read the class's forward of its root, not the instance's."""
+    def __iter__(self) -> Iterator[Chain]:
+        """Yield the chains of two elements or more, in execution order."""
+        chains: dict[fx.Node, list[Element]] = {}  # by the node that each ends with
+        for node, element in self._elements.items():
+            if node in self._joined_in:
+                continue
+            chain = chains.pop(element.value, []) if self.sole_reader(element.value) is node else []
+            chain.append(element)
+            chains[node] = chain
+        for chain in sorted(chains.values(), key=lambda chain: self._place[chain[0].node]):
+            yield from self._usable(tuple(chain))
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def _usable(self, chain: Chain) -> Iterator[Chain]:
+        while chain and isinstance(chain[0], Link) and not chain[0].counts:
+            chain = chain[1:]
+        while chain and isinstance(chain[-1], Link) and not chain[-1].counts:
+            chain = chain[:-1]
+        if not chain or (len(chain) == 1 and isinstance(chain[0], Link)):
+            return
+        own = list(nodes_of(chain))
+        first = min(self._place[node] for node in own)
+        known = {*own, *self.questions(own)}
+        for node in own:
+            foreign = [other for other in node.all_input_nodes if other not in known and not is_constant(other)]
+            if any(self._place[other] > first for other in foreign):
+                return  # a size that is computed later than the chain begins
+        yield chain
 
-    def forward(self, *args: Any) -> Any:
-        return self.model(*args)
+    def sole_reader(self, node: fx.Node) -> fx.Node | None:
+        """Return the one node that reads a value, a whole fork counted as one; None if there are several."""
+        readers = self.readers(node)
+        return readers[0] if len(readers) == 1 else None
 
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """List what reads a value's numbers."""
+        readers: dict[fx.Node, None] = {}
+        for user in node.users:
+            if not is_question(user):
+                while user in self._joined_in:
+                    user = self._joined_in[user]
+                readers[user] = None
+        return list(readers)
 
-class _ModelTracer(fx.Tracer):
-    def __init__(self, opaque: frozenset[nn.Module]) -> None:
-        super().__init__()
-        self._opaque = opaque
+    def element(self, node: Any) -> Element | None:
+        """Return the linear step that a node is, unless it has to stay what it is."""
+        return self._elements.get(node)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
+    def apart(self) -> Iterator[tuple[Link, Link, str]]:
+        """Yield the operators that would be neighbours in a chain, and why they are not."""
+        operators = {
+            node: element
+            for node, element in (*self._elements.items(), *((node, kept) for node, (kept, _) in self._kept.items()))
+            if isinstance(element, Link) and element.carries_weight
+        }
+        for second in sorted(operators.values(), key=lambda link: self._place[link.node]):
+            first = operators.get(second.value)
+            if first is None:
+                continue
+            reasons = [self._kept[link.node][1] for link in (first, second) if link.node in self._kept]
+            if not reasons and len(self.readers(first.node)) > 1:
+                reasons = [self.why_several(first.node)]
+            if reasons:
+                yield first, second, reasons[0]
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            m in self._opaque
-            or isinstance(m, IdentityStandIn)
-            or is_activation(m)
-            or has_hooks(m)
-            or (module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name))
+    def why_several(self, node: fx.Node) -> str:
+        """Say of a value that several nodes read which they are."""
+        readers = self.readers(node)
+        return f"its value has {len(readers)} readers: {', '.join(describe_node(self._captured, r) for r in readers)}"
+
+    def why_nothing_meets(self, node: Any) -> str | None:
+        """Give the reason why no two linear steps meet at a value; None if they do."""
+        if self.element(node) is None:
+            kept = self._kept[node][1] if node in self._kept else None
+            return kept or f"what comes before it is {describe_node(self._captured, node)}, not one linear operator"
+        reader = self.sole_reader(node)
+        if reader is None:
+            return self.why_several(node)
+        if self.element(reader) is None:
+            kept = self._kept[reader][1] if reader in self._kept else None
+            return kept or f"what comes behind it is {describe_node(self._captured, reader)}, not a linear operator"
+        return None
+
+    def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Sort nodes by execution."""
+        return sorted(nodes, key=lambda node: self._place[node])
+
+    def questions(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """List the nodes that ask values for what all linear steps leave as it is, in execution order."""
+        found: dict[fx.Node, None] = {}
+        for node in nodes:
+            for user in node.users:
+                if is_question(user):
+                    found[user] = None
+                    found.update(dict.fromkeys(user.users if name_of(user) == "getattr" else ()))
+        return self.in_order(found)
+
+    def _fork(self, node: fx.Node) -> Fork | None:
+        name, shape = name_of(node), shape_of(node)
+        values: Any
+        axis: Any = 1
+        if name in _SUMS and set(node.kwargs) <= {"input", "other"}:
+            values, how = [*node.args, *node.kwargs.values()], "add"
+        elif name in _CONCATENATIONS:
+            values, how = (node.args[0] if node.args else node.kwargs.get("tensors")), "concatenate"
+            axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        else:
+            return None
+        if shape is None or not isinstance(values, list | tuple) or len(values) < 2:
+            return None
+        if not all(isinstance(value, fx.Node) and shape_of(value) is not None for value in values):
+            return None
+        if how == "add" and any(shape_of(value) != shape for value in values):  # it is broadcast
+            return None
+        rank = len(shape)
+        if how == "concatenate" and (not isinstance(axis, int) or axis % rank not in (1, rank - 1)):
+            return None
+        axis = -1 if axis % rank == rank - 1 else 1
+        branches = [((), value) if values.count(value) > 1 else self._branch(node, value) for value in values]
+        sources = {source for _, source in branches}
+        if len(sources) > 1:
+            return None
+        (source,) = sources
+        if source.op == "get_attr" or self._is_written_into(source):
+            return None
+        inside = [each for steps, _ in branches for each in nodes_of(steps)]
+        self._joined_in.update(dict.fromkeys(inside, node))
+        return Fork(node, source, node.name, tuple(steps for steps, _ in branches), how, axis)
+
+    def _is_written_into(self, node: fx.Node) -> bool:
+        """Tell whether a value may change after it was computed, under this or another name."""
+        names, queue = {node}, [node]
+        while queue:
+            name = queue.pop()
+            aliases = [user for user in name.users if name in user.meta.get(ALIASES, ())]
+            for other in (*name.meta.get(ALIASES, ()), *aliases):
+                if other not in names:
+                    names.add(other)
+                    queue.append(other)
+        return any(
+            self._place[user] > self._place[node] and changes_its_input(self._captured, user)
+            for name in names
+            for user in name.users
         )
 
-
-def _trace(model: nn.Module, inputs: int, opaque: frozenset[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
-    """Trace a model through :class:`_Root` and name everything as it is named in the model."""
-    root = _Root(model)
-    before = set(vars(root))
-    graph = _ModelTracer(opaque).trace(root, concrete_args=(PH,) * inputs)  # type: ignore[arg-type]
-    names = _argument_names(model, inputs)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            node.target = next(names)
-        elif node.op in ("call_module", "get_attr"):
-            if node.target == "model":
-                raise CaptureError(f"{type(model).__name__} itself has hooks, which a capture would lose; remove them")
-            node.target = str(node.target).removeprefix("model.")
-    return graph, {key: value for key, value in vars(root).items() if key not in before}
+    def _branch(self, join: fx.Node, value: fx.Node) -> tuple[Chain, fx.Node]:
+        """Follow a branch back to a value that is read elsewhere too, or is not linear."""
+        steps: list[Element] = []
+        reader = join
+        while (element := self._elements.get(value)) is not None and self.readers(value) == [reader]:
+            steps.append(element)
+            reader, value = value, element.value
+        return tuple(reversed(steps)), value
 
 
-def _argument_names(model: nn.Module, inputs: int) -> Iterator[str]:
-    names = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    yield from names[:inputs]
-    yield from (f"input_{number}" for number in range(len(names), inputs))
+def nodes_of(elements: Sequence[Element]) -> Iterator[fx.Node]:
+    """Yield the nodes of a chain, those inside its forks included."""
+    for element in elements:
+        if isinstance(element, Fork):
+            for branch in element.branches:
+                yield from nodes_of(branch)
+        yield element.node
+
+
+def is_question(node: fx.Node) -> bool:
+    """Tell whether a node asks a value for its number of samples, its dtype or its device only."""
+    name = name_of(node)
+    if name in ("size", "sym_size"):
+        return node.args[1:] == (0,)
+    if name != "getattr":
+        return False
+    if node.args[1] == "shape":
+        return all(name_of(user) == "getitem" and user.args[1] == 0 for user in node.users)
+    return node.args[1] in _QUESTIONS_OF_ATTRIBUTES
+
+
+class Uses:
+    """How often modules are called and tensors are read in a captured graph.
+
+    Args:
+        captured: The graph.
+    """
+
+    def __init__(self, captured: fx.GraphModule) -> None:
+        self._captured = captured
+        self._calls = Counter(str(node.target) for node in captured.graph.nodes if node.op == "call_module")
+        self._readers: Counter[int] = Counter()
+        for target in self._calls:
+            self._readers.update(id(parameter) for parameter in captured.get_submodule(target).parameters())
+        for node in captured.graph.nodes:  # a parameter may be read without its module being called
+            if node.op == "get_attr":
+                self._readers[id(self._tensor(node))] += max(len(node.users), 1)
+
+    def why_separate(self, node: fx.Node) -> str | None:
+        """Give the reason why a node has to stay what it is whatever it computes; None if there is none."""
+        if node.op == "call_module":
+            name = str(node.target)
+            module = self._captured.get_submodule(name)
+            if self._calls[name] > 1:
+                return f"`{name}` is called {self._calls[name]} times"
+            if has_hooks(module):
+                return f"`{name}` has hooks, which would see something else"
+            if any(self._readers[id(parameter)] > 1 for parameter in module.parameters()):
+                return f"`{name}` shares its parameters with another operator"
+        elif any(self._readers[id(self._tensor(constant))] > 1 for constant in constants_of(node)):
+            return f"`{node.name}` shares its parameters with another operator"
+        return None
+
+    def _tensor(self, node: fx.Node) -> Any:
+        owner, _, attribute = str(node.target).rpartition(".")
+        return getattr(self._captured.get_submodule(owner), attribute)
 
 
 def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -117,65 +297,12 @@ def module_of(captured: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return captured.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def is_linear_operator(captured: fx.GraphModule, node: Any) -> bool:
-    """Tell whether a node calls an operator that :func:`~lightning_easier.collapse.operators.compose` knows."""
-    return isinstance(node, fx.Node) and type(module_of(captured, node)) in LINEAR_OPERATORS
-
-
-def neighbours(captured: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield pairs of linear operators of which the second is the only reader of the first, in execution order."""
-    for node in captured.graph.nodes:
-        if is_linear_operator(captured, node) and len(node.users) == 1:
-            (user,) = node.users
-            if is_linear_operator(captured, user) and input_of(user) is node:
-                yield node, user
-
-
-def why_separate(captured: fx.GraphModule, first: fx.Node, second: fx.Node) -> str | None:
-    """Give the reason why two nodes have to stay what they are whatever they compute; None if there is none."""
-    calls = Counter(node.target for node in captured.graph.nodes if node.op == "call_module")
-    tensors = Counter(
-        id(parameter) for target in calls for parameter in captured.get_submodule(str(target)).parameters()
-    )
-    for node in captured.graph.nodes:  # a parameter may be read without its module being called
-        if node.op == "get_attr":
-            owner, _, attribute = str(node.target).rpartition(".")
-            tensors[id(getattr(captured.get_submodule(owner), attribute))] += 1
-    for node in (first, second):
-        module = captured.get_submodule(str(node.target))
-        if calls[node.target] > 1:
-            return f"`{node.target}` is called {calls[node.target]} times"
-        if has_hooks(module):
-            return f"`{node.target}` has hooks, which would see something else"
-        if any(tensors[id(parameter)] > 1 for parameter in module.parameters()):
-            return f"`{node.target}` shares its parameters with another operator"
-    return None
-
-
-def why_nothing_meets(captured: fx.GraphModule, stand_in: fx.Node) -> str | None:
-    """Give the reason why the removal of an activation makes no two linear operators neighbours; None if it does."""
-    before = input_of(stand_in)
-    while isinstance(before, fx.Node) and is_stand_in(captured, before):
-        before = input_of(before)
-    if not isinstance(before, fx.Node) or not is_linear_operator(captured, before):
-        return f"what comes before it is {describe(captured, before)}, not one linear operator"
-    readers, node = list(before.users), before
-    while len(readers) == 1 and is_stand_in(captured, readers[0]):
-        node = readers[0]
-        readers = list(node.users)
-    if len(readers) != 1:
-        return f"its value has {len(readers)} readers: {', '.join(describe(captured, reader) for reader in readers)}"
-    if not is_linear_operator(captured, readers[0]):
-        return f"what comes behind it is {describe(captured, readers[0])}, not a linear operator"
-    return None
-
-
 def is_stand_in(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a node calls a linearized activation."""
     return isinstance(module_of(captured, node), IdentityStandIn)
 
 
-def describe(captured: fx.GraphModule, node: Any) -> str:
+def describe_node(captured: fx.GraphModule, node: Any) -> str:
     """Name a node for a report."""
     if not isinstance(node, fx.Node):
         return "a constant"
@@ -199,8 +326,11 @@ def depth(captured: fx.GraphModule) -> int:
         below = max((longest[parent] for parent in node.all_input_nodes), default=0)
         module = module_of(captured, node)
         if module is not None:
-            below += sum(isinstance(part, _WEIGHTED) for part in module.modules())
-        elif node.op == "call_function" and any(node.target is function for function in _WEIGHTED_FUNCTIONS):
+            below += sum(isinstance(part, OPERATORS) for part in module.modules())
+        elif constants_of(node) and name_of(node) in _OPERATOR_NAMES:
             below += 1
         longest[node] = below
     return max(longest.values(), default=0)
+
+
+_OPERATOR_NAMES = {function.__name__ for function in (*OPERATOR_FUNCTIONS, torch.bmm)}

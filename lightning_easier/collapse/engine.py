@@ -1,6 +1,6 @@
-"""Capture, simplify, merge, verify: the steps of a collapse in their order."""
+"""Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,20 +10,35 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier.activations import unwrap
-from lightning_easier.collapse import chains
-from lightning_easier.collapse.operators import CannotMergeError, compose, fold_batch_norm
-from lightning_easier.collapse.planner import OBJECTIVES, Objective, pays, prices
-from lightning_easier.costs import count_macs, count_parameters, measure_latency
+from lightning_easier.collapse.capture import CaptureError, capture
+from lightning_easier.collapse.chains import Chain, Chains, Uses, depth, describe_node, is_stand_in, module_of
+from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.operators import fold_batch_norm, in_float64
+from lightning_easier.collapse.planner import Plan, Planner, original_pieces
+from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
+from lightning_easier.collapse.reading import BATCH_NORMS, name_of
+from lightning_easier.collapse.verification import in_double, why_different
+from lightning_easier.collapse.writing import EQUALS, Trial, Writer
+from lightning_easier.costs import (
+    Latency,
+    count_macs,
+    count_parameters,
+    measure_activation_memory,
+    measure_latency,
+    speed_up,
+)
 from lightning_easier.dataflow import is_idle_dropout
 from lightning_easier.inference import (
     as_arguments,
     describe,
+    device_of,
     evaluation_mode,
     forward,
+    has_hooks,
     relative_difference,
     tolerance_for,
 )
-from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.report import CollapseReport, Merge, ModelCost, Refusal
 from lightning_easier.tracing import input_of
 
@@ -36,9 +51,10 @@ _IDENTITIES = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Two timings of one thing differ by about this much; less is not an improvement.
+_LATENCY_MARGIN = 0.02
+# Relative difference of two outputs in float64 that rounding explains.
+_TOLERANCE = 1e-9
 
 
 class CollapseError(RuntimeError):
@@ -66,21 +82,25 @@ def collapse(
     objective: Objective = "latency",
     sites: Sequence[str] | None = None,
     calibration: Any = None,
+    latencies: LatencyTable | None = None,
 ) -> CollapseResult:
-    """Merge the linear operators of a model that are neighbours into one, exactly.
+    """Turn what is linear in a row into the cheapest equal operators, exactly.
 
     The model is taken as in eval mode: identities and dropouts go, batch norms are folded into the operator before
-    them, and where two linear operators meet, the two become one if that is exact and pays.
+    them. Chains of linear steps (operators, affines, average pooling, layouts; additions and concatenations of linear
+    branches of one value) are cut into pieces, each of which becomes one operator, so that the total price is least. A
+    plan that does not beat what is there is not carried out.
 
     Args:
-        model: Any module that ``torch.fx`` can trace, in part at least; it is not changed.
+        model: Any module that ``torch.fx`` or ``torch.export`` can trace, in part at least; it is not changed.
         example_inputs: A tensor, or the tuple of the forward's positional arguments, on the model's device. Prices and
             costs are those at this shape.
         mode: ``"exact"``: the same function. ``"fit"`` is not supported yet.
-        objective: ``"latency"`` (measured on the inputs' device), ``"macs"``, or ``"depth"``. A merge that does not
-            improve it is not made; ``"depth"`` always does.
+        objective: ``"latency"`` (measured on the inputs' device), ``"macs"`` (between equals, fewer operations), or
+            ``"depth"`` (fewer operations). What does not improve it is not done.
         sites: For ``mode="fit"`` only.
         calibration: For ``mode="fit"`` only.
+        latencies: Times of operators; pass one table to several calls, and what was timed once is not timed again.
 
     Returns:
         The collapsed model, an ordinary module in eval mode, and a report.
@@ -89,7 +109,8 @@ def collapse(
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
         ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, the model does not
             accept ``example_inputs``, or its outputs can't be compared.
-        CollapseError: If the model can't be captured, or the result differs from it on the example inputs.
+        CollapseError: If the model can't be captured, or the result differs from it on the example inputs (in
+            float64, or after rounding); the message names the first operator where it does.
 
     Example:
         >>> import torch
@@ -114,60 +135,122 @@ def collapse(
     arguments = as_arguments(example_inputs)
     model = unwrap(model)
     with evaluation_mode(model):
-        expected = forward(model, arguments, "example_inputs")
+        expected = forward(model, _copies(arguments), "example_inputs")
     _check_comparable(expected, model)
 
     source = deepcopy(model).eval()
     try:
-        captured = chains.capture(source, arguments)
-    except chains.CaptureError as error:
+        captured = capture(source, _copies(arguments))
+    except CaptureError as error:
         raise CollapseError(
             f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
-            f"can be traced by torch.fx."
+            f"torch.fx or torch.export can trace."
         ) from error
-    depth_before = chains.depth(captured)
-    macs_before = count_macs(captured, arguments)
-    parameters_before = count_parameters(model)
+    before = fx.GraphModule(captured, deepcopy(captured.graph))
+    depth_before = depth(captured)
 
-    steps = _Steps(captured, objective)
+    steps = _Steps(captured, objective, LatencyTable() if latencies is None else latencies)
     steps.drop_identities()
     steps.fold_batch_norms()
     steps.drop_stand_ins()
-    steps.merge_neighbours()
+    steps.merge()
     collapsed = steps.finish()
 
+    exactly = _verified(model, source, before, captured, arguments)
+    steps.round()
     with torch.no_grad():
-        difference = relative_difference(collapsed(*arguments), expected)
-    tolerance = tolerance_for(expected)
-    if not difference <= tolerance:
-        raise CollapseError(
-            f"The collapsed model differs from {type(model).__name__} by {difference:.1e} (relative) on the example "
-            f"inputs, more than the {tolerance:.0e} that rounding explains. Its forward does something that torch.fx "
-            f"does not record; please report it."
-        )
+        difference = relative_difference(collapsed(*_copies(arguments)), expected)
+    if not difference <= tolerance_for(expected):
+        raise CollapseError(_message(model, difference, tolerance_for(expected), None))
+
+    result: nn.Module = collapsed
     with evaluation_mode(model):
         latency = measure_latency({"before": model, "after": collapsed}, arguments)
-    report = CollapseReport(
-        merges=steps.merges,
-        fused=steps.fused,
-        dropped=steps.dropped,
-        refusals=steps.refusals,
-        before=ModelCost(depth_before, parameters_before, macs_before, latency["before"]),
-        after=ModelCost(
-            chains.depth(collapsed), count_parameters(collapsed), count_macs(collapsed, arguments), latency["after"]
-        ),
-        relative_difference=difference,
+        if objective == "latency" and _is_slower(latency["before"], latency["after"]):
+            result, steps = deepcopy(model).eval(), _nothing_done(steps, model)
+            latency["after"], difference, exactly = latency["before"], 0.0, 0.0
+        report = CollapseReport(
+            merges=steps.merges,
+            fused=steps.fused,
+            dropped=steps.dropped,
+            refusals=steps.refusals,
+            before=_cost(model, arguments, depth_before, latency["before"]),
+            after=_cost(result, arguments, depth(collapsed) if result is collapsed else depth_before, latency["after"]),
+            relative_difference=difference,
+            relative_difference_float64=exactly,
+        )
+    for node in collapsed.graph.nodes:
+        node.meta.clear()  # shapes are those of the example inputs only
+    return CollapseResult(result, report)
+
+
+def _cost(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
+    macs, memory = count_macs(model, arguments), measure_activation_memory(model, arguments)
+    return ModelCost(depth, count_parameters(model), macs, memory, latency)
+
+
+def _verified(
+    model: nn.Module, source: nn.Module, before: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]
+) -> float | None:
+    """Compare a collapsed model with its source in float64; None for a model that does not run in float64.
+
+    Raises:
+        CollapseError: If they differ; it names the first operator where they do.
+    """
+    twins = in_double((source, before, collapsed), arguments)
+    if twins is None:
+        return None
+    (source, before, collapsed), arguments = twins  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            expected = source(*_copies(arguments))
+    except (RuntimeError, TypeError, ValueError):  # dtypes that are written out in its forward
+        return None
+    with torch.no_grad():
+        difference = relative_difference(collapsed(*_copies(arguments)), expected)
+    if not difference <= _TOLERANCE:
+        raise CollapseError(_message(model, difference, _TOLERANCE, why_different(before, collapsed, arguments)))
+    return difference
+
+
+def _copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy arguments for a forward that may write into them."""
+    return tuple(argument.clone() for argument in arguments)
+
+
+def _message(model: nn.Module, difference: float, tolerance: float, where: str | None) -> str:
+    return (
+        f"The collapsed model differs from {type(model).__name__} by {difference:.1e} (relative) on the example "
+        f"inputs, more than the {tolerance:.0e} that rounding explains"
+        + (f"; the first difference is in {where}" if where else "")
+        + ". Its forward may do something that a capture does not record, or a merge is wrong; please report it."
     )
-    return CollapseResult(collapsed, report)
+
+
+def _is_slower(before: Latency, after: Latency) -> bool:
+    """Tell whether a model is slower than another beyond what noise explains."""
+    _, _, third = speed_up(before, after)
+    return third < 1 - _LATENCY_MARGIN
+
+
+def _nothing_done(steps: "_Steps", model: nn.Module) -> "_Steps":
+    steps.merges, steps.fused, steps.dropped = [], [], []
+    reason = "the whole of the collapsed model is slower than the model itself, which is returned as it is"
+    steps.refusals = [*steps.refusals, Refusal((type(model).__name__,), reason)]
+    return steps
 
 
 class _Steps:
     """The rewriting of one captured graph, and the record of it."""
 
-    def __init__(self, captured: fx.GraphModule, objective: Objective) -> None:
+    def __init__(self, captured: fx.GraphModule, objective: Objective, table: LatencyTable) -> None:
         self._captured = captured
         self._graph = captured.graph
-        self._objective = objective
+        self._objective: Objective = objective
+        self._table = table
+        self._writer = Writer(captured)
+        self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
+        self._faster: dict[Any, bool] = {}
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
@@ -176,100 +259,133 @@ class _Steps:
     def drop_identities(self) -> None:
         """Remove what computes the identity in eval mode."""
         for node in list(self._graph.nodes):
-            module = chains.module_of(self._captured, node)
-            if type(module) in _IDENTITIES and not chains.has_hooks(module):  # type: ignore[arg-type]
-                self._bypass(node)
+            module = module_of(self._captured, node)
+            if module is not None and type(module) in _IDENTITIES and not has_hooks(module):
+                self._writer.bypass(node, input_of(node))
                 self.dropped.append(str(node.target))
-            elif is_idle_dropout(node):
-                self._bypass(node)
+            elif is_idle_dropout(node) or (name_of(node) == "dropout" and node.args[2:3] == (False,)):
+                self._writer.bypass(node, input_of(node))
 
     def fold_batch_norms(self) -> None:
         """Fold each batch norm into the convolution or Linear before it."""
+        uses = Uses(self._captured)
         for node in list(self._graph.nodes):
-            batch_norm: Any = chains.module_of(self._captured, node)
-            if type(batch_norm) not in _BATCH_NORMS:
+            batch_norm: Any = module_of(self._captured, node)
+            if type(batch_norm) not in BATCH_NORMS:
                 continue
             before = input_of(node)
-            while isinstance(before, fx.Node) and chains.is_stand_in(self._captured, before) and len(before.users) == 1:
+            while isinstance(before, fx.Node) and is_stand_in(self._captured, before) and len(before.users) == 1:
                 before = input_of(before)
             try:
-                fused = self._fold(before, node, batch_norm)
+                fused = self._fold(before, node, batch_norm, uses)
             except CannotMergeError as error:
                 self.refusals.append(Refusal((str(node.target),), str(error)))
                 continue
-            self._captured.set_submodule(str(before.target), fused)
-            self._bypass(node)
+            assert isinstance(before, fx.Node)
+            self._writer.put(str(before.target), fused, before.meta["tensor_meta"].dtype)
+            before.meta[EQUALS] = node.name
+            self._writer.bypass(node, input_of(node))
             self.fused.append(str(node.target))
 
-    def _fold(self, before: Any, node: fx.Node, batch_norm: Any) -> nn.Module:
-        operator: Any = chains.module_of(self._captured, before) if isinstance(before, fx.Node) else None
-        if type(operator) not in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS):
-            raise CannotMergeError(f"what comes before this batch norm is {chains.describe(self._captured, before)}")
+    def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
+        operator: Any = module_of(self._captured, before) if isinstance(before, fx.Node) else None
+        if type(operator) not in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+            raise CannotMergeError(f"what comes before this batch norm is {describe_node(self._captured, before)}")
         if len(before.users) > 1:
-            readers = ", ".join(chains.describe(self._captured, user) for user in before.users)
+            readers = ", ".join(describe_node(self._captured, user) for user in before.users)
             raise CannotMergeError(f"the operator before this batch norm has {len(before.users)} readers: {readers}")
         if isinstance(operator, nn.Linear) and len(before.meta["tensor_meta"].shape) != 2:
             raise CannotMergeError("its channel axis is not that of the Linear before it")
-        reason = chains.why_separate(self._captured, before, node)
-        if reason is not None:
-            raise CannotMergeError(reason)
-        return fold_batch_norm(operator, batch_norm)
+        for each in (before, node):
+            reason = uses.why_separate(each)
+            if reason is not None:
+                raise CannotMergeError(reason)
+        return fold_batch_norm(in_float64(operator), deepcopy(batch_norm).double())
 
     def drop_stand_ins(self) -> None:
-        """Remove the stand-ins, and say of each whose removal brings nothing together why."""
-        nodes = [
-            node for node in self._graph.nodes if isinstance(chains.module_of(self._captured, node), IdentityStandIn)
-        ]
-        for node in nodes:
-            reason = chains.why_nothing_meets(self._captured, node)
-            if reason is not None:
-                self.refusals.append(Refusal((str(node.target),), f"nothing to merge: {reason}"))
-        for node in nodes:
-            if not chains.has_hooks(self._captured.get_submodule(str(node.target))):
-                self._bypass(node)
+        """Remove the stand-ins of activations that are linear."""
+        for node in list(self._graph.nodes):
+            if is_stand_in(self._captured, node):
+                name, value = str(node.target), input_of(node)
+                if has_hooks(self._captured.get_submodule(name)):
+                    self.refusals.append(Refusal((name,), f"`{name}` has hooks, which would see something else"))
+                    continue
+                self._writer.bypass(node, value)
+                self._stand_ins.append((name, value))
 
-    def merge_neighbours(self) -> None:
-        """Merge pair after pair, from the input on, until no pair is left that can be merged and pays."""
-        refused: set[tuple[fx.Node, fx.Node]] = set()
-        origins: dict[str, tuple[str, ...]] = {}
-        while pair := next((pair for pair in chains.neighbours(self._captured) if pair not in refused), None):
-            first, second = pair
-            names = tuple(name for node in pair for name in origins.get(str(node.target), (str(node.target),)))
-            operators = tuple(self._captured.get_submodule(str(node.target)) for node in pair)
-            reason = chains.why_separate(self._captured, first, second)
-            try:
+    def merge(self) -> None:
+        """Plan every chain, and carry out the plans."""
+        chains = Chains(self._captured)
+        device = device_of(self._captured)
+        planner = Planner(self._objective, device, self._table, self._alone())
+        plans = [(chain, planner.plan(chain)) for chain in chains]
+        self._explain_stand_ins(chains)
+        explained = {value for _, value in self._stand_ins}
+        self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
+        for chain, plan in plans:
+            if plan.merges:
+                reason = self._why_not_faster(chain, plan, device)
                 if reason is not None:
-                    raise CannotMergeError(reason)
-                merged = compose(*operators)
-                shape = first.all_input_nodes[0].meta["tensor_meta"].shape
-                before, after = prices(self._objective, operators, merged, shape)  # type: ignore[arg-type]
-                merge = Merge(names, _summary(merged), self._objective, before, after)
-                if not pays(self._objective, before, after):
-                    raise CannotMergeError(f"does not pay: as {_summary(merged)} it would cost {_compare(merge)}")
-            except CannotMergeError as error:
-                refused.add(pair)
-                self.refusals.append(Refusal(names, str(error)))
-                continue
-            self._captured.set_submodule(str(first.target), merged)
-            self._bypass(second)
-            first.meta["tensor_meta"] = second.meta["tensor_meta"]
-            origins[str(first.target)] = names
-            self.merges.append(merge)
-            # A pair that was refused is another one now
-            refused = {other for other in refused if first not in other}
+                    self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
+                    continue
+                self._writer.replace(chain, plan.pieces, chains)
+                self.merges += plan.merges
+            self.refusals += plan.refusals
+        # What was said of a batch norm that could not be folded is superseded by what became of its chain
+        known = {name for merge in self.merges for name in merge.operators}
+        known.update(name for refusal in self.refusals if len(refusal.operators) > 1 for name in refusal.operators)
+        self.refusals = [r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known]
 
     def finish(self) -> fx.GraphModule:
         """Drop what is no longer called and compile."""
-        self._graph.lint()
-        self._captured.delete_all_unused_submodules()
-        self._captured.recompile()
-        for node in self._graph.nodes:
-            node.meta.clear()  # shapes are those of the example inputs only
+        self._writer.finish()
         return self._captured
 
-    def _bypass(self, node: fx.Node) -> None:
-        node.replace_all_uses_with(input_of(node))
-        self._graph.erase_node(node)
+    def round(self) -> None:
+        """Give new operators, which are in float64, the dtype of those they replace."""
+        for name, dtype in self._writer.made.items():
+            if _has(self._captured, name):
+                self._captured.get_submodule(name).to(dtype)
+
+    def _explain_stand_ins(self, chains: Chains) -> None:
+        for name, value in self._stand_ins:
+            reason = chains.why_nothing_meets(value)
+            if reason is not None:
+                self.refusals.append(Refusal((name,), f"nothing to merge: {reason}"))
+
+    def _alone(self) -> Any:
+        known: dict[fx.Node, nn.Module] = {}
+
+        def alone(node: fx.Node) -> nn.Module:
+            if node not in known:
+                known[node] = self._trial().alone(node)
+            return known[node]
+
+        return alone
+
+    def _trial(self) -> Trial:
+        return Trial(self._captured, self._writer.made, device_of(self._captured))
+
+    def _why_not_faster(self, chain: Chain, plan: Plan, device: torch.device) -> str | None:
+        """Time a chain against its plan, interleaved; the reason if it is not faster, None if it is."""
+        if self._objective != "latency":
+            return None
+        original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
+        meta = chain[0].value.meta["tensor_meta"]
+        key = str(original), str(planned), tuple(meta.shape), meta.dtype
+        if key not in self._faster:
+            value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
+            latency = measure_latency({"original": original, "planned": planned}, (value,))
+            self._faster[key] = speed_up(latency["original"], latency["planned"])[1] > 1 / (1 - _LATENCY_MARGIN)
+        return None if self._faster[key] else "does not pay: timed as a whole, the chain is faster as it is"
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _check_comparable(output: Any, model: nn.Module) -> None:
@@ -287,18 +403,3 @@ def _check_comparable(output: Any, model: nn.Module) -> None:
             f"Expected argument `example_inputs` to give finite outputs, but {type(model).__name__} returns none, so "
             f"that the collapsed model can't be compared with it"
         )
-
-
-def _summary(operator: nn.Module) -> str:
-    if isinstance(operator, nn.Linear):
-        return f"Linear {operator.in_features}→{operator.out_features}"
-    assert isinstance(operator, _CONVOLUTIONS)
-    kernel = "×".join(map(str, operator.kernel_size))
-    groups = f", {operator.groups} groups" if operator.groups > 1 else ""
-    return f"{type(operator).__name__} {kernel} {operator.in_channels}→{operator.out_channels}{groups}"
-
-
-def _compare(merge: Merge) -> str:
-    units: Mapping[str, str] = {"latency": "{:.1f} µs", "macs": "{:,.0f} MACs", "depth": "{:.0f} operators"}
-    unit, scale = units[merge.objective], 1e6 if merge.objective == "latency" else 1
-    return f"{unit.format(merge.price_after * scale)} instead of {unit.format(merge.price_before * scale)}"

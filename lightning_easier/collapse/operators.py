@@ -1,46 +1,44 @@
-r"""The algebra of linear operators: two neighbours become one, exactly or not at all.
+r"""The algebra of linear operators: neighbours and parallel branches become one, exactly or not at all.
 
 Linear:
     :math:`W_2 (W_1 x + b_1) + b_2 = (W_2 W_1) x + (W_2 b_1 + b_2)`.
 
-Convolution, with strides :math:`s`, dilations :math:`d` and paddings :math:`p`:
-    tap :math:`t_1` of the first kernel and tap :math:`t_2` of the second meet at offset
-    :math:`t_1 d_1 + t_2 d_2 s_1`, so the merged kernel is a transposed convolution of the second kernel with the first,
-    the merged stride :math:`s_1 s_2` and the merged padding :math:`p_1 + s_1 p_2`.
+Channel affine (a batch norm in eval mode, a LayerScale):
+    a diagonal Linear, or a depthwise convolution with one tap.
 
-Borders:
-    the second convolution pads *its* input with zeros, where the first would have computed something. The merged
-    operator is equal only along axes with :math:`p_2 = 0`, or where the first would have computed zero there: a 1-tap
-    kernel with no bias. Anything else is refused.
+Convolutions, transposed convolutions:
+    see :mod:`lightning_easier.collapse.convolutions`.
 
-All sums are taken in float64 and rounded once, to the dtype of the operators.
+Parallel branches of one input:
+    sums add up weights and biases, concatenations put them side by side.
+
+All sums are taken in float64 and rounded once, to the dtype of the operators. Every function takes operators without
+data too (:func:`structure`), and then tells what the result would be.
 """
 
-from collections.abc import Callable
-from copy import deepcopy
-from math import gcd
+from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from lightning_easier.padding import numeric_padding
+from lightning_easier.collapse import convolutions
+from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.convolutions import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    bias_or_zeros,
+    has_bias,
+    sum_biases,
+    with_tensors,
+)
+from lightning_easier.collapse.errors import CannotMergeError
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-_TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: torch.conv_transpose1d,
-    nn.Conv2d: torch.conv_transpose2d,
-    nn.Conv3d: torch.conv_transpose3d,
-}
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, *_TRANSPOSED)
+LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, ChannelAffine, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 """Exact classes that :func:`compose` knows; subclasses may compute anything."""
-
-
-class CannotMergeError(Exception):
-    """Two operators that don't become one exactly; the message is the reason."""
 
 
 @torch.no_grad()
@@ -54,12 +52,23 @@ def compose(first: nn.Module, second: nn.Module) -> nn.Module:
     Raises:
         CannotMergeError: With the reason, when there is no exact equal.
     """
-    check(first, second)
-    merge: Callable[[Any, Any], nn.Module] = compose_linear if isinstance(first, nn.Linear) else compose_convolutions
-    merged = merge(first, second)
-    merged.train(first.training)
-    trainable = any(parameter.requires_grad for op in (first, second) for parameter in op.parameters())
-    return merged.requires_grad_(trainable)
+    _check_alike((first, second))
+    if {type(first), type(second)} & {ChannelAffine} and channel_axis(first) != channel_axis(second):
+        raise CannotMergeError("the channel axis of one is not that of the other")
+    if channel_axis(first) != channel_axis(second) or not _compatible(first, second):
+        raise CannotMergeError(f"no merge of {type(first).__name__} and {type(second).__name__} is known")
+    merged: nn.Module
+    if isinstance(first, ChannelAffine) and isinstance(second, ChannelAffine):
+        bias = None
+        if first.bias is not None or second.bias is not None:
+            bias = second.weight.double() * bias_or_zeros(first, first.channels)
+            bias = bias + bias_or_zeros(second, first.channels)
+        merged = _affine(first.weight.double() * second.weight.double(), bias, first.dim, first.weight.dtype)
+    elif channel_axis(first) == -1:
+        merged = _compose_linear(first, second)
+    else:
+        merged = _compose_maps(first, second)
+    return _finished(merged, (first, second))
 
 
 def check(first: nn.Module, second: nn.Module) -> None:
@@ -68,17 +77,111 @@ def check(first: nn.Module, second: nn.Module) -> None:
     Raises:
         CannotMergeError: With the reason, when it can't.
     """
-    same = type(first) is type(second)
-    if not same or type(first) not in LINEAR_OPERATORS:
-        raise CannotMergeError(f"no merge of {type(first).__name__} and {type(second).__name__} is known")
-    if first.training != second.training:
-        raise CannotMergeError("one is in training mode and the other is not")
-    weights: tuple[Tensor, Tensor] = (first.weight, second.weight)  # type: ignore[assignment]
-    if weights[0].dtype != weights[1].dtype or weights[0].device != weights[1].device:
-        raise CannotMergeError("their weights differ in dtype or device")
-    if isinstance(first, Convolution) and isinstance(second, Convolution):
-        _padding(first)
-        _check_borders(first, second, _padding(second))
+    _check_alike((first, second))
+    if type(first) in LINEAR_OPERATORS and type(second) in LINEAR_OPERATORS:
+        first, second = structure(first), structure(second)
+    compose(first, second)
+
+
+@torch.no_grad()
+def add(parts: Sequence[nn.Module]) -> nn.Module:
+    """Return one operator that computes the sum of several of one input; the arguments are not changed.
+
+    Args:
+        parts: Operators with equal inputs and outputs.
+
+    Raises:
+        CannotMergeError: With the reason, when there is no exact equal.
+    """
+    return _join(parts, _add_affines, _add_matrices, convolutions.add_convolutions)
+
+
+@torch.no_grad()
+def concatenate(parts: Sequence[nn.Module], axes: int = 2) -> nn.Module:
+    """Return one operator that computes the outputs of several of one input side by side, along the channels.
+
+    Args:
+        parts: Operators with equal inputs.
+        axes: The number of spatial axes, which affines alone don't tell.
+
+    Raises:
+        CannotMergeError: With the reason, when there is no exact equal.
+    """
+    return _join(parts, None, _stack_matrices, convolutions.concatenate_convolutions, axes)
+
+
+def _join(
+    parts: Sequence[nn.Module],
+    of_affines: Callable[[Sequence[Any]], nn.Module] | None,
+    of_matrices: Callable[[Sequence[nn.Linear]], nn.Module],
+    of_convolutions: Callable[[Sequence[Any]], nn.Module],
+    axes: int = 2,
+) -> nn.Module:
+    _check_alike(parts)
+    if len({channel_axis(part) for part in parts}) > 1:
+        raise CannotMergeError("the parallel branches differ in the axis of their channels")
+    if of_affines is not None and all(isinstance(part, ChannelAffine) for part in parts):
+        return _finished(of_affines(parts), parts)
+    if channel_axis(parts[0]) == -1:
+        return _finished(of_matrices([_as_linear(part) for part in parts]), parts)
+    axes = max((_axes(part) for part in parts if not isinstance(part, ChannelAffine)), default=axes)
+    return _finished(of_convolutions([_as_ordinary(part, axes) for part in parts]), parts)
+
+
+def _add_affines(parts: Sequence[ChannelAffine]) -> nn.Module:
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = reduce(torch.add, [bias_or_zeros(part, part.channels) for part in parts])
+    weight = reduce(torch.add, [part.weight.double() for part in parts])
+    return _affine(weight, bias, parts[0].dim, parts[0].weight.dtype)
+
+
+def _add_matrices(parts: Sequence[nn.Linear]) -> nn.Module:
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = reduce(torch.add, [bias_or_zeros(part, part.out_features) for part in parts])
+    return _linear(reduce(torch.add, [part.weight.double() for part in parts]), bias, parts[0].weight.dtype)
+
+
+def _stack_matrices(parts: Sequence[nn.Linear]) -> nn.Module:
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat([bias_or_zeros(part, part.out_features) for part in parts])
+    return _linear(torch.cat([part.weight.double() for part in parts]), bias, parts[0].weight.dtype)
+
+
+def _compose_linear(first: Any, second: Any) -> nn.Module:
+    """Merge on the last axis: matrices and diagonals."""
+    if isinstance(first, ChannelAffine):
+        weight = second.weight.double() * first.weight.double()
+        bias = sum_biases(second.weight.double(), first.bias, second.bias)
+    elif isinstance(second, ChannelAffine):
+        weight = second.weight.double()[:, None] * first.weight.double()
+        bias = sum_biases(torch.diag(second.weight.double()), first.bias, second.bias)
+    else:
+        weight = second.weight.double() @ first.weight.double()
+        bias = sum_biases(second.weight.double(), first.bias, second.bias)
+    return _linear(weight, bias, first.weight.dtype)
+
+
+def _compose_maps(first: Any, second: Any) -> nn.Module:
+    """Merge on axis 1: convolutions of either kind, and affines as depthwise ones with one tap."""
+    axes = _axes(second if isinstance(first, ChannelAffine) else first)
+    first, second = (_as_convolution(operator, axes) for operator in (first, second))
+    transposed = [isinstance(operator, TRANSPOSED_CONVOLUTIONS) for operator in (first, second)]
+    if any(transposed) and not all(transposed):
+        at = transposed.index(True)
+        try:  # with stride 1 a transposed convolution is an ordinary one
+            pair = [first, second]
+            pair[at] = convolutions.as_forward(pair[at])
+            return convolutions.compose_convolutions(*pair)
+        except CannotMergeError:
+            pair = [first, second]
+            pair[1 - at] = convolutions.as_transposed(pair[1 - at])
+            return convolutions.compose_transposed(*pair)
+    if all(transposed):
+        return convolutions.compose_transposed(first, second)
+    return convolutions.compose_convolutions(first, second)
 
 
 def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
@@ -91,22 +194,47 @@ def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._Batch
     Raises:
         CannotMergeError: With the reason, when there is no such operator.
     """
-    if type(operator) not in (nn.Linear, *_TRANSPOSED, *_TRANSPOSED_CONVOLUTIONS):
+    if type(operator) not in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
         raise CannotMergeError(f"a batch norm can't be folded into {type(operator).__name__}")
+    _check_statistics(batch_norm)
+    if isinstance(operator, nn.Linear):
+        return fuse_linear_bn_eval(operator, _with_affine(batch_norm))
+    transposed = isinstance(operator, TRANSPOSED_CONVOLUTIONS)
+    if transposed and operator.groups != 1:  # torch's fusion takes its second axis for all of the channels
+        return compose(operator, as_affine(batch_norm, 1))
+    return fuse_conv_bn_eval(operator, batch_norm, transposed)  # type: ignore[type-var]
+
+
+@torch.no_grad()
+def as_affine(batch_norm: nn.modules.batchnorm._BatchNorm, dim: int) -> ChannelAffine:
+    """Write a batch norm in eval mode as a channel affine, in float64 until the last.
+
+    Args:
+        batch_norm: The batch norm.
+        dim: The axis of its channels: 1, or -1 on vectors.
+
+    Raises:
+        CannotMergeError: If it has no running statistics.
+    """
+    _check_statistics(batch_norm)
+    batch_norm = _with_affine(batch_norm)
+    assert batch_norm.running_mean is not None
+    assert batch_norm.running_var is not None
+    scale = batch_norm.weight.double() / (batch_norm.running_var.double() + batch_norm.eps).sqrt()
+    offset = batch_norm.bias.double() - batch_norm.running_mean.double() * scale
+    made = _affine(scale, offset, dim, batch_norm.weight.dtype)
+    return made.train(batch_norm.training).requires_grad_(batch_norm.weight.requires_grad)
+
+
+def _check_statistics(batch_norm: nn.modules.batchnorm._BatchNorm) -> None:
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         raise CannotMergeError(
             "this batch norm has no running statistics: it normalises each batch by its own, also in eval mode"
         )
-    if isinstance(operator, nn.Linear):
-        return fuse_linear_bn_eval(operator, _affine(batch_norm))
-    transposed = isinstance(operator, _TRANSPOSED_CONVOLUTIONS)
-    if transposed and operator.groups != 1:
-        raise CannotMergeError("the transposed convolution before it is grouped")
-    return fuse_conv_bn_eval(operator, batch_norm, transposed)  # type: ignore[type-var]
 
 
-def _affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
-    """Give a batch norm without weight and bias those that change nothing; torch's fusion with a Linear needs them."""
+def _with_affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
+    """Give a batch norm without weight and bias those that change nothing."""
     if batch_norm.affine:
         return batch_norm
     batch_norm = deepcopy(batch_norm)
@@ -116,128 +244,147 @@ def _affine(batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm
     return batch_norm
 
 
-def compose_linear(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """Merge ``second(first(x))`` of two Linear operators; see :func:`compose`."""
-    weight = second.weight.double() @ first.weight.double()
-    bias = _sum_biases(second.weight.double(), first.bias, second.bias)
-    merged = nn.Linear(
-        first.in_features, second.out_features, bias is not None, device=weight.device, dtype=first.weight.dtype
-    )
-    _write(merged, weight, bias)
-    return merged
+def is_pointwise(operator: nn.Module) -> bool:
+    """Tell whether an operator treats every position alone."""
+    return isinstance(operator, nn.Linear | ChannelAffine) or convolutions.is_pointwise(operator)
 
 
-def compose_convolutions(first: Convolution, second: Convolution) -> Convolution:
-    """Merge ``second(first(x))`` of two convolutions of the same number of axes; see :func:`compose`."""
-    axes = len(first.kernel_size)
-    p1, p2 = _padding(first), _padding(second)
-    _check_borders(first, second, p2)
-
-    groups = gcd(first.groups, second.groups)
-    w1 = _regroup(first.weight.double(), first.groups, groups)  # (middle, in / groups, *k1)
-    w2 = _regroup(second.weight.double(), second.groups, groups)  # (out, middle / groups, *k2)
-    # Taps lie d1 apart in the first kernel and s1 * d2 apart in the second; the merged kernel needs only the common
-    # grid of the two, which a 1-tap kernel does not make finer.
-    steps1 = first.dilation
-    steps2 = tuple(s * d for s, d in zip(first.stride, second.dilation, strict=True))
-    dilation = tuple(
-        gcd(a if k1 > 1 else 0, b if k2 > 1 else 0) or 1
-        for a, b, k1, k2 in zip(steps1, steps2, first.kernel_size, second.kernel_size, strict=True)
-    )
-    # Groups side by side as channels: (out / groups, middle, *k2) -> (out / groups, in, *k)
-    out_per_group, in_per_group = second.out_channels // groups, first.in_channels // groups
-    w2 = w2.unflatten(0, (groups, out_per_group)).transpose(0, 1).flatten(1, 2)
-    kernel = _TRANSPOSED[type(first)](
-        w2,
-        w1,
-        # along an axis where a kernel has one tap its step does not matter
-        stride=tuple(b // d if k > 1 else 1 for b, d, k in zip(steps2, dilation, second.kernel_size, strict=True)),
-        dilation=tuple(a // d if k > 1 else 1 for a, d, k in zip(steps1, dilation, first.kernel_size, strict=True)),
-        groups=groups,
-    )
-    kernel = kernel.unflatten(1, (groups, in_per_group)).transpose(0, 1).flatten(0, 1)  # (out, in / groups, *k)
-
-    taps_summed = _regroup(second.weight.double(), second.groups, 1).flatten(2).sum(-1)
-    bias = _sum_biases(taps_summed, first.bias, second.bias)
-    merged = type(first)(
-        first.in_channels,
-        second.out_channels,
-        kernel_size=tuple(kernel.shape[2:]),
-        stride=_products(first.stride, second.stride),  # type: ignore[arg-type]
-        padding=tuple(a + s * b for a, s, b in zip(p1, first.stride, p2, strict=True)),  # type: ignore[arg-type]
-        dilation=dilation,  # type: ignore[arg-type]
-        groups=groups,
-        bias=bias is not None,
-        padding_mode=first.padding_mode if any(p1) else "zeros",
-        device=kernel.device,
-        dtype=first.weight.dtype,
-    )
-    assert len(merged.kernel_size) == axes
-    _write(merged, kernel, bias)
-    return merged
-
-
-def _check_borders(first: Convolution, second: Convolution, p2: tuple[int, ...]) -> None:
-    """Refuse a padding of the second convolution that acts on what the first would have computed there."""
-    if not any(p2):
-        return
-    if second.padding_mode != "zeros" or first.padding_mode != "zeros":
-        mode = second.padding_mode if second.padding_mode != "zeros" else first.padding_mode
-        raise CannotMergeError(f"padding mode {mode!r} does not commute with the padding {p2} between them")
-    if any(p > 0 and k > 1 for p, k in zip(p2, first.kernel_size, strict=True)):
-        raise CannotMergeError(
-            f"the second pads its input by {p2}: at the borders it sees zeros where the first "
-            f"({'×'.join(map(str, first.kernel_size))}) would have computed something"
-        )
-    if first.bias is not None and bool(first.bias.any()):
-        raise CannotMergeError(
-            f"the second pads its input by {p2}: at the borders it sees zeros where the first would have put its bias"
-        )
-
-
-def _padding(convolution: Convolution) -> tuple[int, ...]:
-    padding = numeric_padding(convolution)
-    if padding is None:
-        raise CannotMergeError("padding='same' pads its two sides unevenly")
-    return padding
-
-
-def _regroup(weight: Tensor, groups: int, coarser: int) -> Tensor:
-    """Write a grouped kernel with fewer groups, zeros where channels were not connected.
+@torch.no_grad()
+def on_axis(operator: nn.Module, axis: int, axes: int) -> nn.Module:
+    """Write a pointwise operator for another place of the channels.
 
     Args:
-        weight: ``(out, in / groups, *k)``.
-        groups: Its number of groups.
-        coarser: The number wanted, a divisor of ``groups``.
+        operator: A pointwise operator.
+        axis: Where its channels are to be: 1 (a convolution or affine) or -1 (a Linear or affine).
+        axes: The number of spatial axes of the convolution.
 
-    Returns:
-        ``(out, in / coarser, *k)``.
+    Raises:
+        CannotMergeError: If the operator is not pointwise.
     """
-    if groups == coarser:
-        return weight
-    inner = groups // coarser
-    blocks = weight.unflatten(0, (coarser, inner, -1))  # (coarser, inner, out / groups, in / groups, *k)
-    wide = blocks.new_zeros(coarser, inner, blocks.shape[2], inner, *blocks.shape[3:])
-    diagonal = torch.arange(inner, device=weight.device)
-    # Indices on both sides of a slice put the indexed axis first.
-    wide[:, diagonal, :, diagonal] = blocks.transpose(0, 1)
-    return wide.flatten(3, 4).flatten(0, 2)
+    if not is_pointwise(operator):
+        raise CannotMergeError(f"{type(operator).__name__} does not treat every position alone")
+    if channel_axis(operator) == axis:
+        return operator
+    if isinstance(operator, ChannelAffine):
+        made: nn.Module = _affine(operator.weight, operator.bias, axis, operator.weight.dtype)
+    elif isinstance(operator, nn.Linear):
+        weight = operator.weight.view(*operator.weight.shape, *[1] * axes)
+        made = convolutions.make_convolution(weight, operator.bias, operator.weight.dtype)
+    else:
+        convolution: Any = _as_ordinary(operator, axes)
+        weight = convolutions.regroup(convolution.weight, convolution.groups, 1).flatten(1)
+        made = _linear(weight, convolution.bias, weight.dtype)
+    return _finished(made, (operator,))
 
 
-def _sum_biases(weight: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """``weight @ first + second``, None where both are."""
-    total = None if first is None else weight @ first.double()
-    if second is None:
-        return total
-    return second.double() if total is None else total + second.double()
+def structure(operator: nn.Module) -> nn.Module:
+    """Return an operator of the same structure without data; a bias of zeros counts as none."""
+    twin = _twin(operator, lambda tensor: torch.empty_like(tensor, device="meta"))
+    if twin.bias is not None and not has_bias(operator):
+        twin.bias = None
+    return twin
 
 
-def _products(a: Any, b: Any) -> tuple[int, ...]:
-    return tuple(x * y for x, y in zip(a, b, strict=True))
+def in_float64(operator: nn.Module) -> nn.Module:
+    """Return an equal operator in float64; the argument is not changed."""
+    return _twin(operator, lambda tensor: tensor.double())
 
 
-def _write(operator: nn.Linear | Convolution, weight: Tensor, bias: Tensor | None) -> None:
-    operator.weight.copy_(weight)
-    if bias is not None:
-        assert operator.bias is not None
-        operator.bias.copy_(bias)
+def of_random_numbers(operator: nn.Module, device: torch.device) -> nn.Module:
+    """Return an operator of the same structure with some data, to be timed."""
+    return _twin(operator, lambda tensor: torch.empty_like(tensor, device=device).normal_(std=0.1))
+
+
+@torch.no_grad()
+def _twin(operator: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+    twin = copy(operator)
+    twin._parameters = {
+        name: None if parameter is None else nn.Parameter(change(parameter), parameter.requires_grad)
+        for name, parameter in operator._parameters.items()
+    }
+    return twin
+
+
+def channel_axis(operator: nn.Module) -> int:
+    """Return the axis of an operator's channels: 1 or -1."""
+    if isinstance(operator, ChannelAffine):
+        return operator.dim
+    return -1 if isinstance(operator, nn.Linear) else 1
+
+
+def channels(operator: Any) -> tuple[int, int]:
+    """Return the number of channels an operator reads and writes."""
+    if isinstance(operator, ChannelAffine):
+        return operator.channels, operator.channels
+    if isinstance(operator, nn.Linear):
+        return operator.in_features, operator.out_features
+    return operator.in_channels, operator.out_channels
+
+
+def summary(operator: nn.Module) -> str:
+    """Describe an operator in a few words."""
+    before, behind = channels(operator)
+    if isinstance(operator, nn.Linear):
+        return f"Linear {before}→{behind}"
+    if isinstance(operator, ChannelAffine):
+        return f"ChannelAffine {before}"
+    shape: Any = operator
+    kernel = "×".join(map(str, shape.kernel_size))
+    groups = f", {shape.groups} groups" if shape.groups > 1 else ""
+    return f"{type(operator).__name__} {kernel} {before}→{behind}{groups}"
+
+
+def _check_alike(parts: Sequence[nn.Module]) -> None:
+    for part in parts:
+        if type(part) not in LINEAR_OPERATORS:
+            names = " and ".join(type(each).__name__ for each in parts)
+            raise CannotMergeError(f"no merge of {names} is known")
+    if len({part.training for part in parts}) > 1:
+        raise CannotMergeError("one is in training mode and the other is not")
+    weights: list[Any] = [part.weight for part in parts]
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        raise CannotMergeError("their weights differ in dtype or device")
+
+
+def _compatible(first: nn.Module, second: nn.Module) -> bool:
+    if isinstance(first, ChannelAffine) or isinstance(second, ChannelAffine) or channel_axis(first) == -1:
+        return True
+    return _axes(first) == _axes(second)
+
+
+def _axes(operator: nn.Module) -> int:
+    return convolutions.number_of_axes(operator)
+
+
+def _as_linear(operator: Any) -> nn.Linear:
+    if isinstance(operator, nn.Linear):
+        return operator
+    return _linear(torch.diag(operator.weight), operator.bias, operator.weight.dtype)
+
+
+def _as_convolution(operator: Any, axes: int) -> Any:
+    if not isinstance(operator, ChannelAffine):
+        return operator
+    weight = operator.weight.view(-1, 1, *[1] * axes)
+    return convolutions.make_convolution(weight, operator.bias, weight.dtype, groups=operator.channels)
+
+
+def _as_ordinary(operator: Any, axes: int) -> Any:
+    made = _as_convolution(operator, axes)
+    return convolutions.as_forward(made) if isinstance(made, TRANSPOSED_CONVOLUTIONS) else made
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=dtype)
+    return with_tensors(made, weight, bias, dtype)
+
+
+def _affine(weight: Tensor, bias: Tensor | None, dim: int, dtype: torch.dtype) -> ChannelAffine:
+    made = ChannelAffine(weight.shape[0], dim, bias is not None, device="meta", dtype=dtype)
+    return with_tensors(made, weight, bias, dtype)
+
+
+def _finished(merged: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
+    """Give a result the mode of its parts; it is trainable where one of them is."""
+    merged.train(parts[0].training)
+    return merged.requires_grad_(any(parameter.requires_grad for part in parts for parameter in part.parameters()))

@@ -1,0 +1,216 @@
+"""Capture the data flow of a whole model as a graph whose nodes call its layers.
+
+``torch.fx`` records the calls of layers as they are. What its symbolic values can't pass (questions about shapes, say)
+goes through ``torch.export``, whose ATen operators become calls of the layers again that they came from. What neither
+passes stays whole, as a leaf.
+"""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx._symbolic_trace import PH
+from torch.fx.graph import CodeGen
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils import _pytree as pytree
+
+from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER
+from lightning_easier.inference import has_hooks
+from lightning_easier.linearize import IdentityStandIn
+from lightning_easier.rectifiers import is_activation
+from lightning_easier.tracing import InPlaceProxy, is_readable
+
+_logger = logging.getLogger(__name__)
+# Layers that are called again in the place of the one ATen operator that they became
+_LAYERS: tuple[Any, ...] = (
+    nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Dropout, nn.Dropout1d,
+    nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+
+
+class CaptureError(Exception):
+    """A model whose data flow can't be captured; the message is the reason."""
+
+
+def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """Capture the data flow of a model in eval mode, its layers as leaves, with the shapes met on the way.
+
+    Parts that can't be traced stay whole, as leaves. So do modules with hooks, which a capture would lose.
+
+    Args:
+        model: The model, in eval mode. The graph module shares its layers.
+        arguments: Example inputs, to run it once.
+
+    Raises:
+        CaptureError: With the reason.
+    """
+    try:
+        return _with_shapes(model, *_trace(model, len(arguments), frozenset()), arguments)
+    except Exception as error:  # whatever a user's forward raises on a proxy
+        reason = error
+    if not any(has_hooks(module) for module in model.modules()):
+        try:
+            return _with_shapes(model, *_export(model, arguments), arguments)
+        except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
+            _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
+    opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
+    try:
+        return _with_shapes(model, *_trace(model, len(arguments), opaque), arguments)
+    except Exception as error:
+        raise CaptureError(f"{type(reason).__name__}: {reason}".splitlines()[0]) from error
+
+
+def _with_shapes(
+    model: nn.Module, graph: fx.Graph, constants: dict[str, Any], arguments: Sequence[Tensor]
+) -> fx.GraphModule:
+    for name, value in constants.items():
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            model.register_buffer(name, value, persistent=False)
+        else:
+            setattr(model, name, value)
+    captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    captured.eval()
+    with torch.no_grad():
+        _Shapes(captured).propagate(*arguments)
+    return captured
+
+
+class _Shapes(ShapeProp):
+    """Notes in the ``meta`` of the nodes shapes, sizes, and which inputs a value shares its memory with."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, int):
+            n.meta[NUMBER] = result
+        memory = _memory(result)
+        n.meta[ALIASES] = [other for other in n.all_input_nodes if memory & _memory(self.env.get(other))]
+        return result
+
+
+def _memory(value: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.numel()}
+
+
+class _Root(nn.Module):
+    """Calls the model like a user would; the tracer would read the class's forward of its root, not the instance's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Any:
+        return self.model(*args)
+
+
+class _ModelTracer(fx.Tracer):
+    def __init__(self, opaque: frozenset[nn.Module]) -> None:
+        super().__init__()
+        self._opaque = opaque
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            m in self._opaque
+            or isinstance(m, IdentityStandIn)
+            or is_activation(m)
+            or has_hooks(m)
+            or (module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name))
+        )
+
+
+def _trace(model: nn.Module, inputs: int, opaque: frozenset[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
+    """Trace a model through :class:`_Root` and name everything as it is named in the model."""
+    root = _Root(model)
+    before = set(vars(root))
+    graph = _ModelTracer(opaque).trace(root, concrete_args=(PH,) * inputs)  # type: ignore[arg-type]
+    names = _argument_names(model, inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.target = next(names)
+        elif node.op in ("call_module", "get_attr"):
+            if node.target == "model":
+                raise CaptureError(f"{type(model).__name__} itself has hooks, which a capture would lose; remove them")
+            node.target = str(node.target).removeprefix("model.")
+    return graph, {key: value for key, value in vars(root).items() if key not in before}
+
+
+def _argument_names(model: nn.Module, inputs: int) -> Iterator[str]:
+    names = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    yield from names[:inputs]
+    yield from (f"input_{number}" for number in range(len(names), inputs))
+
+
+def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, dict[str, Any]]:
+    """Export a model for inputs of any size, and call its layers again where they were called."""
+    # torch.export takes a size of one for a constant
+    arguments = [torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments]
+    sizes = tuple(dict.fromkeys(range(x.ndim), Dim.AUTO) for x in arguments)
+    with torch.no_grad():
+        program: ExportedProgram = torch.export.export(model, tuple(arguments), dynamic_shapes={"args": sizes}
+                                                       if _takes_any_number(model) else sizes)  # fmt: skip
+    exported: Any = program.module(check_guards=False)
+    graph: fx.Graph = exported.graph
+    _restore_structure(graph)
+    _call_layers(model, graph)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in own:
+            if "." in str(node.target) or not isinstance(getattr(exported, str(node.target)), Tensor):
+                raise CaptureError(f"torch.export makes {node.target}")
+            constants[str(node.target)] = getattr(exported, str(node.target))
+        elif node.op == "call_module" and getattr(model, str(node.target), model) is None:
+            raise CaptureError(f"torch.export makes {node.target}")
+    return graph, constants
+
+
+def _takes_any_number(model: nn.Module) -> bool:
+    return any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+
+
+def _restore_structure(graph: fx.Graph) -> None:
+    """Take plain arguments, and return what the model returns, without the flattening of an exported program."""
+    specification: Any = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node) or leaf is None)
+    output.args = (pytree.tree_unflatten(values, specification),)
+    graph.set_codegen(CodeGen())
+
+
+def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
+    """Call a layer in the place of the one operator that it became."""
+    came_from = {node: _layer_of(node) for node in graph.nodes if node.op == "call_function"}
+    counts = Counter(came_from.values())
+    for node, name in came_from.items():
+        try:
+            layer = model.get_submodule(name) if name else None
+        except AttributeError:  # the second call of a layer goes by another name
+            continue
+        value = node.args[0] if node.args else None
+        if counts[name] > 1 or type(layer) not in _LAYERS or not isinstance(value, fx.Node):
+            continue
+        with graph.inserting_before(node):
+            call = graph.create_node("call_module", name, (value,))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _layer_of(node: fx.Node) -> str:
+    stack: Any = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""

@@ -1,0 +1,498 @@
+"""Which linear map does a node of a captured graph compute?
+
+A :class:`Link` is the answer: the operator that it equals, or what it does to the positions (averages them) or to the
+place of the channels (a layout). Modules, functions, methods and the ATen operators of ``torch.export`` are read alike.
+"""
+
+import operator as operators
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lightning_easier.collapse import convolutions
+from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, with_tensors
+from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.operators import as_affine
+
+ALIASES = "aliases"
+"""Key in a node's ``meta``: the inputs that its value shares memory with."""
+NUMBER = "number"
+"""Key in a node's ``meta``: its value, if that is a whole number."""
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_POOLS_BY_NAME = {f"avg_pool{axes}d": kind for axes, kind in enumerate(_AVERAGE_POOLS, 1)}
+_CONVOLUTIONS_BY_NAME = {
+    **{f"conv{axes}d": kind for axes, kind in enumerate(CONVOLUTIONS, 1)},
+    **{f"conv_transpose{axes}d": kind for axes, kind in enumerate(TRANSPOSED_CONVOLUTIONS, 1)},
+}
+_PERMUTATIONS = ("permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis")
+_RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous")
+_VIEWS_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "permute", "transpose", "getitem", "squeeze", "flatten")
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+_AFFINE = {"multiply": "mul", "subtract": "sub", "truediv": "div", "divide": "div", "true_divide": "div"}
+
+
+@dataclass(frozen=True, eq=False)
+class Averaging:
+    """An average over positions, each channel alone.
+
+    Attributes:
+        weighs_evenly: Whether the weights of each average add up to one, so that an offset passes unchanged.
+        kernel: Channels -> the convolution that it equals; None where there is none for every input size.
+    """
+
+    weighs_evenly: bool
+    kernel: Callable[[int], nn.Module] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """One linear step in the data flow.
+
+    Attributes:
+        node: The node that computes it.
+        value: The node that it reads.
+        name: For a report.
+        operator: The operator that it equals, if it is one.
+        averaging: Said of an average over positions.
+        moves: Where it puts the channels: axis before -> axis behind (1 or -1).
+        counts: Whether it is an operation of its own, and not only another view of a value.
+        operator_on: Axis of the channels -> the operator, where it treats all channels alike and so fits both.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    name: str
+    operator: nn.Module | None = None
+    averaging: Averaging | None = None
+    moves: dict[int, int] | None = None
+    counts: bool = True
+    operator_on: Callable[[int], nn.Module] | None = None
+
+    @property
+    def carries_weight(self) -> bool:
+        """Whether it is a convolution or a product with a matrix as it stands."""
+        linear = isinstance(self.operator, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
+        return linear and self.averaging is None and name_of(self.node) not in ("getitem", "slice", "pad")
+
+
+def shape_of(node: Any) -> torch.Size | None:
+    """Return the shape of a node's value at the example inputs, None for what is not one tensor."""
+    return getattr(node.meta.get("tensor_meta"), "shape", None) if isinstance(node, fx.Node) else None
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of the torch function or method that a node calls, whatever its spelling; "" for another."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
+    name = getattr(target, "__name__", "")
+    return name if any(getattr(room, name, None) is target for room in (torch, F, operators)) else ""
+
+
+def changes_its_input(captured: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node may write into what it reads."""
+    if node.op == "call_module":
+        return any(getattr(part, "inplace", False) for part in captured.get_submodule(str(node.target)).modules())
+    name = name_of(node)
+    written = name.endswith("_") and not name.endswith("__")
+    return written or name in (*_IN_PLACE, "setitem") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def is_shared(node: fx.Node) -> bool:
+    """Tell whether something besides its one reader sees what is written into a value."""
+    while len(node.users) == 1 and node.op not in ("placeholder", "get_attr"):
+        aliases = node.meta.get(ALIASES, [])
+        if not aliases:
+            return False
+        (node, *others) = aliases
+        if others:
+            return True
+    return True
+
+
+class Reader:
+    """Reads the nodes of one captured graph.
+
+    Args:
+        captured: The graph, with the shapes met on the way.
+    """
+
+    def __init__(self, captured: fx.GraphModule) -> None:
+        self._captured = captured
+
+    def read(self, node: fx.Node) -> Link | None:
+        """Return the linear step that a node is, None if it is none."""
+        if shape_of(node) is None:
+            return None
+        try:
+            link = self._read_module(node) if node.op == "call_module" else self._read_function(node)
+        except (CannotMergeError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+            return None  # an argument that is not what it is in all other calls
+        if link is None or shape_of(link.value) is None or not _is_floating(node, link.value):
+            return None
+        return None if changes_its_input(self._captured, node) and is_shared(link.value) else link
+
+    def _read_module(self, node: fx.Node) -> Link | None:
+        module: Any = self._captured.get_submodule(str(node.target))
+        value = (*node.args, *node.kwargs.values())[0]
+        if len(node.all_input_nodes) != 1 or not isinstance(value, fx.Node):
+            return None  # an output_size, say
+        before = shape_of(value)
+        if before is None:
+            return None
+        name, kind = str(node.target), type(module)
+        if kind in (nn.Linear, ChannelAffine):
+            return Link(node, value, name, module)
+        if kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+            return Link(node, value, name, module) if len(before) == len(module.kernel_size) + 2 else None
+        if kind in BATCH_NORMS:
+            return Link(node, value, name, as_affine(deepcopy(module).double(), 1 if len(before) > 2 else -1))
+        if kind in _AVERAGE_POOLS:
+            return self._pool(node, value, name, module)
+        if kind in _ADAPTIVE_POOLS:
+            batched = len(before) == 2 + _ADAPTIVE_POOLS.index(kind) + 1
+            return Link(node, value, name, averaging=Averaging(True), moves={1: 1}) if batched else None
+        if kind is nn.Flatten:
+            return self._reshaped(node, value, name)
+        return None
+
+    def _read_function(self, node: fx.Node) -> Link | None:
+        name = name_of(node)
+        name = _IN_PLACE.get(name, name)
+        plain = name.removesuffix("_")
+        plain = _AFFINE.get(plain, plain)
+        if plain in ("mul", "add", "sub", "div", "neg"):
+            return self._affine(node, plain)
+        if name in _CONVOLUTIONS_BY_NAME:
+            return self._convolution(node, name)
+        if name in ("linear", "matmul"):
+            return self._linear(node, name)
+        if name == "batch_norm":
+            return self._batch_norm(node)
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        value = node.args[0]
+        if name in _POOLS_BY_NAME:
+            given = _bind(node, "input kernel_size stride padding ceil_mode count_include_pad divisor_override")
+            del given["input"]
+            return self._pool(node, value, node.name, _POOLS_BY_NAME[name](**given))
+        if name.startswith("adaptive_avg_pool"):
+            return Link(node, value, node.name, averaging=Averaging(True), moves={1: 1})
+        if name == "mean":
+            return self._mean(node, value)
+        if name in _PERMUTATIONS:
+            return self._permuted(node, value)
+        if name in _RESHAPES:
+            return self._reshaped(node, value, node.name)
+        if name in ("getitem", "slice"):
+            return self._picked(node, value, name)
+        if name in ("pad", "constant_pad_nd"):
+            return self._padded(node, value)
+        return None
+
+    def _affine(self, node: fx.Node, name: str) -> Link | None:
+        """Read a product, sum, difference or quotient of a value and a constant for each channel."""
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") or node.kwargs.get("out") is not None:
+            return None
+        arguments: list[Any] = [*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs)]
+        if name == "neg":
+            arguments.append(-1.0)
+        constants = [self._constant(argument) for argument in arguments]
+        if len(arguments) != 2 or (constants[0] is None) == (constants[1] is None):
+            return None
+        reversed_ = constants[0] is not None
+        constant, value = constants[0 if reversed_ else 1], arguments[1 if reversed_ else 0]
+        shape = shape_of(value)
+        if shape is None or shape != shape_of(node) or (reversed_ and name == "div"):
+            return None
+        dtype = value.meta["tensor_meta"].dtype
+        trainable = isinstance(constant, Tensor) and constant.requires_grad
+        if isinstance(constant, Tensor):
+            if constant.dtype != dtype and constant.ndim > 0:
+                return None
+            if constant.numel() == 1 and constant.ndim <= len(shape):
+                constant = constant.reshape(())
+        else:
+            constant = torch.tensor(float(constant), dtype=dtype, device=self._device())
+
+        def make(axis: int, vector: Tensor) -> nn.Module:
+            vector = vector.double()  # a quotient is not to be rounded twice
+            ones = torch.ones_like(vector)
+            scale, offset = {
+                "mul": (vector, None), "neg": (vector, None), "div": (1 / vector, None), "add": (ones, vector),
+                "sub": (-ones, vector) if reversed_ else (ones, -vector),
+            }[name]  # fmt: skip
+            made = ChannelAffine(len(vector), axis, offset is not None, device="meta", dtype=torch.float64)
+            return with_tensors(made, scale, offset, torch.float64).eval().requires_grad_(trainable)
+
+        constant = constant.detach()
+        if constant.ndim == 0:
+            axis = 1 if len(shape) > 2 else -1
+
+            def on(axis: int) -> nn.Module:
+                return make(axis, constant.expand(shape[axis]))
+
+            return Link(node, value, node.name, on(axis), operator_on=on)
+        varying, vector = _as_channels(constant, shape)
+        return None if varying is None else Link(node, value, node.name, make(varying, vector))
+
+    def _convolution(self, node: fx.Node, name: str) -> Link | None:
+        kind = _CONVOLUTIONS_BY_NAME[name]
+        transposed = kind in TRANSPOSED_CONVOLUTIONS
+        names = "input weight bias stride padding dilation groups"
+        given = _bind(node, "input weight bias stride padding output_padding groups dilation" if transposed else names)
+        value, weight, bias = given.pop("input"), self._constant(given.pop("weight")), given.pop("bias", None)
+        bias = None if bias is None else self._constant(bias)
+        if not isinstance(weight, Tensor) or weight.ndim != len(shape_of(value) or ()):
+            return None
+        if not transposed:
+            made = convolutions.make_convolution(weight, bias, weight.dtype, **given)
+        else:
+            made = convolutions.make_transposed_convolution(weight, bias, weight.dtype, **given)
+        return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
+
+    def _linear(self, node: fx.Node, name: str) -> Link | None:
+        given = _bind(node, "input weight bias" if name == "linear" else "input other")
+        value = given["input"]
+        weight = self._constant(given["weight"] if name == "linear" else given["other"])
+        bias = None if given.get("bias") is None else self._constant(given["bias"])
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not isinstance(value, fx.Node):
+            return None
+        made = nn.Linear(1, 1, bias is not None, device="meta")
+        matrix = weight if name == "linear" else weight.T
+        made.out_features, made.in_features = matrix.shape
+        made = with_tensors(made, matrix, bias, weight.dtype)
+        return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
+
+    def _batch_norm(self, node: fx.Node) -> Link | None:
+        names = "input running_mean running_var weight bias training momentum eps"
+        if isinstance(node.target, torch._ops.OpOverload):
+            names = "input weight bias running_mean running_var training momentum eps"
+        given = _bind(node, names)
+        if given.get("training", False) is not False or given.get("running_mean") is None:
+            return None
+        value = given["input"]
+        tensors: dict[str, Any] = {
+            key: None if given.get(key) is None else self._constant(given[key])
+            for key in ("running_mean", "running_var", "weight", "bias")
+        }
+        made = nn.BatchNorm1d(len(tensors["running_mean"]), eps=given.get("eps", 1e-5), device="meta")
+        made.running_mean, made.running_var = tensors["running_mean"], tensors["running_var"]
+        made.weight = nn.Parameter(_or(tensors["weight"], torch.ones_like, tensors["running_mean"]))
+        made.bias = nn.Parameter(_or(tensors["bias"], torch.zeros_like, tensors["running_mean"]))
+        return Link(
+            node, value, node.name, as_affine(made.eval().double(), 1 if len(shape_of(value) or ()) > 2 else -1)
+        )
+
+    def _pool(self, node: fx.Node, value: fx.Node, name: str, pool: Any) -> Link | None:
+        shape, axes = shape_of(value), _AVERAGE_POOLS.index(type(pool)) + 1
+        if shape is None or len(shape) != axes + 2:
+            return None
+        kernel, padding = _as_tuple(pool.kernel_size, axes), _as_tuple(pool.padding, axes)
+        stride = _as_tuple(kernel if pool.stride in (None, ()) else pool.stride, axes)
+        divisor = getattr(pool, "divisor_override", None)
+        weighs_evenly = divisor is None and not (any(padding) and pool.count_include_pad)
+        device = self._device()
+
+        def as_convolution(channels: int) -> nn.Module:
+            share = 1 / (divisor or prod(kernel))
+            weight = torch.full((channels, 1, *kernel), share, dtype=torch.float64, device=device)
+            made = convolutions.make_convolution(
+                weight, None, torch.float64, stride=stride, padding=padding, groups=channels
+            )
+            return made.eval().requires_grad_(False)
+
+        is_one = not pool.ceil_mode and (pool.count_include_pad or not any(padding))
+        averaging = Averaging(weighs_evenly, as_convolution if is_one else None)
+        operator = as_convolution(shape[1]) if is_one else None
+        return Link(node, value, name, operator, averaging, {1: 1})
+
+    def _mean(self, node: fx.Node, value: fx.Node) -> Link | None:
+        given, shape = _bind(node, "input dim keepdim dtype"), shape_of(value)
+        if shape is None or given.get("dtype") is not None or given.get("dim") is None:
+            return None
+        dims = {dim % len(shape) for dim in _as_tuple(given["dim"], 1)}
+        if 0 in dims or not dims:
+            return None
+        rank = len(shape) if given.get("keepdim", False) else len(shape) - len(dims)
+        moves = {}
+        if 1 not in dims:
+            moves[1] = 1 if rank > 2 else -1
+        if len(shape) - 1 not in dims:
+            moves[-1] = -1
+        return Link(node, value, node.name, averaging=Averaging(True), moves=moves)
+
+    def _permuted(self, node: fx.Node, value: fx.Node) -> Link | None:
+        shape = shape_of(value)
+        assert shape is not None
+        distinct = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
+        behind = [size - 2 for size in _call_alone(node, distinct).shape]  # output axis -> input axis
+        moves = {}
+        for axis in (1, -1):
+            place = behind.index(axis % len(shape))
+            if place == len(shape) - 1:
+                moves[axis] = -1
+            elif place == 1:
+                moves[axis] = 1
+        if behind[0] != 0:
+            return None
+        return Link(node, value, node.name, moves=moves, counts=False)
+
+    def _reshaped(self, node: fx.Node, value: fx.Node, name: str) -> Link | None:
+        """Read a reshape that leaves the channels where they are, or a map of one position that becomes a vector."""
+        before, behind = shape_of(value), shape_of(node)
+        assert before is not None
+        assert behind is not None
+        if len(before) < 2 or len(behind) < 2:
+            return None
+        moves = {}
+        if before[:2] == behind[:2] and len(before) > 2:
+            moves[1] = 1 if len(behind) > 2 else -1
+        if before[-1] == behind[-1]:
+            moves[-1] = -1
+        if len(before) == 2 and before == behind[:2]:
+            moves[-1] = 1 if len(behind) > 2 else -1
+        return Link(node, value, name, moves=moves, counts=False) if moves else None
+
+    def _picked(self, node: fx.Node, value: fx.Node, name: str) -> Link | None:
+        """Read ``x[:, :, ::2, ::2]``, a convolution of one tap."""
+        shape = shape_of(value)
+        if shape is None or len(shape) not in (3, 4, 5):
+            return None
+        key: Any = node.args[1]
+        if name == "slice":
+            given = _bind(node, "input dim start end step")
+            key = [slice(None)] * len(shape)
+            key[given["dim"]] = slice(given.get("start"), given.get("end"), given.get("step"))
+        key = key if isinstance(key, tuple | list) else (key,)
+        key = [*key, *[slice(None)] * (len(shape) - len(key))]
+        steps = []
+        for part, size in zip(key, shape, strict=True):
+            ends = (None, torch.iinfo(torch.int64).max)
+            if not isinstance(part, slice) or part.start not in (None, 0) or part.stop not in ends or size < 1:
+                return None
+            steps.append(1 if part.step is None else part.step)
+        if any(step != 1 for step in steps[:2]) or any(step < 1 for step in steps[2:]):
+            return None
+        return Link(node, value, node.name, self._selection(value, shape[1], stride=tuple(steps[2:])))
+
+    def _padded(self, node: fx.Node, value: fx.Node) -> Link | None:
+        """Read zeros beside the channels and around the map, a convolution of one tap."""
+        given, shape = _bind(node, "input pad mode value"), shape_of(value)
+        if name_of(node) == "constant_pad_nd":
+            given = _bind(node, "input pad value")
+        if shape is None or len(shape) not in (3, 4, 5):
+            return None
+        if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
+            return None
+        sides = [(0, 0)] * len(shape)
+        pad = list(given["pad"])
+        for axis in range(len(pad) // 2):
+            sides[-1 - axis] = (pad[2 * axis], pad[2 * axis + 1])
+        if sides[0] != (0, 0) or any(low != high or low < 0 for low, high in sides[2:]) or min(sides[1]) < 0:
+            return None
+        padding = tuple(low for low, _ in sides[2:])
+        return Link(node, value, node.name, self._selection(value, shape[1], sides[1], padding=padding))
+
+    def _selection(self, value: fx.Node, channels: int, beside: tuple[int, int] = (0, 0), **geometry: Any) -> nn.Module:
+        """Make a convolution of one tap that copies channels, with channels of zeros beside them."""
+        dtype, device = value.meta["tensor_meta"].dtype, self._device()
+        taps = [1] * (len(value.meta["tensor_meta"].shape) - 2)
+        if any(beside):
+            weight = torch.eye(channels, dtype=dtype, device=device)
+            weight = F.pad(weight, (0, 0, *beside)).view(-1, channels, *taps)
+        else:
+            weight = torch.ones(channels, 1, *taps, dtype=dtype, device=device)
+            geometry["groups"] = channels
+        made = convolutions.make_convolution(weight, None, dtype, **geometry)
+        return made.eval().requires_grad_(False)
+
+    def _constant(self, argument: Any) -> Any:
+        """Return a number, a parameter or a buffer, or a view of one; None for anything else."""
+        if isinstance(argument, int | float) and not isinstance(argument, bool):
+            return float(argument)
+        if not isinstance(argument, fx.Node):
+            return None
+        if argument.op == "get_attr":
+            owner, _, attribute = str(argument.target).rpartition(".")
+            found = getattr(self._captured.get_submodule(owner), attribute)
+            return found if isinstance(found, Tensor) and found.is_floating_point() else None
+        if name_of(argument) in _VIEWS_OF_CONSTANTS and argument.all_input_nodes == [argument.args[0]]:
+            whole = self._constant(argument.args[0])
+            if isinstance(whole, Tensor):
+                return _call_alone(argument, whole)
+        return None
+
+    def _device(self) -> torch.device:
+        parameter = next(self._captured.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Tell whether a node is a parameter, a buffer, or a view of one."""
+    while name_of(node) in _VIEWS_OF_CONSTANTS and node.all_input_nodes == [node.args[0]]:
+        (node,) = node.all_input_nodes
+    return node.op == "get_attr"
+
+
+def constants_of(node: fx.Node) -> list[fx.Node]:
+    """List the ``get_attr`` nodes that a node reads, also through views."""
+    found = []
+    for other in node.all_input_nodes:
+        if is_constant(other):
+            found += [other] if other.op == "get_attr" else constants_of(other)
+    return found
+
+
+def _call_alone(node: fx.Node, value: Tensor) -> Tensor:
+    """Call what a node calls on another value, its other arguments being plain."""
+    arguments = (value, *node.args[1:])
+    if node.op == "call_method":
+        return getattr(value, str(node.target))(*arguments[1:], **node.kwargs)
+    return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+
+
+def _bind(node: fx.Node, names: str) -> dict[str, Any]:
+    """Name the arguments of a node; those that are not given are left out."""
+    return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
+
+
+def _as_channels(constant: Tensor, shape: torch.Size) -> tuple[int | None, Tensor]:
+    """Return the channel axis (1 or -1) along which a constant varies, and its values there."""
+    rank = len(shape)
+    sizes = [1] * (rank - constant.ndim) + list(constant.shape)
+    varied = [axis for axis, size in enumerate(sizes) if size > 1]
+    if len(sizes) != rank or len(varied) != 1:
+        return None, constant
+    (axis,) = varied
+    if axis == rank - 1:
+        return -1, constant.reshape(-1)
+    return (1, constant.reshape(-1)) if axis == 1 else (None, constant)
+
+
+def _is_floating(*nodes: fx.Node) -> bool:
+    return all(node.meta["tensor_meta"].dtype.is_floating_point for node in nodes)
+
+
+def _as_tuple(value: Any, axes: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * axes
+    return tuple(value) if len(value) != 1 else tuple(value) * axes
+
+
+def _or(tensor: Tensor | None, otherwise: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    return otherwise(like) if tensor is None else tensor

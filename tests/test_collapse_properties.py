@@ -1,0 +1,43 @@
+"""Random linear networks collapse to the same function, or say why they stay apart."""
+
+import copy
+import os
+
+import torch
+from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import strategies as st
+
+from lightning_easier import collapse
+from lightning_easier.inference import relative_difference
+from tests.linear_networks import networks
+
+EXAMPLES = int(os.environ.get("COLLAPSE_EXAMPLES", "500"))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(networks(), st.sampled_from(["depth", "macs"]), st.sampled_from([torch.float64, torch.float32]))
+def test_a_random_linear_network_keeps_its_function(case, objective, dtype):
+    model, shape, other_shape = case
+    model = model.to(dtype)
+    note(str(model))
+    state, description = copy.deepcopy(model.state_dict()), str(model)
+    result = collapse(model, torch.randn(shape, dtype=dtype), objective=objective)
+    report = result.report
+    note(str(report))
+    assert report.relative_difference_float64 <= 1e-9
+    # at another size, and in float64 whatever it was rounded to
+    x = torch.randn(other_shape, dtype=torch.float64)
+    with torch.no_grad():
+        try:
+            expected = model.double()(x.clone())
+        except RuntimeError:  # its branches fit only at some sizes
+            assume(False)
+        assert relative_difference(result.model.double()(x.clone()), expected) <= (
+            1e-9 if dtype == torch.float64 else 1e-4
+        )
+    assert str(model) == description
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in model.state_dict().items())
+    assert all(refusal.reason for refusal in report.refusals)
+    assert all(merge.price_after <= merge.price_before for merge in report.merges)
+    assert report.after.macs <= report.before.macs or objective == "depth"
+    assert report.after.depth <= report.before.depth
