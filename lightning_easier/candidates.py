@@ -39,8 +39,9 @@ def candidates(
             by default; see :func:`~lightning_easier.linearize`.
 
     Returns:
-        A report with one row an activation, in execution order. A merge is one that
-        :func:`~lightning_easier.collapse` can make exactly; whether it pays is measured there.
+        A report with one row an activation, in execution order. A merge is one of two operators in a row that
+        :func:`~lightning_easier.collapse` can make exactly; whether it pays is measured there. What depends on
+        shapes and on parallel branches (additions, concatenations, poolings, layouts) is left to it, too.
 
     Raises:
         TypeError: If ``model`` is not a Module, or a ScriptModule.
@@ -120,9 +121,15 @@ class _Check:
         Raises:
             CannotMergeError: With the reason, when it would not.
         """
-        for kind in ("addition", "flatten"):
-            if kind in meeting.through:
-                raise CannotMergeError(f"no merge goes through the {kind} between them")
+        if "addition" in meeting.through:
+            raise CannotMergeError(
+                "an addition lies between them, through which a merge goes only where all that is added comes linearly "
+                "from one value"
+            )
+        if "flatten" in meeting.through:
+            raise CannotMergeError(
+                "a flatten lies between them, through which a merge goes only from maps of one position"
+            )
         first, second = meeting.operators
         if first is None or second is None:
             raise CannotMergeError("one of them is a function, not a module")

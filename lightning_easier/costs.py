@@ -19,6 +19,8 @@ Name = TypeVar("Name", bound=Hashable)
 
 _SECONDS_A_SAMPLE = 0.01
 _MAX_RUNS_A_SAMPLE = 200
+_SECONDS_IN_ALL = 1.5
+_FEWEST_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def measure_latency(
     Args:
         candidates: The callables by name.
         arguments: Positional arguments; the device they are on is the device that is timed.
-        samples: How many samples to take of each, after a warm-up.
+        samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
     """
     return time_interleaved({name: partial(call, *arguments) for name, call in candidates.items()}, samples=samples)
 
@@ -80,7 +82,7 @@ def time_interleaved(
 
     Args:
         calls: The calls by name.
-        samples: How many samples to take of each, after a warm-up.
+        samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
         progress: What to call it in a progress bar, on a terminal, when it takes more than a second; none by default.
     """
     timers = {
@@ -93,11 +95,15 @@ def time_interleaved(
     )
     with torch.no_grad(), bar:
         runs = {}
+        slowest = 0.0
         for name, timer in timers.items():
             timer.timeit(2)  # warm-up
-            runs[name] = int(min(max(_SECONDS_A_SAMPLE / timer.timeit(2).mean, 1), _MAX_RUNS_A_SAMPLE))
+            seconds = timer.timeit(2).mean
+            slowest = max(slowest, seconds)
+            runs[name] = int(min(max(_SECONDS_A_SAMPLE / seconds, 1), _MAX_RUNS_A_SAMPLE))
             bar.update()
-        for _ in range(samples):
+        enough = max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / max(slowest, _SECONDS_A_SAMPLE)))
+        for _ in range(min(samples, enough)):
             for name, timer in timers.items():
                 times[name].append(timer.timeit(runs[name]).mean)
                 bar.update()

@@ -98,7 +98,7 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (nn.Sequential(conv(2, 3), nn.ReLU(), conv(3, 2, kernel=3, padding=1, padding_mode="reflect")), IMAGES,
          [], "padding mode 'reflect' does not commute"),
         (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), IMAGES, [],
-         "`0` and `3` would meet, but no merge goes through the flatten between them"),
+         "`0` and `3` would meet, but a flatten lies between them"),
         (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), VECTORS, [],
          "what comes behind it is `2` (LayerNorm), not a linear operator"),
         (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), VECTORS, [],
@@ -108,7 +108,7 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), conv(2, 2)), (1, 2, 4, 5), [],
          "`0` and `2` would meet, but no merge of Linear and Conv2d is known"),
         (net(lambda s, x: s.b(s.act(s.a(x) + x))), VECTORS, [],
-         "`a` and `b` would meet, but no merge goes through the addition between them"),
+         "`a` and `b` would meet, but an addition lies between them"),
         (net(lambda s, x: s.b(s.act(y := s.a(x))) + y), VECTORS, [],
          "the value of `a` (Linear) has 2 readers: `act` (ReLU), `add` (function)"),
         (net(lambda s, x: s.b(s.act(F.linear(x, s.a.weight * 2)))), VECTORS, [],
@@ -143,7 +143,8 @@ def test_what_would_merge_and_why_nothing_would(model, shape, merges, reason):
     if shape is not None:
         linearize(model, [found.name], shift_padding=True)
         made = collapse(model, torch.randn(shape), objective="depth").report.merges
-        assert [merge.operators for merge in made] == merges
+        # a collapse finds parallel branches, too
+        assert [merge.operators for merge in made if "add" not in merge.operators] == merges
 
 
 def test_a_block_that_is_called_twice_has_no_neighbourhood_of_its_own():

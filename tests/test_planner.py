@@ -1,0 +1,165 @@
+"""The planner against every possible cut, and what it counts."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_easier import collapse, costs
+from lightning_easier.collapse import engine, planner, prices
+from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.operators import CannotMergeError, compose, structure
+from lightning_easier.collapse.prices import LatencyTable, count_macs, output_shape
+
+POINTWISE = st.lists(st.integers(1, 40), min_size=3, max_size=7)
+
+
+def every_cut(operators: list[nn.Module], shape: tuple[int, ...]) -> float:
+    """The least MACs over all cuts of a chain, each piece composed from left to right."""
+    least = math.inf
+    for count in range(len(operators)):
+        for ends in combinations(range(1, len(operators)), count):
+            pieces = []
+            try:
+                for start, end in zip((0, *ends), (*ends, len(operators)), strict=True):
+                    piece = operators[start]
+                    for operator in operators[start + 1 : end]:
+                        piece = compose(piece, operator)
+                    pieces.append(piece)
+            except CannotMergeError:
+                continue
+            least = min(least, float(costs.count_macs(nn.Sequential(*pieces), (torch.randn(shape),))))
+    return least
+
+
+@settings(max_examples=40, deadline=None)
+@given(POINTWISE)
+def test_the_cut_of_linears_is_the_cheapest_of_all(widths):
+    operators = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    report = collapse(nn.Sequential(*operators), torch.randn(2, widths[0]), objective="macs").report
+    assert report.after.macs == every_cut(operators, (2, widths[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 3), st.integers(1, 2)), min_size=2, max_size=4), st.data())
+def test_the_cut_of_convolutions_is_the_cheapest_of_all(layers, data):
+    operators, channels = [], 3
+    for width, kernel, stride in layers:
+        groups = data.draw(st.sampled_from([1, math.gcd(channels, width)]))
+        operators.append(nn.Conv2d(channels, width, kernel, stride, groups=groups))
+        channels = width
+    shape = (1, 3, 40, 33)
+    report = collapse(nn.Sequential(*operators).eval(), torch.randn(shape), objective="macs").report
+    assert report.after.macs == every_cut(operators, shape)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [
+        (nn.Linear(5, 7), (2, 3, 5)),
+        (ChannelAffine(5, dim=1), (2, 5, 3)),
+        (nn.Conv1d(4, 6, 3, 2, 1, 2, groups=2), (3, 4, 17)),
+        (nn.Conv2d(4, 6, (3, 2), (1, 2), (2, 0), (1, 3)), (3, 4, 9, 11)),
+        (nn.Conv3d(1, 2, 2), (1, 1, 4, 5, 6)),
+        (nn.ConvTranspose1d(4, 2, 3, 2, 1, 1, groups=2), (2, 4, 5)),
+        (nn.ConvTranspose2d(2, 3, (2, 3), (2, 1), (1, 0), dilation=(1, 2)), (2, 2, 5, 6)),
+    ],
+)
+def test_shapes_and_macs_are_those_of_a_call(operator, shape):
+    bare = structure(operator)
+    assert bare.weight.is_meta
+    assert output_shape(bare, shape) == operator(torch.randn(shape)).shape
+    assert count_macs(bare, shape) == costs.count_macs(operator, (torch.randn(shape),))
+
+
+def test_a_chain_longer_than_the_window_is_merged_in_linear_time(monkeypatch):
+    composed = []
+
+    def compose_counted(first, second):
+        composed.append(second)
+        return compose(first, second)
+
+    monkeypatch.setattr(planner.operators, "compose", compose_counted)
+    counts = []
+    for length in (50, 200):
+        composed.clear()
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(length))).double()
+        report = collapse(model, torch.randn(2, 4, dtype=torch.float64), objective="depth").report
+        assert report.after.depth == 1
+        counts.append(len(composed) / length)
+    assert counts[1] < 1.3 * counts[0]
+
+
+def test_a_table_of_latencies_is_filled_once():
+    table = LatencyTable()
+    model = nn.Sequential(nn.Linear(16, 256), nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 256), nn.Linear(256, 16))
+    x = torch.randn(8, 16)
+    first = collapse(model, x, latencies=table).report
+    known = dict(table.seconds)
+    assert known
+    assert all(seconds > 0 for seconds in known.values())
+    second = collapse(model, x, latencies=table).report
+    assert table.seconds == known
+    assert [(m.operators, m.price_before, m.price_after) for m in first.merges] == [
+        (m.operators, m.price_before, m.price_after) for m in second.merges
+    ]
+
+
+def test_what_is_timed_decides(monkeypatch):
+    """Both ways of one network, with times that are told instead of measured."""
+
+    def told(faster):
+        def time_interleaved(calls, *, samples, progress=None):
+            times = {}
+            for name, call in calls.items():
+                weight = getattr(call.func, "weight", None)
+                merged = (weight is not None and weight.shape == (16, 16)) or name == "planned"
+                seconds = 1.0 if merged == faster else 3.0
+                times[name] = costs.Latency(seconds, 0.0, (seconds,) * 4)
+            return times
+
+        return time_interleaved
+
+    model = nn.Sequential(nn.Linear(16, 256), nn.Linear(256, 16))
+    for faster in (True, False):
+        monkeypatch.setattr(prices, "time_interleaved", told(faster))
+        monkeypatch.setattr(costs, "time_interleaved", told(faster))
+        report = collapse(model, torch.randn(4, 16)).report
+        assert len(report.merges) == int(faster)
+        assert len(report.refusals) == int(not faster)
+
+
+def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
+    def slow(candidates, arguments, **_):
+        return {
+            name: costs.Latency(t, 0.0, (t,) * 4) for name in candidates for t in [2.0 if name == "planned" else 1.0]
+        }
+
+    monkeypatch.setattr(engine, "measure_latency", slow)
+    model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
+    report = collapse(model, torch.randn(4, 16)).report
+    assert report.merges == []
+    assert [refusal.operators for refusal in report.refusals] == [("0", "1")]
+    assert "timed as a whole" in report.refusals[0].reason
+
+
+def test_a_model_that_became_slower_is_returned_as_it_was(monkeypatch):
+    def slow(candidates, arguments, **_):
+        return {
+            name: costs.Latency(t, 0.0, (t,) * 4)
+            for name in candidates
+            for t in [{"after": 2.0, "planned": 0.5}.get(name, 1.0)]
+        }
+
+    monkeypatch.setattr(engine, "measure_latency", slow)
+    model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
+    result = collapse(model, torch.randn(4, 16))
+    assert type(result.model) is nn.Sequential
+    assert result.model[0] is not model[0]
+    assert result.report.merges == []
+    assert "slower than the model itself" in result.report.refusals[-1].reason
+    assert result.report.after.depth == result.report.before.depth == 2
