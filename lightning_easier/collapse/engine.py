@@ -322,14 +322,14 @@ class _Steps:
         self._explain_stand_ins(chains)
         explained = {value for _, value in self._stand_ins}
         self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
-        for chain, plan in plans:
+        reasons = [self._why_not_faster(chain, plan, device) if plan.merges else None for chain, plan in plans]
+        for (chain, plan), reason in zip(plans, reasons, strict=True):
+            if reason is not None:
+                self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
+                continue
             if plan.merges:
-                reason = self._why_not_faster(chain, plan, device)
-                if reason is not None:
-                    self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
-                    continue
                 self._writer.replace(chain, plan.pieces, chains)
-                self.merges += plan.merges
+            self.merges += plan.merges
             self.refusals += plan.refusals
         # What was said of a batch norm that could not be folded is superseded by what became of its chain
         known = {name for merge in self.merges for name in merge.operators}

@@ -1,0 +1,139 @@
+"""What a collapse saves, what it costs, and that it is never slower: tables for docs/collapse.md.
+
+Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale]``; all three by default.
+"""
+
+import copy
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+import torchvision
+from torch import nn
+
+from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier.collapse.prices import LatencyTable
+from lightning_easier.costs import measure_latency, speed_up
+from lightning_easier.report import Table
+
+NETWORKS = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet1_0",
+    "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d",
+    "shufflenet_v2_x1_0", "squeezenet1_1", "swin_t", "vgg11_bn", "vit_b_32",
+)  # fmt: skip
+
+
+def network(name: str) -> nn.Module:
+    """Build a network with random weights, batch-norm statistics and layer scales."""
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, **options).eval()
+    for parameter_name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "running_mean" in parameter_name:
+            tensor.data.normal_(std=0.3)
+        elif "running_var" in parameter_name:
+            tensor.data.uniform_(0.5, 1.5)
+        elif "layer_scale" in parameter_name:
+            tensor.data.normal_()
+    return model
+
+
+def ratio(before: nn.Module, after: nn.Module, x: torch.Tensor) -> str:
+    """Time two models interleaved: how many times faster the second is, median and quartiles."""
+    latency = measure_latency({"before": before, "after": after}, (x,), samples=25)
+    first, median, third = speed_up(latency["before"], latency["after"])
+    return f"{median:.2f}× ({first:.2f}–{third:.2f})"
+
+
+def pairs() -> Iterator[Table]:
+    """Blocks of MobileNetV2, and the MLPs of Swin-T and ViT, without their activations."""
+    rows = []
+    mobilenet = network("mobilenet_v2")
+    for index, size in ((3, 56), (5, 28), (9, 14), (12, 14), (15, 7)):
+        block = mobilenet.features[index]
+        channels = block.conv[0][0].in_channels
+        for batch in (1, 8):
+            x = torch.randn(batch, channels, size, size)
+            rows.append((f"MobileNetV2 features.{index}", str(tuple(x.shape)), *_without_activations(block, x)))
+    for name, block, shape in (
+        ("Swin-T features.1.0.mlp", network("swin_t").features[1][0].mlp, (1, 56, 56, 96)),
+        ("Swin-T features.5.0.mlp", network("swin_t").features[5][0].mlp, (1, 14, 14, 384)),
+        ("ViT-B/32 encoder layer 0 mlp", network("vit_b_32").encoder.layers[0].mlp, (1, 50, 768)),
+    ):
+        for batch in (1, 8):
+            x = torch.randn(batch, *shape[1:])
+            rows.append((name, str(tuple(x.shape)), *_without_activations(block, x)))
+    columns = ("block, no activations left", "input", "becomes", "faster than with them", "than uncollapsed")
+    yield Table("Blocks", columns, rows)
+
+
+def _without_activations(block: nn.Module, x: torch.Tensor) -> tuple[str, str, str]:
+    with_activations = collapse(block, x).model  # batch norms folded, too
+    linear = linearize(copy.deepcopy(block), list(isolate_activations(copy.deepcopy(block))), shift_padding=True)
+    result = collapse(linear, x)
+    into = ", ".join(merge.into for merge in result.report.merges) or "-"
+    return into, ratio(with_activations, result.model, x), ratio(linear, result.model, x)
+
+
+def networks() -> Iterator[Table]:
+    """Every family of torchvision, a random third of the activations linear, collapsed for latency."""
+    rows = []
+    for name in NETWORKS:
+        model = network(name)
+        activations = list(isolate_activations(model))
+        linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
+        x = torch.randn(2, 3, 224, 224)
+        start = time.perf_counter()
+        result = collapse(model, x)
+        seconds = time.perf_counter() - start
+        report = result.report
+        rows.append((
+            name, str(len(report.merges)), f"{report.before.depth} → {report.after.depth}",
+            f"{report.before.macs / 1e6:,.0f} → {report.after.macs / 1e6:,.0f}", ratio(model, result.model, x),
+            f"{report.relative_difference:.0e}", f"{report.relative_difference_float64:.0e}", f"{seconds:.0f}",
+        ))  # fmt: skip
+        print("|", " | ".join(rows[-1]), "|", flush=True)
+    columns = ("network", "merges", "depth", "MMACs", "faster", "difference", "in float64", "collapse [s]")
+    yield Table("A third of the activations linear, objective latency, batch 2 at 224×224", columns, rows)
+
+
+def scale() -> Iterator[Table]:
+    """Time and memory of a collapse against the number of operators."""
+    rows = []
+    cases: list[tuple[str, nn.Module, torch.Tensor]] = [
+        (f"{count} Linear 64→64", nn.Sequential(*(nn.Linear(64, 64) for _ in range(count))), torch.randn(8, 64))
+        for count in (125, 250, 500, 1000)
+    ]
+    cases += [
+        (f"{count} Conv2d 1×1 and 3×3", nn.Sequential(*(nn.Conv2d(8, 8, 1 + 2 * (i % 4 == 0)) for i in range(count))),
+         torch.randn(1, 8, count // 2 + 8, count // 2 + 8))
+        for count in (125, 250, 500)
+    ]  # fmt: skip
+    for name in ("resnet18", "resnet50", "resnet152"):
+        model = network(name)
+        activations = list(isolate_activations(model))
+        linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
+        cases.append((name, model, torch.randn(1, 3, 224, 224)))
+    for name, model, x in cases:
+        for objective in ("macs", "depth", "latency"):
+            if objective == "depth" and "Conv2d" in name:
+                continue  # a kernel of 125×125
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            start = time.perf_counter()
+            report = collapse(model, x, objective=objective, latencies=LatencyTable()).report
+            seconds = time.perf_counter() - start
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            rows.append((name, objective, f"{report.before.depth} → {report.after.depth}", f"{seconds:.1f}",
+                         f"{grown:.0f}"))  # fmt: skip
+            print("|", " | ".join(rows[-1]), "|", flush=True)
+    yield Table("Scale", ("model", "objective", "depth", "seconds", "peak memory grows by [MiB]"), rows)
+
+
+if __name__ == "__main__":
+    parts = {"pairs": pairs, "networks": networks, "scale": scale}
+    for part in sys.argv[1:] or parts:
+        for table in parts[part]():
+            print(table.to_markdown(), end="\n\n", flush=True)

@@ -1,0 +1,85 @@
+"""Every family of torchvision's classification networks, a third of its activations linear, collapsed."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier.collapse.prices import LatencyTable
+from lightning_easier.inference import relative_difference
+from tests.models import randomize_batch_norms
+
+# Name -> the sizes of an image that is collapsed at, and of another
+FAMILIES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "alexnet": ((64, 80), (72, 64)),
+    "convnext_tiny": ((32, 64), (64, 32)),
+    "densenet121": ((32, 64), (64, 32)),
+    "efficientnet_b0": ((32, 64), (64, 32)),
+    "googlenet": ((32, 64), (64, 32)),
+    "inception_v3": ((75, 96), (96, 75)),
+    "maxvit_t": ((224, 224), (224, 224)),
+    "mnasnet0_5": ((32, 64), (64, 32)),
+    "mobilenet_v2": ((32, 64), (64, 32)),
+    "mobilenet_v3_small": ((32, 64), (64, 32)),
+    "regnet_x_400mf": ((32, 64), (64, 32)),
+    "resnet18": ((32, 64), (64, 32)),
+    "resnext50_32x4d": ((32, 64), (64, 32)),
+    "shufflenet_v2_x0_5": ((32, 64), (64, 32)),
+    "squeezenet1_1": ((32, 64), (64, 32)),
+    "swin_t": ((32, 64), (64, 32)),
+    "vgg11_bn": ((32, 64), (64, 32)),
+    "vit_b_32": ((224, 224), (224, 224)),
+}
+
+
+def test_no_family_is_left_out():
+    def family(name: str) -> str:
+        return torchvision.models.get_model_builder(name).__module__
+
+    assert {family(name) for name in FAMILIES} == {
+        family(name) for name in torchvision.models.list_models(module=torchvision.models)
+    }
+
+
+@pytest.fixture(scope="module")
+def latencies() -> LatencyTable:
+    return LatencyTable()
+
+
+def a_third_linear(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, num_classes=10, **options).eval()
+    randomize_batch_norms(model)
+    for parameter_name, parameter in model.named_parameters():
+        if "layer_scale" in parameter_name:  # they begin as almost nothing
+            nn.init.normal_(parameter)
+    names = list(isolate_activations(model))
+    return linearize(model, random.Random(name).sample(names, max(len(names) // 3, 1)), shift_padding=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_keeps_its_function_under_every_objective(name, latencies):
+    model = a_third_linear(name)
+    state = copy.deepcopy(model.state_dict())
+    size, other_size = FAMILIES[name]
+    x, other = torch.randn(1, 3, *size), torch.randn(1 if size == other_size else 2, 3, *other_size)
+    with torch.no_grad():
+        expected = model(other)
+    for objective in ("latency", "macs", "depth"):
+        result = collapse(model, x, objective=objective, latencies=latencies)
+        report = result.report
+        assert report.relative_difference <= 1e-4
+        assert report.relative_difference_float64 <= 1e-9
+        with torch.no_grad():
+            assert relative_difference(result.model(other), expected) <= 1e-4
+        assert report.after.depth <= report.before.depth
+        assert report.after.macs <= report.before.macs or objective != "macs"
+        assert report.merges or report.refusals
+        assert all(merge.price_after <= merge.price_before for merge in report.merges)
+        assert not {n for merge in report.merges for n in merge.operators} & {r.operators for r in report.refusals}
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
