@@ -1,12 +1,10 @@
 import copy
 import dataclasses
-import random
 import re
 from collections import OrderedDict
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -123,7 +121,7 @@ class TwoReaders(nn.Module):
 
     def forward(self, x):
         y = self.act(self.fc1(x))
-        return self.fc2(y) + y
+        return self.fc2(y) * y
 
 
 class LinearThenBatchNorm(nn.Module):
@@ -153,7 +151,8 @@ def hooked() -> nn.Module:
     ("make", "shape", "operators", "reason"),
     [
         (Shared, (2, 3), ("fc", "fc"), "is called 2 times"),
-        (lambda: linearize(TwoReaders(), ["act"]), (2, 3), ("act",), r"2 readers: `fc2` \(Linear\), `add`"),
+        (lambda: linearize(TwoReaders(), ["act"]), (2, 3), ("act",), r"2 readers: `fc2` \(Linear\), `mul`"),
+        (TwoReaders, (2, 3), (), ""),
         (tied, (2, 3), ("0", "1"), "shares its parameters"),
         (hooked, (2, 3), ("0", "1"), "has hooks"),
         (lambda: randomize_batch_norms(LinearThenBatchNorm()), (2, 3, 3), ("fc", "bn"), "channel axis"),
@@ -172,8 +171,8 @@ def hooked() -> nn.Module:
 )  # fmt: skip
 def test_what_is_not_merged_is_reported_with_its_reason(make, shape, operators, reason):
     refusals = refusals_of(make(), torch.randn(shape))
-    assert list(refusals) == [operators]
-    assert re.search(reason, refusals[operators])
+    assert list(refusals) == ([operators] if operators else [])
+    assert re.search(reason, refusals.get(operators, ""))
 
 
 def test_parametrized_weights_are_left_alone():
@@ -259,28 +258,6 @@ def test_a_wrong_merge_does_not_get_out(monkeypatch):
 def test_bad_input_is_named(arguments, options, error, message):
     with pytest.raises(error, match=message):
         collapse(*arguments, **options)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny", "swin_t", "densenet121"])
-def test_real_networks_with_a_third_of_their_activations_linear(name):
-    torch.manual_seed(0)
-    model = randomize_batch_norms(torchvision.models.get_model(name, num_classes=10)).eval()
-    names = list(isolate_activations(model))
-    linear = random.Random(0).sample(names, len(names) // 3)
-    linearize(model, linear)
-    x = torch.randn(2, 3, 64, 64)
-    result = collapse(model, x, objective="macs")
-    report = result.report
-    assert report.relative_difference < 1e-4
-    assert report.after.macs <= report.before.macs
-    assert report.after.depth == report.before.depth - len(report.merges)
-    explained = {name for refusal in report.refusals for name in refusal.operators}
-    if name in ("convnext_tiny", "swin_t"):
-        assert len(report.merges) == len(linear)
-    assert explained or report.merges
-    other = torch.randn(1, 3, 96, 64)
-    with torch.no_grad():
-        assert relative_difference(result.model(other), model(other)) < 1e-4
 
 
 def test_named_children_of_an_ordered_sequential_keep_their_names():

@@ -99,14 +99,20 @@ class Chains:
             chain = chain[:-1]
         if not chain or (len(chain) == 1 and isinstance(chain[0], Link)):
             return
-        own = list(nodes_of(chain))
+        own = set(nodes_of(chain))
         first = min(self._place[node] for node in own)
-        known = {*own, *self.questions(own)}
         for node in own:
-            foreign = [other for other in node.all_input_nodes if other not in known and not is_constant(other)]
-            if any(self._place[other] > first for other in foreign):
+            foreign = [other for other in node.all_input_nodes if other not in own and not is_constant(other)]
+            if any(self._place[other] > first and not self._can_move(other, own, first) for other in foreign):
                 return  # a size that is computed later than the chain begins
         yield chain
+
+    def _can_move(self, node: fx.Node, chain: set[fx.Node], first: int) -> bool:
+        """Tell whether a question about a value can be asked where a chain begins."""
+        asked = next(iter(node.all_input_nodes), node)
+        if name_of(node) == "getitem" and is_question(asked):
+            return self._can_move(asked, chain, first)
+        return is_question(node) and (asked in chain or self._place[asked] < first)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """Return the one node that reads a value, a whole fork counted as one; None if there are several."""
@@ -167,14 +173,16 @@ class Chains:
         return sorted(nodes, key=lambda node: self._place[node])
 
     def questions(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """List the nodes that ask values for what all linear steps leave as it is, in execution order."""
-        found: dict[fx.Node, None] = {}
+        """List the nodes that ask for what all linear steps leave as it is, of these values or for them, in order."""
+        asked: set[fx.Node] = set()
         for node in nodes:
-            for user in node.users:
-                if is_question(user):
-                    found[user] = None
-                    found.update(dict.fromkeys(user.users if name_of(user) == "getattr" else ()))
-        return self.in_order(found)
+            asked.update(user for user in node.users if is_question(user))
+            for other in node.all_input_nodes:
+                asked.update(each for each in (other, *other.all_input_nodes) if is_question(each))
+        answers = [
+            user for node in asked for user in node.users if name_of(node) == "getattr" and name_of(user) == "getitem"
+        ]
+        return self.in_order({*asked, *answers})
 
     def _fork(self, node: fx.Node) -> Fork | None:
         name, shape = name_of(node), shape_of(node)

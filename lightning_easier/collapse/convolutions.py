@@ -133,6 +133,10 @@ def compose_transposed(first: TransposedConvolution, second: TransposedConvoluti
         raise CannotMergeError(
             f"the first crops its output by {p1}: the transposed convolution behind it would reach across that border"
         )
+    if any(p > 0 and o > 0 for p, o in zip(p1, second.output_padding, strict=True)):
+        raise CannotMergeError(
+            f"the first crops its output by {p1}: the output padding behind it would show that again"
+        )
     kernel, dilation, groups = _compose_kernels(_adjoint(second), _adjoint(first))
     stride = _products(first.stride, second.stride)
     beyond = tuple(
@@ -330,7 +334,7 @@ def regroup(weight: Tensor, groups: int, coarser: int) -> Tensor:
 
 def sum_biases(weight: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """``weight @ first + second`` in float64, None where both are."""
-    total = None if first is None else weight @ first.double()
+    total = None if first is None else (weight @ first.double()[:, None])[:, 0]
     return _add(total, None if second is None else second.double())
 
 

@@ -165,6 +165,7 @@ def collapse(
 
     result: nn.Module = collapsed
     with evaluation_mode(model):
+        arguments = _copies(arguments)  # timing may write into them again and again
         latency = measure_latency({"before": model, "after": collapsed}, arguments)
         if objective == "latency" and _is_slower(latency["before"], latency["after"]):
             result, steps = deepcopy(model).eval(), _nothing_done(steps, model)

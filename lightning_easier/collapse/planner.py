@@ -24,7 +24,7 @@ from lightning_easier.collapse import operators
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.chains import Chain, Element, Fork
 from lightning_easier.collapse.errors import CannotMergeError
-from lightning_easier.collapse.operators import channel_axis, channels, is_pointwise, on_axis, structure, summary
+from lightning_easier.collapse.operators import channel_axis, is_pointwise, on_axis, structure, summary
 from lightning_easier.collapse.prices import (
     FREE,
     LatencyTable,
@@ -177,7 +177,7 @@ class Planner:
         self._device = device
         self._table = table
         self._alone = alone
-        self._composed: dict[tuple[Recipe, Recipe], Recipe | str] = {}
+        self._composed: dict[Hashable, nn.Module | str] = {}
 
     def plan(self, chain: Chain) -> Plan:
         """Plan one chain; the pieces are the chain's own steps where nothing is cheaper."""
@@ -188,7 +188,6 @@ class Planner:
         if best.price >= before.price:  # the cheapest is no improvement
             best = before
         merges, refusals = tuple(self._merges(best)), tuple(self._refusals(best))
-        self._composed.clear()
         return Plan(best.pieces, merges, refusals)
 
     # Units
@@ -352,18 +351,21 @@ class Planner:
 
     def _compose(self, first: Recipe, second: Recipe) -> Recipe | str:
         """Return the recipe of two in a row, or the reason why there is none."""
-        key = first, second
-        if key not in self._composed:
+        key = tuple(
+            (key_of(each.structure, (), self._device), each.structure.weight.requires_grad) for each in (first, second)
+        )
+        if key not in self._composed:  # blocks repeat
             try:
-                made = operators.compose(first.structure, second.structure)
-                weights = made.weight.numel()  # type: ignore[operator]
-                if weights > _MOST_WEIGHTS:
-                    raise CannotMergeError(f"together they would have {weights:,} weights")
-                build = partial(_build_composed, first, second)
-                self._composed[key] = Recipe(made, build, (*first.elements, *second.elements))
+                made: Any = operators.compose(first.structure, second.structure)
+                if made.weight.numel() > _MOST_WEIGHTS:
+                    raise CannotMergeError(f"together they would have {made.weight.numel():,} weights")
+                self._composed[key] = made
             except CannotMergeError as error:
                 self._composed[key] = str(error)
-        return self._composed[key]
+        composed = self._composed[key]
+        if isinstance(composed, str):
+            return composed
+        return Recipe(composed, partial(_build_composed, first, second), (*first.elements, *second.elements))
 
     def _is_hopeless(self, recipe: Recipe, units: Sequence[Unit], shapes: Sequence[Shape]) -> bool:
         if self._objective == "depth":
@@ -400,7 +402,7 @@ class Planner:
                 assert unit.recipe is not None
                 units.append(replace(unit, price=self._price(unit.recipe.structure, at)))
             elif _is_layout(unit):
-                units.append(replace(unit, alone=Kept(link, _channels_before(units))))
+                units.append(replace(unit, alone=Kept(link, _channels_at(link, at))))
             else:  # the same on fewer positions, or an average over more or fewer channels
                 share = prod(at) / prod(shape_of(link.value) or ())
                 price = unit.price[0] * share, unit.price[1]
@@ -650,9 +652,10 @@ def _shape_behind(unit: Unit, shape: Shape) -> Shape:
     return tuple(changed)
 
 
-def _channels_before(units: Sequence[Unit]) -> int | None:
-    found = next((unit.recipe for unit in reversed(units) if unit.recipe is not None), None)
-    return None if found is None else channels(found.structure)[1]
+def _channels_at(link: Link, shape: Shape) -> int | None:
+    """Return the number of channels that a layout gets where it gets another shape than in the model."""
+    then = shape_of(link.value) or ()
+    return next((now for now, before in zip(shape, then, strict=True) if now != before), None)
 
 
 def _axis_at_start(chain: Chain) -> int | None:

@@ -86,10 +86,13 @@ class Writer(_Writing):
         """Write pieces in the place of a chain."""
         old = chains.in_order(dict.fromkeys(nodes_of(chain)))
         source = self._now.get(chain[0].value, chain[0].value)
+        place = {node: number for number, node in enumerate(self._graph.nodes)}
         for question in chains.questions(old):
-            for node in old:
-                question.replace_input_with(node, source)
-            old[0].prepend(question)
+            for node in question.all_input_nodes:
+                if node in old:
+                    question.replace_input_with(node, source)
+            if place[question] > place[old[0]]:
+                old[0].prepend(question)
         with self._graph.inserting_before(old[0]):
             end = self.pieces(pieces, source)
         end.meta[EQUALS] = chain[-1].node.name

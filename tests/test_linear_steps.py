@@ -1,0 +1,258 @@
+"""Which linear steps of real blocks become one operator, and what is done with the others."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.convnext import CNBlock
+
+from lightning_easier import collapse, export, isolate_activations, linearize
+from lightning_easier.inference import relative_difference
+from lightning_easier.zoo.cifar_resnet import CifarResNet
+from tests.models import randomize_batch_norms
+
+
+class Net(nn.Module):
+    """A forward given as a function."""
+
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.function = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv(channels: int, width: int, kernel: int = 1, **options) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, kernel, **options)
+
+
+def merges_of(model: nn.Module, shape: tuple[int, ...], objective: str = "depth", *others: tuple[int, ...]) -> dict:
+    model = randomize_batch_norms(model).double().eval()
+    result = collapse(model, torch.randn(shape, dtype=torch.float64), objective=objective)
+    for other in (shape, *others):
+        x = torch.randn(other, dtype=torch.float64)
+        with torch.no_grad():
+            assert relative_difference(result.model(x.clone()), model(x)) <= 1e-9
+    return {merge.operators: merge.into for merge in result.report.merges}
+
+
+def scaled(s, x: Tensor) -> Tensor:
+    return s.conv(x) * s.gamma.reshape(1, -1, 1, 1)
+
+
+def two_readers_of_one_shape(s, x: Tensor) -> Tensor:
+    y = s.a(x)
+    return s.b(y.view(y.size(0), -1, y.size(2), y.size(3)))
+
+
+IMAGES = (2, 3, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "merges", "others"),
+    [
+        # batch norms before an operator
+        (nn.Sequential(nn.BatchNorm2d(3), conv(3, 4, 3)), IMAGES, {("0", "1"): "Conv2d 3×3 3→4"}, [(1, 3, 5, 4)]),
+        (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)), (2, 3), {("0", "1"): "Linear 3→4"}, [(5, 3)]),
+        (Net(lambda s, x: F.batch_norm(s.a(x), s.n.running_mean, s.n.running_var, eps=0.1), a=conv(3, 4),
+             n=nn.BatchNorm2d(4)), IMAGES, {("a", "batch_norm"): "Conv2d 1×1 3→4"}, []),
+        # layer scales
+        (Net(scaled, conv=conv(3, 4, 3), gamma=nn.Parameter(torch.randn(4))), IMAGES,
+         {("conv", "mul"): "Conv2d 3×3 3→4"}, []),
+        (Net(lambda s, x: s.b(s.gamma * s.a(x) - 1), a=nn.Linear(3, 4), b=nn.Linear(4, 2),
+             gamma=nn.Parameter(torch.randn(4))), (2, 5, 3), {("a", "mul", "sub", "b"): "Linear 3→2"}, [(1, 7, 3)]),
+        # average pooling as a convolution
+        (nn.Sequential(nn.AvgPool2d(2), conv(3, 4, 3)), IMAGES, {("0", "1"): "Conv2d 6×6 3→4"}, [(1, 3, 11, 8)]),
+        (Net(lambda s, x: s.a(F.avg_pool2d(x, 2, 1)), a=conv(3, 4)), IMAGES, {("avg_pool2d", "a"): "Conv2d 2×2 3→4"},
+         []),
+        # maps of one position
+        (nn.Sequential(conv(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), IMAGES, {}, []),
+        (nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), IMAGES,
+         {("0", "3"): "Linear 3→2"}, [(1, 3, 5, 6)]),
+        (Net(lambda s, x: s.b(s.a(x).mean((2, 3))), a=conv(3, 4), b=nn.Linear(4, 2)), IMAGES,
+         {("a", "b"): "Linear 3→2"}, [(1, 3, 5, 6)]),
+        (Net(lambda s, x: s.b(F.adaptive_avg_pool2d(s.a(x), 1).view(-1, 4)), a=conv(3, 4), b=nn.Linear(4, 2)), IMAGES,
+         {("a", "b"): "Linear 3→2"}, [(1, 3, 5, 6)]),
+        (Net(lambda s, x: s.b(s.a(x).view(x.size(0), -1)), a=conv(3, 4, (8, 9)), b=nn.Linear(4, 2)), IMAGES,
+         {("a", "b"): "Conv2d 8×9 3→2"}, [(5, 3, 8, 9)]),
+        (Net(lambda s, x: s.b(s.a(x).mean(1)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), (2, 5, 3),
+         {("a", "b"): "Linear 3→2"}, [(1, 7, 3)]),
+        # other layouts
+        (Net(lambda s, x: s.b(s.a(x).flatten(0, 1)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), (2, 5, 3),
+         {("a", "b"): "Linear 3→2"}, [(1, 7, 3)]),
+        (Net(lambda s, x: s.b(s.a(x).reshape(-1, 4)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), (2, 5, 3),
+         {("a", "b"): "Linear 3→2"}, [(1, 7, 3)]),
+        (Net(lambda s, x: s.b(s.a(x).permute(0, 2, 3, 1)), a=conv(3, 4, 3), b=nn.Linear(4, 2)), IMAGES,
+         {("a", "b"): "Conv2d 3×3 3→2"}, [(1, 3, 5, 6)]),
+        (Net(two_readers_of_one_shape, a=conv(3, 4), b=conv(4, 2)), IMAGES, {}, []),
+        # parallel branches
+        (Net(lambda s, x: s.a(x) + s.b(x) + x, a=conv(3, 3, 3, padding=1), b=conv(3, 3)), IMAGES,
+         {("a", "b", "add", "add_1"): "Conv2d 3×3 3→3"}, [(1, 3, 5, 6)]),
+        (Net(lambda s, x: torch.cat([s.a(x), s.b(x)], 1), a=conv(3, 3, 3, padding=1), b=conv(3, 2)), IMAGES,
+         {("a", "b", "cat"): "Conv2d 3×3 3→5"}, [(1, 3, 5, 6)]),
+        (Net(lambda s, x: s.c(s.b(s.a(x)) + s.a.weight.new_zeros(1)), a=conv(3, 3), b=conv(3, 3), c=conv(3, 3)), IMAGES,
+         {}, []),
+        (Net(lambda s, x: s.b(F.pad(s.a(x), (0, 0, 0, 0, 1, 2))), a=conv(3, 3), b=conv(6, 2)), IMAGES,
+         {("a", "pad", "b"): "Conv2d 1×1 3→2"}, []),
+        (Net(lambda s, x: s.b(s.a(x)[:, :, ::2, ::2]), a=conv(3, 3, 2), b=conv(3, 2)), IMAGES,
+         {("a", "getitem", "b"): "Conv2d 2×2 3→2"}, [(1, 3, 5, 6)]),
+        # transposed convolutions
+        (nn.Sequential(conv(3, 4, bias=False), nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)), IMAGES,
+         {("0", "1"): "ConvTranspose2d 3×3 3→2"}, [(1, 3, 5, 6)]),
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), conv(4, 2)), IMAGES,
+         {("0", "1"): "ConvTranspose2d 3×3 3→2"}, [(1, 3, 5, 6)]),
+        # functions of parameters
+        (Net(lambda s, x: F.linear(F.linear(x, s.a.weight, s.a.bias), s.w), a=nn.Linear(3, 4),
+             w=nn.Parameter(torch.randn(2, 4))), (2, 3), {("linear", "linear_1"): "Linear 3→2"}, [(5, 3)]),
+        (Net(lambda s, x: x @ s.w @ s.v, w=nn.Parameter(torch.randn(3, 4)), v=nn.Parameter(torch.randn(4, 2))), (2, 3),
+         {("matmul", "matmul_1"): "Linear 3→2"}, [(5, 3)]),
+        # grouped and depthwise
+        (nn.Sequential(conv(4, 4, 3, groups=4), conv(4, 8, 3, groups=4)), (1, 4, 8, 9),
+         {("0", "1"): "Conv2d 5×5 4→8, 4 groups"}, []),
+        (nn.Sequential(conv(4, 8, 3, groups=4), conv(8, 4, groups=2)), (1, 4, 8, 9),
+         {("0", "1"): "Conv2d 3×3 4→4, 2 groups"}, []),
+    ],
+)  # fmt: skip
+def test_what_becomes_one_operator(model, shape, merges, others):
+    assert merges_of(model, shape, "depth", *others) == merges
+
+
+def test_an_average_goes_in_front_of_what_treats_every_position_alone():
+    model = nn.Sequential(conv(3, 8), nn.AvgPool2d(2), nn.ReLU()).double()
+    result = collapse(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), objective="macs")
+    (merge,) = result.report.merges
+    assert (merge.price_before, merge.price_after) == (4 * merge.price_after, 2 * 16 * 24)
+    assert [node.target for node in result.model.graph.nodes if node.op == "call_module"] == ["1", "0", "2"]
+
+
+def test_an_average_that_would_change_the_bias_stays_behind():
+    assert merges_of(nn.Sequential(conv(3, 8), nn.AvgPool2d(3, 1, 1), nn.ReLU()), (2, 3, 8, 8), "macs") == {}
+
+
+def test_a_convnext_block_is_one_matrix_product_with_its_layer_scale():
+    block = CNBlock(8, layer_scale=1.0, stochastic_depth_prob=0.0)
+    linearize(block, list(isolate_activations(block)))
+    assert merges_of(block, (2, 8, 6, 7)) == {("block.3", "block.5", "mul"): "Linear 8→8"}
+
+
+def test_a_strided_block_with_a_shortcut_of_zero_channels_is_one_convolution():
+    block = CifarResNet(8, num_classes=10).layer2[0]
+    linearize(block, list(isolate_activations(block))[:1], shift_padding=True)
+    ((operators, into),) = merges_of(block, (2, 16, 10, 12)).items()
+    assert into == "Conv2d 7×7 16→32"
+    assert {"conv1", "conv2"} < set(operators)
+
+
+def test_an_inverted_residual_is_one_convolution_with_its_skip():
+    block = torchvision.models.mobilenet_v2().features[3]
+    linearize(block, list(isolate_activations(block)), shift_padding=True)
+    merges = merges_of(block, (1, 24, 12, 10), "macs", (2, 24, 7, 9))
+    assert merges == {("conv.0.0", "conv.1.0", "conv.2", "add"): "Conv2d 3×3 24→24"}
+
+
+class AsksForShapes(nn.Module):
+    """What torch.fx can't follow and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.act, self.b = conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2)
+        self.gamma = nn.Parameter(torch.randn(2, 1, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if x.shape[1] != 3:
+            raise ValueError("three channels are needed")
+        maps = self.b(self.act(self.norm(self.a(x)))) * self.gamma
+        return {"maps": maps, "mean": maps.mean([2, 3])}
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_only_torch_export_can_trace_is_collapsed(samples, tmp_path):
+    model = randomize_batch_norms(linearize(AsksForShapes(), ["act"])).eval()
+    x = torch.randn(samples, 3, 8, 9)
+    result = collapse(model, x, objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b", "mul")]
+    assert result.report.fused == ["norm"]
+    assert list(result.model.state_dict()) == ["a.weight", "a.bias"]
+    other = torch.randn(3, 3, 12, 7)
+    assert relative_difference(result.model(other), model(other)) <= 1e-5
+    assert (
+        relative_difference(copy.deepcopy(result.model).double()(other.double()), model.double()(other.double())) < 1e-6
+    )
+    assert export(result.model, tmp_path / "model.onnx", x).parity
+
+
+def test_the_result_can_be_fine_tuned():
+    model = randomize_batch_norms(nn.Sequential(conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4), nn.ReLU()))
+    model[0].requires_grad_(False)
+    linearize(model, ["2"])
+    collapsed = collapse(model, torch.randn(2, 3, 6, 6), objective="depth").model
+    x, target = torch.randn(8, 3, 6, 6), torch.randn(8, 4, 4, 4)
+    optimizer = torch.optim.SGD(collapsed.train().parameters(), 0.1)
+    losses = []
+    for _ in range(10):
+        loss = F.mse_loss(collapsed(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    frozen = nn.Sequential(conv(3, 8), conv(8, 4)).requires_grad_(False)
+    assert not any(p.requires_grad for p in collapse(frozen, x, objective="depth").model.parameters())
+
+
+def test_constants_are_not_trained():
+    model = nn.Sequential(nn.AvgPool2d(2), conv(3, 4).requires_grad_(False))
+    result = collapse(model, torch.randn(IMAGES), objective="depth")
+    assert len(result.report.merges) == 1
+    assert not any(parameter.requires_grad for parameter in result.model.parameters())
+
+
+class WritesIntoAShared(nn.Module):
+    """Values with two names, one of which is written to."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.function = forward
+        self.a, self.b, self.gamma = conv(3, 3), conv(3, 3), nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def through_a_view(s, x):
+    y = s.a(x)
+    y.flatten(1).mul_(2)
+    return s.b(y)
+
+
+def through_an_alias(s, x):
+    y = s.a(x)
+    z = y.mul_(s.gamma)
+    z = z.add_(1)
+    return s.b(z) + y
+
+
+def the_input_of_a_fork(s, x):
+    y = s.a(x)
+    left = s.b(y)
+    y += 1
+    return left + y
+
+
+@pytest.mark.parametrize("forward", [through_a_view, through_an_alias, the_input_of_a_fork])
+def test_values_that_are_written_to_under_another_name_keep_their_function(forward):
+    merges_of(WritesIntoAShared(forward), IMAGES)
+
+
+def test_inputs_that_a_model_writes_into_are_the_callers_still():
+    model = Net(lambda s, x: s.a(x.mul_(2)), a=conv(3, 3))
+    x = torch.randn(IMAGES)
+    before = x.clone()
+    collapse(model, x)
+    assert torch.equal(x, before)
