@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format notebooks networks tensorboard bench clean
+.PHONY: help demo test prove lint format notebooks networks tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -22,7 +22,10 @@ demo: $(VENV)/.demo  ## Train, prune, collapse, export and verify on handwritten
 	$(BIN)/python -m lightning_easier.demo --output demo_output
 
 test: $(VENV)/.dev lint  ## Lint, then run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+prove: $(VENV)/.dev  ## Collapse 10,000 random linear networks; an hour or so.
+	COLLAPSE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_collapse_properties.py
 
 lint: $(VENV)/.dev  ## Check style and types.
 	$(BIN)/ruff check .
@@ -42,8 +45,9 @@ tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/
 networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real networks become sites.
 	$(BIN)/python -m tests.network_table
 
-bench: $(VENV)/.dev  ## Measure what measuring costs.
+bench: $(VENV)/.dev  ## Measure what measuring costs, and what a collapse saves and costs.
 	$(BIN)/python benchmarks/measuring.py
+	$(BIN)/python benchmarks/collapsing.py
 
 clean:  ## Remove the environment and what the demo made.
 	rm -rf $(VENV) demo_output

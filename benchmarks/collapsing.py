@@ -1,6 +1,6 @@
 """What a collapse saves, what it costs, and that it is never slower: tables for docs/collapse.md.
 
-Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale]``; all three by default.
+Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale] [cropping]``; all by default.
 """
 
 import copy
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.costs import measure_latency, speed_up
+from lightning_easier.inference import relative_difference
 from lightning_easier.report import Table
 
 NETWORKS = (
@@ -132,8 +134,44 @@ def scale() -> Iterator[Table]:
     yield Table("Scale", ("model", "objective", "depth", "seconds", "peak memory grows by [MiB]"), rows)
 
 
+def cropping() -> Iterator[Table]:
+    """What cropping a merged kernel to 3×3 and adding the second bias twice does, against an exact merge."""
+    rows = []
+    x = torch.randn(4, 3, 64, 64)
+    model = network("resnet18")
+    for batch_norm in model.modules():
+        if isinstance(batch_norm, nn.BatchNorm2d):
+            batch_norm.bias.data.normal_(std=0.3)
+    blocks = ["layer1.0", "layer1.1", "layer2.1"]
+    isolate_activations(model)
+    linearize(model, [f"{block}.relu" for block in blocks], shift_padding=True)
+    exact = collapse(model, x, objective="depth")
+    cropped = copy.deepcopy(model)
+    for name in blocks:
+        block = cropped.get_submodule(name)
+        pair = nn.Sequential(block.conv1, block.bn1, block.conv2, block.bn2)
+        merged = collapse(pair, torch.randn(1, block.conv1.in_channels, 16, 16), objective="depth").model[0]
+        second = fuse_conv_bn_eval(block.conv2, block.bn2)
+        small = nn.Conv2d(merged.in_channels, merged.out_channels, 3, padding=1)
+        small.weight.data.copy_(merged.weight[:, :, 1:-1, 1:-1])
+        small.bias.data.copy_(merged.bias + second.bias)
+        block.conv1, block.bn1, block.conv2, block.bn2 = small, nn.Identity(), nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        expected = model(x)
+        for name, other in (("cropped to 3×3, second bias twice", cropped), ("collapse", exact.model)):
+            rows.append((name, f"{relative_difference(other(x), expected):.1e}", ratio(model, other, x)))
+    columns = ("ResNet-18, three blocks linear", "relative difference", "faster")
+    yield Table("Cropping", columns, rows)
+    swin = network("swin_t")
+    linearize(swin, list(isolate_activations(swin))[:4])
+    images = torch.randn(1, 3, 224, 224)
+    result = collapse(swin, images)
+    row = ("collapse", f"{result.report.relative_difference:.1e}", ratio(swin, result.model, images))
+    yield Table("Swin-T", ("Swin-T, four MLPs linear", "relative difference", "faster"), [row])
+
+
 if __name__ == "__main__":
-    parts = {"pairs": pairs, "networks": networks, "scale": scale}
+    parts = {"pairs": pairs, "networks": networks, "scale": scale, "cropping": cropping}
     for part in sys.argv[1:] or parts:
         for table in parts[part]():
             print(table.to_markdown(), end="\n\n", flush=True)

@@ -172,6 +172,10 @@ class Chains:
         """Sort nodes by execution."""
         return sorted(nodes, key=lambda node: self._place[node])
 
+    def is_behind(self, node: fx.Node, other: fx.Node) -> bool:
+        """Tell whether a node is executed later than another."""
+        return self._place[node] > self._place[other]
+
     def questions(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """List the nodes that ask for what all linear steps leave as it is, of these values or for them, in order."""
         asked: set[fx.Node] = set()

@@ -86,12 +86,12 @@ class Writer(_Writing):
         """Write pieces in the place of a chain."""
         old = chains.in_order(dict.fromkeys(nodes_of(chain)))
         source = self._now.get(chain[0].value, chain[0].value)
-        place = {node: number for number, node in enumerate(self._graph.nodes)}
+        inside = set(old)
         for question in chains.questions(old):
             for node in question.all_input_nodes:
-                if node in old:
+                if node in inside:
                     question.replace_input_with(node, source)
-            if place[question] > place[old[0]]:
+            if chains.is_behind(question, old[0]):
                 old[0].prepend(question)
         with self._graph.inserting_before(old[0]):
             end = self.pieces(pieces, source)
