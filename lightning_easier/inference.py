@@ -52,7 +52,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether calling a module runs anything besides its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 @contextmanager

@@ -41,14 +41,14 @@ class InPlaceProxy(fx.Proxy):
         super().__setattr__(name, value)
 
 
-class _RecordingProxy(InPlaceProxy):
+class RecordingProxy(InPlaceProxy):
     """A proxy that notices when it is asked for its type."""
 
     @property
     def __class__(self) -> type:
         if is_foreign_frame(1):
             self.tracer.asks_for_type = True  # type: ignore[attr-defined]
-        return _RecordingProxy
+        return RecordingProxy
 
     @__class__.setter
     def __class__(self, _: type) -> None:
@@ -87,13 +87,13 @@ class _ForwardTracer(fx.Tracer):
         self.refusals: list[str] = []  # a forward may swallow an exception
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _RecordingProxy(node, self)
+        return RecordingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        self._modes = _modes()
+        self._modes = modes()
         # A child under several names is read as another object under each, to tell which name a call goes by.
         names = Counter(root._modules.values())
         self._aliases = {name: copy(child) for name, child in root._modules.items() if names[child] > 1}
@@ -123,7 +123,7 @@ class _ForwardTracer(fx.Tracer):
         raise UntraceableError(reason)
 
     def _check_modes(self) -> None:
-        if _modes() != self._modes:
+        if modes() != self._modes:
             self._refuse("it changes the autograd or autocast mode inside its forward")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -164,7 +164,8 @@ class _Reader(_ForwardTracer):
         pass
 
 
-def _modes() -> tuple[bool, ...]:
+def modes() -> tuple[bool, ...]:
+    """Return what is set of autograd and autocast."""
     devices = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),

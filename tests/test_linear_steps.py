@@ -1,6 +1,7 @@
 """Which linear steps of real blocks become one operator, and what is done with the others."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 
-from lightning_easier import collapse, export, isolate_activations, linearize
+from lightning_easier import CollapseError, collapse, export, isolate_activations, linearize
 from lightning_easier.inference import relative_difference
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from tests.models import randomize_batch_norms
@@ -256,3 +257,124 @@ def test_inputs_that_a_model_writes_into_are_the_callers_still():
     before = x.clone()
     collapse(model, x)
     assert torch.equal(x, before)
+
+
+class Asks(nn.Module):
+    """Asks for the number of samples where a reshape has changed the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.a(x).view(-1, 16))
+        return self.b(y).sum(0) / y.size(0)
+
+
+class Branches(nn.Module):
+    """Takes another way with the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return F.avg_pool2d(y, 2) if x.shape[2] > 5 else y
+
+
+class ReplacedForward(nn.Module):
+    """As adapters and accelerators do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        forward = self.a.forward
+        self.a.forward = lambda x: forward(x).clamp(-0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def writes_by_a_hook(s, x: Tensor) -> Tensor:
+    x = x.sin()
+    left = s.a(x)
+    s.idle(x)
+    return left + s.b(x)
+
+
+def test_what_holds_at_the_example_only_is_not_used():
+    assert merges_of(Asks(), (2, 1, 8), "depth", (2, 5, 8)) == {("a", "c"): "Linear 8→16"}
+    assert merges_of(ReplacedForward(), (2, 3), "depth", (50, 3)) == {}
+    scalars = Net(lambda s, x: (x * 2 + 1)[:, :, ::2], a=nn.Linear(1, 1))
+    assert merges_of(scalars, (2, 6, 8), "depth", (2, 7, 8)) == {}
+    one_position = Net(lambda s, x: F.avg_pool2d(s.a(x), 4).flatten(1) * 2, a=conv(3, 4))
+    merges_of(one_position, (2, 3, 4, 4), "macs", (2, 3, 8, 8))
+    idle = nn.Identity()
+    idle.register_forward_hook(lambda module, args, output: output.clamp_(min=0))
+    hooked = Net(writes_by_a_hook, a=conv(3, 3), b=conv(3, 3), idle=idle)
+    assert merges_of(hooked, IMAGES) == {}
+
+
+def test_what_was_exported_for_some_sizes_refuses_others():
+    model = Branches().eval()
+    collapsed = collapse(model, torch.randn(2, 3, 8, 9), objective="macs").model
+    x = torch.randn(3, 3, 6, 10)
+    assert relative_difference(collapsed(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="Guard failed"):
+        collapsed(torch.randn(2, 3, 5, 5))
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.a(x)
+
+
+def test_a_forward_that_leaves_something_behind_or_draws_numbers_is_refused():
+    model = Counts()
+    with pytest.raises(CollapseError, match="writes to the buffer 'calls'"):
+        collapse(model, torch.randn(2, 3))
+    assert model.calls == 0
+    with pytest.raises(CollapseError, match="differs from call to call"):
+        collapse(Net(lambda s, x: s.a(x) + torch.rand(3), a=nn.Linear(3, 3)), torch.randn(2, 3))
+
+
+def test_the_random_state_is_left_alone():
+    model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 3))
+    state = torch.random.get_rng_state()
+    collapse(model, torch.ones(2, 3))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_result_can_be_pickled_and_its_folded_biases_are_trained():
+    model = randomize_batch_norms(nn.Sequential(conv(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    collapsed = collapse(model, torch.randn(IMAGES)).model
+    assert all(parameter.requires_grad for parameter in collapsed.parameters())
+    assert len(list(collapsed.parameters())) == 2
+    x = torch.randn(IMAGES)
+    assert torch.equal(pickle.loads(pickle.dumps(collapsed))(x), collapsed(x))
+
+
+def test_shapes_that_are_asked_for_and_asserted_do_not_stop_a_chain():
+    def forward(s, x: Tensor) -> Tensor:
+        y = s.a(x)
+        torch._assert(y.ndim == 4, "maps are expected")
+        return s.b(y).reshape(y.shape[0], -1)
+
+    assert merges_of(Net(forward, a=conv(3, 4), b=conv(4, 2)), IMAGES) == {("a", "b"): "Conv2d 1×1 3→2"}
+
+
+def test_two_chains_in_a_row_are_timed_and_written():
+    def forward(s, x: Tensor) -> Tensor:
+        y = s.b(s.a(x))
+        return torch.relu(s.d(s.c(y))) + y
+
+    layers = {"a": nn.Linear(8, 999), "b": nn.Linear(999, 8), "c": nn.Linear(8, 999), "d": nn.Linear(999, 8)}
+    merges = merges_of(Net(forward, **layers), (64, 8), "latency")
+    assert merges == {("a", "b"): "Linear 8→8", ("c", "d"): "Linear 8→8"}

@@ -20,12 +20,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER
+from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER, WRITES
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
-from lightning_easier.tracing import InPlaceProxy, is_readable
+from lightning_easier.tracing import RecordingProxy, is_readable, modes
 
+_GUARDS = "_guards_fn"  # the name that torch.export gives it
 _logger = logging.getLogger(__name__)
 # Layers that are called again in the place of the one ATen operator that they became
 _LAYERS: tuple[Any, ...] = (
@@ -64,7 +65,8 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
     try:
         return _with_shapes(model, *_trace(model, len(arguments), opaque), arguments)
     except Exception as error:
-        raise CaptureError(f"{type(reason).__name__}: {reason}".splitlines()[0]) from error
+        kind = "" if isinstance(reason, CaptureError) else f"{type(reason).__name__}: "
+        raise CaptureError(f"{kind}{reason}".splitlines()[0]) from error
 
 
 def _with_shapes(
@@ -86,12 +88,19 @@ class _Shapes(ShapeProp):
     """Notes in the ``meta`` of the nodes shapes, sizes, and which inputs a value shares its memory with."""
 
     def run_node(self, n: fx.Node) -> Any:
+        before = _versions(n, self.env)
         result = super().run_node(n)
+        n.meta[WRITES] = _versions(n, self.env) != before
         if isinstance(result, int):
             n.meta[NUMBER] = result
         memory = _memory(result)
         n.meta[ALIASES] = [other for other in n.all_input_nodes if memory & _memory(self.env.get(other))]
         return result
+
+
+def _versions(node: fx.Node, env: dict[fx.Node, Any]) -> list[int]:
+    leaves = [leaf for other in node.all_input_nodes for leaf in pytree.tree_leaves(env.get(other))]
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _memory(value: Any) -> set[int]:
@@ -110,12 +119,20 @@ class _Root(nn.Module):
 
 
 class _ModelTracer(fx.Tracer):
-    def __init__(self, opaque: frozenset[nn.Module]) -> None:
+    # Without arguments, so that a graph that remembers its tracer can be unpickled
+    def __init__(self, opaque: frozenset[nn.Module] = frozenset()) -> None:
         super().__init__()
         self._opaque = opaque
+        self._modes = modes()
+        self.asks_for_type = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return InPlaceProxy(node, self)
+        return RecordingProxy(node, self)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if modes() != self._modes:
+            raise CaptureError("it changes the autograd or autocast mode inside its forward")
+        return super().create_node(kind, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -131,7 +148,10 @@ def _trace(model: nn.Module, inputs: int, opaque: frozenset[nn.Module]) -> tuple
     """Trace a model through :class:`_Root` and name everything as it is named in the model."""
     root = _Root(model)
     before = set(vars(root))
-    graph = _ModelTracer(opaque).trace(root, concrete_args=(PH,) * inputs)  # type: ignore[arg-type]
+    tracer = _ModelTracer(opaque)
+    graph = tracer.trace(root, concrete_args=(PH,) * inputs)  # type: ignore[arg-type]
+    if tracer.asks_for_type:  # a symbolic value is no tensor
+        raise CaptureError("its control flow depends on the type of a value")
     names = _argument_names(model, inputs)
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -161,7 +181,7 @@ def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, di
     with torch.no_grad():
         program: ExportedProgram = torch.export.export(model, tuple(arguments), dynamic_shapes={"args": sizes}
                                                        if _takes_any_number(model) else sizes)  # fmt: skip
-    exported: Any = program.module(check_guards=False)
+    exported: Any = program.module()  # with a check that sizes are those for which what was traced holds
     graph: fx.Graph = exported.graph
     _restore_structure(graph)
     _call_layers(model, graph)
@@ -172,8 +192,8 @@ def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, di
             if "." in str(node.target) or not isinstance(getattr(exported, str(node.target)), Tensor):
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(exported, str(node.target))
-        elif node.op == "call_module" and getattr(model, str(node.target), model) is None:
-            raise CaptureError(f"torch.export makes {node.target}")
+        elif node.op == "call_module" and node.target == _GUARDS:
+            model.add_module(_GUARDS, exported.get_submodule(_GUARDS))
     return graph, constants
 
 

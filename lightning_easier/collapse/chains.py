@@ -68,6 +68,7 @@ class Chains:
         self._reader = Reader(captured)
         self._place = {node: place for place, node in enumerate(captured.graph.nodes)}
         self._elements: dict[fx.Node, Element] = {}
+        self._reshaped: set[fx.Node] = set()  # values whose first axis may not be the samples any more
         self._joined_in: dict[fx.Node, fx.Node] = {}  # a node inside a fork -> the node that joins its branches
         self._kept: dict[fx.Node, tuple[Element, str]] = {}  # what has to stay what it is, and why
         for node in captured.graph.nodes:
@@ -77,6 +78,8 @@ class Chains:
             reason = self._uses.why_separate(node)
             if reason is None:
                 self._elements[node] = element
+                if element.value in self._reshaped or (isinstance(element, Link) and element.may_change_samples):
+                    self._reshaped.add(node)
             else:
                 self._kept[node] = element, reason
 
@@ -112,7 +115,9 @@ class Chains:
         asked = next(iter(node.all_input_nodes), node)
         if name_of(node) == "getitem" and is_question(asked):
             return self._can_move(asked, chain, first)
-        return is_question(node) and (asked in chain or self._place[asked] < first)
+        if not is_question(node) or asked in self._reshaped:
+            return False
+        return asked in chain or self._place[asked] < first
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """Return the one node that reads a value, a whole fork counted as one; None if there are several."""
@@ -123,7 +128,7 @@ class Chains:
         """List what reads a value's numbers."""
         readers: dict[fx.Node, None] = {}
         for user in node.users:
-            if not is_question(user):
+            if node in self._reshaped or not is_question(user):
                 while user in self._joined_in:
                     user = self._joined_in[user]
                 readers[user] = None
@@ -180,9 +185,14 @@ class Chains:
         """List the nodes that ask for what all linear steps leave as it is, of these values or for them, in order."""
         asked: set[fx.Node] = set()
         for node in nodes:
-            asked.update(user for user in node.users if is_question(user))
+            if node not in self._reshaped:
+                asked.update(user for user in node.users if is_question(user))
             for other in node.all_input_nodes:
-                asked.update(each for each in (other, *other.all_input_nodes) if is_question(each))
+                asked.update(
+                    each
+                    for each in (other, *other.all_input_nodes)
+                    if is_question(each) and self._reshaped.isdisjoint(each.all_input_nodes)
+                )
         answers = [
             user for node in asked for user in node.users if name_of(node) == "getattr" and name_of(user) == "getitem"
         ]
@@ -199,7 +209,9 @@ class Chains:
             axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         else:
             return None
-        if shape is None or not isinstance(values, list | tuple) or len(values) < 2:
+        if shape is None or not node.meta["tensor_meta"].dtype.is_floating_point:
+            return None
+        if not isinstance(values, list | tuple) or len(values) < 2 or "out" in node.kwargs:
             return None
         if not all(isinstance(value, fx.Node) and shape_of(value) is not None for value in values):
             return None
@@ -291,6 +303,8 @@ class Uses:
             module = self._captured.get_submodule(name)
             if self._calls[name] > 1:
                 return f"`{name}` is called {self._calls[name]} times"
+            if "forward" in vars(module):
+                return f"the forward of `{name}` was replaced on the instance"
             if has_hooks(module):
                 return f"`{name}` has hooks, which would see something else"
             if any(self._readers[id(parameter)] > 1 for parameter in module.parameters()):

@@ -346,6 +346,8 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def make_convolution(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **geometry: Any) -> Any:
     """Make a convolution of a kernel ``(out, in / groups, *k)`` and a bias."""
+    if weight.ndim not in (3, 4, 5):
+        raise CannotMergeError(f"there are no convolutions with {weight.ndim - 2} axes")
     channels = weight.shape[1] * geometry.get("groups", 1), weight.shape[0]
     return _make(CONVOLUTIONS[weight.ndim - 3], channels, weight, bias, dtype, geometry)
 

@@ -157,7 +157,10 @@ def _compose_linear(first: Any, second: Any) -> nn.Module:
         bias = sum_biases(second.weight.double(), first.bias, second.bias)
     elif isinstance(second, ChannelAffine):
         weight = second.weight.double()[:, None] * first.weight.double()
-        bias = sum_biases(torch.diag(second.weight.double()), first.bias, second.bias)
+        bias = None
+        if first.bias is not None or second.bias is not None:
+            bias = second.weight.double() * bias_or_zeros(first, first.out_features)
+            bias = bias + bias_or_zeros(second, second.channels)
     else:
         weight = second.weight.double() @ first.weight.double()
         bias = sum_biases(second.weight.double(), first.bias, second.bias)
@@ -198,11 +201,11 @@ def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._Batch
         raise CannotMergeError(f"a batch norm can't be folded into {type(operator).__name__}")
     _check_statistics(batch_norm)
     if isinstance(operator, nn.Linear):
-        return fuse_linear_bn_eval(operator, _with_affine(batch_norm))
+        return _finished(fuse_linear_bn_eval(operator, _with_affine(batch_norm)), (operator, batch_norm))
     transposed = isinstance(operator, TRANSPOSED_CONVOLUTIONS)
     if transposed and operator.groups != 1:  # torch's fusion takes its second axis for all of the channels
         return compose(operator, as_affine(batch_norm, 1))
-    return fuse_conv_bn_eval(operator, batch_norm, transposed)  # type: ignore[type-var]
+    return _finished(fuse_conv_bn_eval(operator, batch_norm, transposed), (operator, batch_norm))  # type: ignore[type-var]
 
 
 @torch.no_grad()
@@ -264,14 +267,16 @@ def on_axis(operator: nn.Module, axis: int, axes: int) -> nn.Module:
     if not is_pointwise(operator):
         raise CannotMergeError(f"{type(operator).__name__} does not treat every position alone")
     if channel_axis(operator) == axis:
-        return operator
+        if axis == -1 or isinstance(operator, ChannelAffine) or _axes(operator) == axes:
+            return operator
+        return on_axis(on_axis(operator, -1, axes), 1, axes)
     if isinstance(operator, ChannelAffine):
         made: nn.Module = _affine(operator.weight, operator.bias, axis, operator.weight.dtype)
     elif isinstance(operator, nn.Linear):
-        weight = operator.weight.view(*operator.weight.shape, *[1] * axes)
+        weight = operator.weight.reshape(*operator.weight.shape, *[1] * axes)
         made = convolutions.make_convolution(weight, operator.bias, operator.weight.dtype)
     else:
-        convolution: Any = _as_ordinary(operator, axes)
+        convolution: Any = _as_ordinary(operator, _axes(operator))
         weight = convolutions.regroup(convolution.weight, convolution.groups, 1).flatten(1)
         made = _linear(weight, convolution.bias, weight.dtype)
     return _finished(made, (operator,))

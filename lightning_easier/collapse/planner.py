@@ -57,11 +57,13 @@ class Recipe:
         structure: The operator without data, in its dtype.
         build: Makes it, in float64.
         elements: What it stands for, in execution order.
+        anchored: Whether the number of channels is told by weights, and not only by the example inputs.
     """
 
     structure: Any
     build: Callable[[], nn.Module]
     elements: Chain
+    anchored: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +73,12 @@ class Kept:
     Attributes:
         link: The step.
         channels: The number of channels of a layout that names it, where that is another now.
+        contiguous: Whether the value is to be contiguous, as that of the operator that stood here was.
     """
 
     link: Link
     channels: int | None = None
+    contiguous: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +257,8 @@ class Planner:
             joined = join([part.structure for part in whole_parts])
         except CannotMergeError as error:
             return None, str(error)
-        return Recipe(joined, partial(_build_joined, join, whole_parts), (fork,)), ""
+        anchored = any(part.anchored for part in whole_parts)
+        return Recipe(joined, partial(_build_joined, join, whole_parts), (fork,), anchored), ""
 
     # Cuts
 
@@ -327,7 +332,7 @@ class Planner:
             if last.recipe is None:
                 continue
             runs[end - 1, end] = last.recipe
-            if isinstance(last.alone, Split):  # all by itself a fork may become one operator
+            if isinstance(last.alone, Split) and last.recipe.anchored:  # all by itself a fork may become one operator
                 pieces[end - 1, end] = last.recipe
             for start in range(end - 2, max(-1, end - 1 - WINDOW), -1):
                 if units[start].recipe is None:
@@ -335,7 +340,7 @@ class Planner:
                 recipe = self._run(runs, start, end)
                 if recipe is not None:
                     runs[start, end] = recipe
-                    if not self._is_hopeless(recipe, units[start:end], shapes[start:end]):
+                    if recipe.anchored and not self._is_hopeless(recipe, units[start:end], shapes[start:end]):
                         pieces[start, end] = recipe
         self._time([(recipe, shapes[start]) for (start, _), recipe in pieces.items()])
         return pieces
@@ -365,7 +370,8 @@ class Planner:
         composed = self._composed[key]
         if isinstance(composed, str):
             return composed
-        return Recipe(composed, partial(_build_composed, first, second), (*first.elements, *second.elements))
+        elements, anchored = (*first.elements, *second.elements), first.anchored or second.anchored
+        return Recipe(composed, partial(_build_composed, first, second), elements, anchored)
 
     def _is_hopeless(self, recipe: Recipe, units: Sequence[Unit], shapes: Sequence[Shape]) -> bool:
         if self._objective == "depth":
@@ -389,9 +395,15 @@ class Planner:
             else:
                 order[place : place + 2] = swapped
                 changed, place = True, max(place - 1, 0)
-        return self._repriced(order, shape) if changed else None
+        if not changed:
+            return None
+        repriced = self._repriced(order, shape)
+        last = repriced[-1]
+        if isinstance(last.alone, Kept) and _is_layout(last) and last.link is not units[-1].link:
+            repriced[-1] = replace(last, alone=replace(last.alone, contiguous=True))
+        return repriced
 
-    def _repriced(self, order: Sequence[Unit], shape: Shape) -> list[Unit] | None:
+    def _repriced(self, order: Sequence[Unit], shape: Shape) -> list[Unit]:
         """Price units in their new places, and tell layouts how many channels there are."""
         units: list[Unit] = []
         for unit, at in zip(order, _shapes(order, shape), strict=True):
@@ -544,12 +556,15 @@ def _as_given(units: Sequence[Unit], shape: Shape) -> Cut:
 def _swapped(order: Sequence[Unit], place: int) -> list[Unit] | None:
     """Return two neighbours in the other order, where that brings what belongs together closer; else None."""
     first, second = order[place : place + 2]
-    if _is_average(second):
-        return _averaged_first(first, second)
-    if _is_layout(second) and place + 2 < len(order):
-        return _behind_the_layout(order[:place], first, second, order[place + 2])
-    if _is_layout(first) and place > 0:
-        return _before_the_layout(order[:place], first, second)
+    try:
+        if _is_average(second):
+            return _averaged_first(first, second)
+        if _is_layout(second) and place + 2 < len(order):
+            return _behind_the_layout(order[:place], first, second, order[place + 2])
+        if _is_layout(first) and place > 0:
+            return _before_the_layout(order[:place], first, second)
+    except CannotMergeError:  # more axes than there are convolutions for
+        pass
     return None
 
 
@@ -568,6 +583,8 @@ def _behind_the_layout(before: Sequence[Unit], first: Unit, second: Unit, behind
     """Let an operator on a map of one position work on the vector that a Linear reads."""
     link, operator = second.link, _movable(first)
     if operator is None or link is None or behind.recipe is None or not _is_of_one_position(link):
+        return None
+    if not behind.recipe.anchored:  # nothing says that it is one position at other sizes, too
         return None
     if channel_axis(operator) != 1 or channel_axis(behind.recipe.structure) != -1 or not _all_pointwise(before):
         return None
@@ -620,10 +637,10 @@ def _moved(unit: Unit, axis: int, axes: int) -> Unit:
     """Write a unit for another place of the channels."""
     recipe = unit.recipe
     assert recipe is not None
-    if channel_axis(recipe.structure) == axis:
-        return unit
     made = on_axis(recipe.structure, axis, axes)
-    moved = Recipe(made, partial(_build_on_axis, recipe, axis, axes), recipe.elements)
+    if made is recipe.structure:
+        return unit
+    moved = Recipe(made, partial(_build_on_axis, recipe, axis, axes), recipe.elements, recipe.anchored)
     return Unit(Made(moved), unit.price, moved, unit.elements, before=unit.before)
 
 
@@ -665,7 +682,7 @@ def _axis_at_start(chain: Chain) -> int | None:
         if isinstance(element, Fork):
             axes = [axis for branch in element.branches if (axis := _axis_at_start(branch)) is not None]
         else:
-            fixed = element.operator is not None and element.operator_on is None
+            fixed = element.operator is not None and _recipe(element, element.operator).anchored
             axes = [channel_axis(element.operator)] if fixed else []  # type: ignore[arg-type]
         if axes:
             return next((start for start, here in now.items() if here == axes[0]), None)
@@ -695,7 +712,8 @@ def _tensors(node: fx.Node) -> list[tuple[Shape, torch.dtype]]:
 
 
 def _recipe(link: Link, operator: nn.Module) -> Recipe:
-    return Recipe(_structure(link, operator), partial(operators.in_float64, operator), (link,))
+    anchored = link.carries_weight or (isinstance(operator, ChannelAffine) and link.operator_on is None)
+    return Recipe(_structure(link, operator), partial(operators.in_float64, operator), (link,), anchored)
 
 
 def _structure(link: Link, operator: Any) -> nn.Module:
@@ -709,7 +727,7 @@ def _identity(count: int, axis: int, dtype: torch.dtype, device: torch.device) -
         return made.eval().requires_grad_(False)
 
     made = ChannelAffine(count, axis, bias=False, dtype=dtype, device="meta").eval().requires_grad_(False)
-    return Recipe(made, build, ())
+    return Recipe(made, build, (), False)
 
 
 def _build_composed(first: Recipe, second: Recipe) -> nn.Module:

@@ -20,9 +20,13 @@ from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, with_tensors
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.operators import as_affine
+from lightning_easier.inference import has_hooks
+from lightning_easier.rectifiers import is_activation
 
 ALIASES = "aliases"
 """Key in a node's ``meta``: the inputs that its value shares memory with."""
+WRITES = "writes"
+"""Key in a node's ``meta``: whether it wrote into what it reads."""
 NUMBER = "number"
 """Key in a node's ``meta``: its value, if that is a whole number."""
 
@@ -35,9 +39,10 @@ _CONVOLUTIONS_BY_NAME = {
     **{f"conv_transpose{axes}d": kind for axes, kind in enumerate(TRANSPOSED_CONVOLUTIONS, 1)},
 }
 _PERMUTATIONS = ("permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis")
-_RESHAPES = ("flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous")
+_RESHAPES = ("flatten", "view", "reshape", "contiguous")
 _VIEWS_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "permute", "transpose", "getitem", "squeeze", "flatten")
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+_WRITING = (*_IN_PLACE, "setitem", "imod", "ipow", "ifloordiv", "iand", "ior", "ixor", "imatmul")
 _AFFINE = {"multiply": "mul", "subtract": "sub", "truediv": "div", "divide": "div", "true_divide": "div"}
 
 
@@ -84,6 +89,14 @@ class Link:
         linear = isinstance(self.operator, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
         return linear and self.averaging is None and name_of(self.node) not in ("getitem", "slice", "pad")
 
+    @property
+    def may_change_samples(self) -> bool:
+        """Whether the first axis may not hold the samples behind it."""
+        if self.counts or self.moves is None or self.node.op == "call_module":
+            return False
+        name = name_of(self.node)
+        return name in ("view", "reshape") or (name == "flatten" and self.node.args[1:2] != (1,))
+
 
 def shape_of(node: Any) -> torch.Size | None:
     """Return the shape of a node's value at the example inputs, None for what is not one tensor."""
@@ -99,17 +112,30 @@ def name_of(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
+    if target is getattr:
+        return "getattr"
     name = getattr(target, "__name__", "")
     return name if any(getattr(room, name, None) is target for room in (torch, F, operators)) else ""
 
 
 def changes_its_input(captured: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a node may write into what it reads."""
+    if node.meta.get(WRITES, False):
+        return True
     if node.op == "call_module":
-        return any(getattr(part, "inplace", False) for part in captured.get_submodule(str(node.target)).modules())
+        module = captured.get_submodule(str(node.target))
+        # What is not torch's, or has hooks, may do anything on other values
+        known = (
+            isinstance(module, ChannelAffine)
+            or is_activation(module)
+            or type(module).__module__.startswith("torch.nn.")
+        )
+        return has_hooks(module) or not known or any(getattr(part, "inplace", False) for part in module.modules())
     name = name_of(node)
+    if node.op == "call_function" and not name:
+        return True
     written = name.endswith("_") and not name.endswith("__")
-    return written or name in (*_IN_PLACE, "setitem") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return written or name in _WRITING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def is_shared(node: fx.Node) -> bool:
@@ -149,7 +175,7 @@ class Reader:
     def _read_module(self, node: fx.Node) -> Link | None:
         module: Any = self._captured.get_submodule(str(node.target))
         value = (*node.args, *node.kwargs.values())[0]
-        if len(node.all_input_nodes) != 1 or not isinstance(value, fx.Node):
+        if len(node.args) + len(node.kwargs) != 1 or not isinstance(value, fx.Node):
             return None  # an output_size, say
         before = shape_of(value)
         if before is None:
@@ -158,6 +184,7 @@ class Reader:
         if kind in (nn.Linear, ChannelAffine):
             return Link(node, value, name, module)
         if kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+            convolutions.padding_of(module)  # or it is not read
             return Link(node, value, name, module) if len(before) == len(module.kernel_size) + 2 else None
         if kind in BATCH_NORMS:
             return Link(node, value, name, as_affine(deepcopy(module).double(), 1 if len(before) > 2 else -1))
@@ -240,6 +267,8 @@ class Reader:
             return with_tensors(made, scale, offset, torch.float64).eval().requires_grad_(trainable)
 
         constant = constant.detach()
+        if not bool(constant.isfinite().all()):  # a mask
+            return None
         if constant.ndim == 0:
             axis = 1 if len(shape) > 2 else -1
 
@@ -330,7 +359,7 @@ class Reader:
             return None
         rank = len(shape) if given.get("keepdim", False) else len(shape) - len(dims)
         moves = {}
-        if 1 not in dims:
+        if 1 not in dims and rank in (2, len(shape)):
             moves[1] = 1 if rank > 2 else -1
         if len(shape) - 1 not in dims:
             moves[-1] = -1
@@ -357,15 +386,13 @@ class Reader:
         before, behind = shape_of(value), shape_of(node)
         assert before is not None
         assert behind is not None
-        if len(before) < 2 or len(behind) < 2:
+        if len(before) < 2 or len(behind) < 2 or (node.op != "call_module" and node.kwargs):
             return None
         moves = {}
         if before[:2] == behind[:2] and len(before) > 2:
             moves[1] = 1 if len(behind) > 2 else -1
         if before[-1] == behind[-1]:
             moves[-1] = -1
-        if len(before) == 2 and before == behind[:2]:
-            moves[-1] = 1 if len(behind) > 2 else -1
         return Link(node, value, name, moves=moves, counts=False) if moves else None
 
     def _picked(self, node: fx.Node, value: fx.Node, name: str) -> Link | None:
@@ -431,7 +458,7 @@ class Reader:
             owner, _, attribute = str(argument.target).rpartition(".")
             found = getattr(self._captured.get_submodule(owner), attribute)
             return found if isinstance(found, Tensor) and found.is_floating_point() else None
-        if name_of(argument) in _VIEWS_OF_CONSTANTS and argument.all_input_nodes == [argument.args[0]]:
+        if name_of(argument) in _VIEWS_OF_CONSTANTS and argument.all_input_nodes == list(argument.args[:1]):
             whole = self._constant(argument.args[0])
             if isinstance(whole, Tensor):
                 return _call_alone(argument, whole)
@@ -444,7 +471,7 @@ class Reader:
 
 def is_constant(node: fx.Node) -> bool:
     """Tell whether a node is a parameter, a buffer, or a view of one."""
-    while name_of(node) in _VIEWS_OF_CONSTANTS and node.all_input_nodes == [node.args[0]]:
+    while name_of(node) in _VIEWS_OF_CONSTANTS and node.all_input_nodes == list(node.args[:1]):
         (node,) = node.all_input_nodes
     return node.op == "get_attr"
 

@@ -26,7 +26,7 @@ def in_double(
     try:
         twins = [model.double() for model in deepcopy(list(models))]
         return twins, tuple(x.double() if x.is_floating_point() else x for x in arguments)
-    except TypeError:
+    except Exception:  # a device without float64, or a module that refuses the cast
         return None
 
 
@@ -39,9 +39,10 @@ def why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: 
         arguments: The inputs.
     """
     reference = _Values(source)
-    reference.run(*(argument.clone() for argument in arguments))
     comparison = _Comparison(collapsed, reference.values)
-    comparison.run(*(argument.clone() for argument in arguments))
+    with torch.no_grad():
+        reference.run(*(argument.clone() for argument in arguments))
+        comparison.run(*(argument.clone() for argument in arguments))
     return comparison.first
 
 

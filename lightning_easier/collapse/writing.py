@@ -21,6 +21,8 @@ EQUALS = "equals"
 class _Writing(ABC):
     """Writes pieces into a graph, one after the other."""
 
+    _graph: fx.Graph
+
     def pieces(self, pieces: Sequence[Piece], value: fx.Node) -> fx.Node:
         """Write pieces behind a value; returns the node of the last."""
         for piece in pieces:
@@ -38,7 +40,11 @@ class _Writing(ABC):
         node = self._copy(link.node, {link.value: value})
         if piece.channels is not None:
             _tell_channels(link, node, piece.channels)
-        return node
+        if not piece.contiguous:
+            return node
+        made = self._graph.create_node("call_method", "contiguous", (node,))
+        made.meta[EQUALS] = None
+        return made
 
     def _joined(self, fork: Fork, ends: list[fx.Node]) -> fx.Node:
         node = self._copy(fork.node, dict.fromkeys(fork.node.all_input_nodes, ends[0]))
@@ -110,9 +116,11 @@ class Writer(_Writing):
                 forgotten.update([str(node.target)] if node.op == "get_attr" else [])
                 self._graph.erase_node(node)
         read = {str(node.target) for node in self._graph.nodes if node.op == "get_attr"}
+        called = {str(node.target) for node in self._graph.nodes if node.op == "call_module"}
         for target in forgotten - read:
             owner, _, attribute = target.rpartition(".")
-            delattr(self._captured.get_submodule(owner), attribute)
+            if owner not in called:
+                delattr(self._captured.get_submodule(owner), attribute)
         self._graph.lint()
         self._captured.delete_all_unused_submodules()
         self._captured.recompile()

@@ -101,6 +101,7 @@ def test_a_dense_checkpoint_is_exported_too_and_bad_options_are_named(run, tmp_p
 @pytest.mark.parametrize("flag", ["--candidates", "--candidates=true"])
 def test_report_lists_the_candidates_of_a_model(flag, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
     main(["report", f"--config={CONFIGS / 'digits.yaml'}", flag])
     shown = capsys.readouterr().out
     assert "│ model.stages.0.0.relu │ ReLU │             - │" in shown
@@ -110,6 +111,7 @@ def test_report_lists_the_candidates_of_a_model(flag, capsys, monkeypatch):
 
 def test_report_measures_the_candidates_of_a_checkpoint_on_request(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
     arguments = ["report", f"--config={run / 'config.yaml'}", "--candidates"]
     main([*arguments, f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}", "--max_batches=1"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ model.")]
