@@ -150,7 +150,9 @@ def cropping() -> Iterator[Table]:
     for name in blocks:
         block = cropped.get_submodule(name)
         pair = nn.Sequential(block.conv1, block.bn1, block.conv2, block.bn2)
-        merged = collapse(pair, torch.randn(1, block.conv1.in_channels, 16, 16), objective="depth").model[0]
+        merged = collapse(pair, torch.randn(1, block.conv1.in_channels, 16, 16), objective="depth").model.get_submodule(
+            "0"
+        )
         second = fuse_conv_bn_eval(block.conv2, block.bn2)
         small = nn.Conv2d(merged.in_channels, merged.out_channels, 3, padding=1)
         small.weight.data.copy_(merged.weight[:, :, 1:-1, 1:-1])
