@@ -109,11 +109,6 @@ def scale() -> Iterator[Table]:
         (f"{count} Linear 64→64", nn.Sequential(*(nn.Linear(64, 64) for _ in range(count))), torch.randn(8, 64))
         for count in (125, 250, 500, 1000)
     ]
-    cases += [
-        (f"{count} Conv2d 1×1 and 3×3", nn.Sequential(*(nn.Conv2d(8, 8, 1 + 2 * (i % 4 == 0)) for i in range(count))),
-         torch.randn(1, 8, count // 2 + 8, count // 2 + 8))
-        for count in (125, 250, 500)
-    ]  # fmt: skip
     for name in ("resnet18", "resnet50", "resnet152"):
         model = network(name)
         activations = list(isolate_activations(model))
@@ -121,8 +116,6 @@ def scale() -> Iterator[Table]:
         cases.append((name, model, torch.randn(1, 3, 224, 224)))
     for name, model, x in cases:
         for objective in ("macs", "depth", "latency"):
-            if objective == "depth" and "Conv2d" in name:
-                continue  # a kernel of 125×125
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             start = time.perf_counter()
             report = collapse(model, x, objective=objective, latencies=LatencyTable()).report
