@@ -68,6 +68,8 @@ IMAGES = (2, 3, 8, 9)
          {("conv", "mul"): "Conv2d 3×3 3→4"}, []),
         (Net(lambda s, x: s.b(s.gamma * s.a(x) - 1), a=nn.Linear(3, 4), b=nn.Linear(4, 2),
              gamma=nn.Parameter(torch.randn(4))), (2, 5, 3), {("a", "mul", "sub", "b"): "Linear 3→2"}, [(1, 7, 3)]),
+        (Net(lambda s, x: s.b(1 - s.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), (2, 3),
+         {("a", "sub", "b"): "Linear 3→2"}, [(5, 3)]),
         # average pooling as a convolution
         (nn.Sequential(nn.AvgPool2d(2), conv(3, 4, 3)), IMAGES, {("0", "1"): "Conv2d 6×6 3→4"}, [(1, 3, 11, 8)]),
         (Net(lambda s, x: s.a(F.avg_pool2d(x, 2, 1)), a=conv(3, 4)), IMAGES, {("avg_pool2d", "a"): "Conv2d 2×2 3→4"},
