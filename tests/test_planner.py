@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_easier import collapse, costs
-from lightning_easier.collapse import engine, planner, prices
+from lightning_easier.collapse import engine, prices, recipes
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.operators import CannotMergeError, compose, structure
 from lightning_easier.collapse.prices import LatencyTable, count_macs, output_shape
@@ -83,7 +83,7 @@ def test_a_chain_longer_than_the_window_is_merged_in_linear_time(monkeypatch):
         composed.append(second)
         return compose(first, second)
 
-    monkeypatch.setattr(planner.operators, "compose", compose_counted)
+    monkeypatch.setattr(recipes.operators, "compose", compose_counted)
     counts = []
     for length in (50, 200):
         composed.clear()

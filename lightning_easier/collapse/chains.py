@@ -267,6 +267,11 @@ def nodes_of(elements: Sequence[Element]) -> Iterator[fx.Node]:
         yield element.node
 
 
+def input_shape(chain: Chain) -> tuple[int, ...]:
+    """Return the shape of what a chain reads."""
+    return tuple(shape_of(chain[0].value) or ())
+
+
 def is_question(node: fx.Node) -> bool:
     """Tell whether a node asks a value for its number of samples, its dtype or its device only."""
     name = name_of(node)

@@ -15,8 +15,9 @@ from lightning_easier.collapse.chains import Chain, Chains, Uses, depth, describ
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.operators import fold_batch_norm, in_float64
-from lightning_easier.collapse.planner import Plan, Planner, original_pieces
-from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
+from lightning_easier.collapse.planner import Planner
+from lightning_easier.collapse.plans import Plan, original_pieces
+from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective, Pricer
 from lightning_easier.collapse.reading import BATCH_NORMS, name_of
 from lightning_easier.collapse.verification import in_double, why_different
 from lightning_easier.collapse.writing import EQUALS, Trial, Writer
@@ -381,7 +382,7 @@ class _Steps:
         """Plan every chain, and carry out the plans."""
         chains = Chains(self._captured)
         device = device_of(self._captured)
-        planner = Planner(self._objective, device, self._table, self._alone())
+        planner = Planner(Pricer(self._objective, device, self._table, self._alone()))
         plans = [(chain, planner.plan(chain)) for chain in chains]
         self._explain_stand_ins(chains)
         explained = {value for _, value in self._stand_ins}

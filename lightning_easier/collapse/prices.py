@@ -1,17 +1,19 @@
-"""What an operator costs at a shape: seconds, multiply-accumulates, or one more in the depth."""
+"""What an operator or a step costs at a shape: seconds, multiply-accumulates, or one more in the depth."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.chains import Chain, Fork, input_shape
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, padding_of
 from lightning_easier.collapse.operators import channels, of_random_numbers
+from lightning_easier.collapse.reading import Link, shape_of, structure_of
 from lightning_easier.costs import time_interleaved
 
 Objective = Literal["latency", "macs", "depth"]
@@ -23,6 +25,8 @@ Price = tuple[float, int]
 
 FREE: Price = (0.0, 0)
 _SAMPLES = 7
+# A piece with this many times the multiply-accumulates is not even timed: no operator is that much more efficient.
+_HOPELESS = 16
 
 
 def total(*prices: Price) -> Price:
@@ -106,3 +110,110 @@ def call_of(operator: nn.Module, shape: Shape, device: torch.device) -> Callable
     """Return a call of an operator of the same structure, with some numbers."""
     weight: Tensor = operator.weight  # type: ignore[assignment]
     return partial(of_random_numbers(operator, device), torch.randn(shape, dtype=weight.dtype, device=device))
+
+
+class Pricer:
+    """Prices operators and steps for one objective.
+
+    Args:
+        objective: What is to be least.
+        device: The device of the operators.
+        table: Times that were measured already.
+        alone: A step or a fork's join -> a module that computes it alone, to be timed.
+
+    Attributes:
+        objective: What is to be least.
+        device: The device of the operators.
+    """
+
+    def __init__(
+        self, objective: Objective, device: torch.device, table: LatencyTable, alone: Callable[[fx.Node], nn.Module]
+    ) -> None:
+        self.objective: Objective = objective
+        self.device = device
+        self._table = table
+        self._alone = alone
+
+    def time_elements(self, chain: Chain) -> None:
+        """Time the elements of a chain as they stand, those that were not timed yet together."""
+        if self.objective != "latency":
+            return
+        calls: dict[Hashable, Callable[[], Callable[[], Any]]] = {}
+        for element in chain:
+            if isinstance(element, Link) and element.carries_weight:
+                own, at = structure_of(element, element.operator), input_shape((element,))
+                calls[key_of(own, at, self.device)] = partial(call_of, own, at, self.device)
+            elif element.counts:
+                calls[self._key_of_node(element.node)] = partial(self._call_of_node, element.node)
+        self._table.measure(calls)
+
+    def time_operators(self, wanted: Iterable[tuple[nn.Module, Shape]]) -> None:
+        """Time operators at the shapes of their inputs, those that were not timed yet together."""
+        if self.objective != "latency":
+            return
+        self._table.measure(
+            {
+                key_of(operator, shape, self.device): partial(call_of, operator, shape, self.device)
+                for operator, shape in wanted
+            }
+        )
+
+    def price(self, operator: nn.Module, shape: Shape) -> Price:
+        """Return the price of an operator at the shape of its input."""
+        if self.objective == "latency":
+            key = key_of(operator, shape, self.device)
+            self._table.measure({key: partial(call_of, operator, shape, self.device)})
+            return self._table.seconds[key], 1
+        if self.objective == "macs":
+            return float(count_macs(operator, shape)), 1
+        return float(not isinstance(operator, ChannelAffine)), 1
+
+    def price_of_link(self, link: Link) -> Price:
+        """Return the price of a step as it stands."""
+        if not link.counts:
+            return FREE
+        if link.carries_weight:
+            return self.price(structure_of(link, link.operator), input_shape((link,)))
+        return self._price_of_node(link.node)
+
+    def price_of_join(self, fork: Fork) -> Price:
+        """Return the price of joining the branches of a fork."""
+        return self._price_of_node(fork.node)
+
+    def is_hopeless(self, operator: nn.Module, shape: Shape, instead_of: Iterable[tuple[nn.Module, Shape]]) -> bool:
+        """Tell whether an operator takes so much more than those that it replaces that it need not be priced.
+
+        Args:
+            operator: The operator.
+            shape: Of its input.
+            instead_of: What it replaces, and the shape of the input of each.
+        """
+        if self.objective == "depth":
+            return False
+        macs = sum(count_macs(each, at) for each, at in instead_of)
+        return count_macs(operator, shape) > _HOPELESS * max(macs, prod(shape))
+
+    def compared(self, after: Price, before: Price) -> str:
+        """Say in words what something would cost beside what it costs."""
+        unit, scale = {
+            "latency": ("{:.1f} µs", 1e6), "macs": ("{:,.0f} MACs", 1), "depth": ("{:.0f} operators", 1),
+        }[self.objective]  # fmt: skip
+        return f"{unit.format(after[0] * scale)} instead of {unit.format(before[0] * scale)}"
+
+    def _price_of_node(self, node: fx.Node) -> Price:
+        if self.objective == "latency":
+            self._table.measure({self._key_of_node(node): partial(self._call_of_node, node)})
+            return self._table.seconds[self._key_of_node(node)], 1
+        return 0.0, 1
+
+    def _key_of_node(self, node: fx.Node) -> Hashable:
+        return str(self._alone(node)), tuple(_tensors(node)), str(self.device), torch.get_num_threads()
+
+    def _call_of_node(self, node: fx.Node) -> Callable[[], Any]:
+        inputs = [torch.randn(shape, dtype=dtype, device=self.device) for shape, dtype in _tensors(node)]
+        return partial(self._alone(node), *inputs)
+
+
+def _tensors(node: fx.Node) -> list[tuple[Shape, torch.dtype]]:
+    metas = [value.meta["tensor_meta"] for value in node.all_input_nodes if value.op != "get_attr" and shape_of(value)]
+    return [(tuple(meta.shape), meta.dtype) for meta in metas]

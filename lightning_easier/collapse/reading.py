@@ -19,7 +19,7 @@ from lightning_easier.collapse import convolutions
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, with_tensors
 from lightning_easier.collapse.errors import CannotMergeError
-from lightning_easier.collapse.operators import as_affine
+from lightning_easier.collapse.operators import as_affine, structure
 from lightning_easier.inference import has_hooks
 from lightning_easier.rectifiers import is_activation
 
@@ -101,6 +101,11 @@ class Link:
 def shape_of(node: Any) -> torch.Size | None:
     """Return the shape of a node's value at the example inputs, None for what is not one tensor."""
     return getattr(node.meta.get("tensor_meta"), "shape", None) if isinstance(node, fx.Node) else None
+
+
+def structure_of(link: Link, operator: Any) -> nn.Module:
+    """Return an operator without data, in the dtype that it has in the model."""
+    return structure(operator).to(dtype=link.node.meta["tensor_meta"].dtype)
 
 
 def name_of(node: fx.Node) -> str:

@@ -11,8 +11,9 @@ from torch import fx, nn
 
 from lightning_easier.collapse.chains import Chain, Chains, Element, Fork, nodes_of
 from lightning_easier.collapse.operators import of_random_numbers
-from lightning_easier.collapse.planner import Kept, Made, Piece, Recipe
+from lightning_easier.collapse.plans import Kept, Made, Piece
 from lightning_easier.collapse.reading import NUMBER, Link, is_constant, name_of, shape_of
+from lightning_easier.collapse.recipes import Recipe
 
 EQUALS = "equals"
 """Key in a node's ``meta``: the name of the node of the source that has the same value; None where there is none."""
