@@ -112,10 +112,13 @@ def relative_difference(output: Any, reference: Any) -> float:
     return largest
 
 
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Relative differences that rounding explains."""
+
+
 def tolerance_for(outputs: Any) -> float:
     """Relative difference that rounding explains at the coarsest dtype among the outputs."""
-    tolerances = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-    return max((tolerances.get(tensor.dtype, 0.0) for tensor in tensors_in(outputs)), default=0.0)
+    return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in tensors_in(outputs)), default=0.0)
 
 
 def describe(value: Any) -> str:

@@ -1,11 +1,12 @@
 """Random networks of linear operators, for property tests: chains and residual graphs from the whole algebra."""
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -69,6 +70,12 @@ class Spell(nn.Module):
                 return F.pad(x, (*[0, 0] * self.axes, 1, 2))
             case "around":
                 return F.pad(x, [1, 1] * self.axes)
+            case "zeros around":
+                return (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)[self.axes - 1](1)(x)
+            case "copy":
+                return x.clone().contiguous()
+            case "same dtype":
+                return x.to(x.dtype)
             case "half":
                 return x * 0.5
             case "shift":
@@ -96,22 +103,44 @@ class Branches(nn.Module):
         for value in values[1:]:
             if self.spelling == "in place":
                 total += value
+            elif self.spelling == "difference":
+                total = total - value
+            elif self.spelling == "share":
+                total = torch.add(total, value, alpha=0.5)
             else:
                 total = torch.add(total, value) if self.spelling == "function" else total + value
         return total
 
 
+class Positions(nn.Module):
+    """Scales and offsets each element of a sample."""
+
+    def __init__(self, shape: tuple[int, ...], spelling: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(shape))
+        self.offset = nn.Parameter(torch.randn(1, *shape))
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spelling == "offset":
+            return x + self.offset
+        return x * self.scale if self.spelling == "scale" else torch.sub(x * self.scale, self.offset)
+
+
 class FunctionalLinear(nn.Module):
     """A convolution or Linear as a function of parameters."""
 
-    def __init__(self, operator: Any) -> None:
+    def __init__(self, operator: Any, of_vectors: bool = False) -> None:
         super().__init__()
+        self.of_vectors = of_vectors
         self.weight, self.bias, self.kind = operator.weight, operator.bias, type(operator)
         self.options = {}
         if not isinstance(operator, nn.Linear):
             self.options = {name: getattr(operator, name) for name in ("stride", "padding", "dilation", "groups")}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.of_vectors and self.bias is not None:
+            return torch.addmm(self.bias, x, self.weight.t(), alpha=1.5)
         if self.kind is nn.Linear:
             return F.linear(x, self.weight, self.bias)
         function = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: torch.conv3d}[self.kind]
@@ -159,12 +188,17 @@ def networks(draw: st.DrawFn, most: int = 6) -> tuple[nn.Module, tuple[int, ...]
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and draw(st.integers(0, 9)) == 0:
             nn.init.zeros_(module.bias) if module.bias is not None else None
+    of_one_size = any(isinstance(module, Positions) for module in model.modules())
     second = (
         (3, *first[1:])
-        if axes == 0 or draw(st.booleans())
+        if axes == 0 or of_one_size or draw(st.booleans())
         else (1, first[1], *(n + draw(st.integers(0, 3)) for n in sizes))
     )
-    return model.eval(), first, second
+    try:
+        model.eval()(torch.zeros(first))
+    except RuntimeError:  # a crop that leaves nothing, say
+        reject()
+    return model, first, second
 
 
 def _step(draw: st.DrawFn, state: State, inside: bool = False) -> nn.Module:
@@ -176,7 +210,7 @@ def _step(draw: st.DrawFn, state: State, inside: bool = False) -> nn.Module:
     if not small:
         kinds += ["pool", "slice"]
     if not inside:
-        kinds += ["branches"] * 2 + ["global", "transposed", "pad", "channels last"]
+        kinds += ["branches"] * 2 + ["global", "transposed", "pad", "channels last", "flatten", "positions"]
         if all(size == 1 for size in state.sizes):
             kinds += ["flatten"] * 6
     kind = draw(st.sampled_from(kinds))
@@ -189,7 +223,7 @@ def _step(draw: st.DrawFn, state: State, inside: bool = False) -> nn.Module:
     if kind == "number":
         return Spell(draw(st.sampled_from(["half", "shift"])))
     if kind == "idle":
-        return draw(st.sampled_from([nn.Identity(), DROPOUTS[max(axes - 1, 0)]()]))
+        return draw(st.sampled_from([nn.Identity(), DROPOUTS[max(axes - 1, 0)](), Spell("copy"), Spell("same dtype")]))
     if kind == "branches":
         return _branches(draw, state)
     if kind == "pool":
@@ -205,15 +239,20 @@ def _step(draw: st.DrawFn, state: State, inside: bool = False) -> nn.Module:
         spelling = draw(st.sampled_from(["module", "mean keepdim", "mean"]))
         state.sizes = () if spelling == "mean" else (1,) * axes
         return ADAPTIVE_POOLS[axes - 1](1) if spelling == "module" else Spell(spelling, axes)
+    if kind == "positions":
+        return Positions(state.shape(1)[1:], draw(st.sampled_from(["scale", "offset", "both"])))
     if kind == "flatten":
-        state.sizes = ()
-        return draw(st.sampled_from([nn.Flatten(), Spell("flatten"), Spell("view"), Spell("reshape")]))
+        spellings = [nn.Flatten(), Spell("flatten"), Spell("view")]
+        if all(size == 1 for size in state.sizes):
+            spellings.append(Spell("reshape"))
+        state.channels, state.sizes = state.channels * prod(state.sizes), ()
+        return draw(st.sampled_from(spellings))
     if kind == "pad":
         if draw(st.booleans()):
             state.channels += 3
             return Spell("more channels", axes)
         state.sizes = tuple(size + 2 for size in state.sizes)
-        return Spell("around", axes)
+        return Spell(draw(st.sampled_from(["around", "zeros around"])), axes)
     assert kind == "channels last"
     state.last = True
     return Spell("channels last")
@@ -226,23 +265,25 @@ def _vector_step(draw: st.DrawFn, state: State, inside: bool) -> nn.Module:
     if not inside:
         kinds += ["branches"] * 2
         if state.last:
-            kinds += ["channels first", "tokens"] + ["mean"] * (len(state.sizes) == 1)
+            kinds += ["channels first", "tokens", "positions"] + ["mean"] * (len(state.sizes) == 1)
     kind = draw(st.sampled_from(kinds))
     if kind == "linear":
         width = draw(st.integers(1, 6))
         made = nn.Linear(state.channels, width, draw(st.booleans()))
         state.channels = width
-        return FunctionalLinear(made) if draw(st.integers(0, 4)) == 0 else made
+        return FunctionalLinear(made, of_vectors=not state.last) if draw(st.integers(0, 4)) == 0 else made
     if kind == "affine":
         return LayerScale(state.channels, 0, draw(st.sampled_from(["scale", "offset", "in place", "view"])))
     if kind == "number":
         return Spell(draw(st.sampled_from(["half", "shift"])))
     if kind == "idle":
-        return draw(st.sampled_from([nn.Identity(), nn.Dropout()]))
+        return draw(st.sampled_from([nn.Identity(), nn.Dropout(), Spell("copy"), Spell("same dtype")]))
     if kind == "batch norm":
         return nn.BatchNorm1d(state.channels)
     if kind == "branches":
         return _branches(draw, state)
+    if kind == "positions":
+        return Positions(state.shape(1)[1:], draw(st.sampled_from(["scale", "offset", "both"])))
     state.last = False
     if kind == "channels first":
         return Spell("channels first")
@@ -284,7 +325,10 @@ def _convolution(draw: st.DrawFn, state: State, kind: str) -> nn.Module:
         made = CONVOLUTIONS[axes - 1](
             state.channels, outputs, kernel, each(1, 2), padding, dilation, padding_mode=mode, **options
         )
-    shape = made(torch.zeros(1, state.channels, *state.sizes)).shape
+    try:
+        shape = made(torch.zeros(1, state.channels, *state.sizes)).shape
+    except RuntimeError:  # a crop that leaves nothing
+        reject()
     state.channels, state.sizes = outputs, tuple(shape[2:])
     functional = kind == "convolution" and made.padding_mode == "zeros" and draw(st.integers(0, 4)) == 0
     return FunctionalLinear(made) if functional else made
@@ -292,7 +336,7 @@ def _convolution(draw: st.DrawFn, state: State, kind: str) -> nn.Module:
 
 def _branches(draw: st.DrawFn, state: State) -> nn.Module:
     """Draw branches that end in one shape; what does not fit is left out."""
-    spelling = draw(st.sampled_from(["operator", "function", "in place", "concatenate"]))
+    spelling = draw(st.sampled_from(["operator", "function", "in place", "concatenate", "difference", "share"]))
     branches: list[nn.Module] = []
     ends: list[State] = []
     for _ in range(draw(st.integers(2, 3))):

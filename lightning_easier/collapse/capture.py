@@ -20,13 +20,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER, WRITES
+from lightning_easier.collapse.guards import read_guards
+from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER, WRITES, name_of
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
 from lightning_easier.tracing import RecordingProxy, is_readable, modes
 
 _GUARDS = "_guards_fn"  # the name that torch.export gives it
+_OUTPUT = "_output"
 _logger = logging.getLogger(__name__)
 # Layers that are called again in the place of the one ATen operator that they became
 _LAYERS: tuple[Any, ...] = (
@@ -56,7 +58,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
         return _with_shapes(model, *_trace(model, len(arguments), frozenset()), arguments)
     except Exception as error:  # whatever a user's forward raises on a proxy
         reason = error
-    if not any(has_hooks(module) for module in model.modules()):
+    if not any(has_hooks(module) or _uses_batch_statistics(module) for module in model.modules()):
         try:
             return _with_shapes(model, *_export(model, arguments), arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
@@ -72,13 +74,20 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
 def _with_shapes(
     model: nn.Module, graph: fx.Graph, constants: dict[str, Any], arguments: Sequence[Tensor]
 ) -> fx.GraphModule:
+    root = nn.Module()  # not the model itself: a Sequential would call what is added to it
+    root._modules, root._parameters, root._buffers = (
+        dict(model._modules), dict(model._parameters), dict(model._buffers),
+    )  # fmt: skip
     for name, value in constants.items():
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            model.register_buffer(name, value, persistent=False)
+            root.register_buffer(name, value, persistent=False)
         else:
-            setattr(model, name, value)
-    captured = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    captured.eval()
+            setattr(root, name, value)
+    modes_before = {module: module.training for module in model.modules()}
+    captured = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    captured.eval()  # the rooms that it makes for names with dots
+    for module, training in modes_before.items():
+        module.training = training
     with torch.no_grad():
         _Shapes(captured).propagate(*arguments)
     return captured
@@ -96,6 +105,10 @@ class _Shapes(ShapeProp):
         memory = _memory(result)
         n.meta[ALIASES] = [other for other in n.all_input_nodes if memory & _memory(self.env.get(other))]
         return result
+
+
+def _uses_batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, BATCH_NORMS) and module.training
 
 
 def _versions(node: fx.Node, env: dict[fx.Node, Any]) -> list[int]:
@@ -135,13 +148,11 @@ class _ModelTracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            m in self._opaque
-            or isinstance(m, IdentityStandIn)
-            or is_activation(m)
-            or has_hooks(m)
-            or (module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name))
-        )
+        if m in self._opaque or isinstance(m, IdentityStandIn) or is_activation(m) or has_hooks(m):
+            return True
+        if any(isinstance(part, IdentityStandIn) for part in m.modules()):  # torch's own layers too, a transformer's
+            return False
+        return module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module, inputs: int, opaque: frozenset[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
@@ -183,17 +194,24 @@ def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, di
                                                        if _takes_any_number(model) else sizes)  # fmt: skip
     exported: Any = program.module()  # with a check that sizes are those for which what was traced holds
     graph: fx.Graph = exported.graph
-    _restore_structure(graph)
+    constants: dict[str, Any] = {}
+    structure = _restore_structure(graph)
+    if structure is not None:
+        constants[_OUTPUT] = structure
+    _drop_idle_conversions(graph)
     _call_layers(model, graph)
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    constants = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in own:
             if "." in str(node.target) or not isinstance(getattr(exported, str(node.target)), Tensor):
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(exported, str(node.target))
-        elif node.op == "call_module" and node.target == _GUARDS:
-            model.add_module(_GUARDS, exported.get_submodule(_GUARDS))
+    (checking,) = graph.find_nodes(op="call_module", target=_GUARDS)  # or it is not known for which sizes this holds
+    guards = read_guards(exported.get_submodule(_GUARDS), [str(x.target) for x in checking.all_input_nodes])
+    if guards.conditions:
+        constants[_GUARDS] = guards
+    else:
+        graph.erase_node(checking)
     return graph, constants
 
 
@@ -201,13 +219,39 @@ def _takes_any_number(model: nn.Module) -> bool:
     return any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
-def _restore_structure(graph: fx.Graph) -> None:
-    """Take plain arguments, and return what the model returns, without the flattening of an exported program."""
+def _restore_structure(graph: fx.Graph) -> nn.Module | None:
+    """Take plain arguments, and return what the model returns, without the flattening of an exported program.
+
+    Returns:
+        What the graph calls to make an OrderedDict, say, or a class of transformers; a graph knows plain ones only.
+    """
     specification: Any = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     (output,) = (node for node in graph.nodes if node.op == "output")
     values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node) or leaf is None)
-    output.args = (pytree.tree_unflatten(values, specification),)
     graph.set_codegen(CodeGen())
+    if _is_plain(specification):
+        output.args = (pytree.tree_unflatten(values, specification),)
+        return None
+    with graph.inserting_before(output):
+        output.args = (graph.create_node("call_module", _OUTPUT, tuple(values)),)
+    return _Output(specification)
+
+
+class _Output(nn.Module):
+    """Puts values into the structure that a model returns."""
+
+    def __init__(self, specification: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.specification = specification
+
+    def forward(self, *values: Any) -> Any:
+        return pytree.tree_unflatten(values, self.specification)
+
+
+def _is_plain(specification: Any) -> bool:
+    if specification.is_leaf():
+        return True
+    return specification.type in (tuple, list, dict) and all(map(_is_plain, specification.children()))
 
 
 def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
@@ -229,6 +273,16 @@ def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+
+
+def _drop_idle_conversions(graph: fx.Graph) -> None:
+    """Drop conversions to the dtype that a value has: ``x.to(y.dtype)`` was recorded with that dtype written out."""
+    for node in list(graph.nodes):
+        if name_of(node) in ("to", "_to_copy") and isinstance(value := node.args[0], fx.Node):
+            dtypes = [getattr(each.meta.get("val"), "dtype", None) for each in (node, value)]
+            if dtypes[0] is not None and dtypes[0] == dtypes[1]:
+                node.replace_all_uses_with(value)
+                graph.erase_node(node)
 
 
 def _layer_of(node: fx.Node) -> str:

@@ -22,7 +22,7 @@ from lightning_easier.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
 
-_SUMS = ("add", "add_", "iadd")
+_SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub", "subtract", "subtract_")
 _CONCATENATIONS = ("cat", "concat", "concatenate")
 _QUESTIONS_OF_ATTRIBUTES = ("dtype", "device", "requires_grad", "is_cuda")
 
@@ -37,6 +37,7 @@ class Fork:
         name: For a report.
         branches: The steps of each, in the order in which they are joined; none for the value itself.
         how: ``"add"`` or ``"concatenate"``.
+        factors: What each branch is multiplied by before it is joined.
         axis: The axis of a concatenation.
     """
 
@@ -45,6 +46,7 @@ class Fork:
     name: str
     branches: tuple[tuple["Element", ...], ...]
     how: str
+    factors: tuple[float, ...]
     axis: int = 1
     counts: bool = True
 
@@ -202,11 +204,18 @@ class Chains:
         name, shape = name_of(node), shape_of(node)
         values: Any
         axis: Any = 1
-        if name in _SUMS and set(node.kwargs) <= {"input", "other"}:
-            values, how = [*node.args, *node.kwargs.values()], "add"
+        factors: tuple[float, ...]
+        if name in _SUMS and set(node.kwargs) <= {"input", "other", "alpha"}:
+            given = {**node.kwargs}
+            alpha: Any = given.pop("alpha", 1)
+            values, how = [*node.args, *given.values()], "add"
+            if isinstance(alpha, fx.Node):
+                return None
+            factors = (1.0, float(alpha if "add" in name else -alpha))
         elif name in _CONCATENATIONS:
             values, how = (node.args[0] if node.args else node.kwargs.get("tensors")), "concatenate"
             axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+            factors = (1.0,) * len(values) if isinstance(values, list | tuple) else ()
         else:
             return None
         if shape is None or not node.meta["tensor_meta"].dtype.is_floating_point:
@@ -230,7 +239,7 @@ class Chains:
             return None
         inside = [each for steps, _ in branches for each in nodes_of(steps)]
         self._joined_in.update(dict.fromkeys(inside, node))
-        return Fork(node, source, node.name, tuple(steps for steps, _ in branches), how, axis)
+        return Fork(node, source, node.name, tuple(steps for steps, _ in branches), how, factors, axis)
 
     def _is_written_into(self, node: fx.Node) -> bool:
         """Tell whether a value may change after it was computed, under this or another name."""

@@ -9,12 +9,13 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from lightning_easier.collapse.affine import AFFINES
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.operators import channel_axis, is_pointwise
 from lightning_easier.collapse.plans import Kept, Made, Split, Unit, shapes_of
 from lightning_easier.collapse.prices import Pricer, Shape
 from lightning_easier.collapse.reading import Link, shape_of
-from lightning_easier.collapse.recipes import moved, recipe_of
+from lightning_easier.collapse.recipes import Recipe, behind_flatten, moved, recipe_of
 
 
 def commuted(units: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit] | None:
@@ -72,6 +73,8 @@ def _repriced(order: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit]
 def _swapped(order: Sequence[Unit], place: int) -> list[Unit] | None:
     """Return two neighbours in the other order, where that brings what belongs together closer; else None."""
     first, second = order[place : place + 2]
+    if first.link is not None and first.link.unchanged:
+        return [second, first] if second.recipe is not None else None
     try:
         if second.is_average:
             return _averaged_first(first, second)
@@ -96,26 +99,42 @@ def _averaged_first(first: Unit, second: Unit) -> list[Unit] | None:
 
 
 def _behind_the_layout(before: Sequence[Unit], first: Unit, second: Unit, behind: Unit) -> list[Unit] | None:
-    """Let an operator on a map of one position work on the vector that a Linear reads."""
+    """Let an operator on a map of one position, or an affine, work on the vector that a Linear reads."""
     link, operator = second.link, _movable(first)
-    if operator is None or link is None or behind.recipe is None or not _is_of_one_position(link):
+    if link is None or first.recipe is None or behind.recipe is None or channel_axis(behind.recipe.structure) != -1:
         return None
-    if not behind.recipe.anchored:  # nothing says that it is one position at other sizes, too
+    if not behind.recipe.anchored:  # nothing says that there are as many positions at other sizes, too
         return None
-    if channel_axis(operator) != 1 or channel_axis(behind.recipe.structure) != -1 or not _all_pointwise(before):
+    if _flattens(link) and isinstance(first.recipe.structure, AFFINES):
+        return [second, _written(first, behind_flatten(first.recipe, tuple(shape_of(link.value) or ())[1:]))]
+    if operator is None or not _is_of_one_position(link) or channel_axis(operator) != 1 or not _all_pointwise(before):
         return None
     return [second, _moved(first, -1, 1)]
 
 
 def _before_the_layout(before: Sequence[Unit], first: Unit, second: Unit) -> list[Unit] | None:
     """Put an operator that treats every position alone beside the operator on the other side of a layout."""
-    link, operator, neighbour = first.link, _movable(second), before[-1].recipe
-    if operator is None or link is None or link.moves is None or neighbour is None:
+    link, operator = first.link, _movable(second)
+    if operator is None or link is None or (_is_of_one_position(link) and _all_pointwise(before)):
         return None
-    axis = channel_axis(neighbour.structure)
-    if link.moves.get(axis) != channel_axis(operator) or (_is_of_one_position(link) and _all_pointwise(before)):
+    axis = _axis_before(before, link, channel_axis(operator))
+    if axis is None:
         return None
     return [_moved(second, axis, max(len(shape_of(link.value) or ()) - 2, 1)), first]
+
+
+def _axis_before(before: Sequence[Unit], layout: Link, axis: int) -> int | None:
+    """Return where a layout takes its channels from, if an operator put them there, through other layouts perhaps."""
+    for place in (1, -1):
+        if (layout.moves or {}).get(place) != axis or not before:
+            continue
+        last = before[-1]
+        if last.is_layout and last.link is not None:
+            if _axis_before(before[:-1], last.link, place) is not None:
+                return place
+        elif last.recipe is not None and channel_axis(last.recipe.structure) == place:
+            return place
+    return None
 
 
 def _movable(unit: Unit) -> Any:
@@ -129,6 +148,12 @@ def _is_of_one_position(link: Link) -> bool:
     """Tell whether a layout makes a vector of a map of one position."""
     shape = shape_of(link.value) or ()
     return len(shape) > 2 and (link.moves or {}).get(1) == -1 and prod(shape[2:]) == 1
+
+
+def _flattens(link: Link) -> bool:
+    """Tell whether a layout makes a vector of each sample."""
+    before, behind = shape_of(link.value) or (), shape_of(link.node) or ()
+    return len(before) > 2 and len(behind) == 2 and before[0] == behind[0]
 
 
 def _all_pointwise(units: Sequence[Unit]) -> bool:
@@ -145,8 +170,10 @@ def _moved(unit: Unit, axis: int, axes: int) -> Unit:
     """Write a unit for another place of the channels."""
     assert unit.recipe is not None
     recipe = moved(unit.recipe, axis, axes)
-    if recipe is unit.recipe:
-        return unit
+    return unit if recipe is unit.recipe else _written(unit, recipe)
+
+
+def _written(unit: Unit, recipe: Recipe) -> Unit:
     return Unit(Made(recipe), unit.price, recipe, unit.elements, before=unit.before)
 
 

@@ -6,6 +6,10 @@ Linear:
 Channel affine (a batch norm in eval mode, a LayerScale):
     a diagonal Linear, or a depthwise convolution with one tap.
 
+Element affine (learned positions):
+    :math:`w_2 (w_1 x + b_1) + b_2 = (w_2 w_1) x + (w_2 b_1 + b_2)` element by element; with a channel affine the same,
+    spread over the positions.
+
 Convolutions, transposed convolutions:
     see :mod:`lightning_easier.collapse.convolutions`.
 
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from lightning_easier.collapse import convolutions
-from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.affine import AFFINES, ChannelAffine, ElementAffine
 from lightning_easier.collapse.convolutions import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
@@ -37,7 +41,7 @@ from lightning_easier.collapse.convolutions import (
 )
 from lightning_easier.collapse.errors import CannotMergeError
 
-LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, ChannelAffine, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, *AFFINES, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 """Exact classes that :func:`compose` knows; subclasses may compute anything."""
 
 
@@ -53,17 +57,15 @@ def compose(first: nn.Module, second: nn.Module) -> nn.Module:
         CannotMergeError: With the reason, when there is no exact equal.
     """
     _check_alike((first, second))
-    if {type(first), type(second)} & {ChannelAffine} and channel_axis(first) != channel_axis(second):
+    if {type(first), type(second)} & {*AFFINES} and channel_axis(first) != channel_axis(second):
         raise CannotMergeError("the channel axis of one is not that of the other")
     if channel_axis(first) != channel_axis(second) or not _compatible(first, second):
         raise CannotMergeError(f"no merge of {type(first).__name__} and {type(second).__name__} is known")
     merged: nn.Module
-    if isinstance(first, ChannelAffine) and isinstance(second, ChannelAffine):
-        bias = None
-        if first.bias is not None or second.bias is not None:
-            bias = second.weight.double() * bias_or_zeros(first, first.channels)
-            bias = bias + bias_or_zeros(second, first.channels)
-        merged = _affine(first.weight.double() * second.weight.double(), bias, first.dim, first.weight.dtype)
+    if isinstance(first, AFFINES) and isinstance(second, AFFINES):
+        merged = _compose_affines(first, second)
+    elif isinstance(first, ElementAffine) or isinstance(second, ElementAffine):
+        raise CannotMergeError("one of them does something else at every position")
     elif channel_axis(first) == -1:
         merged = _compose_linear(first, second)
     else:
@@ -120,20 +122,40 @@ def _join(
     _check_alike(parts)
     if len({channel_axis(part) for part in parts}) > 1:
         raise CannotMergeError("the parallel branches differ in the axis of their channels")
-    if of_affines is not None and all(isinstance(part, ChannelAffine) for part in parts):
+    if of_affines is not None and all(isinstance(part, AFFINES) for part in parts):
         return _finished(of_affines(parts), parts)
+    if any(isinstance(part, ElementAffine) for part in parts):
+        raise CannotMergeError("one of the parallel branches does something else at every position")
     if channel_axis(parts[0]) == -1:
         return _finished(of_matrices([_as_linear(part) for part in parts]), parts)
     axes = max((_axes(part) for part in parts if not isinstance(part, ChannelAffine)), default=axes)
     return _finished(of_convolutions([_as_ordinary(part, axes) for part in parts]), parts)
 
 
-def _add_affines(parts: Sequence[ChannelAffine]) -> nn.Module:
-    bias = None
-    if any(part.bias is not None for part in parts):
-        bias = reduce(torch.add, [bias_or_zeros(part, part.channels) for part in parts])
-    weight = reduce(torch.add, [part.weight.double() for part in parts])
-    return _affine(weight, bias, parts[0].dim, parts[0].weight.dtype)
+def _compose_affines(first: Any, second: Any) -> nn.Module:
+    (w1, b1), (w2, b2) = _spread((first, second))
+    offsets = [offset for offset in (None if b1 is None else w2 * b1, b2) if offset is not None]
+    bias = reduce(torch.add, offsets) if offsets else None
+    return _affine(w1 * w2, bias, first.dim, first.weight.dtype)
+
+
+def _add_affines(parts: Sequence[Any]) -> nn.Module:
+    spread = _spread(parts)
+    weight = reduce(torch.add, [weight for weight, _ in spread])
+    offsets = [bias for _, bias in spread if bias is not None]
+    return _affine(weight, reduce(torch.add, offsets) if offsets else None, parts[0].dim, parts[0].weight.dtype)
+
+
+def _spread(parts: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
+    """Return scales and offsets of affines with one axis for the channels, in float64, to be broadcast."""
+    rank = max(part.weight.ndim for part in parts)
+
+    def spread(part: Any, vector: Tensor | None) -> Tensor | None:
+        if vector is None or vector.ndim == rank or part.dim == -1:
+            return None if vector is None else vector.double()
+        return vector.double().view(-1, *[1] * (rank - 1))
+
+    return [(spread(part, part.weight), spread(part, part.bias)) for part in parts]  # type: ignore[misc]
 
 
 def _add_matrices(parts: Sequence[nn.Linear]) -> nn.Module:
@@ -253,6 +275,23 @@ def is_pointwise(operator: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def flattened(operator: nn.Module, shape: Sequence[int]) -> ChannelAffine:
+    """Return the affine that computes on flattened samples what an affine computes on samples.
+
+    Args:
+        operator: A channel affine or an element affine.
+        shape: Of one sample.
+    """
+    affine: Any = operator
+    one = _affine(torch.ones(tuple(shape), device=affine.weight.device), None, affine.dim, affine.weight.dtype)
+    whole: Any = _compose_affines(one, affine)
+    bias = None if whole.bias is None else whole.bias.flatten()
+    made: ChannelAffine = _affine(whole.weight.flatten(), bias, -1, affine.weight.dtype)
+    _finished(made, (operator,))
+    return made
+
+
+@torch.no_grad()
 def on_axis(operator: nn.Module, axis: int, axes: int) -> nn.Module:
     """Write a pointwise operator for another place of the channels.
 
@@ -312,14 +351,14 @@ def _twin(operator: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
 
 def channel_axis(operator: nn.Module) -> int:
     """Return the axis of an operator's channels: 1 or -1."""
-    if isinstance(operator, ChannelAffine):
+    if isinstance(operator, AFFINES):
         return operator.dim
     return -1 if isinstance(operator, nn.Linear) else 1
 
 
 def channels(operator: Any) -> tuple[int, int]:
     """Return the number of channels an operator reads and writes."""
-    if isinstance(operator, ChannelAffine):
+    if isinstance(operator, AFFINES):
         return operator.channels, operator.channels
     if isinstance(operator, nn.Linear):
         return operator.in_features, operator.out_features
@@ -333,6 +372,8 @@ def summary(operator: nn.Module) -> str:
         return f"Linear {before}→{behind}"
     if isinstance(operator, ChannelAffine):
         return f"ChannelAffine {before}"
+    if isinstance(operator, ElementAffine):
+        return f"ElementAffine {'×'.join(map(str, operator.shape))}"
     shape: Any = operator
     kernel = "×".join(map(str, shape.kernel_size))
     groups = f", {shape.groups} groups" if shape.groups > 1 else ""
@@ -352,7 +393,7 @@ def _check_alike(parts: Sequence[nn.Module]) -> None:
 
 
 def _compatible(first: nn.Module, second: nn.Module) -> bool:
-    if isinstance(first, ChannelAffine) or isinstance(second, ChannelAffine) or channel_axis(first) == -1:
+    if isinstance(first, AFFINES) or isinstance(second, AFFINES) or channel_axis(first) == -1:
         return True
     return _axes(first) == _axes(second)
 
@@ -384,8 +425,12 @@ def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linea
     return with_tensors(made, weight, bias, dtype)
 
 
-def _affine(weight: Tensor, bias: Tensor | None, dim: int, dtype: torch.dtype) -> ChannelAffine:
-    made = ChannelAffine(weight.shape[0], dim, bias is not None, device="meta", dtype=dtype)
+def _affine(weight: Tensor, bias: Tensor | None, dim: int, dtype: torch.dtype) -> Any:
+    if weight.ndim == 1:
+        made: nn.Module = ChannelAffine(weight.shape[0], dim, bias is not None, device="meta", dtype=dtype)
+    else:
+        made = ElementAffine(weight.shape, dim, bias is not None, device="meta", dtype=dtype)
+        bias = None if bias is None else bias.expand(weight.shape)
     return with_tensors(made, weight, bias, dtype)
 
 

@@ -13,6 +13,7 @@ Nothing here touches the graph, and no weights are multiplied: operators are com
 from collections.abc import Sequence
 
 from lightning_easier.collapse.accounts import merges_of, refusals_of
+from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.chains import Chain, Fork, input_shape
 from lightning_easier.collapse.commuting import commuted
 from lightning_easier.collapse.operators import channel_axis
@@ -50,13 +51,19 @@ class Planner:
 
     # Units
 
-    def _units(self, chain: Chain, shape: Shape) -> list[Unit]:
-        """Read the elements of a chain as units, each with the channels where its neighbours have them."""
-        axis = _axis_at_start(chain)
+    def _units(self, chain: Chain, shape: Shape, around: int | None = None) -> list[Unit]:
+        """Read the elements of a chain as units, each with the channels where its neighbours have them.
+
+        Args:
+            chain: The chain.
+            shape: Of what it reads.
+            around: The axis of the channels in what the chain is a branch of.
+        """
+        axis = _axis_at_start(chain) or around
         self._pricer.time_elements(chain)
         units = []
         for element in chain:
-            unit = self._unit_of_fork(element) if isinstance(element, Fork) else self._unit_of_link(element, axis)
+            unit = self._unit_of_fork(element, axis) if isinstance(element, Fork) else self._unit_of_link(element, axis)
             units.append(unit)
             if unit.recipe is not None and not unit.is_average:
                 axis = channel_axis(unit.recipe.structure)
@@ -66,15 +73,17 @@ class Planner:
 
     def _unit_of_link(self, link: Link, axis: int | None) -> Unit:
         operator = link.operator
-        if link.operator_on is not None:  # it treats all channels alike; which they are its neighbours tell
-            operator = None if axis is None else link.operator_on(axis)
+        if axis is not None and link.operator_on is not None:  # which axis is the channels' its neighbours tell
+            operator = link.operator_on(axis)
+        elif isinstance(operator, ChannelAffine) and link.operator_on is not None:
+            operator = None
         price = self._pricer.price_of_link(link)
         recipe = None if operator is None else recipe_of(link, operator)
         return Unit(Kept(link), price, recipe, (link,), "", link, price)
 
-    def _unit_of_fork(self, fork: Fork) -> Unit:
+    def _unit_of_fork(self, fork: Fork, axis: int | None) -> Unit:
         shape = input_shape((fork,))
-        branches = [self._units(branch, shape) for branch in fork.branches]
+        branches = [self._units(branch, shape, axis) for branch in fork.branches]
         join = self._pricer.price_of_join(fork)
         cuts = tuple(self._cheapest(units, shape) for units in branches)
         given = tuple(as_given(units, shape) for units in branches)
@@ -201,8 +210,8 @@ def _axis_at_start(chain: Chain) -> int | None:
         if isinstance(element, Fork):
             axes = [axis for branch in element.branches if (axis := _axis_at_start(branch)) is not None]
         else:
-            fixed = element.operator is not None and recipe_of(element, element.operator).anchored
-            axes = [channel_axis(element.operator)] if fixed else []  # type: ignore[arg-type]
+            operator = element.operator if element.operator_on is None else None
+            axes = [channel_axis(operator)] if operator is not None and recipe_of(element, operator).anchored else []
         if axes:
             return next((start for start, here in now.items() if here == axes[0]), None)
         if isinstance(element, Link) and element.moves is not None:

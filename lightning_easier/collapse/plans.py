@@ -152,6 +152,8 @@ def shapes_of(units: Sequence[Unit], shape: Shape) -> list[Shape]:
 def _shape_behind(unit: Unit, shape: Shape) -> Shape:
     if unit.recipe is not None and not unit.is_average:
         return output_shape(unit.recipe.structure, shape)
+    if unit.link is not None and unit.link.unchanged:
+        return shape
     element = unit.elements[-1]
     before, behind = shape_of(element.value), tuple(shape_of(element.node) or ())
     if before is None or tuple(before) == shape:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.affine import AFFINES
 from lightning_easier.collapse.chains import Chain, Fork, input_shape
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, padding_of
 from lightning_easier.collapse.operators import channels, of_random_numbers
@@ -41,7 +41,7 @@ def count_macs(operator: nn.Module, shape: Shape) -> int:
         operator: The operator; it needs no data.
         shape: Of its input.
     """
-    if isinstance(operator, ChannelAffine):
+    if isinstance(operator, AFFINES):
         return 0
     weight: Tensor = operator.weight  # type: ignore[assignment]
     if isinstance(operator, nn.Linear):
@@ -57,7 +57,7 @@ def output_shape(operator: Any, shape: Shape) -> Shape:
         operator: The operator; it needs no data.
         shape: Of its input.
     """
-    if isinstance(operator, ChannelAffine):
+    if isinstance(operator, AFFINES):
         return shape
     if isinstance(operator, nn.Linear):
         return (*shape[:-1], operator.out_features)
@@ -98,7 +98,17 @@ def key_of(operator: nn.Module, shape: Shape, device: torch.device) -> Hashable:
     weight: Tensor = operator.weight  # type: ignore[assignment]
     geometry = tuple(
         (name, value)
-        for name in ("kernel_size", "stride", "padding", "dilation", "groups", "output_padding", "padding_mode", "dim")
+        for name in (
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "output_padding",
+            "padding_mode",
+            "dim",
+            "shape",
+        )
         if (value := getattr(operator, name, None)) is not None
     )
     has_bias = operator.bias is not None
@@ -166,7 +176,7 @@ class Pricer:
             return self._table.seconds[key], 1
         if self.objective == "macs":
             return float(count_macs(operator, shape)), 1
-        return float(not isinstance(operator, ChannelAffine)), 1
+        return float(not isinstance(operator, AFFINES)), 1
 
     def price_of_link(self, link: Link) -> Price:
         """Return the price of a step as it stands."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lightning_easier.collapse import convolutions
-from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.affine import AFFINES, ChannelAffine, ElementAffine
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, with_tensors
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.operators import as_affine, structure
@@ -38,10 +38,16 @@ _CONVOLUTIONS_BY_NAME = {
     **{f"conv{axes}d": kind for axes, kind in enumerate(CONVOLUTIONS, 1)},
     **{f"conv_transpose{axes}d": kind for axes, kind in enumerate(TRANSPOSED_CONVOLUTIONS, 1)},
 }
+_ZERO_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _PERMUTATIONS = ("permute", "transpose", "transpose_", "swapaxes", "swapdims", "movedim", "moveaxis")
-_RESHAPES = ("flatten", "view", "reshape", "contiguous")
-_VIEWS_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "permute", "transpose", "getitem", "squeeze", "flatten")
+_RESHAPES = ("flatten", "view", "reshape")
+_COPIES = ("contiguous", "clone")
+_CONVERSIONS = ("to", "type_as")
+_VIEWS_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "permute", "transpose", "t", "getitem", "squeeze", "flatten")
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+_MATRIX_PRODUCTS = {
+    "linear": "value weight bias", "matmul": "value weight", "mm": "value weight", "addmm": "bias value weight",
+}  # fmt: skip
 _WRITING = (*_IN_PLACE, "setitem", "imod", "ipow", "ifloordiv", "iand", "ior", "ixor", "imatmul")
 _AFFINE = {"multiply": "mul", "subtract": "sub", "truediv": "div", "divide": "div", "true_divide": "div"}
 
@@ -71,7 +77,9 @@ class Link:
         averaging: Said of an average over positions.
         moves: Where it puts the channels: axis before -> axis behind (1 or -1).
         counts: Whether it is an operation of its own, and not only another view of a value.
-        operator_on: Axis of the channels -> the operator, where it treats all channels alike and so fits both.
+        unchanged: Whether it leaves every number in its place: a copy, a conversion.
+        selects: Whether it copies channels and positions, between zeros perhaps: a slice, a padding.
+        operator_on: Axis of the channels -> the operator, where it fits both: a number, or one for each element.
     """
 
     node: fx.Node
@@ -81,13 +89,15 @@ class Link:
     averaging: Averaging | None = None
     moves: dict[int, int] | None = None
     counts: bool = True
+    unchanged: bool = False
+    selects: bool = False
     operator_on: Callable[[int], nn.Module] | None = None
 
     @property
     def carries_weight(self) -> bool:
         """Whether it is a convolution or a product with a matrix as it stands."""
         linear = isinstance(self.operator, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
-        return linear and self.averaging is None and name_of(self.node) not in ("getitem", "slice", "pad")
+        return linear and self.averaging is None and not self.selects
 
     @property
     def may_change_samples(self) -> bool:
@@ -95,7 +105,7 @@ class Link:
         if self.counts or self.moves is None or self.node.op == "call_module":
             return False
         name = name_of(self.node)
-        return name in ("view", "reshape") or (name == "flatten" and self.node.args[1:2] != (1,))
+        return (name in _RESHAPES and name != "flatten") or (name == "flatten" and self.node.args[1:2] != (1,))
 
 
 def shape_of(node: Any) -> torch.Size | None:
@@ -130,11 +140,7 @@ def changes_its_input(captured: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = captured.get_submodule(str(node.target))
         # What is not torch's, or has hooks, may do anything on other values
-        known = (
-            isinstance(module, ChannelAffine)
-            or is_activation(module)
-            or type(module).__module__.startswith("torch.nn.")
-        )
+        known = isinstance(module, AFFINES) or is_activation(module) or type(module).__module__.startswith("torch.nn.")
         return has_hooks(module) or not known or any(getattr(part, "inplace", False) for part in module.modules())
     name = name_of(node)
     if node.op == "call_function" and not name:
@@ -186,7 +192,7 @@ class Reader:
         if before is None:
             return None
         name, kind = str(node.target), type(module)
-        if kind in (nn.Linear, ChannelAffine):
+        if kind in (nn.Linear, *AFFINES):
             return Link(node, value, name, module)
         if kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             convolutions.padding_of(module)  # or it is not read
@@ -200,6 +206,8 @@ class Reader:
             return Link(node, value, name, averaging=Averaging(True), moves={1: 1}) if batched else None
         if kind is nn.Flatten:
             return self._reshaped(node, value, name)
+        if kind in _ZERO_PADS and getattr(module, "value", 0) == 0:
+            return self._with_zeros(node, value, name, module.padding)
         return None
 
     def _read_function(self, node: fx.Node) -> Link | None:
@@ -211,7 +219,7 @@ class Reader:
             return self._affine(node, plain)
         if name in _CONVOLUTIONS_BY_NAME:
             return self._convolution(node, name)
-        if name in ("linear", "matmul"):
+        if name in ("linear", "matmul", "mm", "addmm"):
             return self._linear(node, name)
         if name == "batch_norm":
             return self._batch_norm(node)
@@ -230,6 +238,8 @@ class Reader:
             return self._permuted(node, value)
         if name in _RESHAPES:
             return self._reshaped(node, value, node.name)
+        if name in _COPIES or (name in _CONVERSIONS and isinstance(node.args[1], fx.Node)):
+            return self._unchanged(node, value)
         if name in ("getitem", "slice"):
             return self._picked(node, value, name)
         if name in ("pad", "constant_pad_nd"):
@@ -237,7 +247,7 @@ class Reader:
         return None
 
     def _affine(self, node: fx.Node, name: str) -> Link | None:
-        """Read a product, sum, difference or quotient of a value and a constant for each channel."""
+        """Read a product, sum, difference or quotient of a value and constants."""
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") or node.kwargs.get("out") is not None:
             return None
         arguments: list[Any] = [*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs)]
@@ -268,21 +278,27 @@ class Reader:
                 "mul": (vector, None), "neg": (vector, None), "div": (1 / vector, None), "add": (ones, vector),
                 "sub": (-ones, vector) if reversed_ else (ones, -vector),
             }[name]  # fmt: skip
-            made = ChannelAffine(len(vector), axis, offset is not None, device="meta", dtype=torch.float64)
+            made: nn.Module
+            if vector.ndim == 1:
+                made = ChannelAffine(len(vector), axis, device="meta")
+            else:
+                made = ElementAffine(vector.shape, axis, device="meta")
             return with_tensors(made, scale, offset, torch.float64).eval().requires_grad_(trainable)
 
         constant = constant.detach()
         if not bool(constant.isfinite().all()):  # a mask
             return None
-        if constant.ndim == 0:
-            axis = 1 if len(shape) > 2 else -1
+        axis, vector = _as_channels(constant, shape)
+        if axis is not None:
+            return Link(node, value, node.name, make(axis, vector))
+        for_each = tuple(constant.shape) in (tuple(shape[1:]), (1, *shape[1:]))
+        if constant.ndim > 0 and not for_each:
+            return None
 
-            def on(axis: int) -> nn.Module:
-                return make(axis, constant.expand(shape[axis]))
+        def on(axis: int) -> nn.Module:
+            return make(axis, constant.reshape(shape[1:]) if for_each else constant.expand(shape[axis]))
 
-            return Link(node, value, node.name, on(axis), operator_on=on)
-        varying, vector = _as_channels(constant, shape)
-        return None if varying is None else Link(node, value, node.name, make(varying, vector))
+        return Link(node, value, node.name, on(1 if len(shape) > 2 else -1), operator_on=on)
 
     def _convolution(self, node: fx.Node, name: str) -> Link | None:
         kind = _CONVOLUTIONS_BY_NAME[name]
@@ -300,16 +316,20 @@ class Reader:
         return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
 
     def _linear(self, node: fx.Node, name: str) -> Link | None:
-        given = _bind(node, "input weight bias" if name == "linear" else "input other")
-        value = given["input"]
-        weight = self._constant(given["weight"] if name == "linear" else given["other"])
-        bias = None if given.get("bias") is None else self._constant(given["bias"])
+        given = _bind(node, _MATRIX_PRODUCTS[name])
+        value, weight, bias = given["value"], self._constant(given["weight"]), given.get("bias")
+        bias = None if bias is None else self._constant(bias)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not isinstance(value, fx.Node):
             return None
-        made = nn.Linear(1, 1, bias is not None, device="meta")
         matrix = weight if name == "linear" else weight.T
+        if name == "addmm":
+            if not isinstance(bias, Tensor) or bias.shape != matrix.shape[:1]:
+                return None
+            # not rounded before the merge
+            matrix, bias = matrix.double() * given.get("alpha", 1), bias.double() * given.get("beta", 1)
+        made = nn.Linear(1, 1, bias is not None, device="meta")
         made.out_features, made.in_features = matrix.shape
-        made = with_tensors(made, matrix, bias, weight.dtype)
+        made = with_tensors(made, matrix, bias, matrix.dtype)
         return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
 
     def _batch_norm(self, node: fx.Node) -> Link | None:
@@ -393,12 +413,23 @@ class Reader:
         assert behind is not None
         if len(before) < 2 or len(behind) < 2 or (node.op != "call_module" and node.kwargs):
             return None
+        if node.meta["tensor_meta"].dtype != value.meta["tensor_meta"].dtype:  # its bytes are read as something else
+            return None
         moves = {}
         if before[:2] == behind[:2] and len(before) > 2:
             moves[1] = 1 if len(behind) > 2 else -1
         if before[-1] == behind[-1]:
             moves[-1] = -1
-        return Link(node, value, name, moves=moves, counts=False) if moves else None
+        if not moves and (len(behind) > 2 or before[0] != behind[0]):
+            return None
+        return Link(node, value, name, moves=moves, counts=False)
+
+    def _unchanged(self, node: fx.Node, value: fx.Node) -> Link | None:
+        """Read a copy, and a conversion to a dtype that the value has; a dtype that is written out is left alone."""
+        metas = [each.meta["tensor_meta"] for each in (node, value)]
+        if metas[0].dtype != metas[1].dtype or len(metas[0].shape) < 2:
+            return None
+        return Link(node, value, node.name, moves={1: 1, -1: -1}, counts=False, unchanged=True)
 
     def _picked(self, node: fx.Node, value: fx.Node, name: str) -> Link | None:
         """Read ``x[:, :, ::2, ::2]``, a convolution of one tap."""
@@ -420,25 +451,26 @@ class Reader:
             steps.append(1 if part.step is None else part.step)
         if any(step != 1 for step in steps[:2]) or any(step < 1 for step in steps[2:]):
             return None
-        return Link(node, value, node.name, self._selection(value, shape[1], stride=tuple(steps[2:])))
+        return Link(node, value, node.name, self._selection(value, shape[1], stride=tuple(steps[2:])), selects=True)
 
     def _padded(self, node: fx.Node, value: fx.Node) -> Link | None:
-        """Read zeros beside the channels and around the map, a convolution of one tap."""
-        given, shape = _bind(node, "input pad mode value"), shape_of(value)
-        if name_of(node) == "constant_pad_nd":
-            given = _bind(node, "input pad value")
-        if shape is None or len(shape) not in (3, 4, 5):
-            return None
+        given = _bind(node, "input pad mode value" if name_of(node) == "pad" else "input pad value")
         if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
             return None
+        return self._with_zeros(node, value, node.name, given["pad"])
+
+    def _with_zeros(self, node: fx.Node, value: fx.Node, name: str, pad: Any) -> Link | None:
+        """Read zeros beside the channels and around the map, a convolution of one tap."""
+        shape = shape_of(value)
+        if shape is None or len(shape) not in (3, 4, 5):
+            return None
         sides = [(0, 0)] * len(shape)
-        pad = list(given["pad"])
         for axis in range(len(pad) // 2):
             sides[-1 - axis] = (pad[2 * axis], pad[2 * axis + 1])
         if sides[0] != (0, 0) or any(low != high or low < 0 for low, high in sides[2:]) or min(sides[1]) < 0:
             return None
         padding = tuple(low for low, _ in sides[2:])
-        return Link(node, value, node.name, self._selection(value, shape[1], sides[1], padding=padding))
+        return Link(node, value, name, self._selection(value, shape[1], sides[1], padding=padding), selects=True)
 
     def _selection(self, value: fx.Node, channels: int, beside: tuple[int, int] = (0, 0), **geometry: Any) -> nn.Module:
         """Make a convolution of one tap that copies channels, with channels of zeros beside them."""
@@ -463,7 +495,7 @@ class Reader:
             owner, _, attribute = str(argument.target).rpartition(".")
             found = getattr(self._captured.get_submodule(owner), attribute)
             return found if isinstance(found, Tensor) and found.is_floating_point() else None
-        if name_of(argument) in _VIEWS_OF_CONSTANTS and argument.all_input_nodes == list(argument.args[:1]):
+        if _is_view(argument):
             whole = self._constant(argument.args[0])
             if isinstance(whole, Tensor):
                 return _call_alone(argument, whole)
@@ -476,9 +508,15 @@ class Reader:
 
 def is_constant(node: fx.Node) -> bool:
     """Tell whether a node is a parameter, a buffer, or a view of one."""
-    while name_of(node) in _VIEWS_OF_CONSTANTS and node.all_input_nodes == list(node.args[:1]):
+    while _is_view(node):
         (node,) = node.all_input_nodes
     return node.op == "get_attr"
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether a node is a view of one value, of a shape that nothing else tells."""
+    named = name_of(node) in _VIEWS_OF_CONSTANTS or (name_of(node) == "getattr" and node.args[1] in ("T", "mT"))
+    return named and node.all_input_nodes == list(node.args[:1])
 
 
 def constants_of(node: fx.Node) -> list[fx.Node]:

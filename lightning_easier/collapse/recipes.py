@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from lightning_easier.collapse import operators
-from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.affine import ChannelAffine, ElementAffine
 from lightning_easier.collapse.chains import Chain, Fork
 from lightning_easier.collapse.errors import CannotMergeError
-from lightning_easier.collapse.operators import channel_axis, on_axis
+from lightning_easier.collapse.operators import channel_axis, channels, flattened, on_axis
 from lightning_easier.collapse.prices import Shape, key_of
 from lightning_easier.collapse.reading import Link, structure_of
 
@@ -83,8 +83,16 @@ class Composer:
         if fork.how == "concatenate" and len(shape) > 2 and fork.axis != axis:
             return f"`{fork.name}` does not put channels side by side"
         dtype = fork.node.meta["tensor_meta"].dtype
-        identity = _identity(shape[axis], axis, dtype, self._device)
-        parts = [branch if branch is not None else identity for branch in branches]
+        parts: list[Recipe] = []
+        for branch, factor in zip(branches, fork.factors, strict=True):
+            count = shape[axis] if branch is None else channels(branch.structure)[1]
+            scale = _scale(factor, count, axis, dtype, self._device)
+            part: Recipe | str = scale
+            if branch is not None:
+                part = branch if factor == 1 else self.compose(branch, scale)
+            if isinstance(part, str):
+                return part
+            parts.append(part)
         join: Callable[[Sequence[nn.Module]], nn.Module] = operators.add
         if fork.how == "concatenate":
             join = partial(operators.concatenate, axes=len(shape) - 2)
@@ -103,7 +111,8 @@ def recipe_of(link: Link, operator: nn.Module) -> Recipe:
         link: The step.
         operator: The operator that it equals.
     """
-    anchored = link.carries_weight or (isinstance(operator, ChannelAffine) and link.operator_on is None)
+    told = isinstance(operator, ChannelAffine) and link.operator_on is None
+    anchored = link.carries_weight or told or isinstance(operator, ElementAffine)
     return Recipe(structure_of(link, operator), partial(operators.in_float64, operator), (link,), anchored)
 
 
@@ -121,10 +130,24 @@ def moved(recipe: Recipe, axis: int, axes: int) -> Recipe:
     return Recipe(made, partial(_build_on_axis, recipe, axis, axes), recipe.elements, recipe.anchored)
 
 
-def _identity(count: int, axis: int, dtype: torch.dtype, device: torch.device) -> Recipe:
+def behind_flatten(recipe: Recipe, shape: Shape) -> Recipe:
+    """Return the recipe of an affine for flattened samples.
+
+    Args:
+        recipe: Of a channel affine or an element affine.
+        shape: Of one sample.
+    """
+    made = flattened(recipe.structure, shape)
+    return Recipe(made, partial(_build_flattened, recipe, shape), recipe.elements, recipe.anchored)
+
+
+def _scale(factor: float, count: int, axis: int, dtype: torch.dtype, device: torch.device) -> Recipe:
+    """Return the recipe of a product of all channels and a number."""
+
     def build() -> nn.Module:
-        made = ChannelAffine(count, axis, bias=False, dtype=torch.float64, device=device)
-        return made.eval().requires_grad_(False)
+        made = ChannelAffine(count, axis, bias=False, dtype=torch.float64, device=device).requires_grad_(False)
+        made.weight.fill_(factor)
+        return made.eval()
 
     made = ChannelAffine(count, axis, bias=False, dtype=dtype, device="meta").eval().requires_grad_(False)
     return Recipe(made, build, (), False)
@@ -140,3 +163,7 @@ def _build_joined(join: Callable[[Sequence[nn.Module]], nn.Module], parts: Seque
 
 def _build_on_axis(recipe: Recipe, axis: int, axes: int) -> nn.Module:
     return on_axis(recipe.build(), axis, axes)
+
+
+def _build_flattened(recipe: Recipe, shape: Shape) -> nn.Module:
+    return flattened(recipe.build(), shape)

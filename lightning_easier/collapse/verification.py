@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easier.collapse.chains import describe_node
 from lightning_easier.collapse.writing import EQUALS
-from lightning_easier.inference import relative_difference
-
-_TOLERANCE = 1e-9
+from lightning_easier.inference import TOLERANCES, relative_difference, tolerance_for
 
 
 def in_double(
@@ -30,8 +29,25 @@ def in_double(
         return None
 
 
+class CoarsestDtype(TorchDispatchMode):
+    """Follows the dtypes that a forward computes in.
+
+    Attributes:
+        tolerance: The relative difference that rounding explains at the coarsest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tolerance = TOLERANCES[torch.float64]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.tolerance = max(self.tolerance, tolerance_for(result))
+        return result
+
+
 def why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]) -> str | None:
-    """Name the first operator of a collapsed graph whose value differs from that in its source.
+    """Name the first operator of a collapsed graph whose value differs from that in its source; None if none is found.
 
     Args:
         source: The graph as it was captured.
@@ -40,9 +56,12 @@ def why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: 
     """
     reference = _Values(source)
     comparison = _Comparison(collapsed, reference.values)
-    with torch.no_grad():
-        reference.run(*(argument.clone() for argument in arguments))
-        comparison.run(*(argument.clone() for argument in arguments))
+    try:
+        with torch.no_grad():
+            reference.run(*(argument.clone() for argument in arguments))
+            comparison.run(*(argument.clone() for argument in arguments))
+    except Exception:  # the source asserts its own dtype, say
+        return None
     return comparison.first
 
 
@@ -74,6 +93,6 @@ class _Comparison(fx.Interpreter):
         expected = self._reference.get(name) if name is not None else None
         if self.first is None and isinstance(result, Tensor) and expected is not None:
             with torch.no_grad():
-                if not relative_difference(result, expected) <= _TOLERANCE:
+                if not relative_difference(result, expected) <= TOLERANCES[torch.float64]:
                     self.first = describe_node(self.module, n)  # type: ignore[arg-type]
         return result

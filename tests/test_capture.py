@@ -1,0 +1,147 @@
+"""What is captured of a model that torch.fx can't follow, and what its collapsed form can do."""
+
+import copy
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_easier import collapse, export, isolate_activations, linearize
+from lightning_easier.inference import relative_difference
+from tests.models import randomize_batch_norms
+from tests.test_linear_steps import conv
+
+
+class AsksForShapes(nn.Module):
+    """What torch.fx can't follow and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.act, self.b = conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 2)
+        self.gamma = nn.Parameter(torch.randn(2, 1, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if x.shape[1] != 3:
+            raise ValueError("three channels are needed")
+        maps = self.b(self.act(self.norm(self.a(x)))) * self.gamma
+        return {"maps": maps, "mean": maps.mean([2, 3])}
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_only_torch_export_can_trace_is_collapsed(samples, tmp_path):
+    model = randomize_batch_norms(linearize(AsksForShapes(), ["act"])).eval()
+    x = torch.randn(samples, 3, 8, 9)
+    result = collapse(model, x, objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b", "mul")]
+    assert result.report.fused == ["norm"]
+    assert list(result.model.state_dict()) == ["a.weight", "a.bias"]
+    other = torch.randn(3, 3, 12, 7)
+    assert relative_difference(result.model(other), model(other)) <= 1e-5
+    assert (
+        relative_difference(copy.deepcopy(result.model).double()(other.double()), model.double()(other.double())) < 1e-6
+    )
+    assert export(result.model, tmp_path / "model.onnx", x).parity
+
+
+class Branches(nn.Module):
+    """Takes another way with the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return F.avg_pool2d(y, 2) if x.shape[2] > 5 else y
+
+
+def test_what_was_exported_for_some_sizes_refuses_others():
+    model = Branches().eval()
+    collapsed = collapse(model, torch.randn(2, 3, 8, 9), objective="macs").model
+    x = torch.randn(3, 3, 6, 10)
+    assert relative_difference(collapsed(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="holds where"):
+        collapsed(torch.randn(2, 3, 5, 5))
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_what_torch_export_captured_is_an_ordinary_module():
+    model = Branches().eval()
+    x = torch.randn(2, 3, 8, 9)
+    collapsed = collapse(model, x, objective="macs").model
+    for other in (saved_and_loaded(collapsed), copy.deepcopy(collapsed), torch.compile(collapsed, backend="eager")):
+        assert torch.equal(other(x), collapsed(x))
+        with pytest.raises((AssertionError, RuntimeError), match="holds where"):  # torch.compile has its own
+            other(torch.randn(2, 3, 5, 5))
+    again = torch.export.export(collapsed, (x,)).module()
+    assert relative_difference(again(x), model(x)) <= 1e-5
+    assert model(x).shape == (2, 2, 4, 4)  # the source has no guards, and still takes either way
+    assert model(torch.randn(2, 3, 5, 5)).shape == (2, 2, 5, 5)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make, self.a, self.b = make, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor):
+        if x.shape[1] != 3:
+            raise ValueError("three features are needed")
+        y = self.b(self.a(x))
+        return self.make(logits=y, both=(y + 1, None))
+
+
+def test_a_result_returns_the_classes_that_the_model_returns():
+    x = torch.randn(2, 3)
+    model = TwoOutputs(OrderedDict)
+    collapsed = collapse(model, x, objective="macs").model
+    for result in (collapsed, saved_and_loaded(collapsed)):
+        output = result(x)
+        assert type(output) is OrderedDict
+        assert relative_difference(output, model(x)) <= 1e-5
+        assert list(output) == ["logits", "both"]
+        assert output["both"][1] is None
+
+
+def test_a_class_of_transformers_is_returned_and_its_conv1d_is_merged():
+    transformers = pytest.importorskip("transformers")
+    configuration = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=32,
+                                            use_cache=False, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model = transformers.GPT2Model(configuration).eval()
+    linearize(model, list(isolate_activations(model))[1:])
+    tokens = torch.randint(0, 99, (2, 7))
+    result = collapse(model, tokens, objective="macs")
+    assert [merge.into for merge in result.report.merges] == ["Linear 32→32"]
+    for collapsed in (result.model, saved_and_loaded(result.model)):
+        for x in (tokens, torch.randint(0, 99, (3, 5))):
+            output = collapsed(x)
+            assert type(output) is type(model(x))
+            assert relative_difference(output.last_hidden_state, model(x).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_layers_inside_a_transformer_layer_are_seen(norm_first):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", norm_first=norm_first, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), layer).eval()
+    linearize(model, list(isolate_activations(model)))
+    x = torch.randn(2, 5, 8)
+    result = collapse(model, x, objective="macs")
+    (merge,) = result.report.merges
+    assert merge.operators[:2] == ("1.linear1", "1.linear2")
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
+
+
+def test_a_model_whose_forward_calls_its_children_in_a_row_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoderLayer(16, 2, 32, activation="gelu")).eval()
+    linearize(model, list(isolate_activations(model)))
+    collapse(model, torch.randn(2, 5, 8), objective="macs")
+    assert [name for name, _ in model.named_children()] == ["0", "1"]
