@@ -206,9 +206,9 @@ class CollapseReport(Report):
                 ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
                 ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
                 (
-                    "activation memory [KiB]",
-                    f"{b.activation_memory / 1024:,.1f}",
-                    f"{a.activation_memory / 1024:,.1f}",
+                    "activation memory",
+                    _bytes(b.activation_memory),
+                    _bytes(a.activation_memory),
                     _ratio(b.activation_memory, a.activation_memory),
                 ),
                 (
@@ -335,6 +335,13 @@ def _row(cells: Sequence[str]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def _ratio(before: float, after: float) -> str:

@@ -175,6 +175,32 @@ def test_what_is_not_merged_is_reported_with_its_reason(make, shape, operators, 
     assert re.search(reason, refusals.get(operators, ""))
 
 
+def test_a_batch_norm_in_training_mode_breaks_a_chain_and_stays_in_it():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)
+    )
+    model = randomize_batch_norms(model).eval().double()
+    model[1].train()
+    state = copy.deepcopy(model.state_dict())
+    x = torch.randn(4, 1, 5, 6).double()
+    result = collapse(model, x, objective="depth")
+    assert [merge.operators for merge in result.report.merges] == [("2", "4")]
+    assert {r.operators: r.reason for r in result.report.refusals}["1",].startswith(
+        "this batch norm is in training mode"
+    )
+    names = {name: module.training for name, module in result.model.named_modules() if name}
+    assert names == {"0": False, "1": True, "2": False}
+    for key, value in result.model.get_submodule("1").state_dict().items():
+        assert torch.equal(value, state[f"1.{key}"])
+    assert model[1].training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    x = torch.randn(3, 1, 7, 5).double()
+    assert relative_difference(result.model(x), model(x)) <= 1e-9
+    assert relative_difference(result.model.eval()(x), model.eval()(x)) <= 1e-9
+    # in a model that was not put into eval mode they all are taken as in eval mode
+    assert len(collapse(model.train(), x, objective="depth").report.fused) == 2
+
+
 def test_parametrized_weights_are_left_alone():
     model = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     assert refusals_of(model, torch.randn(2, 3)) == {}
@@ -239,7 +265,7 @@ def test_a_wrong_merge_does_not_get_out(monkeypatch):
         return merged  # the first bias is lost
 
     monkeypatch.setattr(operators, "compose", compose_wrongly)
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU())
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3), nn.Sigmoid())
     with pytest.raises(CollapseError, match=r"differs from Sequential by .* the first difference is in `2` \(Linear\)"):
         collapse(model, torch.randn(2, 3), objective="depth")
 

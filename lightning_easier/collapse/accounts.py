@@ -6,6 +6,7 @@ from lightning_easier.collapse.chains import Element, Fork
 from lightning_easier.collapse.operators import summary
 from lightning_easier.collapse.plans import Cut, Made, Split, Unit, operators_of, shapes_of
 from lightning_easier.collapse.prices import Objective, Pricer, Shape, count_macs, total
+from lightning_easier.collapse.reading import Link
 from lightning_easier.collapse.recipes import Composer, Recipe
 from lightning_easier.report import Merge, Refusal
 
@@ -49,10 +50,10 @@ def refusals_of(cut: Cut, pricer: Pricer, composer: Composer) -> Iterator[Refusa
             continue
         if last is not None:
             pair = [cut.units[last], unit]
-            between = [f"`{name}`" for each in cut.units[last + 1 : place] for name in _names_of(each.elements)]
+            between = cut.units[last + 1 : place]
             assert pair[0].recipe is not None
             if between:
-                reason = f"{' and '.join(between)} between them keeps them apart"
+                reason = "; ".join(_why_it_keeps_apart(each) for each in between)
             else:
                 composed = composer.compose(pair[0].recipe, unit.recipe)
                 reason = (
@@ -60,8 +61,18 @@ def refusals_of(cut: Cut, pricer: Pricer, composer: Composer) -> Iterator[Refusa
                     if isinstance(composed, str)
                     else _why_it_does_not_pay(pair, composed, [shapes[last], shapes[place]], pricer)
                 )
-            yield Refusal(_names_of([*pair[0].elements, *unit.elements]), reason)
+            yield Refusal((*_short_names_of(pair[0]), *_short_names_of(unit)), reason)
         last = place
+
+
+def _why_it_keeps_apart(unit: Unit) -> str:
+    """Say of what is between two operators why neither passes it."""
+    name = f"`{'` and `'.join(_names_of(unit.elements))}`"
+    if unit.is_average:
+        return f"{name} between them averages over positions, and neither treats every position alone"
+    if unit.is_layout:
+        return f"{name} between them puts the channels, or the positions, where neither can follow"
+    return f"{name} between them is not one operator"
 
 
 def _why_it_does_not_pay(units: Sequence[Unit], recipe: Recipe | None, shapes: Sequence[Shape], pricer: Pricer) -> str:
@@ -71,6 +82,15 @@ def _why_it_does_not_pay(units: Sequence[Unit], recipe: Recipe | None, shapes: S
         return f"does not pay: as {into} it would take {count_macs(recipe.structure, shapes[0]):,} MACs"
     after, before = pricer.price(recipe.structure, shapes[0]), total(*(unit.price for unit in units))
     return f"does not pay: as {into} it would cost {pricer.compared(after, before)}"
+
+
+def _short_names_of(unit: Unit) -> tuple[str, ...]:
+    """Return the names of a unit's elements; of one that is new only that which it goes by."""
+    names = _names_of(unit.elements)
+    if not isinstance(unit.alone, Made):
+        return names
+    own = [element.name for element in unit.elements if isinstance(element, Link) and element.carries_weight]
+    return tuple(own[:1]) or names[:1]
 
 
 def _names_of(elements: Sequence[Element]) -> tuple[str, ...]:

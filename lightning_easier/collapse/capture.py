@@ -9,6 +9,8 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.guards import read_guards
-from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER, WRITES, name_of
+from lightning_easier.collapse.reading import ALIASES, BATCH_NORMS, NUMBER, WRITES, name_of, uses_batch_statistics
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
@@ -58,7 +60,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
         return _with_shapes(model, *_trace(model, len(arguments), frozenset()), arguments)
     except Exception as error:  # whatever a user's forward raises on a proxy
         reason = error
-    if not any(has_hooks(module) or _uses_batch_statistics(module) for module in model.modules()):
+    if not any(has_hooks(module) or uses_batch_statistics(module) for module in model.modules()):
         try:
             return _with_shapes(model, *_export(model, arguments), arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
@@ -105,10 +107,6 @@ class _Shapes(ShapeProp):
         memory = _memory(result)
         n.meta[ALIASES] = [other for other in n.all_input_nodes if memory & _memory(self.env.get(other))]
         return result
-
-
-def _uses_batch_statistics(module: nn.Module) -> bool:
-    return isinstance(module, BATCH_NORMS) and module.training
 
 
 def _versions(node: fx.Node, env: dict[fx.Node, Any]) -> list[int]:
@@ -189,7 +187,7 @@ def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, di
     # torch.export takes a size of one for a constant
     arguments = [torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments]
     sizes = tuple(dict.fromkeys(range(x.ndim), Dim.AUTO) for x in arguments)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program: ExportedProgram = torch.export.export(model, tuple(arguments), dynamic_shapes={"args": sizes}
                                                        if _takes_any_number(model) else sizes)  # fmt: skip
     exported: Any = program.module()  # with a check that sizes are those for which what was traced holds
@@ -213,6 +211,21 @@ def _export(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, di
     else:
         graph.erase_node(checking)
     return graph, constants
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what torch.export says of sizes of one and of models that it can't export."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _takes_any_number(model: nn.Module) -> bool:

@@ -322,9 +322,9 @@ class Uses:
             if has_hooks(module):
                 return f"`{name}` has hooks, which would see something else"
             if any(self._readers[id(parameter)] > 1 for parameter in module.parameters()):
-                return f"`{name}` shares its parameters with another operator"
+                return f"`{name}` shares its parameters with another reader"
         elif any(self._readers[id(self._tensor(constant))] > 1 for constant in constants_of(node)):
-            return f"`{node.name}` shares its parameters with another operator"
+            return f"`{node.name}` shares its parameters with another reader"
         return None
 
     def _tensor(self, node: fx.Node) -> Any:

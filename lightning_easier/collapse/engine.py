@@ -18,7 +18,7 @@ from lightning_easier.collapse.operators import fold_batch_norm, in_float64
 from lightning_easier.collapse.planner import Planner
 from lightning_easier.collapse.plans import Plan, original_pieces
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective, Pricer
-from lightning_easier.collapse.reading import BATCH_NORMS, name_of
+from lightning_easier.collapse.reading import BATCH_NORMS, name_of, uses_batch_statistics
 from lightning_easier.collapse.verification import CoarsestDtype, in_double, why_different
 from lightning_easier.collapse.writing import EQUALS, Trial, Writer
 from lightning_easier.costs import (
@@ -34,13 +34,13 @@ from lightning_easier.inference import (
     as_arguments,
     describe,
     device_of,
-    evaluation_mode,
     forward,
     has_hooks,
     relative_difference,
     tensors_in,
     tolerance_for,
 )
+from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.report import CollapseReport, Merge, ModelCost, Refusal
 from lightning_easier.tracing import input_of
 
@@ -94,9 +94,10 @@ def collapse(
     """Turn what is linear in a row into the cheapest equal operators, exactly.
 
     The model is taken as in eval mode: identities and dropouts go, batch norms are folded into the operator before
-    them. Chains of linear steps (operators, affines, average pooling, layouts; additions and concatenations of linear
-    branches of one value) are cut into pieces, each of which becomes one operator, so that the total price is least. A
-    plan that does not beat what is there is not carried out.
+    them. Only a batch norm that is in training mode inside a model in eval mode stays as it is. Chains of linear steps
+    (operators, affines, average pooling, layouts; additions, differences and concatenations of linear branches of one
+    value) are cut into pieces, each of which becomes one operator, so that the total price is least. A plan that does
+    not beat what is there is not carried out.
 
     Args:
         model: Any module that ``torch.fx`` or ``torch.export`` can trace, in part at least; it is not changed.
@@ -150,8 +151,8 @@ def _collapse(
     model: nn.Module, arguments: Sequence[Tensor], objective: Objective, latencies: LatencyTable
 ) -> CollapseResult:
     """Collapse a model after its arguments were checked; everything runs on a copy."""
-    source = deepcopy(model).eval()
-    with evaluation_mode(source):
+    original, source = model, _in_eval_mode(model)
+    with torch.no_grad():
         expected = forward(source, _copies(arguments), "example_inputs")
         _check_comparable(expected, source)
         _check_repeatable(model, source, expected, arguments)
@@ -185,11 +186,11 @@ def _collapse(
 
     result: nn.Module = collapsed
     model = deepcopy(source)
-    with evaluation_mode(model):
+    with torch.no_grad():
         arguments = _copies(arguments)  # timing may write into them again and again
         latency = measure_latency({"before": model, "after": collapsed}, arguments)
         if objective == "latency" and _is_slower(latency["before"], latency["after"]):
-            result, steps = deepcopy(model).eval(), _nothing_done(steps, model)
+            result, steps = deepcopy(model), _nothing_done(steps, model)
             latency["after"], difference, exactly = latency["before"], 0.0, 0.0
         report = CollapseReport(
             merges=steps.merges,
@@ -201,9 +202,22 @@ def _collapse(
             relative_difference=difference,
             relative_difference_float64=exactly,
         )
+    for name, module in result.named_modules():
+        if uses_batch_statistics(module):  # it has counted the runs above
+            module.load_state_dict(original.get_submodule(name).state_dict())
     for node in collapsed.graph.nodes:
         node.meta.clear()  # shapes are those of the example inputs only
     return CollapseResult(result, report)
+
+
+def _in_eval_mode(model: nn.Module) -> nn.Module:
+    """Copy a model for eval mode; batch norms that were left in training mode in a model in eval mode stay in it."""
+    source = deepcopy(model)
+    kept = [module for module in source.modules() if uses_batch_statistics(module) and not model.training]
+    source.eval()
+    for module in kept:
+        module.train()
+    return source
 
 
 def _cost(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
@@ -257,7 +271,14 @@ def _check_repeatable(model: nn.Module, source: nn.Module, expected: Any, argume
     """
     name = type(model).__name__
     before, after = dict(model.named_buffers()), dict(source.named_buffers())
-    changed = [key for key in after if key not in before or not torch.equal(before[key], after[key])]
+    counted = {
+        id(buffer) for module in source.modules() if uses_batch_statistics(module) for buffer in module.buffers()
+    }
+    changed = [
+        key
+        for key, buffer in after.items()
+        if id(buffer) not in counted and (key not in before or not torch.equal(before[key], buffer))
+    ]
     if changed:
         raise CollapseError(f"The forward of {name} writes to the buffer {changed[0]!r}, which a collapse would lose")
     again = source(*_copies(arguments))
@@ -303,7 +324,7 @@ class _Steps:
         self._table = table
         self._writer = Writer(captured)
         self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
-        self._faster: dict[Any, bool] = {}
+        self._timed: dict[Any, str | None] = {}
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
@@ -353,6 +374,10 @@ class _Steps:
             self.fused.append(str(node.target))
 
     def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
+        if uses_batch_statistics(batch_norm):
+            raise CannotMergeError(
+                "this batch norm is in training mode: it normalises each batch by its own statistics"
+            )
         operator: Any = module_of(self._captured, before) if isinstance(before, fx.Node) else None
         if type(operator) not in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             raise CannotMergeError(f"what comes before this batch norm is {describe_node(self._captured, before)}")
@@ -377,6 +402,16 @@ class _Steps:
                     continue
                 self._writer.bypass(node, value)
                 self._stand_ins.append((name, value))
+        self._explain_those_inside()
+
+    def _explain_those_inside(self) -> None:
+        for node in self._graph.nodes:
+            module = module_of(self._captured, node)
+            for name, part in () if module is None else module.named_modules(prefix=str(node.target)):
+                if isinstance(part, IdentityStandIn) and part is not module:
+                    kind = type(module).__name__
+                    reason = f"nothing is known of what is inside `{node.target}` ({kind}), which can't be traced"
+                    self.refusals.append(Refusal((name,), reason))
 
     def merge(self) -> None:
         """Plan every chain, and carry out the plans."""
@@ -438,11 +473,14 @@ class _Steps:
         original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
         meta = chain[0].value.meta["tensor_meta"]
         key = str(original), str(planned), tuple(meta.shape), meta.dtype
-        if key not in self._faster:
+        if key not in self._timed:
             value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
             latency = measure_latency({"original": original, "planned": planned}, (value,))
-            self._faster[key] = speed_up(latency["original"], latency["planned"])[1] > 1 / (1 - _LATENCY_MARGIN)
-        return None if self._faster[key] else "does not pay: timed as a whole, the chain is faster as it is"
+            before, after = (latency[name].median * 1e6 for name in ("original", "planned"))
+            is_faster = speed_up(latency["original"], latency["planned"])[1] > 1 / (1 - _LATENCY_MARGIN)
+            reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
+            self._timed[key] = None if is_faster else reason
+        return self._timed[key]
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -161,6 +161,11 @@ def is_shared(node: fx.Node) -> bool:
     return True
 
 
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Tell whether a module is a batch norm in training mode, which normalises each batch by its own statistics."""
+    return isinstance(module, BATCH_NORMS) and module.training
+
+
 class Reader:
     """Reads the nodes of one captured graph.
 
@@ -197,7 +202,7 @@ class Reader:
         if kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             convolutions.padding_of(module)  # or it is not read
             return Link(node, value, name, module) if len(before) == len(module.kernel_size) + 2 else None
-        if kind in BATCH_NORMS:
+        if kind in BATCH_NORMS and not module.training:
             return Link(node, value, name, as_affine(deepcopy(module).double(), 1 if len(before) > 2 else -1))
         if kind in _AVERAGE_POOLS:
             return self._pool(node, value, name, module)
