@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier.activations import unwrap
-from lightning_easier.collapse.capture import CaptureError, capture
+from lightning_easier.collapse.capture import capture
 from lightning_easier.collapse.chains import Chain, Chains, Uses, depth, describe_node, is_stand_in, module_of
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.errors import CannotMergeError, CaptureError
 from lightning_easier.collapse.operators import fold_batch_norm, in_float64
 from lightning_easier.collapse.planner import Planner
 from lightning_easier.collapse.plans import Plan, original_pieces
