@@ -33,6 +33,8 @@ def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, **options).eval()
+    if isinstance(model, torchvision.models.VisionTransformer):  # its head begins as zeros
+        nn.init.normal_(model.heads.head.weight, std=0.02)
     for parameter_name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "running_mean" in parameter_name:
             tensor.data.normal_(std=0.3)

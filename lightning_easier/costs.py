@@ -21,6 +21,8 @@ _SECONDS_A_SAMPLE = 0.01
 _MAX_RUNS_A_SAMPLE = 200
 _SECONDS_IN_ALL = 1.5
 _FEWEST_SAMPLES = 5
+# Two timings of one thing differ by about this much; less is not an improvement.
+_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,16 @@ class Latency:
     median: float
     spread: float
     samples: tuple[float, ...] = field(repr=False)
+
+
+def is_faster(before: Latency, after: Latency) -> bool:
+    """Tell whether something is faster than before, by more than two timings of one thing differ."""
+    return speed_up(before, after)[1] > 1 / (1 - _MARGIN)
+
+
+def is_slower(before: Latency, after: Latency) -> bool:
+    """Tell whether something is slower than before, beyond what noise explains."""
+    return speed_up(before, after)[2] < 1 - _MARGIN
 
 
 def speed_up(before: Latency, after: Latency) -> tuple[float, float, float]:

@@ -266,8 +266,12 @@ def test_a_wrong_merge_does_not_get_out(monkeypatch):
 
     monkeypatch.setattr(operators, "compose", compose_wrongly)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3), nn.Sigmoid())
-    with pytest.raises(CollapseError, match=r"differs from Sequential by .* the first difference is in `2` \(Linear\)"):
-        collapse(model, torch.randn(2, 3), objective="depth")
+    head_of_zeros = nn.Linear(3, 3)
+    nn.init.zeros_(head_of_zeros.weight)
+    nn.init.zeros_(head_of_zeros.bias)
+    for each in (model, nn.Sequential(*model, head_of_zeros)):
+        with pytest.raises(CollapseError, match=r"differs from Sequential .* first difference is in `2` \(Linear\)"):
+            collapse(each, torch.randn(2, 3), objective="depth")
 
 
 @pytest.mark.parametrize(

@@ -7,65 +7,31 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lightning_easier.activations import unwrap
 from lightning_easier.collapse.capture import capture
-from lightning_easier.collapse.chains import Chain, Chains, Uses, depth, describe_node, is_stand_in, module_of
-from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapse.errors import CannotMergeError, CaptureError
-from lightning_easier.collapse.operators import fold_batch_norm, in_float64
-from lightning_easier.collapse.planner import Planner
-from lightning_easier.collapse.plans import Plan, original_pieces
-from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective, Pricer
-from lightning_easier.collapse.reading import BATCH_NORMS, name_of, uses_batch_statistics
-from lightning_easier.collapse.verification import CoarsestDtype, in_double, why_different
-from lightning_easier.collapse.writing import EQUALS, Trial, Writer
+from lightning_easier.collapse.chains import depth
+from lightning_easier.collapse.errors import CaptureError, CollapseError
+from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
+from lightning_easier.collapse.reading import uses_batch_statistics
+from lightning_easier.collapse.steps import Steps
+from lightning_easier.collapse.verification import (
+    check_comparable,
+    check_repeatable,
+    copies,
+    verify_in_float64,
+    verify_rounded,
+)
 from lightning_easier.costs import (
     Latency,
     count_macs,
     count_parameters,
+    is_slower,
     measure_activation_memory,
     measure_latency,
-    speed_up,
 )
-from lightning_easier.dataflow import is_idle_dropout
-from lightning_easier.inference import (
-    as_arguments,
-    describe,
-    device_of,
-    forward,
-    has_hooks,
-    relative_difference,
-    tensors_in,
-    tolerance_for,
-)
-from lightning_easier.linearize import IdentityStandIn
-from lightning_easier.report import CollapseReport, Merge, ModelCost, Refusal
-from lightning_easier.tracing import input_of
-
-_IDENTITIES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-# Two timings of one thing differ by about this much; less is not an improvement.
-_LATENCY_MARGIN = 0.02
-# How many times the error of the source's own rounding a result may differ from it
-_ROUNDING_MARGIN = 10
-# What is asked of a value for an assertion
-_QUESTIONS = (
-    "getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge", "mod", "and_", "or_", "sub",
-    "floordiv", "mul", "add", "sym_size",
-)  # fmt: skip
-
-
-class CollapseError(RuntimeError):
-    """A collapse that can't be carried out, or whose result is not the same function; nothing was changed."""
+from lightning_easier.inference import as_arguments, forward
+from lightning_easier.report import CollapseReport, ModelCost
 
 
 @dataclass(frozen=True)
@@ -151,13 +117,13 @@ def _collapse(
     model: nn.Module, arguments: Sequence[Tensor], objective: Objective, latencies: LatencyTable
 ) -> CollapseResult:
     """Collapse a model after its arguments were checked; everything runs on a copy."""
-    original, source = model, _in_eval_mode(model)
+    source = _in_eval_mode(model)
     with torch.no_grad():
-        expected = forward(source, _copies(arguments), "example_inputs")
-        _check_comparable(expected, source)
-        _check_repeatable(model, source, expected, arguments)
+        expected = forward(source, copies(arguments), "example_inputs")
+        check_comparable(expected, source)
+        check_repeatable(model, source, expected, arguments)
     try:
-        captured = capture(source, _copies(arguments))
+        captured = capture(source, copies(arguments))
     except CaptureError as error:
         raise CollapseError(
             f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
@@ -166,7 +132,7 @@ def _collapse(
     before = fx.GraphModule(captured, deepcopy(captured.graph))
     depth_before = depth(captured)
 
-    steps = _Steps(captured, objective, latencies)
+    steps = Steps(captured, objective, latencies)
     steps.drop_assertions()
     steps.drop_identities()
     steps.fold_batch_norms()
@@ -174,37 +140,26 @@ def _collapse(
     steps.merge()
     collapsed = steps.finish()
 
-    exactly, rounding = _verified(source, before, captured, arguments, expected)
+    exactly, rounding = verify_in_float64(source, before, collapsed, arguments, expected)
     steps.round()
-    with torch.no_grad():
-        output = collapsed(*_copies(arguments))
-    difference = relative_difference(output, expected)
-    # What the source loses by its own rounding, the result may lose, too
-    tolerance = max(tolerance_for(expected), _ROUNDING_MARGIN * rounding)
-    if not difference <= tolerance or _dtypes(output) != _dtypes(expected):
-        raise CollapseError(_message(model, difference, tolerance, None))
+    difference = verify_rounded(collapsed, arguments, expected, rounding, type(model).__name__)
 
-    result: nn.Module = collapsed
-    model = deepcopy(source)
+    timed = deepcopy(source)
+    arguments = copies(arguments)  # timing may write into them again and again
     with torch.no_grad():
-        arguments = _copies(arguments)  # timing may write into them again and again
-        latency = measure_latency({"before": model, "after": collapsed}, arguments)
-        if objective == "latency" and _is_slower(latency["before"], latency["after"]):
-            result, steps = deepcopy(model), _nothing_done(steps, model)
-            latency["after"], difference, exactly = latency["before"], 0.0, 0.0
-        report = CollapseReport(
-            merges=steps.merges,
-            fused=steps.fused,
-            dropped=steps.dropped,
-            refusals=steps.refusals,
-            before=_cost(model, arguments, depth_before, latency["before"]),
-            after=_cost(result, arguments, depth(collapsed) if result is collapsed else depth_before, latency["after"]),
-            relative_difference=difference,
-            relative_difference_float64=exactly,
-        )
+        latency = measure_latency({"before": timed, "after": collapsed}, arguments)
+        cost_before = _cost(timed, arguments, depth_before, latency["before"])
+        cost_after = _cost(collapsed, arguments, depth(collapsed), latency["after"])
+    result: nn.Module = collapsed
+    if objective == "latency" and is_slower(latency["before"], latency["after"]):
+        steps.give_up(type(model).__name__)
+        result, cost_after, difference, exactly = timed, cost_before, 0.0, 0.0
+    report = CollapseReport(
+        steps.merges, steps.fused, steps.dropped, steps.refusals, cost_before, cost_after, difference, exactly
+    )
     for name, module in result.named_modules():
         if uses_batch_statistics(module):  # it has counted the runs above
-            module.load_state_dict(original.get_submodule(name).state_dict())
+            module.load_state_dict(model.get_submodule(name).state_dict())
     for node in collapsed.graph.nodes:
         node.meta.clear()  # shapes are those of the example inputs only
     return CollapseResult(result, report)
@@ -223,286 +178,3 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
 def _cost(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
     macs, memory = count_macs(model, arguments), measure_activation_memory(model, arguments)
     return ModelCost(depth, count_parameters(model), macs, memory, latency)
-
-
-def _verified(
-    source: nn.Module, before: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor], expected: Any
-) -> tuple[float | None, float]:
-    """Compare a collapsed model with its source in float64; None for a model that does not run in float64.
-
-    Returns:
-        The relative difference, and that of the source's output in its own dtype from that in float64.
-
-    Raises:
-        CollapseError: If they differ; it names the first operator where they do.
-    """
-    twins = in_double((source, before, collapsed), arguments)
-    if twins is None:
-        return None, 0.0
-    (source, before, collapsed), arguments = twins  # type: ignore[assignment]
-    coarsest = CoarsestDtype()
-    try:
-        with torch.no_grad(), coarsest:
-            exact, output = source(*_copies(arguments)), collapsed(*_copies(arguments))
-    except Exception:  # dtypes that are written out in its forward, or asserted there
-        return None, 0.0
-    difference = relative_difference(output, exact)
-    if not difference <= coarsest.tolerance:  # some models convert to float32 inside
-        where = why_different(before, collapsed, arguments)
-        raise CollapseError(_message(source, difference, coarsest.tolerance, where))
-    return difference, relative_difference(expected, exact)
-
-
-def _dtypes(output: Any) -> list[torch.dtype]:
-    return [tensor.dtype for tensor in tensors_in(output)]
-
-
-def _check_repeatable(model: nn.Module, source: nn.Module, expected: Any, arguments: Sequence[Tensor]) -> None:
-    """Refuse a forward that leaves something behind or draws random numbers.
-
-    Args:
-        model: The model, which was not run.
-        source: Its copy, which was run once.
-        expected: What that returned.
-        arguments: Its arguments.
-
-    Raises:
-        CollapseError: With the reason.
-    """
-    name = type(model).__name__
-    before, after = dict(model.named_buffers()), dict(source.named_buffers())
-    counted = {
-        id(buffer) for module in source.modules() if uses_batch_statistics(module) for buffer in module.buffers()
-    }
-    changed = [
-        key
-        for key, buffer in after.items()
-        if id(buffer) not in counted and (key not in before or not torch.equal(before[key], buffer))
-    ]
-    if changed:
-        raise CollapseError(f"The forward of {name} writes to the buffer {changed[0]!r}, which a collapse would lose")
-    again = source(*_copies(arguments))
-    if relative_difference(again, expected) > 0:
-        raise CollapseError(f"The output of {name} differs from call to call on the same inputs, so that a collapsed "
-                            f"model can't be compared with it")  # fmt: skip
-
-
-def _copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copy arguments for a forward that may write into them."""
-    return tuple(argument.clone() for argument in arguments)
-
-
-def _message(model: nn.Module, difference: float, tolerance: float, where: str | None) -> str:
-    return (
-        f"The collapsed model differs from {type(model).__name__} by {difference:.1e} (relative) on the example "
-        f"inputs, more than the {tolerance:.0e} that rounding explains"
-        + (f"; the first difference is in {where}" if where else "")
-        + ". Its forward may do something that a capture does not record, or a merge is wrong; please report it."
-    )
-
-
-def _is_slower(before: Latency, after: Latency) -> bool:
-    """Tell whether a model is slower than another beyond what noise explains."""
-    _, _, third = speed_up(before, after)
-    return third < 1 - _LATENCY_MARGIN
-
-
-def _nothing_done(steps: "_Steps", model: nn.Module) -> "_Steps":
-    steps.merges, steps.fused, steps.dropped = [], [], []
-    reason = "the whole of the collapsed model is slower than the model itself, which is returned as it is"
-    steps.refusals = [*steps.refusals, Refusal((type(model).__name__,), reason)]
-    return steps
-
-
-class _Steps:
-    """The rewriting of one captured graph, and the record of it."""
-
-    def __init__(self, captured: fx.GraphModule, objective: Objective, table: LatencyTable) -> None:
-        self._captured = captured
-        self._graph = captured.graph
-        self._objective: Objective = objective
-        self._table = table
-        self._writer = Writer(captured)
-        self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
-        self._timed: dict[Any, str | None] = {}
-        self.merges: list[Merge] = []
-        self.fused: list[str] = []
-        self.dropped: list[str] = []
-        self.refusals: list[Refusal] = []
-
-    def drop_assertions(self) -> None:
-        """Remove what the model asserts of its values; what it computes is the same without."""
-        for node in reversed(list(self._graph.nodes)):
-            asserts = name_of(node).startswith("_assert")
-            about = name_of(node) in _QUESTIONS and "tensor_meta" not in node.meta
-            if not node.users and (asserts or about):
-                self._graph.erase_node(node)
-
-    def drop_identities(self) -> None:
-        """Remove what computes the identity in eval mode."""
-        for node in list(self._graph.nodes):
-            module = module_of(self._captured, node)
-            if (
-                module is not None
-                and type(module) in _IDENTITIES
-                and not (has_hooks(module) or "forward" in vars(module))
-            ):
-                self._writer.bypass(node, input_of(node))
-                self.dropped.append(str(node.target))
-            elif is_idle_dropout(node) or (name_of(node) == "dropout" and node.args[2:3] == (False,)):
-                self._writer.bypass(node, input_of(node))
-
-    def fold_batch_norms(self) -> None:
-        """Fold each batch norm into the convolution or Linear before it."""
-        uses = Uses(self._captured)
-        for node in list(self._graph.nodes):
-            batch_norm: Any = module_of(self._captured, node)
-            if type(batch_norm) not in BATCH_NORMS:
-                continue
-            before = input_of(node)
-            while isinstance(before, fx.Node) and is_stand_in(self._captured, before) and len(before.users) == 1:
-                before = input_of(before)
-            try:
-                fused = self._fold(before, node, batch_norm, uses)
-            except CannotMergeError as error:
-                self.refusals.append(Refusal((str(node.target),), str(error)))
-                continue
-            assert isinstance(before, fx.Node)
-            self._writer.put(str(before.target), fused, before.meta["tensor_meta"].dtype)
-            before.meta[EQUALS] = node.name
-            self._writer.bypass(node, input_of(node))
-            self.fused.append(str(node.target))
-
-    def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
-        if uses_batch_statistics(batch_norm):
-            raise CannotMergeError(
-                "this batch norm is in training mode: it normalises each batch by its own statistics"
-            )
-        operator: Any = module_of(self._captured, before) if isinstance(before, fx.Node) else None
-        if type(operator) not in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
-            raise CannotMergeError(f"what comes before this batch norm is {describe_node(self._captured, before)}")
-        if len(before.users) > 1:
-            readers = ", ".join(describe_node(self._captured, user) for user in before.users)
-            raise CannotMergeError(f"the operator before this batch norm has {len(before.users)} readers: {readers}")
-        if isinstance(operator, nn.Linear) and len(before.meta["tensor_meta"].shape) != 2:
-            raise CannotMergeError("its channel axis is not that of the Linear before it")
-        for each in (before, node):
-            reason = uses.why_separate(each)
-            if reason is not None:
-                raise CannotMergeError(reason)
-        return fold_batch_norm(in_float64(operator), deepcopy(batch_norm).double())
-
-    def drop_stand_ins(self) -> None:
-        """Remove the stand-ins of activations that are linear."""
-        for node in list(self._graph.nodes):
-            if is_stand_in(self._captured, node):
-                name, value = str(node.target), input_of(node)
-                if has_hooks(self._captured.get_submodule(name)):
-                    self.refusals.append(Refusal((name,), f"`{name}` has hooks, which would see something else"))
-                    continue
-                self._writer.bypass(node, value)
-                self._stand_ins.append((name, value))
-        self._explain_those_inside()
-
-    def _explain_those_inside(self) -> None:
-        for node in self._graph.nodes:
-            module = module_of(self._captured, node)
-            for name, part in () if module is None else module.named_modules(prefix=str(node.target)):
-                if isinstance(part, IdentityStandIn) and part is not module:
-                    kind = type(module).__name__
-                    reason = f"nothing is known of what is inside `{node.target}` ({kind}), which can't be traced"
-                    self.refusals.append(Refusal((name,), reason))
-
-    def merge(self) -> None:
-        """Plan every chain, and carry out the plans."""
-        chains = Chains(self._captured)
-        device = device_of(self._captured)
-        planner = Planner(Pricer(self._objective, device, self._table, self._alone()))
-        plans = [(chain, planner.plan(chain)) for chain in chains]
-        self._explain_stand_ins(chains)
-        explained = {value for _, value in self._stand_ins}
-        self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
-        reasons = [self._why_not_faster(chain, plan, device) if plan.merges else None for chain, plan in plans]
-        for (chain, plan), reason in zip(plans, reasons, strict=True):
-            if reason is not None:
-                self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
-                continue
-            if plan.merges:
-                self._writer.replace(chain, plan.pieces, chains)
-            self.merges += plan.merges
-            self.refusals += plan.refusals
-        # What was said of a batch norm that could not be folded is superseded by what became of its chain
-        known = {name for merge in self.merges for name in merge.operators}
-        known.update(name for refusal in self.refusals if len(refusal.operators) > 1 for name in refusal.operators)
-        self.refusals = [r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known]
-
-    def finish(self) -> fx.GraphModule:
-        """Drop what is no longer called and compile."""
-        self._writer.finish()
-        return self._captured
-
-    def round(self) -> None:
-        """Give new operators, which are in float64, the dtype of those they replace."""
-        for name, dtype in self._writer.made.items():
-            if _has(self._captured, name):
-                self._captured.get_submodule(name).to(dtype)
-
-    def _explain_stand_ins(self, chains: Chains) -> None:
-        for name, value in self._stand_ins:
-            reason = chains.why_nothing_meets(value)
-            if reason is not None:
-                self.refusals.append(Refusal((name,), f"nothing to merge: {reason}"))
-
-    def _alone(self) -> Any:
-        known: dict[fx.Node, nn.Module] = {}
-
-        def alone(node: fx.Node) -> nn.Module:
-            if node not in known:
-                known[node] = self._trial().alone(node)
-            return known[node]
-
-        return alone
-
-    def _trial(self) -> Trial:
-        return Trial(self._captured, self._writer.made, device_of(self._captured))
-
-    def _why_not_faster(self, chain: Chain, plan: Plan, device: torch.device) -> str | None:
-        """Time a chain against its plan, interleaved; the reason if it is not faster, None if it is."""
-        if self._objective != "latency":
-            return None
-        original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
-        meta = chain[0].value.meta["tensor_meta"]
-        key = str(original), str(planned), tuple(meta.shape), meta.dtype
-        if key not in self._timed:
-            value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
-            latency = measure_latency({"original": original, "planned": planned}, (value,))
-            before, after = (latency[name].median * 1e6 for name in ("original", "planned"))
-            is_faster = speed_up(latency["original"], latency["planned"])[1] > 1 / (1 - _LATENCY_MARGIN)
-            reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
-            self._timed[key] = None if is_faster else reason
-        return self._timed[key]
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _check_comparable(output: Any, model: nn.Module) -> None:
-    """Refuse outputs that a collapse could not be verified on."""
-    leaves = pytree.tree_leaves(output)
-    strange = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | bool | str | None)]
-    if strange or not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise ValueError(
-            f"Expected argument `model` to return tensors, or tuples, lists or dicts of them, but "
-            f"{type(model).__name__} returns {describe(strange[0] if strange else output)}, which can't be compared. "
-            f"Wrap it in a module that returns its tensors."
-        )
-    if not any(bool(leaf.isfinite().any()) for leaf in leaves if isinstance(leaf, Tensor)):
-        raise ValueError(
-            f"Expected argument `example_inputs` to give finite outputs, but {type(model).__name__} returns none, so "
-            f"that the collapsed model can't be compared with it"
-        )

@@ -1,4 +1,4 @@
-"""Compare a collapsed model with its source in float64, and find where they part."""
+"""Can a model be compared with what it becomes; is what it became equal, and if not, where do they part?"""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -6,14 +6,133 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easier.collapse.chains import describe_node
+from lightning_easier.collapse.errors import CollapseError
+from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.collapse.writing import EQUALS
-from lightning_easier.inference import TOLERANCES, relative_difference, tolerance_for
+from lightning_easier.inference import TOLERANCES, describe, relative_difference, tensors_in, tolerance_for
+
+# How many times the error of the source's own rounding a result may differ from it
+_ROUNDING_MARGIN = 10
 
 
-def in_double(
+def check_comparable(output: Any, model: nn.Module) -> None:
+    """Refuse outputs that a collapse could not be verified on."""
+    leaves = pytree.tree_leaves(output)
+    strange = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | bool | str | None)]
+    if strange or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"Expected argument `model` to return tensors, or tuples, lists or dicts of them, but "
+            f"{type(model).__name__} returns {describe(strange[0] if strange else output)}, which can't be compared. "
+            f"Wrap it in a module that returns its tensors."
+        )
+    if not any(bool(leaf.isfinite().any()) for leaf in leaves if isinstance(leaf, Tensor)):
+        raise ValueError(
+            f"Expected argument `example_inputs` to give finite outputs, but {type(model).__name__} returns none, so "
+            f"that the collapsed model can't be compared with it"
+        )
+
+
+def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, arguments: Sequence[Tensor]) -> None:
+    """Refuse a forward that leaves something behind or draws random numbers.
+
+    Args:
+        model: The model, which was not run.
+        source: Its copy, which was run once.
+        expected: What that returned.
+        arguments: Its arguments.
+
+    Raises:
+        CollapseError: With the reason.
+    """
+    name = type(model).__name__
+    before, after = dict(model.named_buffers()), dict(source.named_buffers())
+    counted = {
+        id(buffer) for module in source.modules() if uses_batch_statistics(module) for buffer in module.buffers()
+    }
+    changed = [
+        key
+        for key, buffer in after.items()
+        if id(buffer) not in counted and (key not in before or not torch.equal(before[key], buffer))
+    ]
+    if changed:
+        raise CollapseError(f"The forward of {name} writes to the buffer {changed[0]!r}, which a collapse would lose")
+    again = source(*copies(arguments))
+    if relative_difference(again, expected) > 0:
+        raise CollapseError(f"The output of {name} differs from call to call on the same inputs, so that a collapsed "
+                            f"model can't be compared with it")  # fmt: skip
+
+
+def verify_in_float64(
+    source: nn.Module, before: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor], expected: Any
+) -> tuple[float | None, float]:
+    """Compare a collapsed model with its source in float64; None for a model that does not run in float64.
+
+    Returns:
+        The relative difference, and that of the source's output in its own dtype from that in float64.
+
+    Raises:
+        CollapseError: If they differ; it names the first operator where they do.
+    """
+    twins = _in_double((source, before, collapsed), arguments)
+    if twins is None:
+        return None, 0.0
+    (source, before, collapsed), arguments = twins  # type: ignore[assignment]
+    coarsest = _CoarsestDtype()
+    try:
+        with torch.no_grad(), coarsest:
+            exact, output = source(*copies(arguments)), collapsed(*copies(arguments))
+    except Exception:  # dtypes that are written out in its forward, or asserted there
+        return None, 0.0
+    difference = relative_difference(output, exact)
+    if not difference <= coarsest.tolerance:  # some models convert to float32 inside
+        where = _why_different(before, collapsed, arguments)
+        raise CollapseError(_message(type(source).__name__, difference, coarsest.tolerance, where))
+    if not any(bool(tensor.any()) for tensor in tensors_in(exact)):  # a head of zeros hides what comes before it
+        where = _why_different(before, collapsed, arguments)
+        if where is not None:
+            raise CollapseError(_message(type(source).__name__, float("inf"), coarsest.tolerance, where))
+    return difference, relative_difference(expected, exact)
+
+
+def verify_rounded(
+    collapsed: nn.Module, arguments: Sequence[Tensor], expected: Any, rounding: float, name: str
+) -> float:
+    """Compare a collapsed model with its source in the model's own dtype.
+
+    Args:
+        collapsed: The model.
+        arguments: Its inputs.
+        expected: The output of the source.
+        rounding: The relative difference of that from the exact one.
+        name: What to call the model.
+
+    Returns:
+        The relative difference.
+
+    Raises:
+        CollapseError: If they differ.
+    """
+    with torch.no_grad():
+        output = collapsed(*copies(arguments))
+    difference = relative_difference(output, expected)
+    # What the source loses by its own rounding, the result may lose, too
+    tolerance = max(tolerance_for(expected), _ROUNDING_MARGIN * rounding)
+    dtypes = [[tensor.dtype for tensor in tensors_in(each)] for each in (output, expected)]
+    if not difference <= tolerance or dtypes[0] != dtypes[1]:
+        raise CollapseError(_message(name, difference, tolerance, None))
+    return difference
+
+
+def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy arguments for a forward that may write into them."""
+    return tuple(argument.clone() for argument in arguments)
+
+
+def _in_double(
     models: Sequence[nn.Module], arguments: Sequence[Tensor]
 ) -> tuple[list[nn.Module], tuple[Tensor, ...]] | None:
     """Copy models that share layers, and their arguments, to float64; None on a device that has none.
@@ -29,7 +148,7 @@ def in_double(
         return None
 
 
-class CoarsestDtype(TorchDispatchMode):
+class _CoarsestDtype(TorchDispatchMode):
     """Follows the dtypes that a forward computes in.
 
     Attributes:
@@ -46,7 +165,7 @@ class CoarsestDtype(TorchDispatchMode):
         return result
 
 
-def why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]) -> str | None:
+def _why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]) -> str | None:
     """Name the first operator of a collapsed graph whose value differs from that in its source; None if none is found.
 
     Args:
@@ -96,3 +215,12 @@ class _Comparison(fx.Interpreter):
                 if not relative_difference(result, expected) <= TOLERANCES[torch.float64]:
                     self.first = describe_node(self.module, n)  # type: ignore[arg-type]
         return result
+
+
+def _message(name: str, difference: float, tolerance: float, where: str | None) -> str:
+    return (
+        f"The collapsed model differs from {name} by {difference:.1e} (relative) on the example "
+        f"inputs, more than the {tolerance:.0e} that rounding explains"
+        + (f"; the first difference is in {where}" if where else "")
+        + ". Its forward may do something that a capture does not record, or a merge is wrong; please report it."
+    )

@@ -1,0 +1,236 @@
+"""The rewriting of one captured graph, step by step, and the record of it."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lightning_easier.collapse.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
+from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.operators import fold_batch_norm, in_float64
+from lightning_easier.collapse.planner import Planner
+from lightning_easier.collapse.plans import Plan, original_pieces
+from lightning_easier.collapse.prices import LatencyTable, Objective, Pricer
+from lightning_easier.collapse.reading import BATCH_NORMS, name_of, uses_batch_statistics
+from lightning_easier.collapse.writing import EQUALS, Trial, Writer
+from lightning_easier.costs import is_faster, measure_latency
+from lightning_easier.dataflow import is_idle_dropout
+from lightning_easier.inference import device_of, has_hooks
+from lightning_easier.linearize import IdentityStandIn
+from lightning_easier.report import Merge, Refusal
+from lightning_easier.tracing import input_of
+
+_IDENTITIES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+# What is asked of a value for an assertion
+_QUESTIONS = (
+    "getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge", "mod", "and_", "or_", "sub",
+    "floordiv", "mul", "add", "sym_size",
+)  # fmt: skip
+
+
+class Steps:
+    """The rewriting of one captured graph, and the record of it.
+
+    Args:
+        captured: The graph.
+        objective: What is to be least.
+        table: Times that were measured already.
+
+    Attributes:
+        merges: What became one operator.
+        fused: Batch norms that were folded.
+        dropped: Identities that are gone.
+        refusals: What was not merged, with the reason.
+    """
+
+    def __init__(self, captured: fx.GraphModule, objective: Objective, table: LatencyTable) -> None:
+        self._captured = captured
+        self._graph = captured.graph
+        self._objective: Objective = objective
+        self._table = table
+        self._writer = Writer(captured)
+        self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
+        self._timed: dict[Any, str | None] = {}
+        self.merges: list[Merge] = []
+        self.fused: list[str] = []
+        self.dropped: list[str] = []
+        self.refusals: list[Refusal] = []
+
+    def drop_assertions(self) -> None:
+        """Remove what the model asserts of its values; what it computes is the same without."""
+        for node in reversed(list(self._graph.nodes)):
+            asserts = name_of(node).startswith("_assert")
+            about = name_of(node) in _QUESTIONS and "tensor_meta" not in node.meta
+            if not node.users and (asserts or about):
+                self._graph.erase_node(node)
+
+    def drop_identities(self) -> None:
+        """Remove what computes the identity in eval mode."""
+        for node in list(self._graph.nodes):
+            module = module_of(self._captured, node)
+            if (
+                module is not None
+                and type(module) in _IDENTITIES
+                and not (has_hooks(module) or "forward" in vars(module))
+            ):
+                self._writer.bypass(node, input_of(node))
+                self.dropped.append(str(node.target))
+            elif is_idle_dropout(node) or (name_of(node) == "dropout" and node.args[2:3] == (False,)):
+                self._writer.bypass(node, input_of(node))
+
+    def fold_batch_norms(self) -> None:
+        """Fold each batch norm into the convolution or Linear before it."""
+        uses = Uses(self._captured)
+        for node in list(self._graph.nodes):
+            batch_norm: Any = module_of(self._captured, node)
+            if type(batch_norm) not in BATCH_NORMS:
+                continue
+            before = input_of(node)
+            while isinstance(before, fx.Node) and is_stand_in(self._captured, before) and len(before.users) == 1:
+                before = input_of(before)
+            try:
+                fused = self._fold(before, node, batch_norm, uses)
+            except CannotMergeError as error:
+                self.refusals.append(Refusal((str(node.target),), str(error)))
+                continue
+            assert isinstance(before, fx.Node)
+            self._writer.put(str(before.target), fused, before.meta["tensor_meta"].dtype)
+            before.meta[EQUALS] = node.name
+            self._writer.bypass(node, input_of(node))
+            self.fused.append(str(node.target))
+
+    def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
+        if uses_batch_statistics(batch_norm):
+            raise CannotMergeError(
+                "this batch norm is in training mode: it normalises each batch by its own statistics"
+            )
+        operator: Any = module_of(self._captured, before) if isinstance(before, fx.Node) else None
+        if type(operator) not in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+            raise CannotMergeError(f"what comes before this batch norm is {describe_node(self._captured, before)}")
+        if len(before.users) > 1:
+            readers = ", ".join(describe_node(self._captured, user) for user in before.users)
+            raise CannotMergeError(f"the operator before this batch norm has {len(before.users)} readers: {readers}")
+        if isinstance(operator, nn.Linear) and len(before.meta["tensor_meta"].shape) != 2:
+            raise CannotMergeError("its channel axis is not that of the Linear before it")
+        for each in (before, node):
+            reason = uses.why_separate(each)
+            if reason is not None:
+                raise CannotMergeError(reason)
+        return fold_batch_norm(in_float64(operator), deepcopy(batch_norm).double())
+
+    def drop_stand_ins(self) -> None:
+        """Remove the stand-ins of activations that are linear."""
+        for node in list(self._graph.nodes):
+            if is_stand_in(self._captured, node):
+                name, value = str(node.target), input_of(node)
+                if has_hooks(self._captured.get_submodule(name)):
+                    self.refusals.append(Refusal((name,), f"`{name}` has hooks, which would see something else"))
+                    continue
+                self._writer.bypass(node, value)
+                self._stand_ins.append((name, value))
+        self._explain_those_inside()
+
+    def _explain_those_inside(self) -> None:
+        for node in self._graph.nodes:
+            module = module_of(self._captured, node)
+            for name, part in () if module is None else module.named_modules(prefix=str(node.target)):
+                if isinstance(part, IdentityStandIn) and part is not module:
+                    kind = type(module).__name__
+                    reason = f"nothing is known of what is inside `{node.target}` ({kind}), which can't be traced"
+                    self.refusals.append(Refusal((name,), reason))
+
+    def merge(self) -> None:
+        """Plan every chain, and carry out the plans."""
+        chains = Chains(self._captured)
+        device = device_of(self._captured)
+        planner = Planner(Pricer(self._objective, device, self._table, self._alone()))
+        plans = [(chain, planner.plan(chain)) for chain in chains]
+        self._explain_stand_ins(chains)
+        explained = {value for _, value in self._stand_ins}
+        self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
+        reasons = [self._why_not_faster(chain, plan, device) if plan.merges else None for chain, plan in plans]
+        for (chain, plan), reason in zip(plans, reasons, strict=True):
+            if reason is not None:
+                self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
+                continue
+            if plan.merges:
+                self._writer.replace(chain, plan.pieces, chains)
+            self.merges += plan.merges
+            self.refusals += plan.refusals
+        # What was said of a batch norm that could not be folded is superseded by what became of its chain
+        known = {name for merge in self.merges for name in merge.operators}
+        known.update(name for refusal in self.refusals if len(refusal.operators) > 1 for name in refusal.operators)
+        self.refusals = [r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known]
+
+    def finish(self) -> fx.GraphModule:
+        """Drop what is no longer called and compile."""
+        self._writer.finish()
+        return self._captured
+
+    def round(self) -> None:
+        """Give new operators, which are in float64, the dtype of those they replace."""
+        for name, dtype in self._writer.made.items():
+            if _has(self._captured, name):
+                self._captured.get_submodule(name).to(dtype)
+
+    def give_up(self, model: str) -> None:
+        """Say that nothing is done, since the whole is slower.
+
+        Args:
+            model: What to call the model.
+        """
+        self.merges, self.fused, self.dropped = [], [], []
+        reason = "the whole of the collapsed model is slower than the model itself, which is returned as it is"
+        self.refusals.append(Refusal((model,), reason))
+
+    def _explain_stand_ins(self, chains: Chains) -> None:
+        for name, value in self._stand_ins:
+            reason = chains.why_nothing_meets(value)
+            if reason is not None:
+                self.refusals.append(Refusal((name,), f"nothing to merge: {reason}"))
+
+    def _alone(self) -> Any:
+        known: dict[fx.Node, nn.Module] = {}
+
+        def alone(node: fx.Node) -> nn.Module:
+            if node not in known:
+                known[node] = self._trial().alone(node)
+            return known[node]
+
+        return alone
+
+    def _trial(self) -> Trial:
+        return Trial(self._captured, self._writer.made, device_of(self._captured))
+
+    def _why_not_faster(self, chain: Chain, plan: Plan, device: torch.device) -> str | None:
+        """Time a chain against its plan, interleaved; the reason if it is not faster, None if it is."""
+        if self._objective != "latency":
+            return None
+        original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
+        meta = chain[0].value.meta["tensor_meta"]
+        key = str(original), str(planned), tuple(meta.shape), meta.dtype
+        if key not in self._timed:
+            value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
+            latency = measure_latency({"original": original, "planned": planned}, (value,))
+            before, after = (latency[name].median * 1e6 for name in ("original", "planned"))
+            reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
+            self._timed[key] = None if is_faster(latency["original"], latency["planned"]) else reason
+        return self._timed[key]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
