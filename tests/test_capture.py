@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_easier import collapse, export, isolate_activations, linearize
+from lightning_easier import CollapseError, collapse, export, isolate_activations, linearize
 from lightning_easier.inference import relative_difference
 from tests.models import randomize_batch_norms
 from tests.test_linear_steps import conv
@@ -86,6 +86,104 @@ def test_what_torch_export_captured_is_an_ordinary_module():
     assert relative_difference(again(x), model(x)) <= 1e-5
     assert model(x).shape == (2, 2, 4, 4)  # the source has no guards, and still takes either way
     assert model(torch.randn(2, 3, 5, 5)).shape == (2, 2, 5, 5)
+
+
+class TakesAnotherWayAtOne(nn.Module):
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis, self.a, self.b = axis, nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y * 3 if x.shape[self.axis] == 1 else y
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_another_way_at_a_size_of_one_is_not_taken_silently(axis):
+    model = TakesAnotherWayAtOne(axis).eval()
+    sizes = [3, 5, 4]
+    result = collapse(model, torch.randn(sizes), objective="macs")
+    assert len(result.report.merges) == 1
+    x = torch.randn(7, 6, 4)
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
+    sizes[axis] = 1
+    x = torch.randn(sizes)
+    with pytest.raises(AssertionError, match="holds where"):
+        result.model(x)
+    collapsed = collapse(model, x, objective="macs").model  # what is recorded is the way of the example
+    assert relative_difference(collapsed(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="holds where"):
+        collapsed(torch.randn(7, 6, 4))
+
+
+class Adds(nn.Module):
+    """Its second input is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        x = x + others[0]
+        return self.b(self.a(x * 2 if x.shape[1] > 3 else x))
+
+
+def test_inputs_with_one_sample_and_those_without_a_name_of_their_own():
+    model = Adds().eval()
+    collapsed = collapse(model, (torch.randn(4, 5, 4), torch.randn(1, 5, 4)), objective="macs").model
+    inputs = torch.randn(3, 5, 4), torch.randn(1, 5, 4)
+    assert relative_difference(collapsed(*inputs), model(*inputs)) <= 1e-5
+
+
+class WithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.frozen(x)
+        return self.b(self.a(y))
+
+
+class Positions(WithoutGradients):
+    """Computes constants without gradients, as rotary embeddings do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            positions = torch.arange(x.shape[1], device=x.device).float() / 2
+        return self.b(self.a(x)) + positions[:, None]
+
+
+def test_gradients_stay_off_where_they_were_turned_off():
+    model = WithoutGradients().eval()
+    with pytest.raises(CollapseError, match="autograd"):
+        collapse(model, torch.randn(2, 4), objective="macs")
+    model = Positions().eval()
+    result = collapse(model, torch.randn(2, 3, 4), objective="macs")
+    assert len(result.report.merges) == 1
+    x = torch.randn(1, 5, 4)
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
+    assert result.model.to("meta")(x.to("meta")).device.type == "meta"  # what it makes is made where its input is
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.a, self.b = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.embedding(x[:, :32] if x.shape[1] > 32 else x))))
+
+
+def test_weights_that_are_tied_stay_tied():
+    model = Tied().eval()
+    result = collapse(model, torch.randint(0, 50, (2, 8)), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    x = torch.randint(0, 50, (3, 5))
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
 
 
 class TwoOutputs(nn.Module):

@@ -31,7 +31,10 @@ def test_a_random_linear_network_keeps_its_function(case, objective, dtype):
     result = collapse(model, torch.randn(shape, dtype=dtype), objective=objective)
     report = result.report
     note(str(report))
-    assert report.relative_difference_float64 <= 1e-9
+    # torch.export writes out the dtype of x.to(x.dtype), which rounds in the twin in float64
+    assert report.relative_difference_float64 <= (
+        1e-9 if dtype == torch.float64 or not isinstance(model, Asks) else 1e-4
+    )
     # at another size, and in float64 whatever it was rounded to
     x = torch.randn(other_shape, dtype=torch.float64)
     with torch.no_grad():

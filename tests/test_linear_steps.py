@@ -24,8 +24,8 @@ class Net(nn.Module):
         for name, child in children.items():
             setattr(self, name, child)
 
-    def forward(self, x):
-        return self.function(self, x)
+    def forward(self, x, *others):
+        return self.function(self, x, *others)
 
 
 def conv(channels: int, width: int, kernel: int = 1, **options) -> nn.Conv2d:
@@ -310,6 +310,76 @@ def test_what_holds_at_the_example_only_is_not_used():
     idle.register_forward_hook(lambda module, args, output: output.clamp_(min=0))
     hooked = Net(writes_by_a_hook, a=conv(3, 3), b=conv(3, 3), idle=idle)
     assert merges_of(hooked, IMAGES) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "other"),
+    [
+        # reshapes that mix samples at other sizes
+        (Net(lambda s, x: s.b(F.avg_pool2d(s.a(x), 7).view(-1, 8)), a=conv(4, 8), b=nn.Linear(8, 3)),
+         (2, 4, 7, 7), (2, 4, 14, 14)),
+        (Net(lambda s, x: s.b(s.a(x).view(-1, 8)), a=conv(4, 8), b=nn.Linear(8, 3)), (2, 4, 1, 1), (2, 4, 2, 2)),
+        (Net(lambda s, x: s.b(s.a(x).view(-1, 36)), a=nn.BatchNorm2d(4), b=nn.Linear(36, 3)), (2, 4, 3, 3),
+         (2, 4, 6, 3)),
+        (Net(lambda s, x: s.b((x * s.g).reshape(-1, 20)), g=numbers(1, 5, 1), b=nn.Linear(20, 3)), (2, 5, 4),
+         (2, 5, 8)),
+        (Net(lambda s, x: s.b(s.a(x).reshape(-1, 8, 16)), a=conv(3, 8), b=nn.Conv1d(8, 5, 1)), (2, 3, 4, 4),
+         (2, 3, 8, 8)),
+        # the number of samples is another behind it
+        (Net(lambda s, x: (y := s.b(s.f(s.a(x)))) / y.size(0), a=nn.Linear(4, 8), b=nn.Linear(8, 8),
+             f=nn.Flatten(0, 1)), (2, 1, 4), (2, 3, 4)),
+        (Net(lambda s, x: s.c(z := s.b(s.f(s.a(x)))).view(z.size(0), -1), a=nn.Linear(4, 8), b=nn.Linear(8, 8),
+             c=nn.Linear(8, 8), f=nn.Flatten(0, 1)), (4, 3, 4), (4, 2, 4)),
+        # in another rank
+        (Net(lambda s, x: s.b(s.a(F.avg_pool2d(x, 2).flatten(2) + s.g).clone()), a=nn.Conv1d(3, 8, 3, padding=1),
+             b=nn.Conv1d(8, 3, 1), g=numbers(3, 1)), (2, 3, 8, 8), (3, 3, 6, 8)),
+        (Net(lambda s, x: torch.cat([(h := s.a(x)) * s.g, h * s.h], -1).mean((1, 2)), a=nn.Linear(4, 8), g=numbers(8),
+             h=numbers(1, 1, 1, 8)), (2, 5, 6, 4), (3, 4, 6, 4)),
+        (Net(lambda s, x: s.b(s.a(s.c(x).permute(0, 2, 3, 1)).view(-1, 6)), c=conv(3, 8), a=nn.Linear(8, 6),
+             b=nn.Linear(6, 5)), (1, 3, 4, 5), (2, 3, 4, 5)),
+        # pools of maps without samples
+        (Net(lambda s, x: F.adaptive_avg_pool2d(s.a(x), (2, 1)), a=nn.Conv1d(8, 4, 1)), (3, 8, 6), (2, 8, 5)),
+        # keywords in another order
+        (Net(lambda s, x: torch.sub(other=s.a(x), input=s.b(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 3)), (2, 3), (5, 3)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", ["depth", "macs"])
+def test_a_model_keeps_its_function_at_other_sizes(model, shape, other, objective):
+    merges_of(model, shape, objective, other)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x, c: s.b(F.linear(x, s.a.weight, c)),
+        lambda s, x, c: s.b(torch.addmm(c, x, s.a.weight.T)),
+        lambda s, x, c: s.b(F.linear(x, s.a.weight + c.view(-1, 1))),
+        lambda s, x, c: F.batch_norm(s.a(x), s.n.running_mean, s.n.running_var, c + 1),
+    ],
+)
+def test_a_weight_or_bias_that_is_an_input_is_no_constant(forward):
+    model = Net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2), n=nn.BatchNorm1d(4))
+    model = randomize_batch_norms(model).double().eval()
+    x = torch.randn(2, 3).double()
+    collapsed = collapse(model, (x, torch.zeros(4).double()), objective="depth").model
+    c = torch.randn(4).double()
+    assert relative_difference(collapsed(x, c), model(x, c)) <= 1e-9
+
+
+def copies_and_writes(s, x: Tensor) -> Tensor:
+    z = x[:, :, ::2, ::2].clone()
+    z *= s.g
+    return s.b(s.a(z).clone())
+
+
+def test_a_copy_that_is_written_into_protects_the_input():
+    model = Net(copies_and_writes, g=numbers(3, 3, 3), a=conv(3, 8, 3, padding=1), b=conv(8, 3)).eval()
+    for objective in ("depth", "macs"):
+        x = torch.randn(2, 3, 6, 6)
+        collapsed = collapse(model, x, objective=objective).model
+        before = x.clone()
+        collapsed(x)
+        assert torch.equal(x, before)
 
 
 class Counts(nn.Module):

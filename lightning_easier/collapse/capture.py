@@ -17,9 +17,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.errors import CaptureError
-from lightning_easier.collapse.exporting import exported
+from lightning_easier.collapse.exporting import GUARDS, exported, quiet
+from lightning_easier.collapse.guards import SizeGuards
 from lightning_easier.collapse.reading import ALIASES, NUMBER, WRITES, uses_batch_statistics
-from lightning_easier.inference import has_hooks
+from lightning_easier.inference import has_hooks, relative_difference, tolerance_for
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
 from lightning_easier.tracing import RecordingProxy, is_readable, modes
@@ -45,7 +46,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
         reason = error
     if not any(has_hooks(module) or uses_batch_statistics(module) for module in model.modules()):
         try:
-            return _with_shapes(model, *exported(model, arguments), arguments)
+            return _first_that_holds(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
@@ -54,6 +55,56 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
     except Exception as error:
         kind = "" if isinstance(reason, CaptureError) else f"{type(reason).__name__}: "
         raise CaptureError(f"{kind}{reason}".splitlines()[0]) from error
+
+
+def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """Export a model for as many sizes as possible, and return the first graph that holds at the example."""
+    reason = ""
+    for graph, constants in exported(model, arguments):
+        try:
+            with quiet():
+                captured = _with_shapes(model, graph, constants, arguments)
+                _check_sizes_of_one(captured, model, arguments)
+                return captured
+        except (RuntimeError, AssertionError) as error:  # a guard that the example does not pass
+            reason = str(error)
+            _logger.debug("what torch.export made of %s does not hold: %s", type(model).__name__, error)
+    raise CaptureError(reason)
+
+
+def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]) -> None:
+    """Refuse sizes of one where they take another way than the one recorded: torch.export has no guards for them.
+
+    Raises:
+        AssertionError: If the example itself has such a size.
+    """
+    guards: SizeGuards = captured.get_submodule(GUARDS)  # type: ignore[assignment]
+    (checking,) = captured.graph.find_nodes(op="call_module", target=GUARDS)
+    for axis in range(max(x.ndim for x in arguments)):
+        sizes = {x.shape[axis] for x in arguments if x.ndim > axis}
+        for size in sizes:  # inputs that have a size in common have it in common at one, too
+            which = [x.ndim > axis and x.shape[axis] == size for x in arguments]
+            inputs = [x.narrow(axis, 0, min(size, 1)) if at else x for x, at in zip(arguments, which, strict=True)]
+            if _is_equal(captured, model, inputs):
+                continue
+            guards.add([f"{name}.size()[{axis}] != 1" for name, at in zip(guards.inputs, which, strict=True) if at])
+    guards(*arguments)
+    if not guards.conditions:
+        captured.graph.erase_node(checking)
+        captured.delete_submodule(GUARDS)
+        captured.recompile()
+
+
+def _is_equal(captured: nn.Module, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Tell whether a captured graph does with inputs what its model does; one that refuses them is not wrong."""
+    outputs = []
+    for each in (model, captured):
+        try:
+            with torch.no_grad():
+                outputs.append(each(*(x.clone() for x in inputs)))
+        except Exception:  # the model, or a guard, refuses this size
+            return True
+    return relative_difference(*outputs) <= tolerance_for(outputs[0])
 
 
 def _with_shapes(

@@ -78,9 +78,11 @@ class Chains:
             if element is None:
                 continue
             reason = self._uses.why_separate(node)
+            if isinstance(element, Link) and element.unchanged and self._is_written_into(node):
+                reason = f"what `{node.name}` copies is written into"
             if reason is None:
                 self._elements[node] = element
-                if element.value in self._reshaped or (isinstance(element, Link) and element.may_change_samples):
+                if element.value in self._reshaped or (isinstance(element, Link) and not element.keeps_samples):
                     self._reshaped.add(node)
             else:
                 self._kept[node] = element, reason
@@ -208,7 +210,7 @@ class Chains:
         if name in _SUMS and set(node.kwargs) <= {"input", "other", "alpha"}:
             given = {**node.kwargs}
             alpha: Any = given.pop("alpha", 1)
-            values, how = [*node.args, *given.values()], "add"
+            values, how = [*node.args, *(given[key] for key in ("input", "other") if key in given)], "add"
             if isinstance(alpha, fx.Node):
                 return None
             factors = (1.0, float(alpha if "add" in name else -alpha))

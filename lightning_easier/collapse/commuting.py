@@ -41,11 +41,22 @@ def commuted(units: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit] 
             changed, place = True, max(place - 1, 0)
     if not changed:
         return None
-    repriced = _repriced(order, shape, pricer)
-    last = repriced[-1]
-    if isinstance(last.alone, Kept) and last.is_layout and last.link is not units[-1].link:
-        repriced[-1] = replace(last, alone=replace(last.alone, contiguous=True))
-    return repriced
+    return _contiguous(_repriced(order, shape, pricer), units[-1])
+
+
+def _contiguous(order: Sequence[Unit], last: Unit) -> list[Unit]:
+    """Make the values of layouts contiguous where those of operators were read, which are."""
+    made = []
+    for unit, behind in zip(order, (*order[1:], None), strict=True):
+        if behind is None:
+            is_new = unit.link is not last.link
+        else:
+            is_new = behind.link is not None and unit.link is not None and behind.link.value is not unit.link.node
+        if is_new and unit.is_layout and isinstance(unit.alone, Kept):
+            made.append(replace(unit, alone=replace(unit.alone, contiguous=True)))
+        else:
+            made.append(unit)
+    return made
 
 
 def _repriced(order: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit]:
@@ -125,15 +136,15 @@ def _before_the_layout(before: Sequence[Unit], first: Unit, second: Unit) -> lis
 
 def _axis_before(before: Sequence[Unit], layout: Link, axis: int) -> int | None:
     """Return where a layout takes its channels from, if an operator put them there, through other layouts perhaps."""
-    for place in (1, -1):
-        if (layout.moves or {}).get(place) != axis or not before:
-            continue
-        last = before[-1]
-        if last.is_layout and last.link is not None:
-            if _axis_before(before[:-1], last.link, place) is not None:
-                return place
-        elif last.recipe is not None and channel_axis(last.recipe.structure) == place:
-            return place
+    starts = {
+        place: place for place in (1, -1) if (layout.moves or {}).get(place) == axis
+    }  # axis here -> at the layout
+    for unit in reversed(before):
+        if not unit.is_layout or unit.link is None:
+            found = None if unit.recipe is None else channel_axis(unit.recipe.structure)
+            return starts.get(found) if found is not None else None
+        moves = unit.link.moves or {}
+        starts = {place: starts[moves[place]] for place in (1, -1) if moves.get(place) in starts}
     return None
 
 
@@ -170,7 +181,18 @@ def _moved(unit: Unit, axis: int, axes: int) -> Unit:
     """Write a unit for another place of the channels."""
     assert unit.recipe is not None
     recipe = moved(unit.recipe, axis, axes)
-    return unit if recipe is unit.recipe else _written(unit, recipe)
+    if recipe is unit.recipe and _fits_anywhere(unit):
+        return unit
+    if not recipe.anchored:
+        raise CannotMergeError("nothing but the example tells its channels")
+    return _written(unit, recipe)
+
+
+def _fits_anywhere(unit: Unit) -> bool:
+    """Tell whether what a unit is written as does not depend on the number of axes."""
+    if unit.link is None:
+        return isinstance(unit.alone, Made)
+    return unit.link.carries_weight or unit.link.operator_on is not None
 
 
 def _written(unit: Unit, recipe: Recipe) -> Unit:

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.errors import CaptureError
 from lightning_easier.collapse.guards import read_guards
-from lightning_easier.collapse.reading import BATCH_NORMS, name_of
+from lightning_easier.collapse.reading import BATCH_NORMS
 
-_GUARDS = "_guards_fn"  # the name that torch.export gives it
+GUARDS = "_guards_fn"
+"""The name that torch.export gives to what checks sizes."""
 _OUTPUT = "_output"
 _logger = logging.getLogger(__name__)
 # Layers that are called again in the place of the one ATen operator that they became
@@ -30,52 +31,71 @@ _LAYERS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def exported(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[fx.Graph, dict[str, Any]]:
-    """Export a model for inputs of any size, and call its layers again where they were called.
+def exported(model: nn.Module, arguments: Sequence[Tensor]) -> Iterator[tuple[fx.Graph, dict[str, Any]]]:
+    """Export a model, and call its layers again where they were called; for as many sizes as torch.export manages.
 
     Args:
         model: The model, in eval mode.
         arguments: Example inputs.
 
-    Returns:
-        The graph, and what it calls and reads besides the model's own: name -> module or tensor.
+    Yields:
+        A graph, and what it calls and reads besides the model's own (name -> module or tensor); the first that holds at
+        the example is to be taken. Each names the sizes for which it holds.
 
     Raises:
-        CaptureError: If the graph holds what can't be written into a graph of layers; torch.export raises all kinds.
+        Exception: Whatever torch.export raises at last, or :class:`CaptureError`.
     """
-    # torch.export takes a size of one for a constant
-    arguments = tuple(torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments)
-    try:
-        program = _program(model, arguments, [range(x.ndim) for x in arguments])
-    except Exception as error:  # sizes that it can't reason about; the number of samples is the one that matters most
-        _logger.debug("torch.export can't take %s for inputs of any size: %s", type(model).__name__, error)
-        program = _program(model, arguments, [range(min(x.ndim, 1)) for x in arguments])
+    # A size of one is taken for a constant
+    doubled = tuple(torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments)
+    differ = any(x is not y for x, y in zip(doubled, arguments, strict=True))
+    for inputs in (doubled, tuple(arguments))[: 1 + differ]:
+        for axes in ([range(x.ndim) for x in inputs], [range(min(x.ndim, 1)) for x in inputs]):
+            try:
+                yield _as_layers(model, _program(model, inputs, axes))
+            except CaptureError:
+                raise
+            except Exception as error:  # sizes that it can't reason about
+                _logger.debug("torch.export can't take %s with sizes %s: %s", type(model).__name__, axes, error)
+    yield _as_layers(model, _program(model, tuple(arguments), [range(0)] * len(arguments)))
+
+
+def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: Sequence[range]) -> ExportedProgram:
+    """Export a model for inputs of any size along some axes of each."""
+    sizes = [dict.fromkeys(each, Dim.AUTO) for each in axes]
+    named: dict[str, Any] = {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL and len(named) < len(sizes):
+            named[parameter.name] = tuple(sizes[len(named) :])
+        elif len(named) < len(sizes):
+            named[parameter.name] = sizes[len(named)]
+    with torch.enable_grad(), quiet():  # with gradients, so that it is seen where a forward turns them off
+        return torch.export.export(model, arguments, dynamic_shapes=named)
+
+
+def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
     unlifted: Any = program.module()  # with a check that sizes are those for which what was traced holds
     graph: fx.Graph = unlifted.graph
     constants: dict[str, Any] = {}
     structure = _restore_structure(graph)
     if structure is not None:
         constants[_OUTPUT] = structure
-    _drop_idle_conversions(graph)
+    _drop_regions_without_gradient(unlifted)
     _call_layers(model, graph)
-    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    _follow_device(graph)
+    own = {name for kind in (model.named_parameters, model.named_buffers) for name, _ in kind(remove_duplicate=False)}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in own:
             if "." in str(node.target) or not isinstance(getattr(unlifted, str(node.target)), Tensor):
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(unlifted, str(node.target))
-    (checking,) = graph.find_nodes(op="call_module", target=_GUARDS)  # or it is not known for which sizes this holds
-    guards = read_guards(unlifted.get_submodule(_GUARDS), [str(x.target) for x in checking.all_input_nodes])
-    if guards.conditions:
-        constants[_GUARDS] = guards
-    else:
-        graph.erase_node(checking)
+    (checking,) = graph.find_nodes(op="call_module", target=GUARDS)  # or it is not known for which sizes this holds
+    constants[GUARDS] = read_guards(unlifted.get_submodule(GUARDS), [str(x.target) for x in checking.all_input_nodes])
     return graph, constants
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to ourselves what torch.export says of sizes of one and of models that it can't export."""
+def quiet() -> Iterator[None]:
+    """Keep to ourselves what torch says of sizes of one, and of graphs that don't run."""
     loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -86,19 +106,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: Sequence[range]) -> ExportedProgram:
-    """Export a model for inputs of any size along some axes of each."""
-    sizes = tuple(dict.fromkeys(each, Dim.AUTO) for each in axes)
-    with torch.no_grad(), _quiet():
-        return torch.export.export(
-            model, arguments, dynamic_shapes={"args": sizes} if _takes_any_number(model) else sizes
-        )
-
-
-def _takes_any_number(model: nn.Module) -> bool:
-    return any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
 def _restore_structure(graph: fx.Graph) -> nn.Module | None:
@@ -157,14 +164,47 @@ def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _drop_idle_conversions(graph: fx.Graph) -> None:
-    """Drop conversions to the dtype that a value has: ``x.to(y.dtype)`` was recorded with that dtype written out."""
-    for node in list(graph.nodes):
-        if name_of(node) in ("to", "_to_copy") and isinstance(value := node.args[0], fx.Node):
-            dtypes = [getattr(each.meta.get("val"), "dtype", None) for each in (node, value)]
-            if dtypes[0] is not None and dtypes[0] == dtypes[1]:
-                node.replace_all_uses_with(value)
-                graph.erase_node(node)
+def _drop_regions_without_gradient(unlifted: fx.GraphModule) -> None:
+    """Write out what runs without gradients, where nothing in it has one: positions, masks.
+
+    Raises:
+        CaptureError: If something in it would have one; the result would train it.
+    """
+    graph = unlifted.graph
+    regions = [node for node in graph.nodes if "set_grad_enabled" in getattr(node.target, "__name__", "")]
+    depends: set[fx.Node] = set()  # on a parameter or an input
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if node.op == "placeholder" or value.requires_grad or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+    for node in regions:
+        _, inside, *values = node.args
+        if not isinstance(inside, fx.Node) or not depends.isdisjoint(node.all_input_nodes):
+            raise CaptureError("it turns gradients off inside its forward")
+        region: Any = getattr(unlifted, str(inside.target)).graph
+        places = dict(zip(region.find_nodes(op="placeholder"), values, strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(region, places)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        graph.erase_node(inside)
+
+
+def _follow_device(graph: fx.Graph) -> None:
+    """Make new tensors where the input is, and not on the device that was written out."""
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    if first is None or not isinstance(first.meta.get("val"), Tensor):
+        return
+    made = [node for node in graph.nodes if node.kwargs.get("device") == first.meta["val"].device]
+    if made:
+        with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+            device = graph.call_function(getattr, (first, "device"))
+        for node in made:
+            node.kwargs = {**node.kwargs, "device": device}
 
 
 def _layer_of(node: fx.Node) -> str:

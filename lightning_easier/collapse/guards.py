@@ -31,6 +31,11 @@ class SizeGuards(nn.Module):
         self.conditions = tuple(conditions)
         self._check = self._compiled()
 
+    def add(self, conditions: Sequence[str]) -> None:
+        """Add conditions."""
+        self.conditions += tuple(conditions)
+        self._check = self._compiled()
+
     def forward(self, *inputs: Any) -> None:
         """Check the sizes of a call's inputs.
 

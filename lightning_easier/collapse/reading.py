@@ -4,6 +4,7 @@ A :class:`Link` is the answer: the operator that it equals, or what it does to t
 place of the channels (a layout). Modules, functions, methods and the ATen operators of ``torch.export`` are read alike.
 """
 
+import logging
 import operator as operators
 from collections.abc import Callable
 from copy import deepcopy
@@ -33,6 +34,7 @@ NUMBER = "number"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_ADAPTIVE_POOLS_BY_NAME = ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 _POOLS_BY_NAME = {f"avg_pool{axes}d": kind for axes, kind in enumerate(_AVERAGE_POOLS, 1)}
 _CONVOLUTIONS_BY_NAME = {
     **{f"conv{axes}d": kind for axes, kind in enumerate(CONVOLUTIONS, 1)},
@@ -50,6 +52,9 @@ _MATRIX_PRODUCTS = {
 }  # fmt: skip
 _WRITING = (*_IN_PLACE, "setitem", "imod", "ipow", "ifloordiv", "iand", "ior", "ixor", "imatmul")
 _AFFINE = {"multiply": "mul", "subtract": "sub", "truediv": "div", "divide": "div", "true_divide": "div"}
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,7 @@ class Link:
         counts: Whether it is an operation of its own, and not only another view of a value.
         unchanged: Whether it leaves every number in its place: a copy, a conversion.
         selects: Whether it copies channels and positions, between zeros perhaps: a slice, a padding.
+        keeps_samples: Whether the first axis holds the samples behind it at every size.
         operator_on: Axis of the channels -> the operator, where it fits both: a number, or one for each element.
     """
 
@@ -91,6 +97,7 @@ class Link:
     counts: bool = True
     unchanged: bool = False
     selects: bool = False
+    keeps_samples: bool = True
     operator_on: Callable[[int], nn.Module] | None = None
 
     @property
@@ -98,14 +105,6 @@ class Link:
         """Whether it is a convolution or a product with a matrix as it stands."""
         linear = isinstance(self.operator, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
         return linear and self.averaging is None and not self.selects
-
-    @property
-    def may_change_samples(self) -> bool:
-        """Whether the first axis may not hold the samples behind it."""
-        if self.counts or self.moves is None or self.node.op == "call_module":
-            return False
-        name = name_of(self.node)
-        return (name in _RESHAPES and name != "flatten") or (name == "flatten" and self.node.args[1:2] != (1,))
 
 
 def shape_of(node: Any) -> torch.Size | None:
@@ -131,6 +130,15 @@ def name_of(node: fx.Node) -> str:
         return "getattr"
     name = getattr(target, "__name__", "")
     return name if any(getattr(room, name, None) is target for room in (torch, F, operators)) else ""
+
+
+def is_number_of_samples(node: fx.Node) -> bool:
+    """Tell whether a node is the first size of a value."""
+    first: bool = list(node.args[1:]) == [0]
+    if name_of(node) in ("size", "sym_size"):
+        return first
+    asked = node.args[0] if name_of(node) == "getitem" and first else None
+    return isinstance(asked, fx.Node) and name_of(asked) == "getattr" and str(asked.args[1]) == "shape"
 
 
 def changes_its_input(captured: fx.GraphModule, node: fx.Node) -> bool:
@@ -182,8 +190,10 @@ class Reader:
             return None
         try:
             link = self._read_module(node) if node.op == "call_module" else self._read_function(node)
-        except (CannotMergeError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
-            return None  # an argument that is not what it is in all other calls
+        except (CannotMergeError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            # an argument that is not what it is in all other calls: another library's spelling is no error of ours
+            _logger.debug("%s is not read as a linear step: %s", node.format_node(), error)
+            return None
         if link is None or shape_of(link.value) is None or not _is_floating(node, link.value):
             return None
         return None if changes_its_input(self._captured, node) and is_shared(link.value) else link
@@ -235,8 +245,9 @@ class Reader:
             given = _bind(node, "input kernel_size stride padding ceil_mode count_include_pad divisor_override")
             del given["input"]
             return self._pool(node, value, node.name, _POOLS_BY_NAME[name](**given))
-        if name.startswith("adaptive_avg_pool"):
-            return Link(node, value, node.name, averaging=Averaging(True), moves={1: 1})
+        if name in _ADAPTIVE_POOLS_BY_NAME:
+            batched = len(shape_of(value) or ()) == 3 + _ADAPTIVE_POOLS_BY_NAME.index(name)
+            return Link(node, value, node.name, averaging=Averaging(True), moves={1: 1}) if batched else None
         if name == "mean":
             return self._mean(node, value)
         if name in _PERMUTATIONS:
@@ -310,9 +321,9 @@ class Reader:
         transposed = kind in TRANSPOSED_CONVOLUTIONS
         names = "input weight bias stride padding dilation groups"
         given = _bind(node, "input weight bias stride padding output_padding groups dilation" if transposed else names)
-        value, weight, bias = given.pop("input"), self._constant(given.pop("weight")), given.pop("bias", None)
-        bias = None if bias is None else self._constant(bias)
-        if not isinstance(weight, Tensor) or weight.ndim != len(shape_of(value) or ()):
+        value, weight = given.pop("input"), self._tensor(given.pop("weight"))
+        bias = self._tensor(given.pop("bias", None))
+        if weight is None or weight.ndim != len(shape_of(value) or ()):
             return None
         if not transposed:
             made = convolutions.make_convolution(weight, bias, weight.dtype, **given)
@@ -322,13 +333,12 @@ class Reader:
 
     def _linear(self, node: fx.Node, name: str) -> Link | None:
         given = _bind(node, _MATRIX_PRODUCTS[name])
-        value, weight, bias = given["value"], self._constant(given["weight"]), given.get("bias")
-        bias = None if bias is None else self._constant(bias)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or not isinstance(value, fx.Node):
+        value, weight, bias = given["value"], self._tensor(given["weight"]), self._tensor(given.get("bias"))
+        if weight is None or weight.ndim != 2 or not isinstance(value, fx.Node):
             return None
         matrix = weight if name == "linear" else weight.T
         if name == "addmm":
-            if not isinstance(bias, Tensor) or bias.shape != matrix.shape[:1]:
+            if bias is None or bias.shape != matrix.shape[:1]:
                 return None
             # not rounded before the merge
             matrix, bias = matrix.double() * given.get("alpha", 1), bias.double() * given.get("beta", 1)
@@ -346,8 +356,7 @@ class Reader:
             return None
         value = given["input"]
         tensors: dict[str, Any] = {
-            key: None if given.get(key) is None else self._constant(given[key])
-            for key in ("running_mean", "running_var", "weight", "bias")
+            key: self._tensor(given.get(key)) for key in ("running_mean", "running_var", "weight", "bias")
         }
         made = nn.BatchNorm1d(len(tensors["running_mean"]), eps=given.get("eps", 1e-5), device="meta")
         made.running_mean, made.running_var = tensors["running_mean"], tensors["running_var"]
@@ -416,18 +425,47 @@ class Reader:
         before, behind = shape_of(value), shape_of(node)
         assert before is not None
         assert behind is not None
-        if len(before) < 2 or len(behind) < 2 or (node.op != "call_module" and node.kwargs):
+        if len(before) < 2 or len(behind) < 2 or set(node.kwargs) - {"start_dim", "end_dim"}:
             return None
         if node.meta["tensor_meta"].dtype != value.meta["tensor_meta"].dtype:  # its bytes are read as something else
             return None
+        keeps = self._keeps_samples(node, value)
         moves = {}
-        if before[:2] == behind[:2] and len(before) > 2:
+        if keeps and before[:2] == behind[:2] and len(before) > 2:
             moves[1] = 1 if len(behind) > 2 else -1
         if before[-1] == behind[-1]:
             moves[-1] = -1
-        if not moves and (len(behind) > 2 or before[0] != behind[0]):
+        if not moves and not (keeps and len(behind) == 2):
             return None
-        return Link(node, value, name, moves=moves, counts=False)
+        return Link(node, value, name, moves=moves, counts=False, keeps_samples=keeps)
+
+    def _keeps_samples(self, node: fx.Node, value: fx.Node) -> bool:
+        """Tell whether the first axis holds the samples behind a reshape, whatever their size."""
+        if node.op == "call_module":
+            return bool(self._captured.get_submodule(str(node.target)).start_dim == 1)
+        if name_of(node) == "flatten":
+            return _bind(node, "input start_dim end_dim").get("start_dim", 0) == 1
+        sizes = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+        if isinstance(sizes[0], fx.Node):
+            return is_number_of_samples(sizes[0])
+        # view(-1, C) of maps that have one position at every size
+        channels = (shape_of(value) or (0, 0))[1]
+        return [*sizes] == [-1, channels] and self._is_averaged(value)
+
+    def _is_averaged(self, value: fx.Node) -> bool:
+        """Tell whether a value is an average over all positions, so that there is one at every size."""
+        if value.op == "call_module":
+            module = self._captured.get_submodule(str(value.target))
+            size = getattr(module, "output_size", None) if type(module) in _ADAPTIVE_POOLS else None
+        elif name_of(value) in _ADAPTIVE_POOLS_BY_NAME:
+            size = _bind(value, "input output_size").get("output_size")
+        elif name_of(value) == "mean":
+            rank, given = len(shape_of(value) or ()), _bind(value, "input dim keepdim")
+            dims = {dim % rank for dim in _as_tuple(given.get("dim", ()), 1)} if given.get("keepdim") else set()
+            return dims == set(range(2, rank))
+        else:
+            return False
+        return size is not None and set(_as_tuple(size, 1)) == {1}
 
     def _unchanged(self, node: fx.Node, value: fx.Node) -> Link | None:
         """Read a copy, and a conversion to a dtype that the value has; a dtype that is written out is left alone."""
@@ -489,6 +527,17 @@ class Reader:
             geometry["groups"] = channels
         made = convolutions.make_convolution(weight, None, dtype, **geometry)
         return made.eval().requires_grad_(False)
+
+    def _tensor(self, argument: Any) -> Tensor | None:
+        """Return a parameter or a buffer, or a view of one; None where None was given.
+
+        Raises:
+            CannotMergeError: For what is computed.
+        """
+        found = None if argument is None else self._constant(argument)
+        if argument is not None and not isinstance(found, Tensor):
+            raise CannotMergeError("its weight or bias is computed")
+        return found
 
     def _constant(self, argument: Any) -> Any:
         """Return a number, a parameter or a buffer, or a view of one; None for anything else."""

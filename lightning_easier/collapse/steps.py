@@ -177,6 +177,11 @@ class Steps:
         self._writer.finish()
         return self._captured
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything was done that makes the graph another than the model."""
+        return bool(self.merges or self.fused or self.dropped or self._stand_ins)
+
     def round(self) -> None:
         """Give new operators, which are in float64, the dtype of those they replace."""
         for name, dtype in self._writer.made.items():

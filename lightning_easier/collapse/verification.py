@@ -82,15 +82,20 @@ def verify_in_float64(
         return None, 0.0
     (source, before, collapsed), arguments = twins  # type: ignore[assignment]
     coarsest = _CoarsestDtype()
+    read, read_too = copies(arguments), copies(arguments)
     try:
         with torch.no_grad(), coarsest:
-            exact, output = source(*copies(arguments)), collapsed(*copies(arguments))
+            exact, output = source(*read), collapsed(*read_too)
     except Exception:  # dtypes that are written out in its forward, or asserted there
         return None, 0.0
     difference = relative_difference(output, exact)
     if not difference <= coarsest.tolerance:  # some models convert to float32 inside
         where = _why_different(before, collapsed, arguments)
         raise CollapseError(_message(type(source).__name__, difference, coarsest.tolerance, where))
+    if not relative_difference(read_too, read) <= coarsest.tolerance:
+        raise CollapseError(
+            f"The collapsed model writes into its inputs otherwise than {type(source).__name__}; report it"
+        )
     if not any(bool(tensor.any()) for tensor in tensors_in(exact)):  # a head of zeros hides what comes before it
         where = _why_different(before, collapsed, arguments)
         if where is not None:

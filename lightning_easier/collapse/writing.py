@@ -120,7 +120,7 @@ class Writer(_Writing):
         called = {str(node.target) for node in self._graph.nodes if node.op == "call_module"}
         for target in forgotten - read:
             owner, _, attribute = target.rpartition(".")
-            if owner not in called:
+            if not any(f"{owner}.".startswith(f"{name}.") for name in called):
                 delattr(self._captured.get_submodule(owner), attribute)
         self._graph.lint()
         self._captured.delete_all_unused_submodules()
