@@ -68,9 +68,17 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
-    """Count the multiply-accumulates of one call, by torch's own counter (convolutions, matrix products, attention)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*arguments)
+    """Count the multiply-accumulates of one call, by torch's own counter (convolutions, matrix products, attention).
+
+    Transformer layers are counted as they are written out: the counter does not know the operator that fuses them.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*arguments)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
 
 

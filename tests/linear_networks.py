@@ -60,6 +60,8 @@ class Spell(nn.Module):
                 return x.view(x.size(0), -1)
             case "reshape":
                 return x.reshape(x.shape[0], x.shape[1])
+            case "rows":
+                return x.reshape(-1, self.axes)
             case "every second":
                 return x[(slice(None), slice(None), *[slice(None, None, 2)] * self.axes)]
             case "channels last":
@@ -246,7 +248,7 @@ def _step(draw: st.DrawFn, state: State, inside: bool = False) -> nn.Module:
     if kind == "flatten":
         spellings = [nn.Flatten(), Spell("flatten"), Spell("view")]
         if all(size == 1 for size in state.sizes):
-            spellings.append(Spell("reshape"))
+            spellings += [Spell("reshape"), Spell("rows", state.channels)]
         state.channels, state.sizes = state.channels * prod(state.sizes), ()
         return draw(st.sampled_from(spellings))
     if kind == "pad":

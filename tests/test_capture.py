@@ -238,6 +238,35 @@ def test_the_layers_inside_a_transformer_layer_are_seen(norm_first):
     assert relative_difference(result.model(x), model(x)) <= 1e-5
 
 
+def test_a_model_in_which_nothing_merges_keeps_its_own_forward():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16)
+    result = collapse(model, x, objective="macs")
+    assert type(result.model) is nn.TransformerEncoder
+    assert result.report.before.macs == result.report.after.macs > 0
+    assert relative_difference(result.model(x), model(x)) == 0
+    assert all(a is not b for a, b in zip(result.model.parameters(), model.parameters(), strict=True))
+
+
+class Asserts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(4, 8), conv(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[2] == 7, "maps of seven rows are needed")
+        y = self.a(x)
+        torch._assert(y.shape[1] == 8, "eight channels are needed")
+        return self.b(y)
+
+
+def test_what_is_asserted_of_inputs_stays_asserted():
+    result = collapse(Asserts(), torch.randn(2, 4, 7, 7), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    with pytest.raises(AssertionError, match="seven rows"):
+        result.model(torch.randn(2, 4, 8, 8))
+
+
 def test_a_model_whose_forward_calls_its_children_in_a_row_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoderLayer(16, 2, 32, activation="gelu")).eval()
     linearize(model, list(isolate_activations(model)))

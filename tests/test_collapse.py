@@ -242,17 +242,20 @@ def test_several_inputs_and_outputs_and_their_names():
 class UntraceablePart(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(3, 3)
+        self.fc, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.fc(x) if x.sum() > 1e9 else self.fc(x) + 1
+        return self.head(self.fc(x)) if x.sum() > 1e9 else self.head(self.fc(x)) + 1
 
 
 def test_a_part_that_does_not_trace_stays_whole():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), UntraceablePart())
     result = collapse(model, torch.randn(2, 3), objective="depth")
     assert len(result.report.merges) == 1
-    assert result.report.before.depth == 3
+    assert [(r.operators, r.reason) for r in result.report.refusals] == [
+        (("2",), "stays whole: UntraceablePart can't be traced, and torch.export can't take the model")
+    ]
+    assert result.report.before.depth == 4
     assert_same_function(result.model, model, (5, 3))
     with pytest.raises(CollapseError, match="data flow of UntraceablePart can't be captured.*control flow"):
         collapse(UntraceablePart(), torch.randn(2, 3))

@@ -134,6 +134,8 @@ IMAGES = (2, 3, 8, 9)
          {("a", "b"): "Conv2d 1×1 3→2"}, [(1, 3, 5, 6)]),
         (Net(lambda s, x: s.b(s.a(x).clone()), a=conv(3, 3, 3), b=conv(3, 2, 3)), IMAGES,
          {("a", "b"): "Conv2d 5×5 3→2"}, [(1, 3, 7, 6)]),
+        (Net(lambda s, x: s.a(x).clone() + x.clone(), a=conv(3, 3)), IMAGES,
+         {("a", "clone", "clone_1", "add"): "Conv2d 1×1 3→3"}, [(1, 3, 5, 6)]),
         # zeros around the map
         (nn.Sequential(nn.ZeroPad2d(1), conv(3, 4, 3)), IMAGES, {("0", "1"): "Conv2d 3×3 3→4"}, [(1, 3, 5, 4)]),
         (nn.Sequential(nn.ConstantPad1d(2, 0.0), nn.Conv1d(3, 4, 3)), (2, 3, 8), {("0", "1"): "Conv1d 3 3→4"},

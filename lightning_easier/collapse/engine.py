@@ -152,6 +152,7 @@ def _collapse(
         cost_after = _cost(collapsed, arguments, depth(collapsed), latency["after"])
     result: nn.Module = collapsed
     if not steps.changed:  # its own forward is as good, and may be faster than what was recorded of it
+        steps.dropped = []
         result, cost_after, difference, exactly = timed, cost_before, 0.0, 0.0
     if objective == "latency" and is_slower(latency["before"], latency["after"]):
         steps.give_up(type(model).__name__)

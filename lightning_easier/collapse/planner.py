@@ -96,7 +96,8 @@ class Planner:
     def _recipe_of_fork(self, fork: Fork, branches: Sequence[Sequence[Unit]], shape: Shape) -> Recipe | str:
         """Merge the branches of a fork into one operator, or say why there is none."""
         parts: list[Recipe | None] = []
-        for branch, units in zip(fork.branches, branches, strict=True):
+        for branch, read in zip(fork.branches, branches, strict=True):
+            units = [unit for unit in read if unit.link is None or not unit.link.unchanged]
             names = " + ".join(element.name for element in branch)
             whole: Recipe | str | None = units[0].recipe if units else None
             for unit in units[1:]:

@@ -16,7 +16,7 @@ from lightning_easier.collapse.prices import LatencyTable, Objective, Pricer
 from lightning_easier.collapse.reading import BATCH_NORMS, name_of, uses_batch_statistics
 from lightning_easier.collapse.writing import EQUALS, Trial, Writer
 from lightning_easier.costs import is_faster, measure_latency
-from lightning_easier.dataflow import is_idle_dropout
+from lightning_easier.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.inference import device_of, has_hooks
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.report import Merge, Refusal
@@ -67,9 +67,9 @@ class Steps:
         self.refusals: list[Refusal] = []
 
     def drop_assertions(self) -> None:
-        """Remove what the model asserts of its values; what it computes is the same without."""
+        """Remove what the model asserts of its values, not of its inputs; what it computes is the same without."""
         for node in reversed(list(self._graph.nodes)):
-            asserts = name_of(node).startswith("_assert")
+            asserts = name_of(node).startswith("_assert") and not (name_of(node) == "_assert" and _is_of_inputs(node))
             about = name_of(node) in _QUESTIONS and "tensor_meta" not in node.meta
             if not node.users and (asserts or about):
                 self._graph.erase_node(node)
@@ -138,16 +138,20 @@ class Steps:
                     continue
                 self._writer.bypass(node, value)
                 self._stand_ins.append((name, value))
-        self._explain_those_inside()
+        self._explain_what_stays_whole()
 
-    def _explain_those_inside(self) -> None:
+    def _explain_what_stays_whole(self) -> None:
+        """Say of parts that were not looked into that they were not, if something could merge there."""
         for node in self._graph.nodes:
             module = module_of(self._captured, node)
-            for name, part in () if module is None else module.named_modules(prefix=str(node.target)):
-                if isinstance(part, IdentityStandIn) and part is not module:
-                    kind = type(module).__name__
-                    reason = f"nothing is known of what is inside `{node.target}` ({kind}), which can't be traced"
-                    self.refusals.append(Refusal((name,), reason))
+            if module is None:
+                continue
+            kind, parts = type(module), list(module.modules())[1:]
+            chains = sum(isinstance(part, OPERATORS) for part in parts) > 1 and not kind.__module__.startswith("torch.")
+            if chains or any(isinstance(part, IdentityStandIn) for part in parts):
+                why = "has hooks" if has_hooks(module) else "can't be traced"
+                reason = f"stays whole: {kind.__name__} {why}, and torch.export can't take the model"
+                self.refusals.append(Refusal((str(node.target),), reason))
 
     def merge(self) -> None:
         """Plan every chain, and carry out the plans."""
@@ -180,7 +184,7 @@ class Steps:
     @property
     def changed(self) -> bool:
         """Whether anything was done that makes the graph another than the model."""
-        return bool(self.merges or self.fused or self.dropped or self._stand_ins)
+        return bool(self.merges or self.fused or self._stand_ins)
 
     def round(self) -> None:
         """Give new operators, which are in float64, the dtype of those they replace."""
@@ -231,6 +235,14 @@ class Steps:
             reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
             self._timed[key] = None if is_faster(latency["original"], latency["planned"]) else reason
         return self._timed[key]
+
+
+def _is_of_inputs(node: fx.Node) -> bool:
+    """Tell whether what is asserted is asserted of inputs only."""
+    if node.op == "placeholder":
+        return True
+    asks = name_of(node) in _QUESTIONS or name_of(node) == "_assert"
+    return asks and all(_is_of_inputs(other) for other in node.all_input_nodes)
 
 
 def _has(model: nn.Module, name: str) -> bool:

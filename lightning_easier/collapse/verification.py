@@ -147,10 +147,23 @@ def _in_double(
         arguments: Tensors; those of integers stay.
     """
     try:
-        twins = [model.double() for model in deepcopy(list(models))]
+        twins = [_converted(model.double()) for model in deepcopy(list(models))]
         return twins, tuple(x.double() if x.is_floating_point() else x for x in arguments)
     except Exception:  # a device without float64, or a module that refuses the cast
         return None
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    """Let a graph convert to float64 where it converts to float32: torch.export writes the dtype out that it met."""
+    if isinstance(model, fx.GraphModule):
+
+        def change(argument: Any) -> Any:
+            return torch.float64 if argument is torch.float32 else argument
+
+        for node in model.graph.nodes:
+            node.args, node.kwargs = pytree.tree_map(change, (node.args, node.kwargs))
+        model.recompile()
+    return model
 
 
 class _CoarsestDtype(TorchDispatchMode):
