@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_easier import collapse, costs
-from lightning_easier.collapse import engine, prices, recipes
+from lightning_easier.collapse import engine, prices, recipes, steps
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.operators import CannotMergeError, compose, structure
 from lightning_easier.collapse.prices import LatencyTable, count_macs, output_shape
@@ -139,7 +139,8 @@ def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
             name: costs.Latency(t, 0.0, (t,) * 4) for name in candidates for t in [2.0 if name == "planned" else 1.0]
         }
 
-    monkeypatch.setattr(engine, "measure_latency", slow)
+    for module in (engine, steps):
+        monkeypatch.setattr(module, "measure_latency", slow)
     model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
     report = collapse(model, torch.randn(4, 16)).report
     assert report.merges == []
@@ -155,7 +156,8 @@ def test_a_model_that_became_slower_is_returned_as_it_was(monkeypatch):
             for t in [{"after": 2.0, "planned": 0.5}.get(name, 1.0)]
         }
 
-    monkeypatch.setattr(engine, "measure_latency", slow)
+    for module in (engine, steps):
+        monkeypatch.setattr(module, "measure_latency", slow)
     model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
     result = collapse(model, torch.randn(4, 16))
     assert type(result.model) is nn.Sequential
