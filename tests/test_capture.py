@@ -236,6 +236,8 @@ def test_the_layers_inside_a_transformer_layer_are_seen(norm_first):
     (merge,) = result.report.merges
     assert merge.operators[:2] == ("1.linear1", "1.linear2")
     assert relative_difference(result.model(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="holds where input.ndim == 3"):
+        result.model(x[0])
 
 
 def test_a_model_in_which_nothing_merges_keeps_its_own_forward():

@@ -133,6 +133,15 @@ def test_what_is_timed_decides(monkeypatch):
         assert len(report.refusals) == int(not faster)
 
 
+def test_an_operator_passes_many_layouts():
+    class Turns(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2)
+
+    model = nn.Sequential(nn.Linear(3, 4), *(Turns() for _ in range(400)), nn.Linear(4, 2))
+    assert len(collapse(model, torch.randn(2, 5, 3), objective="macs").report.merges) == 1
+
+
 def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
     def slow(candidates, arguments, **_):
         return {

@@ -79,7 +79,6 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
         AssertionError: If the example itself has such a size.
     """
     guards: SizeGuards = captured.get_submodule(GUARDS)  # type: ignore[assignment]
-    (checking,) = captured.graph.find_nodes(op="call_module", target=GUARDS)
     for axis in range(max(x.ndim for x in arguments)):
         sizes = {x.shape[axis] for x in arguments if x.ndim > axis}
         for size in sizes:  # inputs that have a size in common have it in common at one, too
@@ -89,10 +88,6 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
                 continue
             guards.add([f"{name}.size()[{axis}] != 1" for name, at in zip(guards.inputs, which, strict=True) if at])
     guards(*arguments)
-    if not guards.conditions:
-        captured.graph.erase_node(checking)
-        captured.delete_submodule(GUARDS)
-        captured.recompile()
 
 
 def _is_equal(captured: nn.Module, model: nn.Module, inputs: Sequence[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.errors import CaptureError
-from lightning_easier.collapse.guards import read_guards
+from lightning_easier.collapse.guards import SizeGuards, read_guards
 from lightning_easier.collapse.reading import BATCH_NORMS
 
 GUARDS = "_guards_fn"
@@ -89,7 +89,11 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(unlifted, str(node.target))
     (checking,) = graph.find_nodes(op="call_module", target=GUARDS)  # or it is not known for which sizes this holds
-    constants[GUARDS] = read_guards(unlifted.get_submodule(GUARDS), [str(x.target) for x in checking.all_input_nodes])
+    inputs = {str(node.target): node.meta["val"] for node in checking.all_input_nodes}
+    guards = read_guards(unlifted.get_submodule(GUARDS), list(inputs))
+    constants[GUARDS] = SizeGuards(
+        guards.inputs, [*(f"{name}.ndim == {x.ndim}" for name, x in inputs.items()), *guards.conditions]
+    )
     return graph, constants
 
 

@@ -127,6 +127,8 @@ def moved(recipe: Recipe, axis: int, axes: int) -> Recipe:
     made = on_axis(recipe.structure, axis, axes)
     if made is recipe.structure:
         return recipe
+    if isinstance(recipe.build, partial) and recipe.build.func is _build_on_axis:  # one that was moved before
+        recipe = recipe.build.args[0]
     return Recipe(made, partial(_build_on_axis, recipe, axis, axes), recipe.elements, recipe.anchored)
 
 
