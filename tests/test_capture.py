@@ -82,6 +82,10 @@ def test_what_torch_export_captured_is_an_ordinary_module():
         assert torch.equal(other(x), collapsed(x))
         with pytest.raises((AssertionError, RuntimeError), match="holds where"):  # torch.compile has its own
             other(torch.randn(2, 3, 5, 5))
+    collapsed.graph.eliminate_dead_code()
+    collapsed.recompile()
+    with pytest.raises(AssertionError, match="holds where"):  # nobody reads its value, and yet it is not dead
+        collapsed(torch.randn(2, 3, 5, 5))
     again = torch.export.export(collapsed, (x,)).module()
     assert relative_difference(again(x), model(x)) <= 1e-5
     assert model(x).shape == (2, 2, 4, 4)  # the source has no guards, and still takes either way
@@ -114,6 +118,25 @@ def test_another_way_at_a_size_of_one_is_not_taken_silently(axis):
     assert relative_difference(collapsed(x), model(x)) <= 1e-5
     with pytest.raises(AssertionError, match="holds where"):
         collapsed(torch.randn(7, 6, 4))
+
+
+def test_sizes_that_torch_export_can_not_reason_about_are_taken_as_they_are():
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(2, 5, 3, stride=(1, 2), dilation=(1, 2)), conv(5, 1, 2, stride=(1, 2))
+            self.gamma = nn.Parameter(torch.randn(5, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).mul_(self.gamma)) if x.shape[1] == 2 else x
+
+    model = Strided().eval()
+    result = collapse(model, torch.randn(2, 2, 6, 8), objective="depth")
+    assert len(result.report.merges) == 1
+    x = torch.randn(3, 2, 6, 8)
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="holds where"):
+        result.model(torch.randn(2, 2, 7, 9))
 
 
 class Adds(nn.Module):

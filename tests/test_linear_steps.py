@@ -339,6 +339,10 @@ def test_what_holds_at_the_example_only_is_not_used():
              h=numbers(1, 1, 1, 8)), (2, 5, 6, 4), (3, 4, 6, 4)),
         (Net(lambda s, x: s.b(s.a(s.c(x).permute(0, 2, 3, 1)).view(-1, 6)), c=conv(3, 8), a=nn.Linear(8, 6),
              b=nn.Linear(6, 5)), (1, 3, 4, 5), (2, 3, 4, 5)),
+        (Net(lambda s, x: torch.relu(s.a(s.c(x).permute(0, 2, 3, 1))).view(-1, 6), c=conv(3, 8), a=nn.Linear(8, 6)),
+         (2, 3, 4, 5), (3, 3, 4, 5)),
+        # a factor that is a size
+        (Net(lambda s, x: torch.add(s.a(x), x, alpha=x.size(0)), a=nn.Linear(3, 3)), (2, 3), (5, 3)),
         # pools of maps without samples
         (Net(lambda s, x: F.adaptive_avg_pool2d(s.a(x), (2, 1)), a=nn.Conv1d(8, 4, 1)), (3, 8, 6), (2, 8, 5)),
         # keywords in another order
