@@ -354,6 +354,10 @@ def test_a_model_keeps_its_function_at_other_sizes(model, shape, other, objectiv
     merges_of(model, shape, objective, other)
 
 
+def test_an_affine_behind_an_average_has_the_axes_that_are_left():
+    merges_of(Net(lambda s, x: (x * s.g).mean((1, 2)), g=numbers(1, 1, 1, 8)), (16, 32, 32, 8), "latency", (3, 8, 8, 8))
+
+
 @pytest.mark.parametrize(
     "forward",
     [
