@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from lightning_easier.collapse.errors import CaptureError
 from lightning_easier.collapse.exporting import GUARDS, exported, quiet
 from lightning_easier.collapse.guards import SizeGuards
-from lightning_easier.collapse.reading import ALIASES, NUMBER, WRITES, uses_batch_statistics
+from lightning_easier.collapse.nodes import ALIASES, NUMBER, WRITES
+from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.inference import has_hooks, relative_difference, tolerance_for
 from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation

@@ -8,16 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from lightning_easier.collapse.reading import (
-    ALIASES,
-    Link,
-    Reader,
-    changes_its_input,
-    constants_of,
-    is_constant,
-    name_of,
-    shape_of,
-)
+from lightning_easier.collapse.nodes import ALIASES, changes_its_input, constants_of, is_constant, name_of, shape_of
+from lightning_easier.collapse.reading import Link, Reader
 from lightning_easier.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.inference import has_hooks
 from lightning_easier.linearize import IdentityStandIn

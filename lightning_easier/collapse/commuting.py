@@ -11,10 +11,11 @@ from typing import Any
 
 from lightning_easier.collapse.affine import AFFINES
 from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.nodes import shape_of
 from lightning_easier.collapse.operators import channel_axis, is_pointwise
 from lightning_easier.collapse.plans import Kept, Made, Split, Unit, shapes_of
 from lightning_easier.collapse.prices import Pricer, Shape
-from lightning_easier.collapse.reading import Link, shape_of
+from lightning_easier.collapse.reading import Link
 from lightning_easier.collapse.recipes import Recipe, behind_flatten, moved, recipe_of
 
 

@@ -7,8 +7,9 @@ from typing import TypeAlias
 from torch import nn
 
 from lightning_easier.collapse.chains import Chain, Element, Fork
+from lightning_easier.collapse.nodes import shape_of
 from lightning_easier.collapse.prices import FREE, Price, Shape, output_shape, total
-from lightning_easier.collapse.reading import Link, shape_of
+from lightning_easier.collapse.reading import Link
 from lightning_easier.collapse.recipes import Recipe
 from lightning_easier.report import Merge, Refusal
 

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from lightning_easier.collapse.affine import AFFINES
 from lightning_easier.collapse.chains import Chain, Fork, input_shape
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, padding_of
+from lightning_easier.collapse.nodes import shape_of
 from lightning_easier.collapse.operators import channels, of_random_numbers
-from lightning_easier.collapse.reading import Link, shape_of, structure_of
+from lightning_easier.collapse.reading import Link, structure_of
 from lightning_easier.costs import time_interleaved
 
 Objective = Literal["latency", "macs", "depth"]

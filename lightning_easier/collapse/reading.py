@@ -5,7 +5,6 @@ place of the channels (a layout). Modules, functions, methods and the ATen opera
 """
 
 import logging
-import operator as operators
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,16 +19,18 @@ from lightning_easier.collapse import convolutions
 from lightning_easier.collapse.affine import AFFINES, ChannelAffine, ElementAffine
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, with_tensors
 from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.nodes import (
+    IN_PLACE,
+    bind,
+    call_alone,
+    changes_its_input,
+    is_number_of_samples,
+    is_shared,
+    is_view,
+    name_of,
+    shape_of,
+)
 from lightning_easier.collapse.operators import as_affine, structure
-from lightning_easier.inference import has_hooks
-from lightning_easier.rectifiers import is_activation
-
-ALIASES = "aliases"
-"""Key in a node's ``meta``: the inputs that its value shares memory with."""
-WRITES = "writes"
-"""Key in a node's ``meta``: whether it wrote into what it reads."""
-NUMBER = "number"
-"""Key in a node's ``meta``: its value, if that is a whole number."""
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -45,12 +46,9 @@ _PERMUTATIONS = ("permute", "transpose", "transpose_", "swapaxes", "swapdims", "
 _RESHAPES = ("flatten", "view", "reshape")
 _COPIES = ("contiguous", "clone")
 _CONVERSIONS = ("to", "type_as")
-_VIEWS_OF_CONSTANTS = ("view", "reshape", "unsqueeze", "permute", "transpose", "t", "getitem", "squeeze", "flatten")
-_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 _MATRIX_PRODUCTS = {
     "linear": "value weight bias", "matmul": "value weight", "mm": "value weight", "addmm": "bias value weight",
 }  # fmt: skip
-_WRITING = (*_IN_PLACE, "setitem", "imod", "ipow", "ifloordiv", "iand", "ior", "ixor", "imatmul")
 _AFFINE = {"multiply": "mul", "subtract": "sub", "truediv": "div", "divide": "div", "true_divide": "div"}
 
 
@@ -107,71 +105,14 @@ class Link:
         return linear and self.averaging is None and not self.selects
 
 
-def shape_of(node: Any) -> torch.Size | None:
-    """Return the shape of a node's value at the example inputs, None for what is not one tensor."""
-    return getattr(node.meta.get("tensor_meta"), "shape", None) if isinstance(node, fx.Node) else None
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Tell whether a module is a batch norm in training mode, which normalises each batch by its own statistics."""
+    return isinstance(module, BATCH_NORMS) and module.training
 
 
 def structure_of(link: Link, operator: Any) -> nn.Module:
     """Return an operator without data, in the dtype that it has in the model."""
     return structure(operator).to(dtype=link.node.meta["tensor_meta"].dtype)
-
-
-def name_of(node: fx.Node) -> str:
-    """Return the name of the torch function or method that a node calls, whatever its spelling; "" for another."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return ""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
-    if target is getattr:
-        return "getattr"
-    name = getattr(target, "__name__", "")
-    return name if any(getattr(room, name, None) is target for room in (torch, F, operators)) else ""
-
-
-def is_number_of_samples(node: fx.Node) -> bool:
-    """Tell whether a node is the first size of a value."""
-    first: bool = list(node.args[1:]) == [0]
-    if name_of(node) in ("size", "sym_size"):
-        return first
-    asked = node.args[0] if name_of(node) == "getitem" and first else None
-    return isinstance(asked, fx.Node) and name_of(asked) == "getattr" and str(asked.args[1]) == "shape"
-
-
-def changes_its_input(captured: fx.GraphModule, node: fx.Node) -> bool:
-    """Tell whether a node may write into what it reads."""
-    if node.meta.get(WRITES, False):
-        return True
-    if node.op == "call_module":
-        module = captured.get_submodule(str(node.target))
-        # What is not torch's, or has hooks, may do anything on other values
-        known = isinstance(module, AFFINES) or is_activation(module) or type(module).__module__.startswith("torch.nn.")
-        return has_hooks(module) or not known or any(getattr(part, "inplace", False) for part in module.modules())
-    name = name_of(node)
-    if node.op == "call_function" and not name:
-        return True
-    written = name.endswith("_") and not name.endswith("__")
-    return written or name in _WRITING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-def is_shared(node: fx.Node) -> bool:
-    """Tell whether something besides its one reader sees what is written into a value."""
-    while len(node.users) == 1 and node.op not in ("placeholder", "get_attr"):
-        aliases = node.meta.get(ALIASES, [])
-        if not aliases:
-            return False
-        (node, *others) = aliases
-        if others:
-            return True
-    return True
-
-
-def uses_batch_statistics(module: nn.Module) -> bool:
-    """Tell whether a module is a batch norm in training mode, which normalises each batch by its own statistics."""
-    return isinstance(module, BATCH_NORMS) and module.training
 
 
 class Reader:
@@ -227,7 +168,7 @@ class Reader:
 
     def _read_function(self, node: fx.Node) -> Link | None:
         name = name_of(node)
-        name = _IN_PLACE.get(name, name)
+        name = IN_PLACE.get(name, name)
         plain = name.removesuffix("_")
         plain = _AFFINE.get(plain, plain)
         if plain in ("mul", "add", "sub", "div", "neg"):
@@ -242,7 +183,7 @@ class Reader:
             return None
         value = node.args[0]
         if name in _POOLS_BY_NAME:
-            given = _bind(node, "input kernel_size stride padding ceil_mode count_include_pad divisor_override")
+            given = bind(node, "input kernel_size stride padding ceil_mode count_include_pad divisor_override")
             del given["input"]
             return self._pool(node, value, node.name, _POOLS_BY_NAME[name](**given))
         if name in _ADAPTIVE_POOLS_BY_NAME:
@@ -320,7 +261,7 @@ class Reader:
         kind = _CONVOLUTIONS_BY_NAME[name]
         transposed = kind in TRANSPOSED_CONVOLUTIONS
         names = "input weight bias stride padding dilation groups"
-        given = _bind(node, "input weight bias stride padding output_padding groups dilation" if transposed else names)
+        given = bind(node, "input weight bias stride padding output_padding groups dilation" if transposed else names)
         value, weight = given.pop("input"), self._tensor(given.pop("weight"))
         bias = self._tensor(given.pop("bias", None))
         if weight is None or weight.ndim != len(shape_of(value) or ()):
@@ -332,7 +273,7 @@ class Reader:
         return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
 
     def _linear(self, node: fx.Node, name: str) -> Link | None:
-        given = _bind(node, _MATRIX_PRODUCTS[name])
+        given = bind(node, _MATRIX_PRODUCTS[name])
         value, weight, bias = given["value"], self._tensor(given["weight"]), self._tensor(given.get("bias"))
         if weight is None or weight.ndim != 2 or not isinstance(value, fx.Node):
             return None
@@ -351,7 +292,7 @@ class Reader:
         names = "input running_mean running_var weight bias training momentum eps"
         if isinstance(node.target, torch._ops.OpOverload):
             names = "input weight bias running_mean running_var training momentum eps"
-        given = _bind(node, names)
+        given = bind(node, names)
         if given.get("training", False) is not False or given.get("running_mean") is None:
             return None
         value = given["input"]
@@ -390,7 +331,7 @@ class Reader:
         return Link(node, value, name, operator, averaging, {1: 1})
 
     def _mean(self, node: fx.Node, value: fx.Node) -> Link | None:
-        given, shape = _bind(node, "input dim keepdim dtype"), shape_of(value)
+        given, shape = bind(node, "input dim keepdim dtype"), shape_of(value)
         if shape is None or given.get("dtype") is not None or given.get("dim") is None:
             return None
         dims = {dim % len(shape) for dim in _as_tuple(given["dim"], 1)}
@@ -408,7 +349,7 @@ class Reader:
         shape = shape_of(value)
         assert shape is not None
         distinct = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
-        behind = [size - 2 for size in _call_alone(node, distinct).shape]  # output axis -> input axis
+        behind = [size - 2 for size in call_alone(node, distinct).shape]  # output axis -> input axis
         moves = {}
         for axis in (1, -1):
             place = behind.index(axis % len(shape))
@@ -444,7 +385,7 @@ class Reader:
         if node.op == "call_module":
             return bool(self._captured.get_submodule(str(node.target)).start_dim == 1)
         if name_of(node) == "flatten":
-            return _bind(node, "input start_dim end_dim").get("start_dim", 0) == 1
+            return bind(node, "input start_dim end_dim").get("start_dim", 0) == 1
         sizes = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
         if isinstance(sizes[0], fx.Node):
             return is_number_of_samples(sizes[0])
@@ -458,9 +399,9 @@ class Reader:
             module = self._captured.get_submodule(str(value.target))
             size = getattr(module, "output_size", None) if type(module) in _ADAPTIVE_POOLS else None
         elif name_of(value) in _ADAPTIVE_POOLS_BY_NAME:
-            size = _bind(value, "input output_size").get("output_size")
+            size = bind(value, "input output_size").get("output_size")
         elif name_of(value) == "mean":
-            rank, given = len(shape_of(value) or ()), _bind(value, "input dim keepdim")
+            rank, given = len(shape_of(value) or ()), bind(value, "input dim keepdim")
             dims = {dim % rank for dim in _as_tuple(given.get("dim", ()), 1)} if given.get("keepdim") else set()
             return dims == set(range(2, rank))
         else:
@@ -481,7 +422,7 @@ class Reader:
             return None
         key: Any = node.args[1]
         if name == "slice":
-            given = _bind(node, "input dim start end step")
+            given = bind(node, "input dim start end step")
             key = [slice(None)] * len(shape)
             key[given["dim"]] = slice(given.get("start"), given.get("end"), given.get("step"))
         key = key if isinstance(key, tuple | list) else (key,)
@@ -497,7 +438,7 @@ class Reader:
         return Link(node, value, node.name, self._selection(value, shape[1], stride=tuple(steps[2:])), selects=True)
 
     def _padded(self, node: fx.Node, value: fx.Node) -> Link | None:
-        given = _bind(node, "input pad mode value" if name_of(node) == "pad" else "input pad value")
+        given = bind(node, "input pad mode value" if name_of(node) == "pad" else "input pad value")
         if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
             return None
         return self._with_zeros(node, value, node.name, given["pad"])
@@ -549,50 +490,15 @@ class Reader:
             owner, _, attribute = str(argument.target).rpartition(".")
             found = getattr(self._captured.get_submodule(owner), attribute)
             return found if isinstance(found, Tensor) and found.is_floating_point() else None
-        if _is_view(argument):
+        if is_view(argument):
             whole = self._constant(argument.args[0])
             if isinstance(whole, Tensor):
-                return _call_alone(argument, whole)
+                return call_alone(argument, whole)
         return None
 
     def _device(self) -> torch.device:
         parameter = next(self._captured.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
-
-
-def is_constant(node: fx.Node) -> bool:
-    """Tell whether a node is a parameter, a buffer, or a view of one."""
-    while _is_view(node):
-        (node,) = node.all_input_nodes
-    return node.op == "get_attr"
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Tell whether a node is a view of one value, of a shape that nothing else tells."""
-    named = name_of(node) in _VIEWS_OF_CONSTANTS or (name_of(node) == "getattr" and node.args[1] in ("T", "mT"))
-    return named and node.all_input_nodes == list(node.args[:1])
-
-
-def constants_of(node: fx.Node) -> list[fx.Node]:
-    """List the ``get_attr`` nodes that a node reads, also through views."""
-    found = []
-    for other in node.all_input_nodes:
-        if is_constant(other):
-            found += [other] if other.op == "get_attr" else constants_of(other)
-    return found
-
-
-def _call_alone(node: fx.Node, value: Tensor) -> Tensor:
-    """Call what a node calls on another value, its other arguments being plain."""
-    arguments = (value, *node.args[1:])
-    if node.op == "call_method":
-        return getattr(value, str(node.target))(*arguments[1:], **node.kwargs)
-    return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
-
-
-def _bind(node: fx.Node, names: str) -> dict[str, Any]:
-    """Name the arguments of a node; those that are not given are left out."""
-    return {**dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
 
 
 def _as_channels(constant: Tensor, shape: torch.Size) -> tuple[int | None, Tensor]:

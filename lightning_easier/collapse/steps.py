@@ -9,11 +9,12 @@ from torch import fx, nn
 from lightning_easier.collapse.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.nodes import name_of
 from lightning_easier.collapse.operators import fold_batch_norm, in_float64
 from lightning_easier.collapse.planner import Planner
 from lightning_easier.collapse.plans import Plan, original_pieces
 from lightning_easier.collapse.prices import LatencyTable, Objective, Pricer
-from lightning_easier.collapse.reading import BATCH_NORMS, name_of, uses_batch_statistics
+from lightning_easier.collapse.reading import BATCH_NORMS, uses_batch_statistics
 from lightning_easier.collapse.writing import EQUALS, Trial, Writer
 from lightning_easier.costs import is_faster, measure_latency
 from lightning_easier.dataflow import OPERATORS, is_idle_dropout

@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from lightning_easier.collapse.chains import Chain, Chains, Element, Fork, nodes_of
+from lightning_easier.collapse.nodes import NUMBER, is_constant, name_of, shape_of
 from lightning_easier.collapse.operators import of_random_numbers
 from lightning_easier.collapse.plans import Kept, Made, Piece
-from lightning_easier.collapse.reading import NUMBER, Link, is_constant, name_of, shape_of
+from lightning_easier.collapse.reading import Link
 from lightning_easier.collapse.recipes import Recipe
 
 EQUALS = "equals"
