@@ -42,6 +42,8 @@ class _Writing(ABC):
         node = self._copy(link.node, {link.value: value})
         if piece.channels is not None:
             _tell_channels(link, node, piece.channels)
+        if name_of(node) == "view":  # what it reads now may not be contiguous
+            node.target = "reshape" if node.op == "call_method" else torch.ops.aten.reshape.default
         if not piece.contiguous:
             return node
         made = self._graph.create_node("call_method", "contiguous", (node,))
