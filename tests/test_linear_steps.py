@@ -359,6 +359,33 @@ def test_an_affine_behind_an_average_has_the_axes_that_are_left():
 
 
 @pytest.mark.parametrize(
+    "view",
+    [
+        lambda y: y.view(y.size(0), -1),
+        lambda y: y.view(size=(-1, 2)),
+        lambda y: torch.relu(y).view([-1]),
+        lambda y: torch.ops.aten.view.default(y, [-1]),
+        lambda y: (y.view(torch.int64) >> 40).double(),
+    ],
+)
+def test_a_view_behind_a_chain_reads_what_is_laid_out_in_another_order(view):
+    # what the permutation gives, behind the merged convolution, is not contiguous; what a Linear gives is
+    model = Net(lambda s, x: view(s.b(s.a(x).permute(0, 2, 3, 1))), a=conv(3, 4, 3), b=nn.Linear(4, 2))
+    assert merges_of(model, (2, 3, 5, 5), "depth", (4, 3, 7, 6)) == {("a", "b"): "Conv2d 3×3 3→2"}
+
+
+def test_what_is_written_into_by_a_view_is_written_into():
+    def forward(s, x: Tensor) -> Tensor:
+        y = s.b(s.a(x).permute(0, 2, 3, 1))
+        y.view(-1).add_(1)
+        y.view(-1).view(-1, 2)[:, 0] = 0
+        return y
+
+    model = Net(forward, a=conv(3, 4, 3), b=nn.Linear(4, 2))
+    assert merges_of(model, (2, 3, 5, 5), "depth", (4, 3, 7, 6)) == {("a", "b"): "Conv2d 3×3 3→2"}
+
+
+@pytest.mark.parametrize(
     "forward",
     [
         lambda s, x, c: s.b(F.linear(x, s.a.weight, c)),

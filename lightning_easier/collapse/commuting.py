@@ -42,22 +42,7 @@ def commuted(units: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit] 
             changed, place = True, max(place - 1, 0)
     if not changed:
         return None
-    return _contiguous(_repriced(order, shape, pricer), units[-1])
-
-
-def _contiguous(order: Sequence[Unit], last: Unit) -> list[Unit]:
-    """Make the values of layouts contiguous where those of operators were read, which are."""
-    made = []
-    for unit, behind in zip(order, (*order[1:], None), strict=True):
-        if behind is None:
-            is_new = unit.link is not last.link
-        else:
-            is_new = behind.link is not None and unit.link is not None and behind.link.value is not unit.link.node
-        if is_new and unit.is_layout and isinstance(unit.alone, Kept):
-            made.append(replace(unit, alone=replace(unit.alone, contiguous=True)))
-        else:
-            made.append(unit)
-    return made
+    return _repriced(order, shape, pricer)
 
 
 def _repriced(order: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit]:

@@ -81,6 +81,14 @@ def is_shared(node: fx.Node) -> bool:
     return True
 
 
+def is_written_through(captured: fx.GraphModule, view: fx.Node) -> bool:
+    """Tell whether something may write into a value by a view of it."""
+    aliases = (user for user in view.users if view in user.meta.get(ALIASES, ()))
+    return any(changes_its_input(captured, user) for user in view.users) or any(
+        is_written_through(captured, alias) for alias in aliases
+    )
+
+
 def is_constant(node: fx.Node) -> bool:
     """Tell whether a node is a parameter, a buffer, or a view of one."""
     while is_view(node):

@@ -21,12 +21,10 @@ class Kept:
     Attributes:
         link: The step.
         channels: The number of channels of a layout that names it, where that is another now.
-        contiguous: Whether the value is to be contiguous, as that of the operator that stood here was.
     """
 
     link: Link
     channels: int | None = None
-    contiguous: bool = False
 
 
 @dataclass(frozen=True, eq=False)

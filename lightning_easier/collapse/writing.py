@@ -10,7 +10,15 @@ import torch
 from torch import fx, nn
 
 from lightning_easier.collapse.chains import Chain, Chains, Element, Fork, nodes_of
-from lightning_easier.collapse.nodes import NUMBER, is_constant, name_of, shape_of
+from lightning_easier.collapse.nodes import (
+    ALIASES,
+    NUMBER,
+    bind,
+    is_constant,
+    is_written_through,
+    name_of,
+    shape_of,
+)
 from lightning_easier.collapse.operators import of_random_numbers
 from lightning_easier.collapse.plans import Kept, Made, Piece
 from lightning_easier.collapse.reading import Link
@@ -42,13 +50,7 @@ class _Writing(ABC):
         node = self._copy(link.node, {link.value: value})
         if piece.channels is not None:
             _tell_channels(link, node, piece.channels)
-        if name_of(node) == "view":  # what it reads now may not be contiguous
-            node.target = "reshape" if node.op == "call_method" else torch.ops.aten.reshape.default
-        if not piece.contiguous:
-            return node
-        made = self._graph.create_node("call_method", "contiguous", (node,))
-        made.meta[EQUALS] = None
-        return made
+        return node
 
     def _joined(self, fork: Fork, ends: list[fx.Node]) -> fx.Node:
         node = self._copy(fork.node, dict.fromkeys(fork.node.all_input_nodes, ends[0]))
@@ -84,7 +86,7 @@ class Writer(_Writing):
 
     def bypass(self, node: fx.Node, value: Any) -> None:
         """Let a value take the place of what a node makes of it."""
-        node.replace_all_uses_with(value)
+        _replace(node, value)
         self._graph.erase_node(node)
 
     def put(self, name: str, operator: nn.Module, dtype: torch.dtype) -> None:
@@ -107,7 +109,7 @@ class Writer(_Writing):
             end = self.pieces(pieces, source)
         end.meta[EQUALS] = chain[-1].node.name
         end.meta["tensor_meta"] = chain[-1].node.meta["tensor_meta"]
-        chain[-1].node.replace_all_uses_with(end)
+        _replace(chain[-1].node, end)
         self._now[chain[-1].node] = end
         for node in reversed(old):
             self._graph.erase_node(node)
@@ -115,6 +117,9 @@ class Writer(_Writing):
     def finish(self) -> None:
         """Drop what is no longer called or read."""
         forgotten = set()
+        for node in self._graph.nodes:
+            if name_of(node) == "view":
+                self._loosen(node)
         for node in reversed(list(self._graph.nodes)):
             if not node.users and is_constant(node):
                 forgotten.update([str(node.target)] if node.op == "get_attr" else [])
@@ -129,6 +134,28 @@ class Writer(_Writing):
         self._captured.delete_all_unused_submodules()
         self._captured.recompile()
 
+    def _loosen(self, view: fx.Node) -> None:
+        """Let a view read what is not contiguous now: another operator may lay its output out in another order."""
+        of_another_dtype = isinstance(bind(view, "input size").get("size"), torch.dtype | None)
+        if of_another_dtype or is_written_through(self._captured, view):
+            self._lay_out(view)
+            return
+        view.target = "reshape" if view.op == "call_method" else torch.ops.aten.reshape.default
+        view.kwargs = {"shape" if key == "size" else key: value for key, value in view.kwargs.items()}
+
+    def _lay_out(self, view: fx.Node) -> None:
+        """Make contiguous what a view shares its memory with."""
+        owner = view
+        while owner.meta.get(ALIASES) and owner.meta.get(EQUALS) is None:
+            owner = owner.meta[ALIASES][0]
+        if owner.meta.get(EQUALS) is None:  # as it was in the source
+            return
+        with self._graph.inserting_after(owner):
+            contiguous = self._graph.call_method("contiguous")
+        contiguous.meta[EQUALS] = owner.meta[EQUALS]
+        _replace(owner, contiguous)
+        contiguous.args = (owner,)
+
     def _copy(self, node: fx.Node, instead: dict[fx.Node, fx.Node]) -> fx.Node:
         instead = {**instead, **{self._now.get(then, then): now for then, now in instead.items()}}
 
@@ -141,6 +168,7 @@ class Writer(_Writing):
         copied = self._graph.node_copy(node, change)
         copied.meta = {key: value for key, value in node.meta.items() if key == "tensor_meta"}
         copied.meta[EQUALS] = None
+        copied.meta[ALIASES] = copied.all_input_nodes if node.meta.get(ALIASES) else []
         return copied
 
     def _made(self, recipe: Recipe, value: fx.Node) -> fx.Node:
@@ -216,6 +244,13 @@ class Trial(_Writing):
         name = f"part_{len(self._rooms)}"
         self._rooms[name] = of_random_numbers(recipe.structure, self._device)
         return self._graph.create_node("call_module", name, (value,))
+
+
+def _replace(node: fx.Node, value: fx.Node) -> None:
+    """Let all that read a node, or share its memory, read another."""
+    for user in node.users:
+        user.meta[ALIASES] = [value if other is node else other for other in user.meta.get(ALIASES, ())]
+    node.replace_all_uses_with(value)
 
 
 def _links(elements: Sequence[Element]) -> Iterator[Link]:
