@@ -77,7 +77,7 @@ def verify_in_float64(
     Raises:
         CollapseError: If they differ; it names the first operator where they do.
     """
-    twins = _in_double((source, before, collapsed), arguments)
+    twins = in_float64((source, before, collapsed), arguments)
     if twins is None:
         return None, 0.0
     (source, before, collapsed), arguments = twins  # type: ignore[assignment]
@@ -137,10 +137,10 @@ def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(argument.clone() for argument in arguments)
 
 
-def _in_double(
+def in_float64(
     models: Sequence[nn.Module], arguments: Sequence[Tensor]
 ) -> tuple[list[nn.Module], tuple[Tensor, ...]] | None:
-    """Copy models that share layers, and their arguments, to float64; None on a device that has none.
+    """Copy models that share layers, and their arguments, to float64, dtypes that are written out too; None without it.
 
     Args:
         models: The models; they are not changed.
