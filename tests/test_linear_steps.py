@@ -83,6 +83,9 @@ IMAGES = (2, 3, 8, 9)
          {("0", "3"): "Linear 3→2"}, [(1, 3, 5, 6)]),
         (Net(lambda s, x: s.b(s.a(x).mean((2, 3))), a=conv(3, 4), b=nn.Linear(4, 2)), IMAGES,
          {("a", "b"): "Linear 3→2"}, [(1, 3, 5, 6)]),
+        # an affine of other channels than the map that is flattened
+        (nn.Sequential(nn.BatchNorm2d(3), conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), IMAGES,
+         {("0", "1", "4"): "Linear 3→2"}, [(1, 3, 5, 6)]),
         (Net(lambda s, x: s.b(F.adaptive_avg_pool2d(s.a(x), 1).view(-1, 4)), a=conv(3, 4), b=nn.Linear(4, 2)), IMAGES,
          {("a", "b"): "Linear 3→2"}, [(1, 3, 5, 6)]),
         (Net(lambda s, x: s.b(s.a(x).view(x.size(0), -1)), a=conv(3, 4, (8, 9)), b=nn.Linear(4, 2)), IMAGES,

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_easier.collapse.affine import AFFINES
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.nodes import shape_of
-from lightning_easier.collapse.operators import channel_axis, is_pointwise
+from lightning_easier.collapse.operators import channel_axis, channels, is_pointwise
 from lightning_easier.collapse.plans import Kept, Made, Split, Unit, shapes_of
 from lightning_easier.collapse.prices import Pricer, Shape
 from lightning_easier.collapse.reading import Link
@@ -103,7 +103,10 @@ def _behind_the_layout(before: Sequence[Unit], first: Unit, second: Unit, behind
     if not behind.recipe.anchored:  # nothing says that there are as many positions at other sizes, too
         return None
     if _flattens(link) and isinstance(first.recipe.structure, AFFINES):
-        return [second, _written(first, behind_flatten(first.recipe, tuple(shape_of(link.value) or ())[1:]))]
+        sample = list(shape_of(link.value) or ())[1:]
+        channel = channel_axis(first.recipe.structure)
+        sample[0 if channel == 1 else -1] = channels(first.recipe.structure)[1]  # what changed them may be behind now
+        return [second, _written(first, behind_flatten(first.recipe, tuple(sample)))]
     if operator is None or not _is_of_one_position(link) or channel_axis(operator) != 1 or not _all_pointwise(before):
         return None
     return [second, _moved(first, -1, 1)]
