@@ -174,3 +174,12 @@ def test_a_model_that_became_slower_is_returned_as_it_was(monkeypatch):
     assert result.report.merges == []
     assert "slower than the model itself" in result.report.refusals[-1].reason
     assert result.report.after.depth == result.report.before.depth == 2
+
+
+def test_what_would_have_far_more_weights_than_before_stays_apart():
+    model = nn.Sequential(nn.Conv1d(64, 64, 3), nn.Conv1d(64, 64, 3, dilation=10_000)).eval()
+    report = collapse(model, torch.randn(1, 64, 20_010), objective="depth").report
+    assert report.merges == []
+    assert [refusal.reason for refusal in report.refusals] == ["together they would have 81,932,288 weights"]
+    wide = nn.Sequential(nn.Linear(2**14, 2), nn.Linear(2, 2**14)).eval()
+    assert [merge.into for merge in collapse(wide, torch.randn(1, 2**14), objective="depth").report.merges] == []

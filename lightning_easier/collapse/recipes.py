@@ -19,8 +19,8 @@ from lightning_easier.collapse.operators import channel_axis, channels, flattene
 from lightning_easier.collapse.prices import Shape, key_of
 from lightning_easier.collapse.reading import Link, structure_of
 
-# More weights than this (8 GiB in float64) are not multiplied out whatever the objective.
-_MOST_WEIGHTS = 2**30
+# More weights than this (half a GiB in float64) and than before are not multiplied out whatever the objective.
+_MOST_WEIGHTS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,9 @@ class Composer:
         if key not in self._composed:  # blocks repeat
             try:
                 made: Any = operators.compose(first.structure, second.structure)
-                if made.weight.numel() > _MOST_WEIGHTS:
+                if made.weight.numel() > max(
+                    _MOST_WEIGHTS, *(each.structure.weight.numel() for each in (first, second))
+                ):
                     raise CannotMergeError(f"together they would have {made.weight.numel():,} weights")
                 self._composed[key] = made
             except CannotMergeError as error:
