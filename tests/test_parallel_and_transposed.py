@@ -9,9 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_easier import collapse
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.errors import CannotMergeError
 from lightning_easier.collapse.operators import add, as_affine, compose, concatenate, fold_batch_norm, on_axis
+from lightning_easier.inference import relative_difference
 from tests.models import randomize_batch_norms
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -175,3 +177,15 @@ def test_padding_modes_of_parallel_branches():
         add([reflected[0], nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)])
     with pytest.raises(CannotMergeError, match="differ in stride"):
         add([nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, 2)])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_batch_norm_that_is_folded_into_a_transposed_convolution_leaves_it_one(groups):
+    """As an ordinary convolution of stride 1 it would do more work, at the positions around its input."""
+    transposed, norm = nn.ConvTranspose1d(2, 4, 3, groups=groups, bias=False), nn.BatchNorm1d(4)
+    model = randomize_batch_norms(nn.Sequential(transposed, norm)).double().eval()
+    x = torch.randn(2, 2, 5).double()
+    result = collapse(model, x, objective="macs")
+    assert [type(module) for module in result.model.children()] == [nn.ConvTranspose1d]
+    assert result.report.after.macs == result.report.before.macs
+    assert relative_difference(result.model(x), model(x)) <= 1e-12

@@ -192,21 +192,33 @@ def _compose_linear(first: Any, second: Any) -> nn.Module:
 def _compose_maps(first: Any, second: Any) -> nn.Module:
     """Merge on axis 1: convolutions of either kind, and affines as depthwise ones with one tap."""
     axes = _axes(second if isinstance(first, ChannelAffine) else first)
+    scales = isinstance(first, ChannelAffine) or isinstance(second, ChannelAffine)
     first, second = (_as_convolution(operator, axes) for operator in (first, second))
     transposed = [isinstance(operator, TRANSPOSED_CONVOLUTIONS) for operator in (first, second)]
     if any(transposed) and not all(transposed):
-        at = transposed.index(True)
-        try:  # with stride 1 a transposed convolution is an ordinary one
-            pair = [first, second]
-            pair[at] = convolutions.as_forward(pair[at])
-            return convolutions.compose_convolutions(*pair)
-        except CannotMergeError:
-            pair = [first, second]
-            pair[1 - at] = convolutions.as_transposed(pair[1 - at])
-            return convolutions.compose_transposed(*pair)
+        # with stride 1 either can be written as the other; a scaled transposed convolution stays one, with as much work
+        ways = [_as_forward_pair, _as_transposed_pair]
+        for way in reversed(ways) if scales else ways:
+            try:
+                return way(first, second)
+            except CannotMergeError as error:
+                reason = error
+        raise reason
     if all(transposed):
         return convolutions.compose_transposed(first, second)
     return convolutions.compose_convolutions(first, second)
+
+
+def _as_forward_pair(*pair: Any) -> nn.Module:
+    forward = [convolutions.as_forward(each) if isinstance(each, TRANSPOSED_CONVOLUTIONS) else each for each in pair]
+    return convolutions.compose_convolutions(*forward)
+
+
+def _as_transposed_pair(*pair: Any) -> nn.Module:
+    backward = [
+        each if isinstance(each, TRANSPOSED_CONVOLUTIONS) else convolutions.as_transposed(each) for each in pair
+    ]
+    return convolutions.compose_transposed(*backward)
 
 
 def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
