@@ -1,18 +1,20 @@
-"""What does measuring cost? Time of a validation batch with the entropy of every activation counted, against without.
+"""What does measuring cost? A validation batch with the entropy of every activation counted, against one without.
 
-Run it with ``make bench``. The two are timed interleaved; medians and interquartile ranges are shown.
+Run it with ``make bench``. All are timed interleaved; medians and interquartile ranges are shown. The peak memory is
+that of all values that live at a time, those of the hooks among them, without parameters and input.
 """
 
 import argparse
+from collections.abc import Callable
 
 import rich
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easier import EntropyProbe
 from lightning_easier.activations import isolated_sites
-from lightning_easier.costs import measure_latency
+from lightning_easier.costs import measure_activation_memory, measure_latency
 from lightning_easier.report import Table
 
 
@@ -22,6 +24,20 @@ def cifar_resnet18() -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+class Measured(nn.Module):
+    """A model whose every call is measured."""
+
+    def __init__(self, model: nn.Module, sample: float) -> None:
+        super().__init__()
+        self.model = model
+        self.probe = EntropyProbe(isolated_sites(model), sample=sample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the model with the hooks attached."""
+        with self.probe:
+            return self.model(x)
 
 
 CASES = {
@@ -39,25 +55,25 @@ def main() -> None:
     for name, (make, shape) in CASES.items():
         torch.manual_seed(0)
         model = make().eval()
-        probe = EntropyProbe(isolated_sites(model))
-
-        def measured(x: torch.Tensor, model: nn.Module = model, probe: EntropyProbe = probe) -> None:
-            with probe:
-                model(x)
-
-        latency = measure_latency(
-            {"plain": model, "measured": measured}, (torch.randn(shape),), samples=options.samples
-        )
-        plain, with_probe = latency["plain"], latency["measured"]
-        rows.append(
-            (
-                name,
-                f"{plain.median * 1e3:.1f} ± {plain.spread * 1e3:.1f}",
-                f"{with_probe.median * 1e3:.1f} ± {with_probe.spread * 1e3:.1f}",
-                f"{with_probe.median / plain.median:.3f}×",
+        calls: dict[str, Callable[[Tensor], object]] = {"plain": model}
+        for sample in (1.0, 0.1):
+            calls[f"sample={sample:g}"] = Measured(model, sample)
+        x = torch.randn(shape)
+        with torch.no_grad():
+            latency = measure_latency(calls, (x,), samples=options.samples)
+            memory = {which: measure_activation_memory(call, (x,)) for which, call in calls.items()}
+        for which, timed in latency.items():
+            rows.append(
+                (
+                    name if which == "plain" else "",
+                    which,
+                    f"{timed.median * 1e3:.1f} ± {timed.spread * 1e3:.1f}",
+                    f"{timed.median / latency['plain'].median:.3f}×",
+                    f"{memory[which] / memory['plain']:.3f}×",
+                )
             )
-        )
-    table = Table("Cost of measuring", ("network, batch", "plain [ms]", "measured [ms]", "ratio"), rows)
+    columns = ("network, batch", "counted", "time [ms]", "time", "peak memory of values")
+    table = Table("Cost of measuring", columns, rows)
     rich.print(table)
 
 

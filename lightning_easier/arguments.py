@@ -28,6 +28,20 @@ def check_integer(argument: str, value: Any, least: int) -> None:
         raise ValueError(f"Expected argument `{argument}` to be at least {least}, but got {value}")
 
 
+def check_bool(argument: str, value: Any) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected argument `{argument}` to be a bool, but got {value!r}")
+
+
+def check_share(argument: str, value: Any) -> None:
+    """Require a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `{argument}` to be a number, but got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"Expected argument `{argument}` to be above 0 and at most 1, but got {value}")
+
+
 def check_non_negative(argument: str, value: Any) -> None:
     """Require a finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float):

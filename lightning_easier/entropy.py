@@ -5,17 +5,20 @@ They add over batches and over processes, so the entropy of a whole data set is 
 logarithm is taken once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import log, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 # A float32 holds every integer up to here, so a sum of that many signs is exact.
 _EXACT_FLOAT32_SUM = 2**24
+# How many values are counted at a time: on a CPU what its cache holds, elsewhere what is worth a kernel.
+_PART_ON_CPU, _PART_ELSEWHERE = 2**18, 2**21
 
 
 def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple[Tensor, Tensor]:
@@ -33,23 +36,35 @@ def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple
             f"Expected argument `pre_activation` to have a batch axis and the neuron axis {neuron_dim}, "
             f"but got shape {tuple(pre_activation.shape)}"
         )
-    # (outer, neurons, inner): the inner sums run in float32, which is the fast path on every device and exact below
-    # 2**24 terms; the outer sum is an integer sum.
-    signs = pre_activation.detach().movedim(neuron_dim, 1).sign()
-    inner = tuple(range(2, signs.ndim))
-    partial = torch.float32 if prod(signs.shape[2:]) < _EXACT_FLOAT32_SUM else torch.int64
-    if inner:
-        difference = signs.sum(inner, dtype=partial)  # ON - OFF
-        non_zero = signs.abs_().sum(inner, dtype=partial)  # ON + OFF
-    else:
-        difference, non_zero = signs, signs.abs()
-    difference = difference.to(torch.int64).sum(0)
-    non_zero = non_zero.to(torch.int64).sum(0)
+    counts = [_count(part.movedim(neuron_dim, 1)) for part in _parts(pre_activation.detach(), neuron_dim)]
+    difference, non_zero = (sum(each[1:], each[0]) for each in zip(*counts, strict=True))
     return (non_zero + difference) // 2, (non_zero - difference) // 2
 
 
-def _activation_entropy_compute(on: Tensor, off: Tensor) -> Tensor:
-    """Entropy in bits from the counts, in float64 on the CPU (not every device has float64)."""
+def _parts(values: Tensor, neuron_dim: int) -> tuple[Tensor, ...]:
+    """Cut values so that the signs of a part fit into the cache, and need no memory to speak of."""
+    axis = 1 if neuron_dim in (0, -values.ndim) else 0
+    length = values.shape[axis]
+    most = _PART_ON_CPU if values.device.type == "cpu" else _PART_ELSEWHERE
+    return values.split(max(1, most * length // max(values.numel(), 1)), axis)
+
+
+def _count(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ON − OFF and ON + OFF per neuron, of values of shape (outer, neurons, *inner)."""
+    # The inner sums run in float32, which is the fast path on every device and exact below 2**24 terms.
+    signs = values.sign()
+    inner = tuple(range(2, signs.ndim))
+    partial = torch.float32 if prod(signs.shape[2:]) < _EXACT_FLOAT32_SUM else torch.int64
+    if inner:
+        difference = signs.sum(inner, dtype=partial)
+        non_zero = signs.abs_().sum(inner, dtype=partial)
+    else:
+        difference, non_zero = signs, signs.abs()
+    return difference.to(torch.int64).sum(0), non_zero.to(torch.int64).sum(0)
+
+
+def entropy_of_counts(on: Tensor, off: Tensor) -> Tensor:
+    """Compute the entropy of neurons in bits from their counts, in float64 on the CPU (not every device has it)."""
     on, off = on.cpu().double(), off.cpu().double()
     # clamp: a neuron that was never ON or OFF has p = 0, hence no entropy
     p = on / (on + off).clamp(min=1.0)
@@ -84,7 +99,7 @@ def activation_entropy(pre_activation: Tensor, neuron_dim: int = 1) -> Tensor:
         >>> activation_entropy(z)
         tensor([1., 0.])
     """
-    entropy = _activation_entropy_compute(*_activation_entropy_update(pre_activation, neuron_dim))
+    entropy = entropy_of_counts(*_activation_entropy_update(pre_activation, neuron_dim))
     return entropy.to(device=pre_activation.device, dtype=torch.get_default_dtype())
 
 
@@ -155,9 +170,20 @@ class ActivationEntropy(Metric):
                 f"Expected argument `pre_activation` to have {self.on.numel()} neurons on axis {self.neuron_dim}, "
                 f"but got shape {tuple(pre_activation.shape)}"
             )
+        self.add(on, off)
+
+    def add(self, on: Tensor, off: Tensor) -> None:
+        """Add counts.
+
+        Args:
+            on: How often each neuron was ON, int64 of shape ``(C,)``.
+            off: How often each was OFF.
+        """
+        if self.on.numel() == 0:
+            self._resize(on.numel())
         # Out of place: a state made under inference_mode must not be written to outside of it.
-        self.on = self.on + on
-        self.off = self.off + off
+        self.on = self.on + on.to(self.device)
+        self.off = self.off + off.to(self.device)
         self.updates = self.updates + 1
 
     def compute(self) -> Tensor:
@@ -185,7 +211,7 @@ class ActivationEntropy(Metric):
                 "ActivationEntropy has seen no pre-activation. Call `update` first; in a hook, check that the "
                 "activation is called (a compiled model ignores hooks that are added later)."
             )
-        return _activation_entropy_compute(self.on, self.off)
+        return entropy_of_counts(self.on, self.off)
 
     def _resize(self, num_neurons: int) -> None:
         """Make room for counts whose number the first batch has told."""
@@ -201,3 +227,79 @@ class ActivationEntropy(Metric):
         sizes = dist_sync_fn(torch.tensor([self.on.numel()], device=self.device), group=group)
         self._resize(int(torch.cat(list(sizes)).max()))
         super()._sync_dist(dist_sync_fn, process_group=process_group)
+
+
+def reduced_counts(metrics: Sequence[ActivationEntropy], calls: Iterable[int]) -> list[dict[str, Any]]:
+    """Sum the counts of several activations over all processes, with one communication for all of them.
+
+    Args:
+        metrics: One metric an activation, the same ones on all processes; those that saw nothing know no neurons.
+        calls: How often each activation was called.
+
+    Returns:
+        For each ``on`` and ``off``, summed, as int64 tensors of shape ``(C,)`` on the CPU, and ``calls``, the most.
+    """
+    if not metrics:
+        return []
+    parts = []
+    for metric, called in zip(metrics, calls, strict=True):
+        parts += [torch.tensor([metric.on.numel(), called], device=metric.device), metric.on, metric.off]
+    mine = torch.cat([part.to(metrics[0].device) for part in parts])
+    packed = gather_all_tensors(mine) if jit_distributed_available() else [mine]
+    results: list[dict[str, Any]] = [
+        {"on": torch.zeros(0, dtype=torch.int64), "off": torch.zeros(0, dtype=torch.int64), "calls": 0} for _ in metrics
+    ]
+    for process in packed:
+        for result, (on, off, called) in zip(results, _unpacked(process.cpu()), strict=True):
+            result["on"], result["off"] = _sum(result["on"], on), _sum(result["off"], off)
+            result["calls"] = max(result["calls"], called)
+    return results
+
+
+def _unpacked(packed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    place = 0
+    while place < packed.numel():
+        neurons, calls = packed[place : place + 2].tolist()
+        on, off = packed[place + 2 :][:neurons], packed[place + 2 + neurons :][:neurons]
+        yield on, off, calls
+        place += 2 + 2 * neurons
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """Add counts, where those of a process that saw nothing are empty."""
+    return a + b if a.numel() and b.numel() else a if a.numel() else b.clone()
+
+
+class Sampler:
+    """Draw a share of the samples of a batch, pseudo-randomly, by the number of the batch.
+
+    Args:
+        share: In (0, 1].
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._drawn: tuple[Any, Tensor] = (None, torch.empty(0))  # all activations of a model see the same batch
+
+    def __call__(self, values: Tensor, number: int, neuron_dim: int) -> Tensor:
+        """Return some samples.
+
+        Args:
+            values: Shape ``(N, *)``.
+            number: Of the batch, from 0.
+            neuron_dim: The axis of the neurons; where that is the first, there are no samples to draw.
+        """
+        if values.ndim < 2 or neuron_dim in (0, -values.ndim):
+            return values
+        key = len(values), number, values.device
+        if self._drawn[0] != key:
+            self._drawn = key, self._draw(len(values), number).to(values.device, non_blocking=True)
+        return values.index_select(0, self._drawn[1])
+
+    def _draw(self, samples: int, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        wanted = samples * self._share
+        # a share of one sample is one sample now and then; of the first batch, so that something is seen
+        count = int(wanted + torch.rand((), generator=generator).item())
+        order = torch.randperm(samples, generator=generator)
+        return order[: max(count, int(number == 0))].sort().values

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites, unwrap
-from lightning_easier.entropy import ActivationEntropy
+from lightning_easier.arguments import check_share
+from lightning_easier.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
 from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
 
 
@@ -24,9 +25,11 @@ class EntropyProbe:
     Args:
         sites: The activations to look at.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        sample: Share of the samples of each batch that is counted, in (0, 1]; they are drawn pseudo-randomly, by the
+            number of the batch, so that every run draws the same.
 
     Raises:
-        ValueError: If a glob of ``neuron_dim`` matches no activation.
+        ValueError: If a glob of ``neuron_dim`` matches no activation, or ``sample`` is out of range.
 
     Example:
         >>> import torch
@@ -39,10 +42,15 @@ class EntropyProbe:
         ['1']
     """
 
-    def __init__(self, sites: Sequence[ActivationSite], neuron_dim: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, sites: Sequence[ActivationSite], neuron_dim: Mapping[str, int] | None = None, *, sample: float = 1.0
+    ) -> None:
+        check_share("sample", sample)
         self.paused = False
         self._sites = list(sites)
         self._handles: list[RemovableHandle] = []
+        self._sampler = None if sample == 1 else Sampler(sample)
+        self._calls = dict.fromkeys((site.name for site in sites), 0)
         for glob in neuron_dim or {}:
             if not any(fnmatchcase(site.name, glob) for site in sites):
                 raise ValueError(
@@ -63,6 +71,11 @@ class EntropyProbe:
     ) -> None:
         self.detach()
 
+    @property
+    def names(self) -> list[str]:
+        """The activations that are looked at, in execution order."""
+        return list(self._metrics)
+
     def attach(self) -> None:
         """Register the hooks; a second call does nothing."""
         if not self._handles:
@@ -78,8 +91,33 @@ class EntropyProbe:
 
     def reset(self) -> None:
         """Forget the counts."""
+        self._calls = dict.fromkeys(self._calls, 0)
         for metric in self._metrics.values():
             metric.reset()
+
+    def to(self, device: torch.device) -> "EntropyProbe":
+        """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
+        for metric in self._metrics.values():
+            metric.to(device)
+        return self
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Return the counts over all processes, with one communication for all activations together.
+
+        Every process has to call this.
+
+        Returns:
+            Name -> ``on`` and ``off``, int64 tensors of shape ``(neurons,)`` on the CPU, and ``calls``, how often the
+            activation was called, on the process where that was most often. What was not called has no neurons.
+        """
+        return dict(zip(self._metrics, reduced_counts(list(self._metrics.values()), self._calls.values()), strict=True))
+
+    def resume(self, counts: Mapping[str, Mapping[str, Any]], is_global_zero: bool = True) -> None:
+        """Go on from what :meth:`counts` returned; one process takes all counts, since they will be summed."""
+        for name, count in counts.items():
+            self._calls[name] = count["calls"]
+            if is_global_zero and count["on"].numel():
+                self._metrics[name].add(count["on"], count["off"])
 
     def entropies(self) -> dict[str, float]:
         """Compute the entropy of each activation in bits, over all batches and processes, in execution order.
@@ -89,11 +127,11 @@ class EntropyProbe:
         Raises:
             RuntimeError: If none was called.
         """
-        entropies = {}
-        for name, metric in self._metrics.items():
-            with metric.sync_context(should_sync=metric._to_sync, should_unsync=metric._should_unsync):
-                if metric.updates.item() > 0:
-                    entropies[name] = float(metric.bits().mean())
+        entropies = {
+            name: float(entropy_of_counts(count["on"], count["off"]).mean())
+            for name, count in self.counts().items()
+            if count["on"].numel()
+        }
         if self._metrics and not entropies:
             raise RuntimeError(
                 f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
@@ -112,7 +150,11 @@ class EntropyProbe:
                 pre_activation = pre_activation.to_padded_tensor(0.0)
             if metric.device != pre_activation.device:
                 metric.to(pre_activation.device)
+            call = self._calls[name]
+            self._calls[name] += 1
             try:
+                if self._sampler is not None:
+                    pre_activation = self._sampler(pre_activation, call, metric.neuron_dim)
                 metric.update(pre_activation)
             except (TypeError, ValueError) as error:
                 raise type(error)(

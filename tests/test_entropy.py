@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_easier import ActivationEntropy, activation_entropy
+from lightning_easier import ActivationEntropy, activation_entropy, entropy
 
 
 def entropy_by_definition(neurons: list[list[float]]) -> list[float]:
@@ -43,6 +43,17 @@ def test_matches_the_definition_for_any_shape_axis_and_dtype(shape, last, seed, 
     assert_close(metric.compute().reshape(-1), expected, rtol=1e-12, atol=1e-12)
     assert_close(metric.layer(), expected.mean(), rtol=1e-12, atol=1e-12)
     assert_close(activation_entropy(z, axis).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_does_not_depend_on_how_a_batch_is_cut_into_parts(axis, monkeypatch):
+    z = torch.randn(7, 6, 5, 4, generator=torch.Generator().manual_seed(0))
+    whole = activation_entropy(z, axis)
+    for most in (1, 50, 300):
+        monkeypatch.setattr(entropy, "_PART_ON_CPU", most)
+        assert len(entropy._parts(z, axis)) > 1
+        assert torch.equal(activation_entropy(z, axis), whole)
+        assert torch.equal(activation_entropy(z[:0], axis), whole.new_zeros(0 if axis == 0 else whole.numel()))
 
 
 @settings(max_examples=30, deadline=None)

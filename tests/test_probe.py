@@ -162,3 +162,66 @@ def test_a_model_compiled_before_the_hooks_is_an_error_and_not_an_entropy_of_zer
 def test_bad_input_is_named(model, batches, options, error, message):
     with pytest.raises(error, match=message):
         measure_entropy(model, batches, **options)
+
+
+def samples_counted(share: float, sizes: list[int]) -> list[int]:
+    """Return how many samples of each batch are counted."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+    nn.init.ones_(model[0].weight)
+    counted = []
+    with EntropyProbe(isolated_sites(model), sample=share) as probe:
+        for size in sizes:
+            model(torch.ones(size, 1))
+            counted.append(int(probe.counts()["1"]["on"]))
+    return [after - before for before, after in zip([0, *counted], counted, strict=False)]
+
+
+def test_a_share_of_the_samples_is_counted_whatever_the_size_of_the_batches():
+    assert samples_counted(0.25, [100] * 4) == [25] * 4
+    assert set(samples_counted(0.3, [5] * 50)) == {1, 2}
+    for size in (1, 2, 7):
+        counted = samples_counted(0.2, [size] * 2000)
+        assert counted[0] >= 1  # or nothing might be measured
+        assert sum(counted) == pytest.approx(0.2 * size * 2000, rel=0.1)
+
+
+def test_samples_are_drawn_by_the_number_of_the_batch_and_nothing_else():
+    model, data = make_model().eval(), images(64)
+    state = torch.random.get_rng_state()
+    counts = []
+    for _ in range(2):
+        with EntropyProbe(isolated_sites(model), sample=0.5) as probe:
+            model(data)
+            model(data)
+        counts.append(probe.counts())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(counts[0][name]["on"], counts[1][name]["on"]) for name in ("2", "5"))
+    with EntropyProbe(isolated_sites(model), sample=0.5) as probe:
+        model(data)
+    assert not torch.equal(2 * probe.counts()["2"]["on"], counts[0]["2"]["on"])  # another half the second time
+
+
+def test_counting_goes_on_from_saved_counts():
+    model, data = make_model().eval(), images()
+    sites = isolated_sites(model)
+    with EntropyProbe(sites) as whole:
+        model(data[:4])
+        saved = whole.counts()
+        model(data[4:])
+    rest = EntropyProbe(sites)
+    rest.resume(saved)
+    with rest:
+        model(data[4:])
+    assert rest.entropies() == whole.entropies()
+    assert [count["calls"] for count in rest.counts().values()] == [2, 2]
+    other = EntropyProbe(sites)
+    other.resume(saved, is_global_zero=False)
+    assert all(count["on"].numel() == 0 and count["calls"] == 1 for count in other.counts().values())
+    rest.reset()
+    assert all(count["on"].sum() == 0 and count["calls"] == 0 for count in rest.counts().values())
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "all", True])
+def test_a_share_that_is_none_is_named(share):
+    with pytest.raises((TypeError, ValueError), match="Expected argument `sample`"):
+        EntropyProbe([], sample=share)
