@@ -3,7 +3,7 @@
 from lightning_easier.activations import isolate_activations
 from lightning_easier.callbacks import EntropyPruningCallback
 from lightning_easier.candidates import candidates
-from lightning_easier.checkpoint import load_pruned
+from lightning_easier.checkpoint import expect_pruned, load_pruned
 from lightning_easier.collapse import CollapseError, CollapseResult, collapse
 from lightning_easier.entropy import ActivationEntropy, activation_entropy
 from lightning_easier.export import ExportError, export
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EntropyPruningCallback",
     "measure_entropy", "ActivationEntropy", "activation_entropy", "EntropyProbe",
-    "isolate_activations", "candidates", "linearize", "restore", "load_pruned",
+    "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "expect_pruned",
     "collapse", "CollapseResult", "CollapseError",
     "export", "ExportError",
     "PruningReport", "CandidateReport", "CollapseReport", "ExportReport",

@@ -105,11 +105,11 @@ def read_checkpoint(
 
 def warn_if_rejected(state: Mapping[str, Any]) -> None:
     """Warn if the state of a pruning callback is that of a round that was about to be taken back."""
-    pending = state.get("pending")
-    if isinstance(pending, Mapping) and pending.get("action") == "go_back":
+    decision = state.get("decision")
+    if isinstance(decision, Mapping) and decision.get("go_back") and "last_good" in state:
         rank_zero_warn(
             f"This checkpoint was saved at the end of a round whose score fell beyond the tolerance; the run went back "
-            f"after it. Its last good model is {state.get('last_good')}."
+            f"after it. Its last good model is {state['last_good']} in {state['folder']}."
         )
 
 
@@ -120,6 +120,49 @@ def restructure_on_load(module: nn.Module) -> RemovableHandle:
     hook holds no reference to whoever registers it, so a deep copy of the module copies nothing else.
     """
     return module.register_load_state_dict_pre_hook(_restructure)
+
+
+def expect_pruned(model: nn.Module) -> nn.Module:
+    """Have a model take the structure of every state dict that it loads from now on, in place.
+
+    Without it a pruned state dict fails to load into a model as it was built; with it ``load_state_dict``, a Trainer
+    without the pruning callback, and strategies that spawn processes bring structure and weights together. Called in
+    the ``__init__`` of a LightningModule, it makes ``load_from_checkpoint`` do so.
+
+    Args:
+        model: Any module, whole: the activations are there already.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or a ScriptModule.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_easier import linearize
+        >>> pruned = linearize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"])
+        >>> model = expect_pruned(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        >>> model.load_state_dict(pruned.state_dict())
+        <All keys matched successfully>
+        >>> model[1]
+        IdentityStandIn(in place of ReLU())
+    """
+    inner = unwrap(model)
+    if not expects_pruned(inner):
+        inner.register_load_state_dict_pre_hook(_restructure_for_good)
+    return model
+
+
+def expects_pruned(model: nn.Module) -> bool:
+    """Tell whether :func:`expect_pruned` was called for a model."""
+    return any(
+        getattr(hook, "hook", None) is _restructure_for_good for hook in model._load_state_dict_pre_hooks.values()
+    )
+
+
+def _restructure_for_good(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+    _restructure(module, state_dict, prefix, *others)
 
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -1,9 +1,12 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_easier import linearize, load_pruned
+from lightning_easier import expect_pruned, linearize, load_pruned
 from lightning_easier.checkpoint import restructure_on_load
 from lightning_easier.linearize import stand_ins
 
@@ -115,3 +118,26 @@ def test_bad_arguments_are_named(pruned, tmp_path):
         load_pruned(nn.Linear, path)
     with pytest.raises(TypeError, match=r"no arguments \['width'\] with an instance"):
         load_pruned(Net(5), path, width=5)
+
+
+class Expecting(Net):
+    """Loads pruned and dense checkpoints alike."""
+
+    def __init__(self, width: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__(width, activation)
+        expect_pruned(self)
+
+
+def test_a_module_that_expects_it_loads_from_a_pruned_checkpoint(pruned, tmp_path):
+    x = torch.randn(4, 3)
+    model = Expecting.load_from_checkpoint(save(pruned, tmp_path / "a.ckpt"))
+    assert torch.equal(model(x), pruned(x))
+    dense = Net(5)
+    model.load_state_dict(dense.state_dict())
+    assert stand_ins(model) == {}
+    assert torch.equal(model(x), dense(x))
+    assert expect_pruned(model) is model
+    assert len(model._load_state_dict_pre_hooks) == 1
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    again.load_state_dict(pruned.state_dict())
+    assert torch.equal(again(x), pruned(x))

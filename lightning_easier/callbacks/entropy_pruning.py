@@ -6,8 +6,8 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from copy import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -18,22 +18,40 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.activations import ActivationSite, isolated_sites, match_names, planned_sites
-from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
-from lightning_easier.callbacks import wiring
-from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
+from lightning_easier.activations import isolated_sites, match_names, planned_sites
+from lightning_easier.arguments import (
+    as_globs,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_non_negative,
+    check_share,
+)
+from lightning_easier.callbacks import files, surgery, wiring
+from lightning_easier.callbacks.measuring import Measurement
+from lightning_easier.callbacks.recipe import (
+    RESTARTS,
+    LoggedScores,
+    Recipe,
+    Restart,
+    plateaus,
+    put_plateaus,
+    reset_patience,
+)
+from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
+from lightning_easier.candidates import candidates
 from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
 from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
-from lightning_easier.linearize import linearize, restore, stand_ins
-from lightning_easier.probe import EntropyProbe
+from lightning_easier.linearize import stand_ins
 from lightning_easier.rectifiers import as_gates
-from lightning_easier.report import PruningReport, Round
+from lightning_easier.report import CandidateReport, PruningReport, Round
 
 REMOVED_KEY = "removed"
+LEAST_ENTROPY_KEY = "H_min"
+ROUND_KEY = "round"
 # A fall that float32 can't tell from the tolerance is not beyond it.
 _SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 
@@ -43,13 +61,19 @@ class EntropyPruningCallback(Callback):
 
     The first round trains the dense model for ``warmup_epochs + epochs_per_round`` epochs; its score is the reference.
     Every further round starts by making activations linear, trains for ``epochs_per_round`` epochs, and is judged on
-    the first validation at its end. If the score has fallen by more than ``tolerance`` from the dense score, structure,
-    weights, optimizer and schedulers go back to those of the last good round, and the run stops. It stops as well when
-    nothing is left to remove, or ``max_removals`` is reached. A round that the end of the run cuts short is judged on
-    its last score.
+    the validation that ends it. If the score has fallen by more than ``tolerance`` from the dense score, structure,
+    weights, optimizer and schedulers go back to those of the last good round, and the run stops, or the next candidate
+    is tried. It stops as well when nothing is left to remove, or ``max_removals`` is reached. A round that the end of
+    the run cuts short is judged on its last score.
 
-    Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet, and ``removed``. In
-    TensorBoard, besides, one chart of all entropies, the score against the number removed, and an event per round.
+    A run that was killed goes on from any of its checkpoints (``ckpt_path``) as if it had not been, from the middle of
+    an epoch too if the training loader can (``state_dict`` and ``load_state_dict``).
+
+    Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet; ``removed``, the number that
+    are linear; ``H_min``, the least entropy of those that may become so; ``round``. In TensorBoard, besides, one chart
+    of all entropies, the score against the number removed, and an event per round. When an activation has become
+    linear, all logged values are NaN until they are logged again: they are of another model.
+
     The model of every round that was kept is a checkpoint ``round_<number>.ckpt`` in ``dirpath``, the last of them
     :attr:`last_good`; :func:`~lightning_easier.load_pruned` loads it.
 
@@ -71,21 +95,34 @@ class EntropyPruningCallback(Callback):
         shift_padding: Whether the padding of a convolution behind a removed activation moves to the one before it,
             where the two would meet: training goes on with the very function that a collapse merges exactly. See
             :func:`~lightning_easier.linearize`.
-        dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default.
+        dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default. All processes
+            have to reach it. A new run does not write where another has: its folder ends in ``-v1``, ``-v2``, ...
+        restart: What begins anew with every removal: nothing, the learning-rate schedules and with them the
+            hyperparameters of the optimizers, or the optimizers with their moments too (EASIER).
+        on_reject: Whether the run stops when a round was taken back, or tries the next candidate. What was taken back
+            is not tried again.
+        max_rejections: How many rounds in a row may be taken back before the run stops.
+        best_per_depth: Whether the best checkpoint for each number of linear activations is kept in ``dirpath`` as
+            ``best_removed_<number>.ckpt``, see :attr:`best_checkpoints`.
+        sample: Share of the samples of each batch that is counted, in (0, 1], for a smaller overhead.
+        dry_run: Only list what would be done: the run stops where the first decision falls, and :attr:`candidates`
+            holds the list. With ``trainer.validate`` it needs no training.
 
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value out of range.
         MisconfigurationException: When training starts, if there is no activation or a glob matches none, if there is
-            nothing to measure on, or a strategy or another callback does not go with it; after the first epoch, if
-            ``monitor`` was not logged.
+            nothing to measure on, the run is too short for one round, or a strategy or another callback does not go
+            with it; after the first epoch, if ``monitor`` was not logged.
+        RuntimeError: After an operation, if the processes do not hold the same model.
 
     Source: EASIER, arXiv 2404.18949.
 
     Note:
-        EASIER restarts optimizer and schedule every round; here both go on. A model that comes with linear activations
-        keeps them; the score of this run's first round is the reference. The Trainer's ``min_epochs`` keeps it training
-        when pruning is over, without judging what follows.
+        EASIER restarts optimizer and schedule every round; here both go on unless told otherwise. The patience of
+        EarlyStopping begins anew with every removal. A model that comes with linear activations keeps them; the score
+        of this run's first round is the reference. The Trainer's ``min_epochs`` keeps it training when pruning is over,
+        without judging what follows.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -109,6 +146,12 @@ class EntropyPruningCallback(Callback):
         gates: bool | list[str] = False,
         shift_padding: bool = True,
         dirpath: str | None = None,
+        restart: Literal["none", "schedule", "optimizer"] = "none",
+        on_reject: Literal["stop", "next"] = "stop",
+        max_rejections: int = 3,
+        best_per_depth: bool = False,
+        sample: float = 1.0,
+        dry_run: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
@@ -135,51 +178,70 @@ class EntropyPruningCallback(Callback):
             raise TypeError(f"Expected argument `neuron_dim` to map name globs to axes, but got {neuron_dim!r}")
         self.neuron_dim = dict(neuron_dim or {})
         self.gates = sorted(as_gates(gates))
-        if not isinstance(shift_padding, bool):
-            raise TypeError(f"Expected argument `shift_padding` to be a bool, but got {shift_padding!r}")
+        for argument, value in (("shift_padding", shift_padding), ("best_per_depth", best_per_depth)):
+            check_bool(argument, value)
+        check_bool("dry_run", dry_run)
         self.shift_padding = shift_padding
         if dirpath is not None and not isinstance(dirpath, str | Path):
             raise TypeError(f"Expected argument `dirpath` to be a path, but got {dirpath!r}")
         self.dirpath = None if dirpath is None else str(dirpath)
+        check_choice("restart", restart, RESTARTS)
+        check_choice("on_reject", on_reject, ("stop", "next"))
+        check_integer("max_rejections", max_rejections, 1)
+        check_share("sample", sample)
+        self.restart: Restart = restart
+        self.on_reject = on_reject
+        self.max_rejections = max_rejections
+        self.best_per_depth = best_per_depth
+        self.sample = sample
+        self.dry_run = dry_run
 
+        self._state = PruningState()
+        self._taken_up = False  # whether the state is that of a checkpoint
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
-        self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
+        self._measured: dict[str, float] | None = None  # the entropies, whatever was validated
+        self._listed: CandidateReport | None = None
         self._active = False
         self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
-        self._probe: EntropyProbe | None = None
+        self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample)
         self._dashboard: Dashboard | None = None
-        self._not_called: dict[str, RemovableHandle] = {}  # hooks that go away when training calls the activation
-        self._reset()
-
-    def _reset(self) -> None:
-        """Set what a checkpoint carries to the start of a run."""
-        self._rounds: list[Round] = [Round([], {}, None, None, None, 0)]
-        self._epochs = 0  # finished in the round
-        self._measured: dict[str, float] | None = None  # entropies of the structure as it is, if measured
-        self._validated = False  # whether the structure as it is was
-        self._validated_this_epoch = False
-        self._pending: dict[str, Any] | None = None  # decided, not carried out
-        self._finished = False  # nothing more will be decided
-        self._last_good: str | None = None
-        self._dropped: list[Position] = []  # where the parameters removed in this round were
+        self._recipe: Recipe | None = None
+        self._scores = LoggedScores()
+        self._validated_at = -1  # the training batch before the last validation, counted over all epochs
 
     # What a user may ask for
 
     @property
     def rounds(self) -> list[Round]:
         """The rounds so far, the dense one first."""
-        return list(self._rounds)
+        return list(self._state.rounds)
 
     @property
     def removed(self) -> list[str]:
         """The activations that are linear by now, in the order of their removal."""
-        return [name for this in self._rounds if this.accepted is not False for name in this.removed]
+        return [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
+
+    @property
+    def entropies(self) -> dict[str, float] | None:
+        """Name -> entropy in bits as measured last, in ``trainer.validate`` too; None before."""
+        return None if self._measured is None else dict(self._measured)
 
     @property
     def last_good(self) -> Path | None:
         """Checkpoint of the last round that was kept; None before the first was judged."""
-        return None if self._last_good is None else Path(self._last_good)
+        return self._state.path_of(self._state.last_good)
+
+    @property
+    def best_checkpoints(self) -> dict[int, Path]:
+        """Number of linear activations -> checkpoint with the best score, if ``best_per_depth``."""
+        paths = {number: self._state.path_of(best.file) for number, best in self._state.best.items()}
+        return {int(number): path for number, path in paths.items() if path is not None}
+
+    @property
+    def candidates(self) -> CandidateReport | None:
+        """What a dry run has listed: activations, their entropies, and what each removal would merge."""
+        return self._listed
 
     def report(self) -> PruningReport:
         """Return what the run did, round by round."""
@@ -194,7 +256,7 @@ class EntropyPruningCallback(Callback):
         """
         return lowest_entropy(entropies, count)
 
-    # Start of a run
+    # Start and end of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Isolate the activations before weights are loaded and the strategy wraps the model."""
@@ -204,32 +266,52 @@ class EntropyPruningCallback(Callback):
                 f"Expected one EntropyPruningCallback in the Trainer, but got {len(twins)}; give one of them all globs"
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._candidates = self._sites = None
+        self._candidates = None
+        self._measurement.stop()
+        self._measurement.stop_watching()
+        self._measurement.structure_changed()
         self._stage = stage
         if stage == TrainerFn.FITTING and trainer.current_epoch == 0:  # else a Trainer that goes on
-            self._reset()
+            self._state, self._taken_up = PruningState(), False
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._discover(trainer, pl_module)
         self._load_handle = restructure_on_load(pl_module)
+        files.restructure_before_loading(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Isolate the activations of a model that was not whole before."""
+        """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
         if self._candidates is None:
             self._discover(trainer, pl_module)
+        self._recipe = Recipe(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring what a resumed run has left undone to its end, and say so when there was nothing to train on."""
+        if not self._active:
+            return
+        self._conclude(trainer, pl_module)
+        if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0 and trainer.max_epochs:
+            raise MisconfigurationException(
+                "EntropyPruningCallback needs training batches, but the training loader yielded none. Check its "
+                "dataset and batch size (`drop_last` drops an incomplete batch)."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._remove_hooks()
-        self._stage = None
+        self._measurement.stop()
+        self._measurement.stop_watching()
+        self._scores.release()
+        self._remove_load_hook()
+        files.load_as_ever(trainer)
+        self._stage = self._recipe = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self._remove_hooks()
+        """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
+        self._measurement.detach()
+        self._scores.release()
+        self._remove_load_hook()
 
-    def _remove_hooks(self) -> None:
-        self._detach()
-        self._stop_watching()
+    def _remove_load_hook(self) -> None:
         if self._load_handle is not None:
             self._load_handle.remove()
             self._load_handle = None
@@ -273,207 +355,263 @@ class EntropyPruningCallback(Callback):
         """Start to count."""
         if not self._active or trainer.sanity_checking:
             return
-        if self._probe is not None:  # training batches are counted, these are not
-            self._probe.paused = True
+        if self._candidates is None:  # a model that is built in `setup`, validated alone
+            self._discover(trainer, pl_module)
+        self._scores.note(trainer, self.monitor)
+        if self._measurement.counts:  # training batches are counted, these are not
+            self._measurement.pause(True)
         elif self.measure_on == "validation" or trainer.state.fn != TrainerFn.FITTING:
-            self._attach(pl_module)
+            self._measurement.start(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the entropies and the number removed."""
+        """Log the entropies, the number removed, and the round."""
         if not self._active or trainer.sanity_checking:
             return
-        self._validated = self._validated_this_epoch = True
-        if self._probe is not None and not self._probe.paused:
-            self._measured = self._read(trainer, pl_module)
-        on_all = trainer.world_size > 1
-        pl_module.log(REMOVED_KEY, float(len(stand_ins(pl_module))), prog_bar=True, sync_dist=on_all)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._state.validated = self._state.validated_this_epoch = True
+        if self._measurement.counts:
+            self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._state.entropies = self._measured
+            self._log_entropies(trainer, pl_module)
+        progress = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
+        if trainer.state.fn == TrainerFn.FITTING:
+            progress[ROUND_KEY] = float(len(self._state.rounds) - 1)
+        pl_module.log_dict(progress, prog_bar=True, sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count training batches again, if those are counted."""
-        if self._probe is not None:
-            self._probe.paused = False
+        """Keep the score of the structure as it is, and the best model so far."""
+        if not self._active or trainer.sanity_checking:
+            return
+        self._measurement.pause(False)
+        if trainer.state.fn != TrainerFn.FITTING:
+            if self.dry_run and self._measured is not None:
+                self._list(trainer, pl_module, self._choose(trainer, []))
+            return
+        self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+        self._scores.watch_again(trainer)
+        self._state.score_comes_from_validation = self._scores.is_new(trainer, self.monitor)
+        if self._state.score_comes_from_validation:
+            self._note_score(trainer)
+            self._keep_best(trainer, pl_module)
 
-    def _live_sites(self, pl_module: LightningModule) -> list[ActivationSite]:
-        """Return the activations that are not linear; looking for them costs time, so it is done once."""
-        if self._sites is None:
-            self._sites = isolated_sites(pl_module, self.gates)
-        return [site for site in self._sites if pl_module.get_submodule(site.name) is site.module]
+    def _log_entropies(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        entropies, on_all = self._measured or {}, trainer.world_size > 1
+        pl_module.log_dict({entropy_key(name): value for name, value in entropies.items()}, sync_dist=on_all)
+        prunable = [value for name, value in entropies.items() if name in (self._candidates or ())]
+        if prunable:
+            pl_module.log(LEAST_ENTROPY_KEY, min(prunable), prog_bar=True, sync_dist=on_all)
 
-    def _attach(self, pl_module: LightningModule) -> None:
-        self._detach()
-        excluded = self.exclude or ()
-        sites = [s for s in self._live_sites(pl_module) if not any(fnmatchcase(s.name, glob) for glob in excluded)]
-        neuron_dim = {  # what an axis was given for may be linear by now
-            glob: axis for glob, axis in self.neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
-        }
-        self._probe = EntropyProbe(sites, neuron_dim)
-        self._probe.attach()
-        wiring.forget_compiled_code(pl_module)
+    def _note_score(self, trainer: Trainer) -> None:
+        score = self._scores.get(trainer, self.monitor)
+        if score is not None:
+            self._state.score = score
 
-    def _detach(self) -> None:
-        if self._probe is not None:
-            self._probe.detach()
-            self._probe = None
-
-    def _stop_watching(self) -> None:
-        for handle in self._not_called.values():
-            handle.remove()
-        self._not_called = {}
-
-    def _watch_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notice which activations training does not call; each hook goes away at the first call."""
-        self._stop_watching()
-        for site in self._live_sites(pl_module):
-
-            def note(module: nn.Module, args: Any, name: str = site.name) -> None:
-                if not trainer.validating and name in self._not_called:
-                    self._not_called.pop(name).remove()
-
-            self._not_called[site.name] = site.module.register_forward_pre_hook(note)
-
-    def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        assert self._probe is not None
-        self._probe.detach()
-        wiring.forget_compiled_code(pl_module)
-        entropies = self._probe.entropies()
-        self._probe = None
-        values = {entropy_key(name): value for name, value in entropies.items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
-        return entropies
+    def _keep_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the model if no other with as many linear activations had a better score."""
+        if not self.best_per_depth or self._state.finished or self._state.score is None:
+            return
+        score = float(trainer.strategy.broadcast(self._state.score))
+        removed = len(stand_ins(pl_module))
+        best = self._state.best.get(str(removed))
+        if math.isfinite(score) and (best is None or self._fall(best.score, score) < 0):
+            self._state.best[str(removed)] = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
+            files.save(trainer, self.best_checkpoints[removed])
 
     # The loop
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Carry out what was decided before the run was interrupted."""
+        """Make up for what an interruption has cut off: a validation, a judgement, an operation."""
         if not self._active:
             return
+        state = self._state
         self._dashboard = Dashboard(trainer.loggers, self.monitor)
         self._dashboard.write_layout()
-        given = len(stand_ins(pl_module)) - len(self.removed)
+        own = {name for this in state.rounds for name in this.removed}
+        given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
             rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
-        if self._finished:
+        state.folder = files.folder_of(trainer, self.dirpath, state.folder, is_new=not self._taken_up)
+        # Lightning knows nothing of these after an interruption
+        scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
+        self._scores.put(trainer, scores if state.score is None else {**scores, self.monitor: state.score})
+        if not self._taken_up and len(state.rounds) == 1:
+            wiring.check_length(trainer, pl_module, self._length_of_round())
+            state.ended = state.rounds[0].epoch = trainer.current_epoch
+        self._taken_up = True
+        if self.dry_run and state.decision is not None:  # that of the run whose checkpoint this is
+            self._list(trainer, pl_module, state.decision.remove)
+            trainer.should_stop = True
+        elif state.finished:
             trainer.should_stop = True
             rank_zero_info("Pruning was over when this run was saved; remove EntropyPruningCallback to train on.")
-        self._operate(trainer, pl_module)
+        if state.validation_due:
+            state.validation_due = False
+            wiring.run_validation(trainer, max(trainer.current_epoch - state.ended, 0))
+        if trainer.current_epoch > state.ended:  # Lightning has skipped the end of an epoch
+            if state.counts is not None:
+                self._count_on(trainer, pl_module)
+                state.entropies = self._measurement.finish(pl_module, state.entropies_of_last_good)
+            if not state.score_comes_from_validation:  # what an epoch of training has logged is not in a checkpoint
+                state.score = None
+            self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch)
+            state.not_called, state.validated_this_epoch = None, False
+        skips_epoch_start = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end
+        if skips_epoch_start and not trainer.fit_loop.done:
+            self._operate(trainer, pl_module)
+            self._attach(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Carry out what was decided at the end of the last epoch."""
         if not self._active:
             return
-        self._validated_this_epoch = False
+        self._state.validated_this_epoch = False
+        self._state.counts = self._state.not_called = None
         self._operate(trainer, pl_module)
-        if self._finished:
+        self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count or watch training, from where an interrupted epoch has left it."""
+        if self._state.finished:
             return
         if self.measure_on == "training":
-            self._attach(pl_module)
+            self._count_on(trainer, pl_module)
         elif not wiring.is_compiled(pl_module):  # hooks would cost it a compilation
-            self._watch_training(trainer, pl_module)
+            self._measurement.watch(trainer, pl_module, self._state.not_called)
+
+    def _count_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measurement.start(pl_module)
+        if self._state.counts is not None:
+            self._measurement.load_counts(self._state.counts, trainer.is_global_zero)
+            self._state.counts = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
-        if not self._active or self._finished:
+        if not self._active or self._state.finished:
             return
-        if self._probe is not None:
-            self._measured = self._read(trainer, pl_module)
-        idle = list(self._not_called)
-        self._stop_watching()
-        if not trainer.is_last_batch:  # the run ends inside an epoch; on_train_end judges
+        if self._measurement.counts:
+            self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
+            self._state.entropies = self._measured
+            self._log_entropies(trainer, pl_module)
+        not_called = self._measurement.not_called or []
+        self._measurement.stop_watching()
+        if wiring.ends_inside_epoch(trainer):  # on_train_end judges
             return
-        self._epochs += 1
+        if trainer.current_epoch < self._state.ended:  # Lightning repeats the hook when it resumes here
+            return
+        self._scores.watch_again(trainer)
         self._check_validation_ran(trainer)
-        score = self._score(trainer)
-        judgeable = self._validated_this_epoch or not trainer.enable_validation
-        if score is not None and judgeable and self._measured is not None and self._epochs >= self._length_of_round():
-            self._judge(trainer, score)
-            self._decide(trainer, idle)
+        self._check_monitor(trainer)
+        self._note_score(trainer)
+        if not self._state.score_comes_from_validation or not trainer.enable_validation:
+            self._keep_best(trainer, pl_module)
+        self._end_epoch(trainer, pl_module, not_called, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge a round that the end of the run has cut short, and go back if that is what was decided."""
         if not self._active:
             return
-        self._detach()
-        self._stop_watching()
-        this = self._rounds[-1]
-        if this is self._rounds[0] and this.accepted is None:
+        self._measurement.stop()
+        self._measurement.stop_watching()
+        dense = self._state.rounds[0]
+        if dense.accepted is None:
             rank_zero_warn(
                 f"Nothing was pruned: the run ended before its first round, {self._length_of_round()} epochs with a "
                 f"validation at their end."
             )
+        self._conclude(trainer, pl_module)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a model that was judged; a second call does nothing."""
+        state = self._state
+        this = state.rounds[-1]
         if this.removed and this.accepted is None:
-            score = self._score(trainer) if self.monitor in trainer.callback_metrics else None
+            self._note_score(trainer)
+            score = self._agreed_score(trainer)
             if score is None:
                 this.accepted = False
-                rank_zero_info(f"Round {len(self._rounds) - 1} ended without a score.")
+                rank_zero_info(f"Round {len(state.rounds) - 1} ended without a score.")
             else:
                 self._judge(trainer, score)
-            if this.accepted:
-                self._save(trainer)
-            else:
-                self._pending = {"action": "go_back"}
-        if self._pending is not None and self._pending["action"] == "go_back":
-            self._operate(trainer, pl_module)
+            self._decide(trainer, pl_module, [])
+        if state.decision is not None and state.decision.go_back:
+            self._go_back(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so when there was nothing to train on."""
-        if (
-            self._active
-            and trainer.num_training_batches == 0
-            and trainer.limit_train_batches != 0
-            and trainer.max_epochs
-        ):
-            raise MisconfigurationException(
-                "EntropyPruningCallback needs training batches, but the training loader yielded none. Check its "
-                "dataset and batch size (`drop_last` drops an incomplete batch)."
-            )
+    def _end_epoch(
+        self, trainer: Trainer, pl_module: LightningModule, not_called: list[str], epochs_ended: int
+    ) -> None:
+        """Count an epoch, and judge and decide if it was the last of its round."""
+        state = self._state
+        state.ended = epochs_ended
+        if state.finished:
+            return
+        state.epochs += 1
+        judgeable = state.validated_this_epoch or not trainer.enable_validation
+        if not judgeable or state.entropies is None or state.epochs < self._length_of_round():
+            return
+        if state.rounds[-1].accepted is not None:  # at the end of a run that goes on now
+            if state.decision is None:
+                self._decide(trainer, pl_module, not_called)
+            return
+        score = self._agreed_score(trainer)
+        if score is not None:
+            self._judge(trainer, score)
+            self._decide(trainer, pl_module, not_called)
 
     def _length_of_round(self) -> int:
-        return self.epochs_per_round + (self.warmup_epochs if len(self._rounds) == 1 else 0)
+        return self.epochs_per_round + (self.warmup_epochs if len(self._state.rounds) == 1 else 0)
 
     def _check_validation_ran(self, trainer: Trainer) -> None:
         every = trainer.check_val_every_n_epoch
-        due = every is not None and (trainer.current_epoch + 1) % every == 0
-        if self.measure_on == "validation" and due and not self._validated_this_epoch:
+        due = every is not None and (trainer.current_epoch + 1) % every == 0 and not any(trainer.num_val_batches)
+        if self.measure_on == "validation" and due and not self._state.validated_this_epoch:
             raise MisconfigurationException(
                 f"EntropyPruningCallback measures on validation batches, but validation in epoch "
                 f"{trainer.current_epoch} ran none: the validation loader yielded nothing. Check its dataset, or "
                 f"pass measure_on='training'."
             )
 
-    def _score(self, trainer: Trainer) -> float | None:
-        """Return the score of the structure as it is, None if there is none yet."""
-        if trainer.enable_validation and not self._validated:
-            return None
-        if self.monitor not in trainer.callback_metrics:
+    def _check_monitor(self, trainer: Trainer) -> None:
+        known = self._state.score is not None or self.monitor in trainer.callback_metrics
+        if not known and (self._state.validated or not trainer.enable_validation):
             raise MisconfigurationException(
                 f"Expected argument `monitor` to be a logged score, but {self.monitor!r} is not among "
                 f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)` in the validation "
                 f"step."
             )
-        # Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
-        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
-        if not math.isfinite(score):
-            if self._last_good is not None and self._rounds[-1].removed:
-                self._rounds[-1].accepted = False
+
+    def _agreed_score(self, trainer: Trainer) -> float | None:
+        """Return the score of the structure as it is, None if there is none; every process has to call this.
+
+        Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
+        """
+        score: float | None = trainer.strategy.broadcast(self._state.score)
+        if score is not None and not math.isfinite(score):
+            if self._state.last_good is not None and self._state.rounds[-1].removed:
+                self._state.rounds[-1].accepted = False
                 self._go_back(trainer, trainer.lightning_module)
             raise ValueError(
                 f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in epoch "
                 f"{trainer.current_epoch}. The training has diverged: lower the learning rate. The last good model is "
-                f"{self._last_good or 'an earlier checkpoint'}."
+                f"{self.last_good or 'an earlier checkpoint'}."
             )
         return score
 
+    def _fall(self, before: float, after: float) -> float:
+        """Return by how much a score is worse than another."""
+        return (before - after) * (1 if self.mode == "max" else -1)
+
     def _judge(self, trainer: Trainer, score: float) -> None:
         """Compare a round with the dense model."""
-        dense, this = self._rounds[0], self._rounds[-1]
+        state = self._state
+        dense, this, number = state.rounds[0], state.rounds[-1], len(state.rounds) - 1
         this.score_after = score
-        if this is not dense:
-            assert dense.score_after is not None
-            fall = (dense.score_after - score) * (1 if self.mode == "max" else -1)
-            this.accepted = fall <= self.tolerance + _SCORE_RESOLUTION * abs(dense.score_after)
-        else:
+        if this is dense:
             this.accepted = True
-        number = len(self._rounds) - 1
+        else:
+            assert dense.score_after is not None
+            allowed = self.tolerance + _SCORE_RESOLUTION * abs(dense.score_after)
+            this.accepted = self._fall(dense.score_after, score) <= allowed
         if self._dashboard is not None:
             self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
             self._dashboard.write_event(self.report().event(number), trainer.global_step)
@@ -484,122 +622,141 @@ class EntropyPruningCallback(Callback):
         )
         rank_zero_info(f"Round {number}: made linear {what}; {self.monitor} {score:.4f}: {verdict}.")
 
-    def _decide(self, trainer: Trainer, idle: list[str]) -> None:
-        """Decide what happens at the start of the next epoch; ``idle`` activations were not called in training."""
-        if not self._rounds[-1].accepted:
-            self._pending = {"action": "go_back"}
-            self._stop(trainer)
-            return
-        assert self._measured is not None
-        candidates = {name: value for name, value in self._measured.items() if name in (self._candidates or ())}
-        unused = [name for name in candidates if name in idle]
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, not_called: list[str]) -> None:
+        """Decide what happens at the start of the next epoch; some activations were not called in training."""
+        state = self._state
+        this = state.rounds[-1]
+        if this.accepted:
+            state.rejections = 0
+            choice = None
+            if state.entropies is not None:  # else the end of the run came before they were measured
+                state.entropies_of_last_good = dict(state.entropies)
+                choice = self._choose(trainer, not_called)
+                state.finished = choice is None
+        else:
+            state.rejections += 1
+            state.rejected += this.removed
+            may_go_on = self.on_reject == "next" and state.rejections < self.max_rejections
+            choice = self._choose(trainer, not_called) if may_go_on else None
+            state.finished = choice is None
+        if choice is not None or not this.accepted:
+            state.decision = Decision(not this.accepted, choice)
+        if self.dry_run:
+            self._list(trainer, pl_module, choice)
+        elif state.finished and this.accepted:
+            rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
+        if state.finished or self.dry_run:
+            trainer.should_stop = True
+        if this.accepted:
+            self._keep(trainer)
+
+    def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
+        """Choose among what was measured at the end of the last good round; None if nothing is left."""
+        state = self._state
+        measured = state.entropies_of_last_good if self._stage == TrainerFn.FITTING else self._measured or {}
+        allowed = {
+            name: value
+            for name, value in measured.items()
+            if name in (self._candidates or ()) and name not in state.rejected
+        }
+        unused = [  # by no process
+            name for name in allowed if trainer.strategy.reduce_boolean_decision(name in not_called, all=True)
+        ]
         if unused:
             rank_zero_warn(
                 f"Training does not call {unused}, which validation calls: they are left alone. Does `training_step` "
                 f"call other methods than the model's forward?"
             )
-            candidates = {name: value for name, value in candidates.items() if name not in unused}
-        allowed = math.inf if self.max_removals is None else self.max_removals - len(self.removed)
-        count = int(min(self.removals_per_round, allowed, len(candidates)))
-        names = list(self.select(candidates, count))[:count] if count > 0 else []
+            allowed = {name: value for name, value in allowed.items() if name not in unused}
+        limit = math.inf if self.max_removals is None else self.max_removals - len(self.removed)
+        count = int(min(self.removals_per_round, limit, len(allowed)))
+        names = list(self.select(allowed, count))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
-        if not set(names) <= set(candidates):
-            raise ValueError(f"Expected `select` to choose among {list(candidates)}, but it returned {names}")
-        if names:
-            self._pending = {
-                "action": "remove",
-                "names": list(names),
-                "entropies": {name: candidates[name] for name in names},
-            }
-        else:
-            rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
-            self._stop(trainer)
-        self._save(trainer)
+        if not set(names) <= set(allowed):
+            raise ValueError(f"Expected `select` to choose among {list(allowed)}, but it returned {names}")
+        return Choice(names, {name: allowed[name] for name in names}) if names else None
 
-    def _stop(self, trainer: Trainer) -> None:
-        self._finished = True
-        trainer.should_stop = True
+    def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
+        """Say what would be done."""
+        entropies = self._measured or self._state.entropies_of_last_good
+        self._listed = candidates(pl_module, entropies, gates=self.gates, shift_padding=self.shift_padding)
+        names = "nothing" if choice is None else ", ".join(f"`{name}`" for name in choice.names)
+        rank_zero_info(f"{self._listed}\nDry run: {names} would become linear next. The model was not changed.")
 
     def _operate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Carry out what was decided, once."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        decision = self._state.decision
+        if decision is None or self.dry_run:
             return
-        if pending["action"] == "go_back":
+        if decision.go_back:
             self._go_back(trainer, pl_module)
-            return
-        names = pending["names"]
-        modules = {name: pl_module.get_submodule(name) for name in names}
-        score = self._rounds[-1].score_after
-        linearize(pl_module, names, shift_padding=self.shift_padding)
-        linear = stand_ins(pl_module)
-        shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
-        live = set(pl_module.parameters())
-        gone = [p for module in modules.values() for p in module.parameters() if p not in live]
-        self._dropped = drop_parameters(trainer.optimizers, gone)
-        self._rounds.append(
-            Round(list(names), dict(pending["entropies"]), score, None, None, trainer.current_epoch, shifts)
-        )
-        self._epochs, self._measured, self._validated = 0, None, False
+        if decision.remove is not None:
+            self._remove(trainer, pl_module, decision.remove)
+        self._state.decision = None
 
-    def _save(self, trainer: Trainer) -> None:
+    def _remove(self, trainer: Trainer, pl_module: LightningModule, choice: Choice) -> None:
+        state = self._state
+        before = state.kept[-1].score_after
+        state.plateaus_of_last_good = plateaus(trainer)
+        wiring.check_optimizers(trainer, pl_module, choice.names)
+        shifts, dropped = surgery.make_linear(trainer, pl_module, choice.names, self.shift_padding)
+        assert self._recipe is not None
+        self._recipe.restart(trainer, self.restart)
+        reset_patience(trainer)
+        state.begin_round(Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts))
+        state.dropped = dropped
+        self._scores.forget(trainer)
+        self._scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
+
+    def _keep(self, trainer: Trainer) -> None:
         """Save the state of a round that was kept on disk, where it costs no device memory.
 
         Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
         """
-        folder = self.dirpath or str(Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
-        folder = trainer.strategy.broadcast(folder)
-        self._last_good = str(Path(folder) / f"round_{len(self._rounds) - 1}.ckpt")
-        trainer.save_checkpoint(self._last_good, weights_only=False)
+        state = self._state
+        state.last_good, state.scores_of_last_good = f"round_{len(state.rounds) - 1}.ckpt", self._scores.all(trainer)
+        assert self.last_good is not None
+        files.save(trainer, self.last_good)
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring back structure, weights, optimizer and schedulers of the last good round."""
-        if self._last_good is None or not Path(self._last_good).is_file():
-            raise FileNotFoundError(
-                f"The last good checkpoint {self._last_good} is gone, so the model can't go back to it. Keep the "
-                f"folder of argument `dirpath` until the run is over."
-            )
-        checkpoint = trainer.strategy.load_checkpoint(self._last_good, weights_only=False)
-        if checkpoint["callbacks"][self.state_key]["rounds"] != [asdict(this) for this in self._rounds[:-1]]:
-            raise RuntimeError(
-                f"The last good checkpoint {self._last_good} is of another run, so the model can't go back to it. Give "
-                f"every run a `dirpath` of its own."
-            )
-        names = self._rounds[-1].removed
-        linear = stand_ins(pl_module)
-        live = set(pl_module.parameters())
-        gone = [p for name in names for p in linear[name].activation.parameters() if p not in live]
-        restore(pl_module, names)
-        self._sites = None
-        put_back_parameters(trainer.optimizers, gone, self._dropped)
-        trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
-        trainer.strategy.load_optimizer_state_dict(checkpoint)
-        for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
-            config.scheduler.load_state_dict(state)
-        self._dropped, self._finished = [], True
+        """Bring back structure, weights, optimizers and schedulers of the last good round."""
+        state = self._state
+        kept = state.kept
+        path, checkpoint = files.find(trainer, self.last_good, self.state_key, kept)
+        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint)
+        put_plateaus(trainer, state.plateaus_of_last_good)
+        self._measurement.structure_changed()
+        state.dropped = []
+        state.entropies, state.score = dict(state.entropies_of_last_good), kept[-1].score_after
+        decision = state.decision
+        state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)
+        self._scores.forget(trainer)
+        self._scores.put(trainer, state.scores_of_last_good)
         for logger in trainer.loggers:
             logger.log_metrics({REMOVED_KEY: float(len(stand_ins(pl_module)))}, trainer.global_step)
-        rank_zero_info(
-            f"Went back to the last good model, {self._last_good}, with {len(self.removed)} linear activations."
-        )
+        rank_zero_info(f"Went back to the last good model, {path}, with {len(self.removed)} linear activations.")
 
     # What a checkpoint carries
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what belongs to this very moment: counts and calls so far, and whether a validation is still to come."""
+        if not self._active or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._note_score(trainer)
+        now = copy(self._state)  # what was loaded and not made up for yet stays as it is
+        now.validation_due |= wiring.validation_is_due(trainer, self._validated_at)
+        if self._measurement.not_called is not None:
+            now.not_called = self._measurement.not_called
+        if self.measure_on == "training" and self._measurement.is_counting:
+            now.counts = self._measurement.save_counts()
+        checkpoint["callbacks"][self.state_key] = self._plain(now)
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain data: it loads with ``weights_only=True``."""
-        return {
-            "monitor": self.monitor,
-            "mode": self.mode,
-            "rounds": [asdict(this) for this in self._rounds],
-            "epochs": self._epochs,
-            "measured": self._measured,
-            "validated": self._validated,
-            "validated_this_epoch": self._validated_this_epoch,
-            "pending": self._pending,
-            "finished": self._finished,
-            "last_good": self._last_good,
-            "dropped": [list(position) for position in self._dropped],
-        }
+        return self._plain(self._state)
+
+    def _plain(self, state: PruningState) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.mode, **state.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it; the structure comes with the model's own state dict.
@@ -618,12 +775,5 @@ class EntropyPruningCallback(Callback):
                 f"Expected arguments `monitor` and `mode` to be {judged_on}, those of the run that is resumed, but got "
                 f"{(self.monitor, self.mode)}: its rounds can't be compared on another score."
             )
-        self._rounds = [Round(**this) for this in state_dict["rounds"]]
-        self._epochs = state_dict["epochs"]
-        self._measured = state_dict["measured"]
-        self._validated = state_dict["validated"]
-        self._validated_this_epoch = state_dict["validated_this_epoch"]
-        self._pending = state_dict["pending"]
-        self._finished = state_dict["finished"]
-        self._last_good = state_dict["last_good"]
-        self._dropped = [list(position) for position in state_dict["dropped"]]
+        plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
+        self._state, self._taken_up = PruningState.from_plain(plain), True

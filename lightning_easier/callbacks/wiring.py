@@ -1,16 +1,20 @@
 """What has to hold around the callback: the strategy, the other callbacks, the data, compiled code."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
+from torch.optim import LBFGS
 
+from lightning_easier.checkpoint import expects_pruned
 from lightning_easier.rectifiers import FunctionalPReLU
 
 
@@ -26,31 +30,34 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
     Raises:
         MisconfigurationException: With the reason and the remedy.
     """
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+    if isinstance(trainer.strategy, FSDPStrategy):
         raise MisconfigurationException(
-            f"EntropyPruningCallback does not support {type(trainer.strategy).__name__} yet: it shards the model "
-            f"that would be changed. Use DDP or one device."
+            "EntropyPruningCallback does not support FSDPStrategy, which wraps modules so that an activation can't be "
+            "replaced by its name. Use ModelParallelStrategy (FSDP2), DDP or one device."
         )
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            "EntropyPruningCallback does not support DeepSpeedStrategy, whose engine keeps the weights and moments "
+            "that a rejected round would have to bring back. Use ModelParallelStrategy (FSDP2), DDP or one device."
+        )
+    _check_parameters(trainer, candidates)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                f"EntropyPruningCallback does not go with {type(callback).__name__}, which adds parameter groups while "
+                f"training goes on: a rejected round could not bring the optimizer back. Give the optimizer all "
+                f"groups from the start, and set their learning rates."
+            )
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise MisconfigurationException(
                 f"EntropyPruningCallback does not go with {type(callback).__name__}, which keeps a second model "
                 f"that would stay unpruned. Remove one of the two."
             )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not expects_pruned(trainer.lightning_module):
         raise MisconfigurationException(
-            "EntropyPruningCallback does not support strategies that spawn or fork processes yet: the weights "
-            "would come back into a model of the old structure. Use strategy='ddp' in a script, or torchrun."
-        )
-    with_parameters = [
-        name
-        for name, module in candidates.items()
-        if isinstance(module, FunctionalPReLU) or next(module.parameters(), None) is not None
-    ]
-    if with_parameters and trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"EntropyPruningCallback can't remove {with_parameters} under {trainer.world_size} processes yet: they "
-            f"have parameters, which the wrapped model would miss. Pass them as `exclude`."
+            "A strategy that spawns or forks processes brings the pruned weights back into a model that is not "
+            "pruned. Call `lightning_easier.expect_pruned(model)` before `trainer.fit(model)`, or use strategy='ddp' "
+            "in a script, or torchrun."
         )
     if dirpath is not None and Path(dirpath).exists() and not Path(dirpath).is_dir():
         raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {dirpath} is a file")
@@ -61,13 +68,139 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
         )
 
 
+def _check_parameters(trainer: Trainer, candidates: Mapping[str, nn.Module]) -> None:
+    """Refuse activations whose parameters can't leave the model under this strategy."""
+    shards = isinstance(trainer.strategy, ModelParallelStrategy)
+    if trainer.world_size == 1 and not shards:
+        return
+    borrowed = [name for name, module in candidates.items() if isinstance(module, FunctionalPReLU)]
+    if borrowed:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't remove {borrowed} under {trainer.world_size} processes: their slope is a "
+            f"parameter of another module, which the strategy would wait for. Pass them as `exclude`, or give each "
+            f"call an nn.PReLU of its own."
+        )
+    owned = [name for name, module in candidates.items() if next(module.parameters(), None) is not None]
+    if owned and shards:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't remove {owned} under {type(trainer.strategy).__name__}: they have "
+            f"parameters, which are sharded with those of other modules. Pass them as `exclude`."
+        )
+
+
+def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
+    """Refuse a run that is over before its first round.
+
+    Args:
+        trainer: The Trainer, at the start of training, when its batches are known.
+        pl_module: The model.
+        epochs: How many the first round takes.
+
+    Raises:
+        MisconfigurationException: If the run is shorter.
+    """
+    every = trainer.check_val_every_n_epoch if trainer.enable_validation else 1
+    if every is not None:  # a round ends with a validation
+        epochs = math.ceil((trainer.current_epoch + epochs) / every) * every - trainer.current_epoch
+    longest = trainer.max_epochs
+    if longest is not None and longest >= 0 and longest - trainer.current_epoch < epochs:
+        raise MisconfigurationException(
+            f"Expected the Trainer's `max_epochs` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
+            f"with the warmup and the validation at its end, but got {longest}, at epoch {trainer.current_epoch}. "
+            f"Raise it, or lower `warmup_epochs`, `epochs_per_round` or `check_val_every_n_epoch`."
+        )
+    if trainer.max_steps < 0 or not pl_module.automatic_optimization or trainer.num_training_batches == math.inf:
+        return
+    steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    if trainer.max_steps - trainer.global_step < steps:
+        raise MisconfigurationException(
+            f"Expected the Trainer's `max_steps` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
+            f"or {steps} steps with the warmup, but got {trainer.max_steps}, at step {trainer.global_step}. Raise it, "
+            f"or lower `warmup_epochs` or `epochs_per_round`."
+        )
+
+
+def check_optimizers(trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> None:
+    """Refuse the removal of a parameter from an optimizer that can't let it go.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The model.
+        names: What is about to become linear.
+
+    Raises:
+        MisconfigurationException: If an activation among them has a parameter, and an optimizer is LBFGS.
+    """
+    owners = [name for name in names if next(pl_module.get_submodule(name).parameters(), None) is not None]
+    if owners and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't remove {owners}, which have parameters, from LBFGS, which keeps all "
+            f"parameters as one vector. Pass them as `exclude`, or use another optimizer."
+        )
+
+
+def ends_inside_epoch(trainer: Trainer) -> bool:
+    """Tell whether the run ends before the epoch does; a loader may end earlier than its last batch was expected."""
+    out_of_steps = 0 <= trainer.max_steps <= trainer.global_step
+    return (trainer.should_stop or out_of_steps) and not trainer.is_last_batch
+
+
+def validation_is_due(trainer: Trainer, validated_at: int) -> bool:
+    """Tell whether a validation follows the last training batch and is not over yet.
+
+    Lightning does not run it any more when it resumes from a checkpoint that was saved in between.
+
+    Args:
+        trainer: The Trainer, in the middle of a fit.
+        validated_at: The training batch before the last validation that is over, counted over all epochs.
+    """
+    loop, every = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch
+    progress: Any = loop.batch_progress.current
+    seen = loop.total_batch_idx
+    if seen < 0 or seen == validated_at or not trainer.enable_validation:
+        return False
+    if progress.processed < progress.ready:  # it is trained on now
+        return False
+    if every is not None and (trainer.current_epoch + 1) % every != 0:
+        return False
+    interval = trainer.val_check_batch
+    if interval is None:  # by the clock
+        return False
+    if interval == float("inf"):  # of a loader without a length
+        return trainer.is_last_batch
+    return ((seen if every is None else loop.batch_idx) + 1) % interval == 0
+
+
+def run_validation(trainer: Trainer, epochs_ago: int) -> None:
+    """Run a validation before a fit goes on, as the fit loop would have run it.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        epochs_ago: How many epochs further the Trainer is than it was then.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    progress.completed -= epochs_ago
+    progress.processed -= epochs_ago
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    progress.completed += epochs_ago
+    progress.processed += epochs_ago
+    loop._has_run = False  # or the fit loop would take an epoch that is resumed at its end for one that never began
+
+
 def is_compiled(pl_module: LightningModule) -> bool:
-    """Tell whether the module or a part of it is compiled, by the user or handed to the Trainer so."""
-    handed_over = getattr(pl_module, "_compiler_ctx", None) is not None
-    return handed_over or any(
+    """Tell whether the module, a part of it or a method is compiled, by the user or handed to the Trainer so."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        return True
+    modules = list(pl_module.modules())
+    values = [value for owner in (*modules, *map(type, modules)) for value in vars(owner).values()]
+    return any(
         isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
-        for module in pl_module.modules()
-    )
+        for module in modules
+    ) or any(callable(value) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
 
 
 def forget_compiled_code(pl_module: LightningModule) -> None:

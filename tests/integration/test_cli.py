@@ -150,7 +150,9 @@ def test_an_image_folder_of_other_sizes_and_classes(tmp_path):
     main(
         ["fit", f"--config={CONFIGS / 'image_folder_resnet56.yaml'}", "--model.backbone=cifar_resnet20",
          "--model.num_classes=3", f"--data.root={tmp_path / 'data'}", "--data.val_size=4", "--data.num_workers=0",
-         "--data.batch_size=4", *SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]
+         "--data.batch_size=4", *SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}",
+         "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last=true",
+         "--trainer.callbacks+=lightning_easier.EntropyPruningCallback", "--trainer.callbacks.monitor=val_acc"]
     )  # fmt: skip
     assert (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt").is_file()
 

@@ -106,8 +106,9 @@ def test_a_fall_beyond_the_tolerance_brings_everything_back_and_stops(tmp_path):
 
 def test_tolerance_is_from_the_dense_score_and_its_edge_is_within(tmp_path):
     callback = pruning(monitor="scripted", tolerance=0.05)
-    train(Tiny(scores=(0.90, 0.87, 0.85, 0.84)), callback, root=tmp_path, epochs=9)
+    train(Tiny(scores=(0.80, 0.77, 0.75, 0.74)), callback, root=tmp_path, epochs=9)
     assert [this.accepted for this in callback.rounds] == [True, True, True, False]
+    assert callback.rounds[0].score_after - callback.rounds[2].score_after > 0.05  # by what float32 can't tell
 
 
 def test_a_lower_score_can_be_the_better_one(tmp_path):
@@ -175,12 +176,14 @@ def test_the_end_of_the_run_judges_a_round_that_it_cuts_short(tmp_path):
         assert_equal_states(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
-def test_early_stopping_of_the_user_ends_the_run_in_a_judged_state(tmp_path):
-    model = Tiny(scores=(0.9, 0.8, 0.7, 0.6))
-    callback = pruning(monitor="scripted", epochs_per_round=2, tolerance=0.15)
+def test_the_patience_of_early_stopping_begins_anew_with_a_removal_and_ends_the_run_judged(tmp_path):
+    model = Tiny(scores=(0.6, 0.7, 0.8, 0.9, 0.85, 0.84, 0.83, 0.82))
+    callback = pruning(monitor="scripted", epochs_per_round=4, tolerance=0.15)
     trainer = train(model, callback, EarlyStopping("scripted", mode="max", patience=2), root=tmp_path, epochs=9)
-    assert trainer.current_epoch == 3
-    assert [this.accepted for this in callback.rounds] == [True, True]  # 0.7 against 0.8
+    assert trainer.current_epoch == 7  # a dense score to beat would have ended it an epoch earlier
+    assert [(this.score_after, this.accepted) for this in callback.rounds] == [
+        (pytest.approx(0.9), True), (pytest.approx(0.83), True)
+    ]  # fmt: skip
 
 
 def test_every_checkpoint_pairs_a_score_with_its_structure(tmp_path):
@@ -530,11 +533,6 @@ def test_a_run_is_not_taken_up_with_another_score(tmp_path):
     other = pruning(monitor="val_loss", mode="min")
     with pytest.raises(MisconfigurationException, match=r"`mode` to be \('val_acc', 'max'\)"):
         train(Tiny(), other, root=tmp_path, ckpt_path=tmp_path / "kept" / "last.ckpt")
-
-
-def test_a_run_too_short_for_a_round_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="Nothing was pruned: the run ended before its first round, 4 epochs"):
-        train(Tiny(), pruning(epochs_per_round=4), root=tmp_path, epochs=3)
 
 
 class Manual(Tiny):

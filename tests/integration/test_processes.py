@@ -1,4 +1,4 @@
-"""Two real processes: the counts are summed, the decisions one."""
+"""Several real processes: counts are summed, decisions are one, and all hold the same model."""
 
 import json
 import os
@@ -10,35 +10,96 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
-from tests.integration.tiny import Tiny, pruning, train
+from lightning_easier import expect_pruned
+from lightning_easier.linearize import stand_ins
+from tests.integration.interrupted import Small, run
+from tests.integration.processes import SLOPE
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SCRIPT = "tests.integration.processes"
+UNDER_DDP = [
+    "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
+    "resumed", "sometimes called", "drift", "borrowed",
+]  # fmt: skip
+SHARDED = [
+    "sharded", "sharded, taken back", "sharded, one file, taken back", "sharded, resumed", "sharded, one file, resumed",
+    "sharded, slope",
+]  # fmt: skip
+REFUSED = {"drift", "borrowed", "sharded, slope"}
 
 
-def launch(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    """Start a script that Lightning starts a second time for the second process."""
-    command = [sys.executable, "-m", "tests.integration.two_processes", str(folder), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("static_graph", ["", "static_graph"])
-def test_two_processes_take_one_decision(tmp_path, static_graph):
-    result = launch(tmp_path, "ReLU", static_graph)
+def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
+    """Run scenarios in processes; returns what each of them noted."""
+    command = [sys.executable, "-m", *launcher, SCRIPT, str(folder), *names]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(tmp_path_factory):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    return launch(tmp_path_factory.mktemp("torchrun"), 2, UNDER_DDP + SHARDED, *torchrun)
+
+
+@pytest.mark.parametrize("name", [name for name in UNDER_DDP + SHARDED if name not in REFUSED])
+def test_two_processes_prune_as_one_does(under_torchrun, name):
+    first, second = under_torchrun[name]
+    assert first == second
+    assert first["linear"] == sorted(first["removed"])
+    accepted = [this["accepted"] for this in first["rounds"]]
+    assert accepted == ([True, False, True, True] if "taken back" in name else [True] * 4)
+    if "slope" in name:
+        assert first["rounds"][1]["removed"] == [SLOPE]
+        assert (SLOPE in first["linear"]) == ("taken back" not in name)
+    same_as = {
+        "static graph": "plain",
+        "unused parameters": "plain",
+        "resumed": "plain",
+        "sharded, resumed": "sharded",
+        "sharded, one file, resumed": "sharded",
+        "sharded, one file, taken back": "sharded, taken back",
+    }
+    assert first == under_torchrun[same_as.get(name, name)][0]
+
+
+def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_torchrun):
+    for result in under_torchrun["borrowed"]:
+        assert "can't remove ['prelu'] under 2 processes: their slope is a parameter of another" in result["error"]
+    for result in under_torchrun["sharded, slope"]:
+        assert "can't remove ['layers.3'] under ModelParallelStrategy" in result["error"]
+
+
+def test_processes_that_drift_apart_are_an_error_at_once_on_all_of_them(under_torchrun):
+    first, second = under_torchrun["drift"]
+    assert "rank 0 agrees with rank 0" in first["error"]
+    assert "rank 1 differs from rank 0" in second["error"]
+
+
+def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):
+    first, second = launch(tmp_path, 2, ["uneven scores"])["uneven scores"]
     assert first == second
     assert len(first["linear"]) == 1
     # Rank 1 logged a fall in every epoch; rank 0, which decides, only in the last.
     assert [this["accepted"] for this in first["rounds"]] == [True, True, False]
 
 
-def test_an_activation_with_parameters_is_refused_under_several_processes(tmp_path):
-    result = launch(tmp_path, "PReLU")
-    assert result.returncode != 0
-    assert "can't remove ['act2'] under 2 processes" in result.stderr
+def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m"]
+    for result in launch(tmp_path, 4, ["uneven shards"], *torchrun)["uneven shards"]:
+        assert result["measured"] == pytest.approx(result["expected"], rel=1e-12)
+        assert len(result["measured"]) == 5
 
 
-def test_processes_whose_structure_would_not_come_back_are_refused(tmp_path):
-    with pytest.raises((MisconfigurationException, ProcessRaisedException), match="spawn or fork processes"):
-        train(Tiny(), pruning(), root=tmp_path, devices=1, strategy="ddp_spawn")
+def test_spawned_processes_bring_structure_and_weights_back(tmp_path):
+    model = expect_pruned(Small())
+    run(tmp_path, model=model, devices=2, strategy="ddp_spawn", epochs=3)
+    assert len(stand_ins(model)) == 2
+    kept = max((tmp_path / "rounds").glob("round_*.ckpt"))
+    assert kept.name == "round_2.ckpt"
+
+
+def test_spawned_processes_whose_structure_would_not_come_back_are_refused(tmp_path):
+    with pytest.raises((MisconfigurationException, ProcessRaisedException), match="expect_pruned"):
+        run(tmp_path, devices=1, strategy="ddp_spawn")

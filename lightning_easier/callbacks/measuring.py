@@ -1,0 +1,146 @@
+"""Hooks on the activations while a Trainer runs: counts for the entropies, and which activations training calls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.activations import ActivationSite, isolated_sites
+from lightning_easier.callbacks import wiring
+from lightning_easier.probe import EntropyProbe
+
+
+class Measurement:
+    """Owns every hook that the callback has on a model.
+
+    Args:
+        gates: Which bounded activations count.
+        exclude: Name globs of activations that are not measured.
+        neuron_dim: Axis of the neurons by name glob.
+        sample: Share of each batch that is counted.
+    """
+
+    def __init__(
+        self, gates: Sequence[str], exclude: Sequence[str], neuron_dim: Mapping[str, int], sample: float
+    ) -> None:
+        self._gates = gates
+        self._exclude = exclude
+        self._neuron_dim = neuron_dim
+        self._sample = sample
+        self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
+        self._probe: EntropyProbe | None = None
+        self._watches: dict[str, RemovableHandle] | None = None  # None: training is not watched
+
+    # Counting
+
+    @property
+    def counts(self) -> bool:
+        """Whether activations are counted now."""
+        return self._probe is not None and not self._probe.paused
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether something was counted, or is."""
+        return self._probe is not None
+
+    def start(self, pl_module: LightningModule) -> None:
+        """Count from zero."""
+        self.stop()
+        sites = [s for s in self._live_sites(pl_module) if not any(fnmatchcase(s.name, glob) for glob in self._exclude)]
+        neuron_dim = {  # what an axis was given for may be linear by now
+            glob: axis for glob, axis in self._neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
+        }
+        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample).to(pl_module.device)
+        self._probe.attach()
+        wiring.forget_compiled_code(pl_module)
+
+    def pause(self, paused: bool) -> None:
+        """Leave what runs now out of the counts, or count again."""
+        if self._probe is not None:
+            self._probe.paused = paused
+
+    def save_counts(self) -> dict[str, Any] | None:
+        """Return the counts so far over all processes, each of which has to call this; None if nothing is counted."""
+        return None if self._probe is None else self._probe.counts()
+
+    def load_counts(self, counts: Mapping[str, Any], is_global_zero: bool) -> None:
+        """Go on from counts that were saved."""
+        assert self._probe is not None
+        self._probe.resume(counts, is_global_zero)
+
+    def finish(self, pl_module: LightningModule, known: Mapping[str, float]) -> dict[str, float]:
+        """Stop counting and return the entropies over all processes, each of which has to call this.
+
+        Args:
+            pl_module: The model.
+            known: What was measured before: where nothing of that is left, nothing may be called.
+        """
+        assert self._probe is not None
+        probe = self._probe
+        self.stop()
+        wiring.forget_compiled_code(pl_module)
+        if known and not any(name in known for name in probe.names):
+            return {}
+        return probe.entropies()
+
+    def detach(self) -> None:
+        """Take all hooks away; what was counted and noticed stays."""
+        if self._probe is not None:
+            self._probe.detach()
+        for handle in (self._watches or {}).values():
+            handle.remove()
+
+    def stop(self) -> None:
+        """Stop counting; what was counted is lost."""
+        if self._probe is not None:
+            self._probe.detach()
+            self._probe = None
+
+    # Watching
+
+    def watch(self, trainer: Trainer, pl_module: LightningModule, names: Iterable[str] | None = None) -> None:
+        """Notice which activations training does not call; each hook goes away at the first call.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            names: Which are not called yet; all by default.
+        """
+        self.stop_watching()
+        watches: dict[str, RemovableHandle] = {}
+        for site in self._live_sites(pl_module):
+            if names is not None and site.name not in names:
+                continue
+
+            def note(module: nn.Module, args: Any, name: str = site.name) -> None:
+                if not trainer.validating and name in watches:
+                    watches.pop(name).remove()
+
+            watches[site.name] = site.module.register_forward_pre_hook(note)
+        self._watches = watches
+
+    @property
+    def not_called(self) -> list[str] | None:
+        """The activations that training has not called since it is watched; None if it is not."""
+        return None if self._watches is None else list(self._watches)
+
+    def stop_watching(self) -> None:
+        """Take the remaining hooks away."""
+        for handle in (self._watches or {}).values():
+            handle.remove()
+        self._watches = None
+
+    # The model
+
+    def structure_changed(self) -> None:
+        """Look for activations anew."""
+        self._sites = None
+
+    def _live_sites(self, pl_module: LightningModule) -> list[ActivationSite]:
+        """Return the activations that are not linear; looking for them costs time, so it is done once."""
+        if self._sites is None:
+            self._sites = isolated_sites(pl_module, self._gates)
+        return [site for site in self._sites if pl_module.get_submodule(site.name) is site.module]

@@ -1,0 +1,133 @@
+"""Where a pruning run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_easier.callbacks.optimizers import Position
+from lightning_easier.report import Round
+
+
+@dataclass
+class Choice:
+    """Activations that were chosen to become linear.
+
+    Attributes:
+        names: The activations.
+        entropies: Their entropies in bits.
+    """
+
+    names: list[str]
+    entropies: dict[str, float]
+
+
+@dataclass
+class Decision:
+    """What was decided at the end of an epoch, to be carried out at the start of the next.
+
+    Attributes:
+        go_back: Whether the last good model comes back first.
+        remove: What becomes linear then; nothing if pruning is over.
+    """
+
+    go_back: bool
+    remove: Choice | None
+
+
+@dataclass
+class BestCheckpoint:
+    """The best checkpoint of the models with one number of linear activations.
+
+    Attributes:
+        score: Its monitored score.
+        file: Its name.
+    """
+
+    score: float
+    file: str
+
+
+@dataclass
+class PruningState:
+    """Where a run stands.
+
+    Attributes:
+        rounds: The rounds so far, the dense one first.
+        epochs: Training epochs finished in the round.
+        ended: Training epochs of the whole run whose end was seen.
+        entropies: Those of the structure as it is, in bits; None while it was not measured.
+        score: The monitored score of the structure as it is; None while there is none.
+        score_comes_from_validation: Whether validation logs it, and not training.
+        validated: Whether the structure as it is was validated.
+        validated_this_epoch: Whether it was in this epoch.
+        validation_due: Whether the validation that follows the last training batch is still to come.
+        not_called: Activations that training has not called in this epoch; None while that is not watched.
+        counts: Name -> counts of the epoch so far, if training batches are measured.
+        decision: Decided, not carried out.
+        finished: Whether pruning is over.
+        folder: Where the run keeps its checkpoints.
+        last_good: File name of the last round that was kept.
+        entropies_of_last_good: All entropies that were measured at its end.
+        scores_of_last_good: All that was logged by then.
+        plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
+        rejected: Activations whose removal was taken back.
+        rejections: Rounds taken back since the last that was kept.
+        best: Number of linear activations, as a string -> their best checkpoint.
+        dropped: Where the parameters that this round removed were in the optimizers.
+    """
+
+    rounds: list[Round] = field(default_factory=lambda: [Round([], {}, None, None, None, 0)])
+    epochs: int = 0
+    ended: int = 0
+    entropies: dict[str, float] | None = None
+    score: float | None = None
+    score_comes_from_validation: bool = True
+    validated: bool = False
+    validated_this_epoch: bool = False
+    validation_due: bool = False
+    not_called: list[str] | None = None
+    counts: dict[str, Any] | None = None
+    decision: Decision | None = None
+    finished: bool = False
+    folder: str | None = None
+    last_good: str | None = None
+    entropies_of_last_good: dict[str, float] = field(default_factory=dict)
+    scores_of_last_good: dict[str, float] = field(default_factory=dict)
+    plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    rejections: int = 0
+    best: dict[str, BestCheckpoint] = field(default_factory=dict)
+    dropped: list[Position] = field(default_factory=list)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
+        """Rebuild the state from what :meth:`to_plain` returned."""
+        state = cls(**plain)
+        state.rounds = [Round(**this) for this in plain["rounds"]]
+        state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
+        if plain["decision"] is not None:
+            remove = plain["decision"]["remove"]
+            state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
+        return state
+
+    def begin_round(self, this: Round) -> None:
+        """Forget what was known of the last structure."""
+        self.rounds.append(this)
+        self.epochs = 0
+        self.entropies = self.score = None
+        self.validated = self.validated_this_epoch = False
+
+    def path_of(self, file: str | None) -> Path | None:
+        """Return where a file of the run is."""
+        return None if file is None or self.folder is None else Path(self.folder) / file
+
+    @property
+    def kept(self) -> list[Round]:
+        """The rounds up to the last that was kept, those between that were taken back among them."""
+        last = max((number for number, this in enumerate(self.rounds) if this.accepted), default=-1)
+        return self.rounds[: last + 1]

@@ -1,0 +1,144 @@
+"""Operations on a model inside a Trainer: optimizers, wrapper and the other processes follow.
+
+After each operation the optimizers hold exactly the live parameters, a wrapper that keeps a list of them is made anew,
+and all processes compare what they have.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_easier.callbacks.files import loads_into_model
+from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
+from lightning_easier.callbacks.recipe import clear_gradients
+from lightning_easier.linearize import linearize, restore, stand_ins
+
+
+def make_linear(
+    trainer: Trainer, pl_module: LightningModule, names: Sequence[str], shift_padding: bool
+) -> tuple[dict[str, str], list[Position]]:
+    """Make activations linear.
+
+    Returns:
+        Name -> the padding that was moved, and where parameters that are gone were in the optimizers.
+
+    Raises:
+        RuntimeError: If the processes do not hold the same model afterwards.
+    """
+    modules = {name: pl_module.get_submodule(name) for name in names}
+    linearize(pl_module, names, shift_padding=shift_padding)
+    linear = stand_ins(pl_module)
+    shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
+    gone = _lost(pl_module, list(modules.values()))
+    dropped = drop_parameters(trainer.optimizers, gone)
+    if gone:
+        _wrap_anew(trainer)
+    check_processes_agree(trainer, pl_module)
+    return shifts, dropped
+
+
+def go_back(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    names: Sequence[str],
+    dropped: Sequence[Position],
+    path: Path,
+    checkpoint: Mapping[str, Any],
+) -> None:
+    """Bring back structure, weights, batch-norm statistics, optimizers, schedulers and loss scale of a checkpoint.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The model.
+        names: What has become linear since the checkpoint.
+        dropped: Where the parameters that have gone since were in the optimizers.
+        path: Of the checkpoint.
+        checkpoint: What it holds, with everything on the CPU; a strategy that loads into the model will do so itself.
+
+    Raises:
+        RuntimeError: If the processes do not hold the same model afterwards.
+    """
+    linear = stand_ins(pl_module)
+    gone = _lost(pl_module, [linear[name].activation for name in names])
+    restore(pl_module, names)
+    put_back_parameters(trainer.optimizers, gone, dropped)
+    if loads_into_model(trainer):
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):  # a forward may have left it whole
+                module.reshard()
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+    pl_module.on_load_checkpoint(dict(checkpoint))
+    trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    clear_gradients(trainer.optimizers)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+        config.scheduler.load_state_dict(state)
+    precision = trainer.precision_plugin
+    precision.on_load_checkpoint(dict(checkpoint))
+    if type(precision).__qualname__ in checkpoint:
+        precision.load_state_dict(checkpoint[type(precision).__qualname__])
+    if gone:
+        _wrap_anew(trainer)
+    check_processes_agree(trainer, pl_module)
+
+
+def _lost(pl_module: LightningModule, modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """List the parameters of modules that the model does not have, each once."""
+    live = set(pl_module.parameters())
+    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p not in live))
+
+
+def _wrap_anew(trainer: Trainer) -> None:
+    """Have DistributedDataParallel wrap the parameters that are there now; it would wait for those that are gone."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    strategy.model = strategy.lightning_module  # the old wrapper goes first, and its hooks with it
+    strategy.configure_ddp()
+    strategy._pl_static_graph_delay_done = False  # of manual optimization with a static graph
+
+
+def check_processes_agree(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Compare structure and parameters with those of rank 0; every process has to call this.
+
+    Batch-norm statistics are left out: DDP keeps one on each process, and sends those of rank 0 around when it needs
+    them.
+
+    Raises:
+        RuntimeError: On all processes, if one of them differs.
+    """
+    if trainer.world_size == 1:
+        return
+    mine = fingerprint(pl_module)
+    agrees = mine == trainer.strategy.broadcast(mine)
+    if not trainer.strategy.reduce_boolean_decision(agrees, all=True):
+        raise RuntimeError(
+            f"The processes do not hold the same model after an operation of EntropyPruningCallback: rank "
+            f"{trainer.global_rank} {'agrees with' if agrees else 'differs from'} rank 0. Something changes parameters "
+            f"on one process only: a callback, or a parameter that was added after the strategy had wrapped the model. "
+            f"Resume from the last checkpoint without it."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of which activations are linear and of all parameters, bit for bit where they are not sharded."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, stand_in in stand_ins(model).items():
+        digest.update(f"{name} {stand_in.mark};".encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
+        if isinstance(parameter, DTensor):  # every process has another part of it
+            continue
+        # A copy: memory that NumPy has seen can't be resized any more, which FSDP2 does
+        data = parameter.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,189 @@
+"""A script for several processes: what each scenario ended with, on each of them, as JSON.
+
+Started by torchrun, or by Lightning, which starts it again for every other process.
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_easier import EntropyPruningCallback, measure_entropy
+from lightning_easier.callbacks.surgery import fingerprint
+from lightning_easier.linearize import stand_ins
+from tests.integration.interrupted import At, Small, run, stop
+
+SLOPE = "layers.3"
+
+
+class Sharded(Small):
+    """FSDP2: every process holds a part of each weight."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.layers:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.layers, mesh=mesh)
+            fully_shard(self.norm, mesh=mesh)
+
+    def on_validation_epoch_end(self):
+        self.log("score", self.scores[min(self.current_epoch, len(self.scores) - 1)], sync_dist=True)
+
+
+class Borrowing(Small):
+    """Computes with a slope of its own, which no module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((1,), 0.1))
+
+    def forward(self, x):
+        return self.layers(nn.functional.prelu(self.norm(x), self.slope))
+
+
+class Sometimes(Small):
+    """One process trains past an activation."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            layers, self.layers = self.layers, self.layers[:7] + self.layers[8:]
+            loss = super().training_step(batch, batch_idx)
+            self.layers = layers
+            return loss
+        return super().training_step(batch, batch_idx)
+
+
+class UnevenScores(Small):
+    """Each process logs a score of its own, as happens where a user forgets sync_dist."""
+
+    def on_validation_epoch_end(self):
+        good = 2 if self.global_rank == 0 else 1
+        self.log("score", 0.9 if self.current_epoch < good else 0.1, sync_dist=False)
+
+
+class Drift(Callback):
+    """Changes a weight on one process only."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            with torch.no_grad():
+                pl_module.layers[0].weight[0, 0] += 1e-3
+
+
+class HoldsWhatLives(Callback):
+    """Checks the optimizer in every batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in pl_module.parameters())
+        assert len(held) == sum(1 for _ in pl_module.parameters())
+
+
+class SlopeFirst(EntropyPruningCallback):
+    """Removes the activation that has a parameter, then others."""
+
+    def select(self, entropies, count):
+        return [SLOPE] if SLOPE in entropies else super().select(entropies, count)
+
+
+def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCallback]:
+    """Prune."""
+    seed_everything(3, verbose=False)  # for the models that are made here
+    wanted: dict[str, Any] = {"scores": (0.9, 0.1, 0.9) if "taken back" in name else (0.9,)}
+    callbacks: list[Callback] = [HoldsWhatLives()]
+    strategy: dict[str, Any] = {"static_graph": "static" in name, "find_unused_parameters": "unused" in name}
+    if "slope" in name:
+        wanted |= {"kind": SlopeFirst, "pruning": {"on_reject": "next"}}
+    if "training" in name:
+        wanted["pruning"] = {"measure_on": "training"}
+    if "uneven" in name:
+        wanted["model"] = UnevenScores()
+    if "sometimes" in name:
+        wanted["model"] = Sometimes()
+    if "borrowed" in name:
+        wanted["model"] = Borrowing()
+    if "drift" in name:
+        callbacks.append(Drift())
+    made: Any = DDPStrategy(process_group_backend="gloo", **strategy)
+    if "sharded" in name:
+        made = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint="one file" not in name)
+        pruning = {"exclude": SLOPE, "on_reject": "next"} if "slope" not in name else {}
+        wanted |= {"model": Sharded(wanted["scores"]), "pruning": pruning}
+        callbacks = []
+    if "resumed" in name:
+        strategy = copy.deepcopy(made)
+        run(root, *callbacks, At("on_train_epoch_end", 2, None, save_and_stop), devices=world, strategy=strategy,
+            **copy.deepcopy(wanted))  # fmt: skip
+        wanted["ckpt_path"] = root / "saved.ckpt"
+    model, callback, _ = run(root, *callbacks, devices=world, strategy=made, **wanted)
+    return model, callback
+
+
+def save_and_stop(trainer: Trainer) -> None:
+    trainer.save_checkpoint(Path(trainer.default_root_dir) / "saved.ckpt")
+    stop(trainer)
+
+
+def note(model: Small, callback: EntropyPruningCallback) -> dict[str, Any]:
+    """Return what has to be the same on all processes."""
+    return {
+        "rounds": callback.state_dict()["rounds"],
+        "removed": callback.removed,
+        "linear": sorted(stand_ins(model)),
+        "model": fingerprint(model),
+    }
+
+
+class Part(IterableDataset):
+    """What one process sees of 13 samples; the last sees none."""
+
+    PARTS = (range(7), range(7, 11), range(11, 13), range(0))
+
+    def __init__(self, rank: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.samples = torch.randn(13, 4, generator=generator)
+        self.places = range(13) if rank is None else self.PARTS[rank]
+
+    def __iter__(self):
+        yield from ((self.samples[place], 0) for place in self.places)
+
+
+def uneven_shards(world: int, rank: int) -> dict[str, Any]:
+    """Measure where every process has another number of batches, and one has none."""
+    torch.manual_seed(0)
+    model, callback = Small(), EntropyPruningCallback("score")
+    strategy = DDPStrategy(process_group_backend="gloo")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", devices=world, strategy=strategy, callbacks=[callback], **quiet)
+    trainer.validate(model, DataLoader(Part(rank), 2), verbose=False)
+    return {"measured": callback.entropies, "expected": measure_entropy(model, DataLoader(Part(), 5))}
+
+
+def main(folder: str, *names: str) -> None:
+    """Run scenarios one after the other."""
+    world = int(os.environ.get("WORLD_SIZE", 2))
+    for name in names:
+        root = Path(folder) / name
+        root.mkdir(parents=True, exist_ok=True)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        try:
+            result = uneven_shards(world, rank) if name == "uneven shards" else note(*scenario(name, root, world))
+        except (RuntimeError, MisconfigurationException) as error:
+            result = {"error": str(error)}
+        (root / f"{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

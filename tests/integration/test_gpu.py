@@ -1,0 +1,69 @@
+"""The same on a GPU; skipped where there is none."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_easier import EntropyProbe, collapse, measure_entropy
+from lightning_easier.activations import isolated_sites
+from lightning_easier.linearize import stand_ins
+from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.processes import SLOPE
+from tests.integration.test_recipes import Slope
+from tests.integration.tiny import assert_equal_states
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = {"accelerator": "gpu", "devices": 1}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
+def test_pruning_on_a_gpu(tmp_path, precision):
+    scores = (0.9, 0.1, 0.9)
+    model, callback, _ = run(
+        tmp_path, kind=Slope, scores=scores, pruning={"on_reject": "next"}, precision=precision, **GPU
+    )
+    assert [this.accepted for this in callback.rounds] == [True, False, True, True]
+    assert callback.rounds[1].removed == [SLOPE]
+    assert sorted(stand_ins(model)) == sorted(callback.removed)
+
+
+def test_entropies_are_those_of_the_cpu(tmp_path):
+    torch.manual_seed(0)
+    model, data = Small(), DataLoader(TensorDataset(torch.randn(64, 4)), 16)
+    expected = measure_entropy(model, data)
+    assert measure_entropy(model.cuda(), data) == pytest.approx(expected, abs=0.02)  # signs of numbers near zero
+
+
+def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path):
+    torch.use_deterministic_algorithms(True)
+
+    def save(trainer):
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        stop(trainer)
+
+    try:
+        whole = outcome(*run(tmp_path / "whole", **GPU))
+        run(tmp_path, At("on_train_batch_end", 1, 1, save), **GPU)
+        resumed = outcome(*run(tmp_path, ckpt_path=tmp_path / "saved.ckpt", **GPU))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal_states(resumed, whole)
+
+
+def test_nothing_is_read_back_in_a_hook(tmp_path):
+    """A value that is read makes the host wait for the device, in every batch."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model, x = Small().cuda().eval(), torch.ones(8, 4, device="cuda")
+        for sample in (1.0, 0.5):
+            with EntropyProbe(isolated_sites(model), sample=sample).to(x.device):
+                model(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_pruned_model_collapses_on_the_gpu(tmp_path):
+    model, _, _ = run(tmp_path, **GPU)
+    x = torch.randn(8, 4, device="cuda")
+    result = collapse(model.cuda(), x)
+    assert torch.allclose(result.model(x), model.eval()(x), atol=1e-4)
