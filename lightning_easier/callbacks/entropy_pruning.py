@@ -208,6 +208,7 @@ class EntropyPruningCallback(Callback):
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
+        self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
         self._validated_at = -1  # the training batch before the last validation, counted over all epochs
 
     # What a user may ask for
@@ -434,7 +435,9 @@ class EntropyPruningCallback(Callback):
         state.folder = files.folder_of(trainer, self.dirpath, state.folder, is_new=not self._taken_up)
         # Lightning knows nothing of these after an interruption
         scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
-        self._scores.put(trainer, scores if state.score is None else {**scores, self.monitor: state.score})
+        if state.score is not None and state.score_comes_from_validation:
+            scores[self.monitor] = state.score
+        self._scores.put(trainer, scores)
         if not self._taken_up and len(state.rounds) == 1:
             wiring.check_length(trainer, pl_module, self._length_of_round())
             state.ended = state.rounds[0].epoch = trainer.current_epoch
@@ -456,6 +459,7 @@ class EntropyPruningCallback(Callback):
                 state.score = None
             self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch)
             state.not_called, state.validated_this_epoch = None, False
+        self._resumed_inside = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else -1
         skips_epoch_start = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end
         if skips_epoch_start and not trainer.fit_loop.done:
             self._operate(trainer, pl_module)
@@ -501,8 +505,11 @@ class EntropyPruningCallback(Callback):
             return
         self._scores.watch_again(trainer)
         self._check_validation_ran(trainer)
-        self._check_monitor(trainer)
-        self._note_score(trainer)
+        if self._resumed_inside == trainer.current_epoch and not self._state.score_comes_from_validation:
+            self._state.score = None  # of an epoch that this process has not seen whole
+        else:
+            self._check_monitor(trainer)
+            self._note_score(trainer)
         if not self._state.score_comes_from_validation or not trainer.enable_validation:
             self._keep_best(trainer, pl_module)
         self._end_epoch(trainer, pl_module, not_called, trainer.current_epoch + 1)

@@ -199,8 +199,10 @@ def test_the_number_removed_and_the_score_are_known_again_at_once(tmp_path):
     assert seen["score"] == pytest.approx(0.8)
 
 
-def test_a_score_of_training_is_not_judged_before_it_is_known(tmp_path):
-    """Lightning skips the end of an epoch whose last batch a checkpoint has seen, and what it would have logged."""
+@pytest.mark.parametrize("moment", ["after the last batch", "in validation", "after validation"])
+def test_a_score_of_training_is_not_judged_before_it_is_known(tmp_path, moment):
+    """What training logs once an epoch is not in a checkpoint that was saved before."""
+    hook, batch = SAVED_AT[moment]
     path = tmp_path / "saved.ckpt"
 
     class Logs(Small):
@@ -213,7 +215,7 @@ def test_a_score_of_training_is_not_judged_before_it_is_known(tmp_path):
         stop(trainer)
 
     pruning = {"monitor": "epoch_score", "mode": "min", "tolerance": 1.0}
-    run(tmp_path, At("on_train_batch_end", 1, BATCHES - 1, save), model=Logs(), pruning=pruning)
+    run(tmp_path, At(hook, 1, batch, save), model=Logs(), pruning=pruning)
     _, callback, _ = run(tmp_path, model=Logs(), pruning=pruning, ckpt_path=path)
     assert [this.score_after for this in callback.rounds] == [1.0, 9.0]
     assert callback.rounds[-1].accepted is False
