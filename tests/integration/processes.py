@@ -183,6 +183,9 @@ def main(folder: str, *names: str) -> None:
         except (RuntimeError, MisconfigurationException) as error:
             result = {"error": str(error)}
         (root / f"{rank}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():  # a process that ends while another still listens may be aborted
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
