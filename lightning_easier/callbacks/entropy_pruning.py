@@ -391,7 +391,8 @@ class EntropyPruningCallback(Callback):
             return
         self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
         self._scores.watch_again(trainer)
-        self._state.score_comes_from_validation = self._scores.is_new(trainer, self.monitor)
+        is_new = self._scores.is_new(trainer, self.monitor)  # perhaps it is logged by rank 0 only
+        self._state.score_comes_from_validation = trainer.strategy.broadcast(is_new)
         if self._state.score_comes_from_validation:
             self._note_score(trainer)
             self._keep_best(trainer, pl_module)
@@ -410,12 +411,12 @@ class EntropyPruningCallback(Callback):
 
     def _keep_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the model if no other with as many linear activations had a better score."""
-        if not self.best_per_depth or self._state.finished or self._state.score is None:
+        if not self.best_per_depth or self._state.finished:
             return
-        score = float(trainer.strategy.broadcast(self._state.score))
+        score = trainer.strategy.broadcast(self._state.score)
         removed = len(stand_ins(pl_module))
         best = self._state.best.get(str(removed))
-        if math.isfinite(score) and (best is None or self._fall(best.score, score) < 0):
+        if score is not None and math.isfinite(score) and (best is None or self._fall(best.score, score) < 0):
             self._state.best[str(removed)] = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
             files.save(trainer, self.best_checkpoints[removed])
 
@@ -579,7 +580,7 @@ class EntropyPruningCallback(Callback):
             )
 
     def _check_monitor(self, trainer: Trainer) -> None:
-        known = self._state.score is not None or self.monitor in trainer.callback_metrics
+        known = trainer.strategy.broadcast(self._state.score is not None or self.monitor in trainer.callback_metrics)
         if not known and (self._state.validated or not trainer.enable_validation):
             raise MisconfigurationException(
                 f"Expected argument `monitor` to be a logged score, but {self.monitor!r} is not among "

@@ -102,7 +102,7 @@ def restructure_before_loading(trainer: Trainer, model: nn.Module) -> None:
         restructure_as_marked(model, read_marks_of(Path(path)))
         return load(trainer.strategy, path, *others, **more)
 
-    trainer.strategy.load_checkpoint = restructure_and_load  # type: ignore
+    trainer.strategy.load_checkpoint = restructure_and_load  # type: ignore[method-assign,assignment]
 
 
 def load_as_ever(trainer: Trainer) -> None:

@@ -65,6 +65,14 @@ class Sometimes(Small):
         return super().training_step(batch, batch_idx)
 
 
+class LogsOnRank0(Small):
+    """As one does whose score is computed on one process."""
+
+    def on_validation_epoch_end(self):
+        if self.global_rank == 0:
+            self.log("score", 0.9, rank_zero_only=True)
+
+
 class UnevenScores(Small):
     """Each process logs a score of its own, as happens where a user forgets sync_dist."""
 
@@ -110,6 +118,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted["pruning"] = {"measure_on": "training"}
     if "uneven" in name:
         wanted["model"] = UnevenScores()
+    if "rank 0" in name:
+        wanted |= {"model": LogsOnRank0(), "pruning": {"best_per_depth": True}}
     if "sometimes" in name:
         wanted["model"] = Sometimes()
     if "borrowed" in name:
