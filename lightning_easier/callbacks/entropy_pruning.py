@@ -359,7 +359,7 @@ class EntropyPruningCallback(Callback):
         if self._candidates is None:  # a model that is built in `setup`, validated alone
             self._discover(trainer, pl_module)
         self._scores.note(trainer, self.monitor)
-        if self._measurement.counts:  # training batches are counted, these are not
+        if self._measurement.is_counting:  # training batches are counted, these are not
             self._measurement.pause(True)
         elif self.measure_on == "validation" or trainer.state.fn != TrainerFn.FITTING:
             self._measurement.start(pl_module)
@@ -370,7 +370,7 @@ class EntropyPruningCallback(Callback):
             return
         if trainer.state.fn == TrainerFn.FITTING:
             self._state.validated = self._state.validated_this_epoch = True
-        if self._measurement.counts:
+        if self._measurement.is_counting:
             self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._state.entropies = self._measured
@@ -494,7 +494,7 @@ class EntropyPruningCallback(Callback):
         """Judge the round, if this was its last epoch, and decide on the next."""
         if not self._active or self._state.finished:
             return
-        if self._measurement.counts:
+        if self._measurement.is_counting:
             self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
             self._state.entropies = self._measured
             self._log_entropies(trainer, pl_module)
@@ -755,7 +755,7 @@ class EntropyPruningCallback(Callback):
         now.validation_due |= wiring.validation_is_due(trainer, self._validated_at)
         if self._measurement.not_called is not None:
             now.not_called = self._measurement.not_called
-        if self.measure_on == "training" and self._measurement.is_counting:
+        if self.measure_on == "training" and self._measurement.has_counts:
             now.counts = self._measurement.save_counts()
         checkpoint["callbacks"][self.state_key] = self._plain(now)
 

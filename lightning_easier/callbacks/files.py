@@ -73,7 +73,8 @@ def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Rou
             f"`dirpath` until the run is over."
         )
     if loads_into_model(trainer):
-        checkpoint = torch.load(path / "meta.pt" if path.is_dir() else path, mmap=True, weights_only=False)
+        held = path / "meta.pt" if path.is_dir() else path
+        checkpoint = torch.load(held, mmap=True, map_location="cpu", weights_only=False)
     else:
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
     if checkpoint["callbacks"][state_key]["rounds"] != [asdict(this) for this in kept]:

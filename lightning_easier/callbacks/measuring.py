@@ -37,12 +37,12 @@ class Measurement:
     # Counting
 
     @property
-    def counts(self) -> bool:
+    def is_counting(self) -> bool:
         """Whether activations are counted now."""
         return self._probe is not None and not self._probe.paused
 
     @property
-    def is_counting(self) -> bool:
+    def has_counts(self) -> bool:
         """Whether something was counted, or is."""
         return self._probe is not None
 
