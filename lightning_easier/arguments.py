@@ -1,7 +1,7 @@
 """Checks of arguments that name the argument and the value."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -12,6 +12,16 @@ def as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | No
     if not isinstance(value, Iterable) or not all(isinstance(glob, str) for glob in value):
         raise TypeError(f"Expected argument `{argument}` to hold name globs, but got {value!r}")
     return list(value)
+
+
+def as_axes(argument: str, value: Mapping[str, int] | None) -> dict[str, int]:
+    """Take nothing for an empty mapping from name globs to axes."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"Expected argument `{argument}` to map name globs to axes, but got {value!r}")
+    for glob, axis in (value or {}).items():
+        if not isinstance(glob, str) or isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"Expected argument `{argument}` to map name globs to axes, but got {value!r}")
+    return dict(value or {})
 
 
 def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.activations import ActivationSite, isolated_sites, unwrap
 from lightning_easier.arguments import check_share
 from lightning_easier.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
+from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
 
 
@@ -80,7 +81,7 @@ class EntropyProbe:
         """Register the hooks; a second call does nothing."""
         if not self._handles:
             for site in self._sites:
-                hook = self._hook(site.name, self._metrics[site.name])
+                hook = HookOfOneModel(self._hook(site.name, self._metrics[site.name]))
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:

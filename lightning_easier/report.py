@@ -104,6 +104,20 @@ class PruningReport(Report):
         """Describe one round as Markdown."""
         return self._table([number]).to_markdown()
 
+    def line(self, number: int, tolerance: float) -> str:
+        """Say in one line what a judged round was, and whether it was kept.
+
+        Args:
+            number: Of the round, from 0.
+            tolerance: The fall that was allowed.
+        """
+        dense, this = self.rounds[0], self.rounds[number]
+        what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
+        what += "".join(f"; {shift}" for shift in this.shifts.values())
+        beyond = f"beyond the tolerance {tolerance:g} of the dense {dense.score_after:.4f}"
+        verdict = "kept" if this.accepted else beyond
+        return f"Round {number}: made linear {what}; {self.monitor} {this.score_after:.4f}: {verdict}."
+
     def _table(self, numbers: Iterable[int]) -> Table:
         columns = ("round", "removed", "entropy [bit]", f"{self.monitor} before", f"{self.monitor} after", "verdict")
         return Table("Pruning by entropy", columns, [self._row(number, self.rounds[number]) for number in numbers])

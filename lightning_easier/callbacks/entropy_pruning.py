@@ -8,11 +8,9 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,17 +18,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.activations import isolated_sites, match_names, planned_sites
+from lightning_easier.activations import planned_sites
 from lightning_easier.arguments import (
+    as_axes,
     as_globs,
     check_bool,
     check_choice,
-    check_integer,
-    check_non_negative,
     check_share,
 )
 from lightning_easier.callbacks import files, surgery, wiring
 from lightning_easier.callbacks.measuring import Measurement
+from lightning_easier.callbacks.policy import Policy
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
     LoggedScores,
@@ -52,8 +50,6 @@ from lightning_easier.report import CandidateReport, PruningReport, Round
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
-# A fall that float32 can't tell from the tolerance is not beyond it.
-_SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 
 
 class EntropyPruningCallback(Callback):
@@ -156,42 +152,33 @@ class EntropyPruningCallback(Callback):
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"Expected argument `monitor` to be the name of a logged score, but got {monitor!r}")
-        check_choice("mode", mode, ("min", "max"))
         check_choice("measure_on", measure_on, ("validation", "training"))
-        check_non_negative("tolerance", tolerance)
-        check_integer("epochs_per_round", epochs_per_round, 1)
-        check_integer("removals_per_round", removals_per_round, 1)
-        check_integer("warmup_epochs", warmup_epochs, 0)
-        if max_removals is not None:
-            check_integer("max_removals", max_removals, 1)
         self.monitor = monitor
-        self.mode = mode
-        self.tolerance = tolerance
-        self.epochs_per_round = epochs_per_round
-        self.removals_per_round = removals_per_round
-        self.max_removals = max_removals
-        self.warmup_epochs = warmup_epochs
+        self.policy = Policy(
+            mode=mode,
+            tolerance=tolerance,
+            epochs_per_round=epochs_per_round,
+            removals_per_round=removals_per_round,
+            max_removals=max_removals,
+            warmup_epochs=warmup_epochs,
+            on_reject=on_reject,
+            max_rejections=max_rejections,
+        )
         self.include = as_globs("include", include)
         self.exclude = as_globs("exclude", exclude)
         self.measure_on = measure_on
-        if neuron_dim is not None and not isinstance(neuron_dim, Mapping):
-            raise TypeError(f"Expected argument `neuron_dim` to map name globs to axes, but got {neuron_dim!r}")
-        self.neuron_dim = dict(neuron_dim or {})
+        self.neuron_dim = as_axes("neuron_dim", neuron_dim)
         self.gates = sorted(as_gates(gates))
         for argument, value in (("shift_padding", shift_padding), ("best_per_depth", best_per_depth)):
             check_bool(argument, value)
         check_bool("dry_run", dry_run)
         self.shift_padding = shift_padding
-        if dirpath is not None and not isinstance(dirpath, str | Path):
+        if dirpath is not None and (not isinstance(dirpath, str | Path) or not str(dirpath)):
             raise TypeError(f"Expected argument `dirpath` to be a path, but got {dirpath!r}")
         self.dirpath = None if dirpath is None else str(dirpath)
         check_choice("restart", restart, RESTARTS)
-        check_choice("on_reject", on_reject, ("stop", "next"))
-        check_integer("max_rejections", max_rejections, 1)
         check_share("sample", sample)
         self.restart: Restart = restart
-        self.on_reject = on_reject
-        self.max_rejections = max_rejections
         self.best_per_depth = best_per_depth
         self.sample = sample
         self.dry_run = dry_run
@@ -320,35 +307,14 @@ class EntropyPruningCallback(Callback):
     def _discover(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and isolate the activations; check globs and wiring before anything is changed."""
         sites = {site.name: site.module for site in planned_sites(pl_module, self.gates)}
-        names = list(sites)
-        linear = list(stand_ins(pl_module))
-        if not names and not linear:
-            raise MisconfigurationException(
-                f"Expected {type(pl_module).__name__} to call at least one rectifier, but found none. Rectifiers are "
-                f"the activations of torch.nn from ReLU to Softplus; see `isolate_activations`."
-            )
-        try:
-            known = names + linear
-            chosen = match_names(known, self.include, self.exclude)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        for glob in self.neuron_dim:
-            if not any(fnmatchcase(name, glob) for name in known):
-                raise MisconfigurationException(
-                    f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none "
-                    f"of {known}"
-                )
-        if not chosen:
-            raise MisconfigurationException(
-                f"Expected arguments `include` {self.include} and `exclude` {self.exclude} to leave activations to "
-                f"prune, but they leave none of {known}"
-            )
+        known = [*sites, *stand_ins(pl_module)]
+        chosen = wiring.check_names(type(pl_module).__name__, known, self.include, self.exclude, self.neuron_dim)
         if trainer.state.fn == TrainerFn.FITTING:
             live = {name: sites[name] for name in chosen if name in sites}
             wiring.check(trainer, live, self.measure_on, self.dirpath)
         self._candidates = chosen
         if self._active:
-            isolated_sites(pl_module, self.gates)
+            self._measurement.look(pl_module)
 
     # Measuring
 
@@ -416,7 +382,7 @@ class EntropyPruningCallback(Callback):
         score = trainer.strategy.broadcast(self._state.score)
         removed = len(stand_ins(pl_module))
         best = self._state.best.get(str(removed))
-        if score is not None and math.isfinite(score) and (best is None or self._fall(best.score, score) < 0):
+        if score is not None and math.isfinite(score) and (best is None or self.policy.is_better(score, best.score)):
             self._state.best[str(removed)] = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
             files.save(trainer, self.best_checkpoints[removed])
 
@@ -434,13 +400,17 @@ class EntropyPruningCallback(Callback):
         if given > 0:
             rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
         state.folder = files.folder_of(trainer, self.dirpath, state.folder, is_new=not self._taken_up)
+        if self._taken_up:
+            state.best = files.still_best(trainer, state.folder, self.state_key, state.best)
         # Lightning knows nothing of these after an interruption
         scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
         if state.score is not None and state.score_comes_from_validation:
             scores[self.monitor] = state.score
         self._scores.put(trainer, scores)
         if not self._taken_up and len(state.rounds) == 1:
-            wiring.check_length(trainer, pl_module, self._length_of_round())
+            goes_on = wiring.check_length(trainer, pl_module, self.policy.epochs_of_round(state))
+            if not goes_on and not self.dry_run:
+                rank_zero_warn("Nothing will be pruned: the run ends with its dense round. Raise `max_epochs`.")
             state.ended = state.rounds[0].epoch = trainer.current_epoch
         self._taken_up = True
         if self.dry_run and state.decision is not None:  # that of the run whose checkpoint this is
@@ -492,26 +462,29 @@ class EntropyPruningCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
-        if not self._active or self._state.finished:
+        state = self._state
+        if not self._active or state.finished:
             return
         if self._measurement.is_counting:
-            self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
-            self._state.entropies = self._measured
+            self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
+            state.entropies = self._measured
             self._log_entropies(trainer, pl_module)
         not_called = self._measurement.not_called or []
         self._measurement.stop_watching()
         if wiring.ends_inside_epoch(trainer):  # on_train_end judges
             return
-        if trainer.current_epoch < self._state.ended:  # Lightning repeats the hook when it resumes here
+        if trainer.current_epoch < state.ended:  # Lightning repeats the hook when it resumes here
             return
         self._scores.watch_again(trainer)
-        self._check_validation_ran(trainer)
-        if self._resumed_inside == trainer.current_epoch and not self._state.score_comes_from_validation:
-            self._state.score = None  # of an epoch that this process has not seen whole
+        if self.measure_on == "validation" and not state.validated_this_epoch:
+            wiring.check_validation_ran(trainer)
+        if self._resumed_inside == trainer.current_epoch and not state.score_comes_from_validation:
+            state.score = None  # of an epoch that this process has not seen whole
         else:
-            self._check_monitor(trainer)
+            if state.validated or not trainer.enable_validation:
+                wiring.check_monitor(trainer, self.monitor, state.score)
             self._note_score(trainer)
-        if not self._state.score_comes_from_validation or not trainer.enable_validation:
+        if not state.score_comes_from_validation or not trainer.enable_validation:
             self._keep_best(trainer, pl_module)
         self._end_epoch(trainer, pl_module, not_called, trainer.current_epoch + 1)
 
@@ -524,8 +497,8 @@ class EntropyPruningCallback(Callback):
         dense = self._state.rounds[0]
         if dense.accepted is None:
             rank_zero_warn(
-                f"Nothing was pruned: the run ended before its first round, {self._length_of_round()} epochs with a "
-                f"validation at their end."
+                f"Nothing was pruned: the run ended before its first round, "
+                f"{self.policy.epochs_of_round(self._state)} epochs with a validation at their end."
             )
         self._conclude(trainer, pl_module)
 
@@ -555,7 +528,7 @@ class EntropyPruningCallback(Callback):
             return
         state.epochs += 1
         judgeable = state.validated_this_epoch or not trainer.enable_validation
-        if not judgeable or state.entropies is None or state.epochs < self._length_of_round():
+        if not judgeable or state.entropies is None or state.epochs < self.policy.epochs_of_round(self._state):
             return
         if state.rounds[-1].accepted is not None:  # at the end of a run that goes on now
             if state.decision is None:
@@ -565,28 +538,6 @@ class EntropyPruningCallback(Callback):
         if score is not None:
             self._judge(trainer, score)
             self._decide(trainer, pl_module, not_called)
-
-    def _length_of_round(self) -> int:
-        return self.epochs_per_round + (self.warmup_epochs if len(self._state.rounds) == 1 else 0)
-
-    def _check_validation_ran(self, trainer: Trainer) -> None:
-        every = trainer.check_val_every_n_epoch
-        due = every is not None and (trainer.current_epoch + 1) % every == 0 and not any(trainer.num_val_batches)
-        if self.measure_on == "validation" and due and not self._state.validated_this_epoch:
-            raise MisconfigurationException(
-                f"EntropyPruningCallback measures on validation batches, but validation in epoch "
-                f"{trainer.current_epoch} ran none: the validation loader yielded nothing. Check its dataset, or "
-                f"pass measure_on='training'."
-            )
-
-    def _check_monitor(self, trainer: Trainer) -> None:
-        known = trainer.strategy.broadcast(self._state.score is not None or self.monitor in trainer.callback_metrics)
-        if not known and (self._state.validated or not trainer.enable_validation):
-            raise MisconfigurationException(
-                f"Expected argument `monitor` to be a logged score, but {self.monitor!r} is not among "
-                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)` in the validation "
-                f"step."
-            )
 
     def _agreed_score(self, trainer: Trainer) -> float | None:
         """Return the score of the structure as it is, None if there is none; every process has to call this.
@@ -605,48 +556,22 @@ class EntropyPruningCallback(Callback):
             )
         return score
 
-    def _fall(self, before: float, after: float) -> float:
-        """Return by how much a score is worse than another."""
-        return (before - after) * (1 if self.mode == "max" else -1)
-
     def _judge(self, trainer: Trainer, score: float) -> None:
-        """Compare a round with the dense model."""
-        state = self._state
-        dense, this, number = state.rounds[0], state.rounds[-1], len(state.rounds) - 1
-        this.score_after = score
-        if this is dense:
-            this.accepted = True
-        else:
-            assert dense.score_after is not None
-            allowed = self.tolerance + _SCORE_RESOLUTION * abs(dense.score_after)
-            this.accepted = self._fall(dense.score_after, score) <= allowed
+        """Compare a round with the dense model, and say so."""
+        state, number = self._state, len(self._state.rounds) - 1
+        self.policy.judge(state, score)
+        report = self.report()
         if self._dashboard is not None:
             self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
-            self._dashboard.write_event(self.report().event(number), trainer.global_step)
-        what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
-        what += "".join(f"; {shift}" for shift in this.shifts.values())
-        verdict = (
-            "kept" if this.accepted else f"beyond the tolerance {self.tolerance:g} of the dense {dense.score_after:.4f}"
-        )
-        rank_zero_info(f"Round {number}: made linear {what}; {self.monitor} {score:.4f}: {verdict}.")
+            self._dashboard.write_event(report.event(number), trainer.global_step)
+        rank_zero_info(report.line(number, self.policy.tolerance))
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, not_called: list[str]) -> None:
         """Decide what happens at the start of the next epoch; some activations were not called in training."""
         state = self._state
         this = state.rounds[-1]
-        if this.accepted:
-            state.rejections = 0
-            choice = None
-            if state.entropies is not None:  # else the end of the run came before they were measured
-                state.entropies_of_last_good = dict(state.entropies)
-                choice = self._choose(trainer, not_called)
-                state.finished = choice is None
-        else:
-            state.rejections += 1
-            state.rejected += this.removed
-            may_go_on = self.on_reject == "next" and state.rejections < self.max_rejections
-            choice = self._choose(trainer, not_called) if may_go_on else None
-            state.finished = choice is None
+        choice = self._choose(trainer, not_called) if self.policy.settle(state) else None
+        state.finished = choice is None and not (this.accepted and state.entropies is None)
         if choice is not None or not this.accepted:
             state.decision = Decision(not this.accepted, choice)
         if self.dry_run:
@@ -662,27 +587,22 @@ class EntropyPruningCallback(Callback):
         """Choose among what was measured at the end of the last good round; None if nothing is left."""
         state = self._state
         measured = state.entropies_of_last_good if self._stage == TrainerFn.FITTING else self._measured or {}
-        allowed = {
-            name: value
-            for name, value in measured.items()
-            if name in (self._candidates or ()) and name not in state.rejected
-        }
+        eligible = self.policy.eligible(state, measured, self._candidates or ())
         unused = [  # by no process
-            name for name in allowed if trainer.strategy.reduce_boolean_decision(name in not_called, all=True)
+            name for name in eligible if trainer.strategy.reduce_boolean_decision(name in not_called, all=True)
         ]
         if unused:
             rank_zero_warn(
                 f"Training does not call {unused}, which validation calls: they are left alone. Does `training_step` "
                 f"call other methods than the model's forward?"
             )
-            allowed = {name: value for name, value in allowed.items() if name not in unused}
-        limit = math.inf if self.max_removals is None else self.max_removals - len(self.removed)
-        count = int(min(self.removals_per_round, limit, len(allowed)))
-        names = list(self.select(allowed, count))[:count] if count > 0 else []
+            eligible = {name: value for name, value in eligible.items() if name not in unused}
+        count = self.policy.how_many(len(self.removed), len(eligible))
+        names = list(self.select(eligible, count))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
-        if not set(names) <= set(allowed):
-            raise ValueError(f"Expected `select` to choose among {list(allowed)}, but it returned {names}")
-        return Choice(names, {name: allowed[name] for name in names}) if names else None
+        if not set(names) <= set(eligible):
+            raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
+        return Choice(names, {name: eligible[name] for name in names}) if names else None
 
     def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
         """Say what would be done."""
@@ -764,7 +684,7 @@ class EntropyPruningCallback(Callback):
         return self._plain(self._state)
 
     def _plain(self, state: PruningState) -> dict[str, Any]:
-        return {"monitor": self.monitor, "mode": self.mode, **state.to_plain()}
+        return {"monitor": self.monitor, "mode": self.policy.mode, **state.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it; the structure comes with the model's own state dict.
@@ -778,10 +698,10 @@ class EntropyPruningCallback(Callback):
             warn_if_rejected(state_dict)
             return
         judged_on = (state_dict["monitor"], state_dict["mode"])
-        if judged_on != (self.monitor, self.mode):
+        if judged_on != (self.monitor, self.policy.mode):
             raise MisconfigurationException(
                 f"Expected arguments `monitor` and `mode` to be {judged_on}, those of the run that is resumed, but got "
-                f"{(self.monitor, self.mode)}: its rounds can't be compared on another score."
+                f"{(self.monitor, self.policy.mode)}: its rounds can't be compared on another score."
             )
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
         self._state, self._taken_up = PruningState.from_plain(plain), True

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_easier.callbacks.state import BestCheckpoint
 from lightning_easier.linearize import EXTRA_STATE, restructure_as_marked
 from lightning_easier.report import Round
 
@@ -73,8 +74,7 @@ def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Rou
             f"`dirpath` until the run is over."
         )
     if loads_into_model(trainer):
-        held = path / "meta.pt" if path.is_dir() else path
-        checkpoint = torch.load(held, mmap=True, map_location="cpu", weights_only=False)
+        checkpoint = _read_on_cpu(path)
     else:
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
     if checkpoint["callbacks"][state_key]["rounds"] != [asdict(this) for this in kept]:
@@ -83,6 +83,34 @@ def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Rou
             f"`dirpath` of its own."
         )
     return path, checkpoint
+
+
+def still_best(
+    trainer: Trainer, folder: str | None, state_key: str, best: Mapping[str, BestCheckpoint]
+) -> dict[str, BestCheckpoint]:
+    """Return those of the best checkpoints that are on disk still, the same on all processes.
+
+    A run that is taken up at an older checkpoint may find that it has written better ones since: those are of a model
+    that it has yet to become, or never will.
+    """
+    held = {
+        number: each for number, each in best.items() if _holds(Path(str(folder), each.file), state_key, number, each)
+    }
+    return dict(trainer.strategy.broadcast(held))
+
+
+def _holds(path: Path, state_key: str, number: str, best: BestCheckpoint) -> bool:
+    if not path.exists():
+        return False
+    then = _read_on_cpu(path)["callbacks"].get(state_key, {}).get("best", {})
+    return bool(then.get(number) == asdict(best))
+
+
+def _read_on_cpu(path: Path) -> Mapping[str, Any]:
+    """Read a checkpoint; of one that a sharding strategy has written as a folder, all but the weights."""
+    held = path / "meta.pt" if path.is_dir() else path
+    checkpoint: Mapping[str, Any] = torch.load(held, mmap=True, map_location="cpu", weights_only=False)
+    return checkpoint
 
 
 def loads_into_model(trainer: Trainer) -> bool:
@@ -118,7 +146,7 @@ def read_marks_of(path: Path) -> dict[str, Any]:
         path: A checkpoint file, or a folder that a sharding strategy has written.
     """
     if not path.is_dir():
-        state_dict = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["state_dict"]
+        state_dict = _read_on_cpu(path)["state_dict"]
         return {key: value for key, value in state_dict.items() if key.endswith(EXTRA_STATE)}
     reader = FileSystemReader(path)
     known = reader.read_metadata().state_dict_metadata

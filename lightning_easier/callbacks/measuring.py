@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites
 from lightning_easier.callbacks import wiring
+from lightning_easier.hooks import HookOfOneModel
+from lightning_easier.linearize import stand_ins
 from lightning_easier.probe import EntropyProbe
 
 
@@ -31,6 +33,7 @@ class Measurement:
         self._neuron_dim = neuron_dim
         self._sample = sample
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
+        self._linear: set[str] = set()  # what was linear when the sites were looked for
         self._probe: EntropyProbe | None = None
         self._watches: dict[str, RemovableHandle] | None = None  # None: training is not watched
 
@@ -119,7 +122,7 @@ class Measurement:
                 if not trainer.validating and name in watches:
                     watches.pop(name).remove()
 
-            watches[site.name] = site.module.register_forward_pre_hook(note)
+            watches[site.name] = site.module.register_forward_pre_hook(HookOfOneModel(note))
         self._watches = watches
 
     @property
@@ -139,8 +142,14 @@ class Measurement:
         """Look for activations anew."""
         self._sites = None
 
+    def look(self, pl_module: LightningModule) -> list[ActivationSite]:
+        """Find and isolate the activations; that costs time, so it is done once for a structure."""
+        self._sites = isolated_sites(pl_module, self._gates)
+        self._linear = set(stand_ins(pl_module))
+        return self._sites
+
     def _live_sites(self, pl_module: LightningModule) -> list[ActivationSite]:
-        """Return the activations that are not linear; looking for them costs time, so it is done once."""
-        if self._sites is None:
-            self._sites = isolated_sites(pl_module, self._gates)
-        return [site for site in self._sites if pl_module.get_submodule(site.name) is site.module]
+        """Return the activations that are not linear."""
+        returned = self._linear - stand_ins(pl_module).keys()  # weights of another structure may have been loaded
+        sites = self.look(pl_module) if self._sites is None or returned else self._sites
+        return [site for site in sites if pl_module.get_submodule(site.name) is site.module]

@@ -65,8 +65,10 @@ def go_back(
         checkpoint: What it holds, with everything on the CPU; a strategy that loads into the model will do so itself.
 
     Raises:
-        RuntimeError: If the processes do not hold the same model afterwards.
+        RuntimeError: If the optimizers or schedules are not those of the checkpoint, before anything was changed; if
+            the processes do not hold the same model afterwards.
     """
+    _check_recipe(trainer, dropped, path, checkpoint)
     linear = stand_ins(pl_module)
     gone = _lost(pl_module, [linear[name].activation for name in names])
     restore(pl_module, names)
@@ -89,6 +91,26 @@ def go_back(
     if gone:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
+
+
+def _check_recipe(trainer: Trainer, dropped: Sequence[Position], path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another recipe: the optimizers would find out when the weights are there already."""
+    now = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    for _, optimizer, group, *_ in dropped:
+        now[optimizer][group] += 1
+    if not loads_into_model(trainer):  # else the states come by the names of the parameters
+        then = [[len(group["params"]) for group in state["param_groups"]] for state in checkpoint["optimizer_states"]]
+        if now != then:
+            raise RuntimeError(
+                f"The optimizers hold parameter groups of {now} parameters, but those of the last good checkpoint "
+                f"{path} held {then}, so the model can't go back to it. Build the optimizers as they were."
+            )
+    schedules = len(trainer.lr_scheduler_configs), len(checkpoint["lr_schedulers"])
+    if schedules[0] != schedules[1]:
+        raise RuntimeError(
+            f"The run has {schedules[0]} learning-rate schedules, but the last good checkpoint {path} has "
+            f"{schedules[1]}, so the model can't go back to it. Build the schedules as they were."
+        )
 
 
 def _lost(pl_module: LightningModule, modules: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.optim import LBFGS
 
+from lightning_easier.activations import match_names
 from lightning_easier.checkpoint import expects_pruned
 from lightning_easier.rectifiers import FunctionalPReLU
 
@@ -88,13 +90,16 @@ def _check_parameters(trainer: Trainer, candidates: Mapping[str, nn.Module]) -> 
         )
 
 
-def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
+def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> bool:
     """Refuse a run that is over before its first round.
 
     Args:
         trainer: The Trainer, at the start of training, when its batches are known.
         pl_module: The model.
         epochs: How many the first round takes.
+
+    Returns:
+        Whether there is time for anything behind it.
 
     Raises:
         MisconfigurationException: If the run is shorter.
@@ -109,14 +114,90 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> N
             f"with the warmup and the validation at its end, but got {longest}, at epoch {trainer.current_epoch}. "
             f"Raise it, or lower `warmup_epochs`, `epochs_per_round` or `check_val_every_n_epoch`."
         )
+    goes_on = longest is None or longest < 0 or longest - trainer.current_epoch > epochs
     if trainer.max_steps < 0 or not pl_module.automatic_optimization or trainer.num_training_batches == math.inf:
-        return
+        return goes_on
     steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     if trainer.max_steps - trainer.global_step < steps:
         raise MisconfigurationException(
             f"Expected the Trainer's `max_steps` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
             f"or {steps} steps with the warmup, but got {trainer.max_steps}, at step {trainer.global_step}. Raise it, "
             f"or lower `warmup_epochs` or `epochs_per_round`."
+        )
+    return goes_on and trainer.max_steps - trainer.global_step > steps
+
+
+def check_names(
+    model: str,
+    known: Sequence[str],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    neuron_dim: Mapping[str, int],
+) -> list[str]:
+    """Return the activations that may become linear.
+
+    Args:
+        model: Name of the model's class.
+        known: All activations, those that are linear among them.
+        include: Name globs of those that may become linear.
+        exclude: Name globs of those that may not.
+        neuron_dim: Axis of the neurons by name glob.
+
+    Raises:
+        MisconfigurationException: If there is no activation, a glob matches none, or none may become linear.
+    """
+    if not known:
+        raise MisconfigurationException(
+            f"Expected {model} to call at least one rectifier, but found none. Rectifiers are the activations of "
+            f"torch.nn from ReLU to Softplus; see `isolate_activations`."
+        )
+    try:
+        chosen = match_names(known, include, exclude)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    for glob in neuron_dim:
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise MisconfigurationException(
+                f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none of "
+                f"{known}"
+            )
+    if not chosen:
+        raise MisconfigurationException(
+            f"Expected arguments `include` {include} and `exclude` {exclude} to leave activations to prune, but they "
+            f"leave none of {known}"
+        )
+    return chosen
+
+
+def check_validation_ran(trainer: Trainer) -> None:
+    """Refuse an epoch at whose end a validation was due that ran on nothing.
+
+    Raises:
+        MisconfigurationException: If so.
+    """
+    every = trainer.check_val_every_n_epoch
+    if every is not None and (trainer.current_epoch + 1) % every == 0 and not any(trainer.num_val_batches):
+        raise MisconfigurationException(
+            f"EntropyPruningCallback measures on validation batches, but validation in epoch {trainer.current_epoch} "
+            f"ran none: the validation loader yielded nothing. Check its dataset, or pass measure_on='training'."
+        )
+
+
+def check_monitor(trainer: Trainer, monitor: str, score: float | None) -> None:
+    """Refuse a score that is not logged; every process has to call this, rank 0 tells.
+
+    Args:
+        trainer: The Trainer, at the end of an epoch.
+        monitor: Name of the score.
+        score: Its value, if it is known.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if not trainer.strategy.broadcast(score is not None or monitor in trainer.callback_metrics):
+        raise MisconfigurationException(
+            f"Expected argument `monitor` to be a logged score, but {monitor!r} is not among "
+            f"{sorted(trainer.callback_metrics)}. Log it with `self.log({monitor!r}, ...)` in the validation step."
         )
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easier import EntropyPruningCallback, measure_entropy
+from lightning_easier.callbacks import state
 from lightning_easier.callbacks.surgery import fingerprint
 from lightning_easier.linearize import stand_ins
 from tests.integration.interrupted import At, Small, run, stop
@@ -99,6 +100,29 @@ class HoldsWhatLives(Callback):
         assert len(held) == sum(1 for _ in pl_module.parameters())
 
 
+class Manual(Small):
+    """Steps by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+class Elsewhere(type(Path())):
+    """A path on a disk of its own: what another process has written is not there."""
+
+    def exists(self, **_: Any) -> bool:
+        return False
+
+
 class SlopeFirst(EntropyPruningCallback):
     """Removes the activation that has a parameter, then others."""
 
@@ -122,6 +146,9 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted |= {"model": LogsOnRank0(), "pruning": {"best_per_depth": True}}
     if "sometimes" in name:
         wanted["model"] = Sometimes()
+    if "by hand" in name:
+        wanted["model"] = Manual()
+    state.Path = Elsewhere if "not shared" in name and os.environ.get("LOCAL_RANK") == "1" else Path
     if "borrowed" in name:
         wanted["model"] = Borrowing()
     if "drift" in name:
@@ -134,7 +161,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         callbacks = []
     if "resumed" in name:
         strategy = copy.deepcopy(made)
-        run(root, *callbacks, At("on_train_epoch_end", 2, None, save_and_stop), devices=world, strategy=strategy,
+        moment = ("on_train_batch_end", 2, 1) if "mid-epoch" in name else ("on_train_epoch_end", 2, None)
+        run(root, *callbacks, At(*moment, save_and_stop), devices=world, strategy=strategy,
             **copy.deepcopy(wanted))  # fmt: skip
         wanted["ckpt_path"] = root / "saved.ckpt"
     model, callback, _ = run(root, *callbacks, devices=world, strategy=made, **wanted)

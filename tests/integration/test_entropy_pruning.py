@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, collapse, isolate_activations, load_pruned, measure_entropy
 from lightning_easier.inference import has_hooks
-from lightning_easier.linearize import stand_ins
+from lightning_easier.linearize import linearize, stand_ins
 from lightning_easier.zoo import DigitsDataModule
 from tests.integration.tiny import NAMES, Tiny, assert_equal_states, pruning, train, weights_of
 
@@ -586,6 +586,8 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),
         ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
         ({"neuron_dim": 1}, TypeError, "`neuron_dim` to map name globs to axes, but got 1"),
+        ({"neuron_dim": {"*": "last"}}, TypeError, "`neuron_dim` to map name globs to axes, but got {'\\*': 'last'}"),
+        ({"dirpath": ""}, TypeError, "`dirpath` to be a path, but got ''"),
         ({"dirpath": 1}, TypeError, "`dirpath` to be a path, but got 1"),
         ({"include": 5}, TypeError, "`include` to hold name globs, but got 5"),
         ({"include": [1]}, TypeError, r"`include` to hold name globs, but got \[1\]"),
@@ -672,6 +674,34 @@ def test_a_loader_that_yields_nothing_is_named(tmp_path, split, message):
         assert_equal_states(weights_of(model), before)
     assert list(model.state_dict()) == list(before)
     assert stand_ins(model) == {}
+
+
+def test_a_last_good_checkpoint_of_other_optimizers_does_not_come_back(tmp_path):
+    class Adds(Callback):
+        """Adds a parameter group while training goes on, which no checkpoint can bring back."""
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+    model = Tiny(scores=(0.9, 0.1))
+    callback = pruning(monitor="scripted", tolerance=0.1)
+    with pytest.raises(RuntimeError, match=r"groups of \[\[12, 1\]\] parameters, but .*round_0.ckpt held \[\[12\]\]"):
+        train(model, callback, Adds(), root=tmp_path)
+    assert list(stand_ins(model)) == callback.rounds[-1].removed  # structure and weights are as they were
+
+
+def test_activations_that_come_back_with_a_checkpoint_are_measured_again(tmp_path):
+    dense = Tiny()
+    trainer = train(dense, root=tmp_path, epochs=1)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    model, callback = Tiny(), pruning()
+    isolate_activations(model)
+    linearize(model, ["act1", "relu"])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "limit_val_batches": 2}
+    trainer = Trainer(accelerator="cpu", callbacks=[callback], **quiet)
+    trainer.validate(model, DigitsDataModule(64), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+    assert list(callback.entropies) == NAMES
 
 
 def test_a_last_good_checkpoint_that_is_gone_is_named(tmp_path):

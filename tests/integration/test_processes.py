@@ -20,13 +20,14 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 SCRIPT = "tests.integration.processes"
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
-    "resumed", "sometimes called", "logged on rank 0", "drift", "borrowed",
+    "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
+    "not shared", "sometimes called", "logged on rank 0", "drift", "borrowed",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, taken back", "sharded, one file, taken back", "sharded, resumed", "sharded, one file, resumed",
     "sharded, slope",
 ]  # fmt: skip
-REFUSED = {"drift", "borrowed", "sharded, slope"}
+REFUSED = {"not shared", "drift", "borrowed", "sharded, slope"}
 
 
 def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
@@ -57,6 +58,8 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "static graph": "plain",
         "unused parameters": "plain",
         "resumed": "plain",
+        "resumed mid-epoch": "plain",
+        "on training, resumed mid-epoch": "on training",
         "sharded, resumed": "sharded",
         "sharded, one file, resumed": "sharded",
         "sharded, one file, taken back": "sharded, taken back",
@@ -67,6 +70,8 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
 def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_torchrun):
     for result in under_torchrun["borrowed"]:
         assert "can't remove ['prelu'] under 2 processes: their slope is a parameter of another" in result["error"]
+    for result in under_torchrun["not shared"]:
+        assert "not every process can read" in result["error"]
     for result in under_torchrun["sharded, slope"]:
         assert "can't remove ['layers.3'] under ModelParallelStrategy" in result["error"]
 

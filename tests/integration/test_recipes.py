@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_easier import EntropyPruningCallback, load_pruned
 from lightning_easier.callbacks import wiring
 from lightning_easier.linearize import stand_ins
-from tests.integration.interrupted import BATCHES, Small, run
+from tests.integration.interrupted import BATCHES, At, Small, run
 from tests.integration.tiny import assert_equal_states
 
 
@@ -164,6 +165,19 @@ def test_the_best_checkpoint_for_each_depth_is_kept(tmp_path):
     assert resumed[1].report() == callback.report()
 
 
+def test_a_best_checkpoint_that_was_written_over_since_is_not_taken_for_this_runs(tmp_path):
+    def save(trainer):
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    scores = (0.6, 0.7, 0.9)
+    options = {"pruning": {"epochs_per_round": 3, "best_per_depth": True}, "epochs": 3}
+    run(tmp_path, At("on_train_epoch_end", 1, None, save), scores=scores, **options)
+    # Taken up again where the best had 0.7: the file holds the model of 0.9 by now.
+    _, callback, _ = run(tmp_path, scores=(0.6, 0.7, 0.65), ckpt_path=tmp_path / "saved.ckpt", **options)
+    assert torch.load(callback.best_checkpoints[0], weights_only=True)["epoch"] == 2
+    assert callback.state_dict()["best"]["0"]["score"] == pytest.approx(0.65)
+
+
 def test_the_best_checkpoint_by_a_score_of_training(tmp_path):
     noted = {}
 
@@ -278,6 +292,17 @@ def test_a_run_that_is_too_short_for_a_round_is_an_error_at_its_start(tmp_path):
     for options in ({"epochs": 2}, {"epochs": -1, "max_steps": 3 * BATCHES - 1}, rare):
         with pytest.raises(MisconfigurationException, match="`max_(epochs|steps)` to leave time for a round"):
             run(tmp_path, pruning={"epochs_per_round": 2, "warmup_epochs": 1}, **options)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": 9, "max_steps": 2 * BATCHES}])
+def test_a_run_that_ends_with_its_dense_round_says_so_at_its_start(tmp_path, options):
+    with pytest.warns(UserWarning, match="Nothing will be pruned: the run ends with its dense round"):
+        run(tmp_path, pruning={"epochs_per_round": 2}, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="lightning.pytorch")
+        run(tmp_path / "dry", pruning={"epochs_per_round": 2, "dry_run": True}, **options)
+        run(tmp_path / "longer", pruning={"epochs_per_round": 2}, epochs=3)
 
 
 def test_gradients_of_the_rejected_model_are_gone(tmp_path):

@@ -1,0 +1,37 @@
+"""Hooks that belong to one model: a copy of it, or a pickle, does not inherit what they count or notice."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def _ignore(module: nn.Module, *_: Any) -> None:
+    """Do nothing."""
+
+
+def _ignoring() -> Callable[..., None]:
+    return _ignore
+
+
+class HookOfOneModel:
+    """A forward pre-hook whose owner is somewhere else; in a copy of the module there is one that does nothing.
+
+    A closure would be shared with the copy, whose calls would then be counted as the model's own, and can't be pickled.
+
+    Args:
+        call: What the hook does; it takes what a forward pre-hook takes.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        """Do it."""
+        self._call(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _ignore
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _ignoring, ()
