@@ -110,8 +110,8 @@ class _Run(nn.Module):
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=11, help="epochs of each that are timed")
-    parser.add_argument("--batches", type=int, default=4, help="batches an epoch")
+    parser.add_argument("--samples", type=int, default=7, help="epochs of each that are timed")
+    parser.add_argument("--batches", type=int, default=12, help="batches an epoch")
     parser.add_argument("--accelerator", default="cpu", help="the Trainer's")
     options = parser.parse_args()
     rows = []
