@@ -26,7 +26,7 @@ from lightning_easier.arguments import (
     check_choice,
     check_share,
 )
-from lightning_easier.callbacks import files, surgery, wiring
+from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.policy import Policy
 from lightning_easier.callbacks.recipe import (
@@ -185,6 +185,7 @@ class EntropyPruningCallback(Callback):
 
         self._state = PruningState()
         self._taken_up = False  # whether the state is that of a checkpoint
+        self._state_of = 0  # the Trainer that it is of, by its id
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
         self._measured: dict[str, float] | None = None  # the entropies, whatever was validated
         self._listed: CandidateReport | None = None
@@ -196,7 +197,6 @@ class EntropyPruningCallback(Callback):
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
         self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
-        self._validated_at = -1  # the training batch before the last validation, counted over all epochs
 
     # What a user may ask for
 
@@ -254,24 +254,30 @@ class EntropyPruningCallback(Callback):
                 f"Expected one EntropyPruningCallback in the Trainer, but got {len(twins)}; give one of them all globs"
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._candidates = None
+        self._candidates = self._measured = self._listed = None
         self._measurement.stop()
         self._measurement.stop_watching()
         self._measurement.structure_changed()
         self._stage = stage
-        if stage == TrainerFn.FITTING and trainer.current_epoch == 0:  # else a Trainer that goes on
-            self._state, self._taken_up = PruningState(), False
+        if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or self._state_of != id(trainer)):
+            self._state, self._taken_up = PruningState(), False  # else a Trainer goes on
+            self._state_of = id(trainer)
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._discover(trainer, pl_module)
         self._load_handle = restructure_on_load(pl_module)
         files.restructure_before_loading(trainer, pl_module)
+        if stage == TrainerFn.FITTING:
+            optimizers.build_with_what_has_left(pl_module, lambda: self.removed)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
         if self._candidates is None:
             self._discover(trainer, pl_module)
+        optimizers.build_as_ever(pl_module)
+        wiring.check_optimizers(trainer)
         self._recipe = Recipe(trainer)
+        wiring.forget_compiled_code(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring what a resumed run has left undone to its end, and say so when there was nothing to train on."""
@@ -291,6 +297,7 @@ class EntropyPruningCallback(Callback):
         self._scores.release()
         self._remove_load_hook()
         files.load_as_ever(trainer)
+        optimizers.build_as_ever(pl_module)
         self._stage = self._recipe = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -298,6 +305,7 @@ class EntropyPruningCallback(Callback):
         self._measurement.detach()
         self._scores.release()
         self._remove_load_hook()
+        optimizers.build_as_ever(pl_module)
 
     def _remove_load_hook(self) -> None:
         if self._load_handle is not None:
@@ -315,6 +323,8 @@ class EntropyPruningCallback(Callback):
         self._candidates = chosen
         if self._active:
             self._measurement.look(pl_module)
+            if trainer.state.fn == TrainerFn.FITTING:
+                surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in sites])
 
     # Measuring
 
@@ -341,10 +351,7 @@ class EntropyPruningCallback(Callback):
             if trainer.state.fn == TrainerFn.FITTING:
                 self._state.entropies = self._measured
             self._log_entropies(trainer, pl_module)
-        progress = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
-        if trainer.state.fn == TrainerFn.FITTING:
-            progress[ROUND_KEY] = float(len(self._state.rounds) - 1)
-        pl_module.log_dict(progress, prog_bar=True, sync_dist=trainer.world_size > 1)
+        self._log_progress(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""
@@ -355,8 +362,7 @@ class EntropyPruningCallback(Callback):
             if self.dry_run and self._measured is not None:
                 self._list(trainer, pl_module, self._choose(trainer, []))
             return
-        self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
-        self._scores.watch_again(trainer)
+        self._state.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
         is_new = self._scores.is_new(trainer, self.monitor)  # perhaps it is logged by rank 0 only
         self._state.score_comes_from_validation = trainer.strategy.broadcast(is_new)
         if self._state.score_comes_from_validation:
@@ -370,6 +376,12 @@ class EntropyPruningCallback(Callback):
         if prunable:
             pl_module.log(LEAST_ENTROPY_KEY, min(prunable), prog_bar=True, sync_dist=on_all)
 
+    def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
+        if trainer.state.fn == TrainerFn.FITTING:
+            progress[ROUND_KEY] = float(len(self._state.rounds) - 1)
+        pl_module.log_dict(progress, prog_bar=True, sync_dist=trainer.world_size > 1)
+
     def _note_score(self, trainer: Trainer) -> None:
         score = self._scores.get(trainer, self.monitor)
         if score is not None:
@@ -377,7 +389,7 @@ class EntropyPruningCallback(Callback):
 
     def _keep_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the model if no other with as many linear activations had a better score."""
-        if not self.best_per_depth or self._state.finished:
+        if not self.best_per_depth or self._state.finished or self.dry_run:
             return
         score = trainer.strategy.broadcast(self._state.score)
         removed = len(stand_ins(pl_module))
@@ -395,6 +407,10 @@ class EntropyPruningCallback(Callback):
         state = self._state
         self._dashboard = Dashboard(trainer.loggers, self.monitor)
         self._dashboard.write_layout()
+        self._scores.have_early_stopping_wait(trainer)
+        if self._taken_up:
+            taken_back = state.rounds[-1].removed if state.decision is not None and state.decision.go_back else []
+            surgery.check_is_linear(pl_module, [*self.removed, *taken_back])
         own = {name for this in state.rounds for name in this.removed}
         given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
@@ -428,11 +444,12 @@ class EntropyPruningCallback(Callback):
                 state.entropies = self._measurement.finish(pl_module, state.entropies_of_last_good)
             if not state.score_comes_from_validation:  # what an epoch of training has logged is not in a checkpoint
                 state.score = None
+            if not state.epoch_end_begun:
+                wiring.check_early_stopping(trainer, pl_module)
             self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch)
             state.not_called, state.validated_this_epoch = None, False
         self._resumed_inside = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else -1
-        skips_epoch_start = trainer.fit_loop.restarted_mid_epoch or trainer.fit_loop.restarted_on_epoch_end
-        if skips_epoch_start and not trainer.fit_loop.done:
+        if trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.done:  # it skips the start of an epoch
             self._operate(trainer, pl_module)
             self._attach(trainer, pl_module)
 
@@ -463,19 +480,25 @@ class EntropyPruningCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
         state = self._state
-        if not self._active or state.finished:
+        if not self._active:
             return
+        if state.finished:
+            state.ended = max(state.ended, trainer.current_epoch + 1)
+            return
+        if trainer.current_epoch < state.ended:  # Lightning repeats the hook when it resumes here
+            return
+        if state.counts is not None:  # it does so, and the hook was cut off
+            self._count_on(trainer, pl_module)
         if self._measurement.is_counting:
             self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
             state.entropies = self._measured
             self._log_entropies(trainer, pl_module)
-        not_called = self._measurement.not_called or []
+        if not trainer.enable_validation:
+            self._log_progress(trainer, pl_module)
+        not_called = self._measurement.not_called or state.not_called or []
         self._measurement.stop_watching()
         if wiring.ends_inside_epoch(trainer):  # on_train_end judges
             return
-        if trainer.current_epoch < state.ended:  # Lightning repeats the hook when it resumes here
-            return
-        self._scores.watch_again(trainer)
         if self.measure_on == "validation" and not state.validated_this_epoch:
             wiring.check_validation_ran(trainer)
         if self._resumed_inside == trainer.current_epoch and not state.score_comes_from_validation:
@@ -548,6 +571,9 @@ class EntropyPruningCallback(Callback):
         if score is not None and not math.isfinite(score):
             if self._state.last_good is not None and self._state.rounds[-1].removed:
                 self._state.rounds[-1].accepted = False
+                choice = self._choose(trainer, []) if self.policy.settle(self._state) else None
+                self._state.finished = choice is None
+                self._state.decision = Decision(True, choice)
                 self._go_back(trainer, trainer.lightning_module)
             raise ValueError(
                 f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in epoch "
@@ -580,7 +606,7 @@ class EntropyPruningCallback(Callback):
             rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
         if state.finished or self.dry_run:
             trainer.should_stop = True
-        if this.accepted:
+        if this.accepted and not self.dry_run:
             self._keep(trainer)
 
     def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
@@ -598,7 +624,7 @@ class EntropyPruningCallback(Callback):
             )
             eligible = {name: value for name, value in eligible.items() if name not in unused}
         count = self.policy.how_many(len(self.removed), len(eligible))
-        names = list(self.select(eligible, count))[:count] if count > 0 else []
+        names = list(dict.fromkeys(self.select(eligible, count)))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
         if not set(names) <= set(eligible):
             raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
@@ -626,7 +652,7 @@ class EntropyPruningCallback(Callback):
         state = self._state
         before = state.kept[-1].score_after
         state.plateaus_of_last_good = plateaus(trainer)
-        wiring.check_optimizers(trainer, pl_module, choice.names)
+        wiring.check_parameters_may_leave(trainer, pl_module, choice.names)
         shifts, dropped = surgery.make_linear(trainer, pl_module, choice.names, self.shift_padding)
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
@@ -652,6 +678,7 @@ class EntropyPruningCallback(Callback):
         kept = state.kept
         path, checkpoint = files.find(trainer, self.last_good, self.state_key, kept)
         surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint)
+        surgery.check_is_linear(pl_module, self.removed)
         put_plateaus(trainer, state.plateaus_of_last_good)
         self._measurement.structure_changed()
         state.dropped = []
@@ -672,7 +699,8 @@ class EntropyPruningCallback(Callback):
             return
         self._note_score(trainer)
         now = copy(self._state)  # what was loaded and not made up for yet stays as it is
-        now.validation_due |= wiring.validation_is_due(trainer, self._validated_at)
+        now.validation_due |= wiring.validation_is_due(trainer, now.validated_at)
+        now.epoch_end_begun = wiring.epoch_end_has_begun(trainer)
         if self._measurement.not_called is not None:
             now.not_called = self._measurement.not_called
         if self.measure_on == "training" and self._measurement.has_counts:
@@ -704,4 +732,5 @@ class EntropyPruningCallback(Callback):
                 f"{(self.monitor, self.policy.mode)}: its rounds can't be compared on another score."
             )
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
-        self._state, self._taken_up = PruningState.from_plain(plain), True
+        self._state = PruningState.from_plain(plain)
+        self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit

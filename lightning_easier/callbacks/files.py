@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -50,6 +52,9 @@ def save(trainer: Trainer, path: Path) -> None:
     Raises:
         MisconfigurationException: If a process can't see the file.
     """
+    if trainer.is_global_zero and path.is_dir():  # a folder of shards, or else old ones would lie among the new
+        rmtree(path)
+    trainer.strategy.barrier()
     trainer.save_checkpoint(path, weights_only=False)
     if not trainer.strategy.reduce_boolean_decision(path.exists(), all=True):
         raise MisconfigurationException(
@@ -102,7 +107,10 @@ def still_best(
 def _holds(path: Path, state_key: str, number: str, best: BestCheckpoint) -> bool:
     if not path.exists():
         return False
-    then = _read_on_cpu(path)["callbacks"].get(state_key, {}).get("best", {})
+    try:
+        then = _read_on_cpu(path)["callbacks"].get(state_key, {}).get("best", {})
+    except (OSError, RuntimeError, EOFError, UnpicklingError):  # it was being written when the run was killed
+        return False
     return bool(then.get(number) == asdict(best))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -118,6 +119,7 @@ class Measurement:
             if names is not None and site.name not in names:
                 continue
 
+            @torch.compiler.disable  # type: ignore[untyped-decorator]
             def note(module: nn.Module, args: Any, name: str = site.name) -> None:
                 if not trainer.validating and name in watches:
                     watches.pop(name).remove()

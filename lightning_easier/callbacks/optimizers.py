@@ -1,10 +1,16 @@
 """Keep optimizers holding exactly the live parameters while activations come and go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from lightning_easier.linearize import stand_ins
 
 Position = list[Any]
 """Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""
@@ -34,3 +40,61 @@ def put_back_parameters(
         group["params"].insert(place, parameters[index])
         if name is not None:
             group["param_names"].insert(place, name)
+
+
+def build_with_what_has_left(pl_module: LightningModule, removed: Callable[[], Iterable[str]]) -> None:
+    """Have a resumed run build its optimizers as the first did, over the parameters that have left since, too.
+
+    The groups of a recipe may be of them alone: without them they would be missing, or could not be made at all, and
+    the states that were saved would not fit. They leave again at once.
+
+    Args:
+        pl_module: The model.
+        removed: Tells the names of the activations that have become linear in this run, once it is known.
+    """
+    build_as_ever(pl_module)
+    build = pl_module.configure_optimizers
+
+    @wraps(build)
+    def build_with_lent_parameters() -> Any:
+        with _lent(pl_module, removed()) as lent:
+            built = build()
+            drop_parameters(list(_optimizers_in(built)), lent)
+        return built
+
+    build_with_lent_parameters.instead_of = vars(pl_module).get("configure_optimizers")  # type: ignore[attr-defined]
+    pl_module.configure_optimizers = build_with_lent_parameters  # type: ignore[method-assign]
+
+
+def build_as_ever(pl_module: LightningModule) -> None:
+    """Undo :func:`build_with_what_has_left`; a second call does nothing."""
+    now: Any = vars(pl_module).get("configure_optimizers")
+    if hasattr(now, "instead_of"):
+        del pl_module.configure_optimizers
+        if now.instead_of is not None:  # LightningCLI's
+            pl_module.configure_optimizers = now.instead_of  # type: ignore[method-assign]
+
+
+@contextmanager
+def _lent(model: nn.Module, names: Iterable[str]) -> Iterator[list[Parameter]]:
+    """Put activations in the place of their stand-ins for a while; yields the parameters that are back with them."""
+    known, linear = set(model.parameters()), stand_ins(model)
+    replaced = {name: linear[name] for name in names if name in linear}
+    for name, stand_in in replaced.items():
+        model.set_submodule(name, stand_in.activation)
+    try:
+        yield [parameter for parameter in model.parameters() if parameter not in known]
+    finally:
+        for name, stand_in in replaced.items():
+            model.set_submodule(name, stand_in)
+
+
+def _optimizers_in(built: Any) -> Iterator[Optimizer]:
+    """Yield the optimizers in what ``configure_optimizers`` returned, whichever form that has."""
+    if isinstance(built, Optimizer):
+        yield built
+    elif isinstance(built, dict):
+        yield from _optimizers_in(built.get("optimizer"))
+    elif isinstance(built, list | tuple):
+        for each in built:
+            yield from _optimizers_in(each)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -115,7 +116,7 @@ class LoggedScores:
     def __init__(self) -> None:
         self._unknown = torch.tensor(math.nan)
         self._before_validation: Any = None
-        self._blind: list[EarlyStopping] = []  # those that do not look for NaN meanwhile
+        self._waiting: list[EarlyStopping] = []  # those that wait for a score
 
     def get(self, trainer: Trainer, name: str) -> float | None:
         """Return a score; None if it was not logged for this structure."""
@@ -130,24 +131,24 @@ class LoggedScores:
         """Mark all scores as those of another structure."""
         for name in trainer.callback_metrics:
             trainer.callback_metrics[name] = self._unknown
+
+    def have_early_stopping_wait(self, trainer: Trainer) -> None:
+        """Have every EarlyStopping pass over the checks of a score that is not known for this structure yet."""
+        self.release()
         for callback in trainer.early_stopping_callbacks:
             assert isinstance(callback, EarlyStopping)
-            if callback.check_finite:  # NaN is no divergence here
-                callback.check_finite = False
-                self._blind.append(callback)
+            callback._run_early_stopping_check = partial(self._check_what_is_known, callback)  # type: ignore[method-assign]
+            self._waiting.append(callback)
 
-    def watch_again(self, trainer: Trainer) -> None:
-        """Have EarlyStopping look for NaN again where its score belongs to the structure as it is."""
-        for callback in list(self._blind):
-            if self.get(trainer, callback.monitor) is not None:
-                callback.check_finite = True
-                self._blind.remove(callback)
+    def _check_what_is_known(self, callback: EarlyStopping, trainer: Trainer) -> None:
+        if trainer.callback_metrics.get(callback.monitor) is not self._unknown:
+            type(callback)._run_early_stopping_check(callback, trainer)
 
     def release(self) -> None:
-        """Have every EarlyStopping look for NaN again."""
-        for callback in self._blind:
-            callback.check_finite = True
-        self._blind = []
+        """Have every EarlyStopping check as ever."""
+        for callback in self._waiting:
+            vars(callback).pop("_run_early_stopping_check", None)
+        self._waiting = []
 
     def put(self, trainer: Trainer, scores: Mapping[str, float]) -> None:
         """Set scores that are known."""

@@ -62,6 +62,8 @@ class PruningState:
         validated: Whether the structure as it is was validated.
         validated_this_epoch: Whether it was in this epoch.
         validation_due: Whether the validation that follows the last training batch is still to come.
+        validated_at: The training batch before the last validation, counted over all epochs; -1 before the first.
+        epoch_end_begun: Whether callbacks were being told that an epoch has ended, at the moment of a save.
         not_called: Activations that training has not called in this epoch; None while that is not watched.
         counts: Name -> counts of the epoch so far, if training batches are measured.
         decision: Decided, not carried out.
@@ -86,6 +88,8 @@ class PruningState:
     validated: bool = False
     validated_this_epoch: bool = False
     validation_due: bool = False
+    validated_at: int = -1
+    epoch_end_begun: bool = False
     not_called: list[str] | None = None
     counts: dict[str, Any] | None = None
     decision: Decision | None = None

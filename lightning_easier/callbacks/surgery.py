@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_easier.callbacks.files import loads_into_model
 from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
 from lightning_easier.callbacks.recipe import clear_gradients
-from lightning_easier.linearize import linearize, restore, stand_ins
+from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
 
 
 def make_linear(
@@ -110,6 +111,41 @@ def _check_recipe(trainer: Trainer, dropped: Sequence[Position], path: Path, che
         raise RuntimeError(
             f"The run has {schedules[0]} learning-rate schedules, but the last good checkpoint {path} has "
             f"{schedules[1]}, so the model can't go back to it. Build the schedules as they were."
+        )
+
+
+def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> None:
+    """Find out whether the module's state dict would tell what is linear; the module is as it was afterwards.
+
+    Raises:
+        MisconfigurationException: If it drops what belongs to an activation among them.
+    """
+    linearize(pl_module, names)
+    try:
+        told = read_marks(pl_module.state_dict())
+    finally:
+        restore(pl_module, names)
+    silent = [name for name in names if name not in told]
+    if silent:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__}.state_dict() drops what tells that an activation is linear: of {silent[:5]} a "
+            f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{EXTRA_STATE}'."
+        )
+
+
+def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
+    """Find out whether a checkpoint has brought the structure that belongs to its weights.
+
+    Raises:
+        RuntimeError: If an activation among them is not linear.
+    """
+    linear = stand_ins(pl_module)
+    missing = [name for name in names if name not in linear]
+    if missing:
+        raise RuntimeError(
+            f"The activations {missing} were linear in the model that was saved, but the weights were loaded without: "
+            f"the checkpoint has lost what tells so. Did the module's `state_dict` or `on_save_checkpoint` drop the "
+            f"keys that end in '{EXTRA_STATE}'?"
         )
 
 

@@ -1,6 +1,7 @@
 """What has to hold around the callback: the strategy, the other callbacks, the data, compiled code."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,11 +10,19 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier.activations import match_names
 from lightning_easier.checkpoint import expects_pruned
@@ -42,7 +51,24 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
             "EntropyPruningCallback does not support DeepSpeedStrategy, whose engine keeps the weights and moments "
             "that a rejected round would have to bring back. Use ModelParallelStrategy (FSDP2), DDP or one device."
         )
+    if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+        raise MisconfigurationException(
+            "EntropyPruningCallback does not go with AsyncCheckpointIO: it goes back to checkpoints that have to be "
+            "written by then. Use the checkpoint plugin that it wraps."
+        )
+    if not trainer.lightning_module.strict_loading and not expects_pruned(trainer.lightning_module):
+        raise MisconfigurationException(
+            "EntropyPruningCallback does not go with `strict_loading=False`, by which a pruned checkpoint would load "
+            "into the unpruned model without a word. Call `lightning_easier.expect_pruned(self)` at the end of the "
+            "module's `__init__`, which brings the structure with the weights."
+        )
     _check_parameters(trainer, candidates)
+    averaged = [name for name, part in trainer.lightning_module.named_modules() if isinstance(part, AveragedModel)]
+    if averaged:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback does not go with the averaged model `{averaged[0]}` (torch.optim.swa_utils), a "
+            f"second model that would stay unpruned. Prune without it, and average afterwards."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
             raise MisconfigurationException(
@@ -107,6 +133,9 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
     every = trainer.check_val_every_n_epoch if trainer.enable_validation else 1
     if every is not None:  # a round ends with a validation
         epochs = math.ceil((trainer.current_epoch + epochs) / every) * every - trainer.current_epoch
+    elif math.isfinite(trainer.val_check_batch or math.inf) and math.isfinite(trainer.num_training_batches):
+        while not _is_validated(trainer, trainer.current_epoch + epochs - 1):
+            epochs += 1
     longest = trainer.max_epochs
     if longest is not None and longest >= 0 and longest - trainer.current_epoch < epochs:
         raise MisconfigurationException(
@@ -117,7 +146,10 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
     goes_on = longest is None or longest < 0 or longest - trainer.current_epoch > epochs
     if trainer.max_steps < 0 or not pl_module.automatic_optimization or trainer.num_training_batches == math.inf:
         return goes_on
-    steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    steps = sum(
+        math.ceil(trainer.num_training_batches / _accumulation(trainer, trainer.current_epoch + epoch))
+        for epoch in range(epochs)
+    )
     if trainer.max_steps - trainer.global_step < steps:
         raise MisconfigurationException(
             f"Expected the Trainer's `max_steps` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
@@ -125,6 +157,20 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
             f"or lower `warmup_epochs` or `epochs_per_round`."
         )
     return goes_on and trainer.max_steps - trainer.global_step > steps
+
+
+def _is_validated(trainer: Trainer, epoch: int) -> bool:
+    """Tell whether a validation every so many batches, counted over all epochs, falls into an epoch."""
+    batches, interval = int(trainer.num_training_batches), int(trainer.val_check_batch)  # type: ignore[arg-type]
+    return (epoch + 1) * batches // interval > epoch * batches // interval
+
+
+def _accumulation(trainer: Trainer, epoch: int) -> int:
+    """Return how many batches a step takes in an epoch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def check_names(
@@ -201,7 +247,21 @@ def check_monitor(trainer: Trainer, monitor: str, score: float | None) -> None:
         )
 
 
-def check_optimizers(trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> None:
+def check_optimizers(trainer: Trainer) -> None:
+    """Refuse optimizers that can't begin anew, or let parameters go.
+
+    Raises:
+        MisconfigurationException: If there is a ZeroRedundancyOptimizer.
+    """
+    kinds = {type(optimizer).__name__ for optimizer in trainer.optimizers}
+    if "ZeroRedundancyOptimizer" in kinds:  # its module is not there in every build of torch
+        raise MisconfigurationException(
+            "EntropyPruningCallback does not go with ZeroRedundancyOptimizer, which keeps the moments in another "
+            "optimizer, a part on each process. Use that optimizer itself."
+        )
+
+
+def check_parameters_may_leave(trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> None:
     """Refuse the removal of a parameter from an optimizer that can't let it go.
 
     Args:
@@ -218,6 +278,20 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule, names: Sequen
             f"EntropyPruningCallback can't remove {owners}, which have parameters, from LBFGS, which keeps all "
             f"parameters as one vector. Pass them as `exclude`, or use another optimizer."
         )
+
+
+def epoch_end_has_begun(trainer: Trainer) -> bool:
+    """Tell whether callbacks are being told that an epoch has ended."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return bool(progress.processed > progress.completed)
+
+
+def check_early_stopping(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Have EarlyStopping look at the end of an epoch that Lightning skips when it resumes behind its last batch."""
+    for callback in trainer.early_stopping_callbacks:
+        assert isinstance(callback, EarlyStopping)
+        if callback.monitor in trainer.callback_metrics:  # else that is lost
+            callback.on_train_epoch_end(trainer, pl_module)
 
 
 def ends_inside_epoch(trainer: Trainer) -> bool:
@@ -273,8 +347,8 @@ def run_validation(trainer: Trainer, epochs_ago: int) -> None:
 
 
 def is_compiled(pl_module: LightningModule) -> bool:
-    """Tell whether the module, a part of it or a method is compiled, by the user or handed to the Trainer so."""
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
+    """Tell whether the module, a part of it, a method, or a function that it may call is compiled."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None or _something_was_compiled():
         return True
     modules = list(pl_module.modules())
     values = [value for owner in (*modules, *map(type, modules)) for value in vars(owner).values()]
@@ -282,6 +356,12 @@ def is_compiled(pl_module: LightningModule) -> bool:
         isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
         for module in modules
     ) or any(callable(value) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
+
+
+def _something_was_compiled() -> bool:
+    """Tell whether torch.compile has worked in this process since it was told to forget, on whatever it was."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is not None and bool(frames.input_codes.seen)
 
 
 def forget_compiled_code(pl_module: LightningModule) -> None:

@@ -27,6 +27,7 @@ RECIPES = {
     "rare validations": ((0.9,), {}, {"check_val_every_n_epoch": 2, "epochs": 5}),
     "long rounds": ((0.9,), {"epochs_per_round": 2, "warmup_epochs": 1}, {"epochs": 6}),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
+    "steps": ((0.9,), {"measure_on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
 }
 # Where Lightning itself resumes exactly: moment -> batch, if the hook has one
 SAVED_AT = {
