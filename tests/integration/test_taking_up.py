@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier import EntropyPruningCallback, expect_pruned
+from lightning_easier.callbacks import wiring
 from lightning_easier.linearize import EXTRA_STATE, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
@@ -333,15 +334,29 @@ class CompiledInside(Small):
 
     def __init__(self):
         super().__init__()
-        self.code = {"all": torch.compile(lambda x: self.layers(x), backend="eager")}
+        self.code = {"tail": torch.compile(self._tail, backend="eager")}
+
+    def _tail(self, x):
+        return self.layers[5:](x)
 
     def forward(self, x):
-        return self.code["all"](self.norm(x))
+        return self.code["tail"](self.layers[:5](self.norm(x)))
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_compiled_code_that_is_hidden_is_measured_all_the_same(tmp_path, sanity):
+    _, callback, _ = run(tmp_path, model=seeded(CompiledInside), num_sanity_val_steps=sanity)
     _, plain, _ = run(tmp_path / "plain", num_sanity_val_steps=sanity)
-    _, callback, _ = run(tmp_path, model=CompiledInside(), num_sanity_val_steps=sanity)
     assert callback.removed == plain.removed
     assert len(callback.removed) == 3
+
+
+def test_that_something_was_compiled_is_known_until_it_is_forgotten():
+    model = CompiledInside()
+    torch._dynamo.reset()
+    assert not wiring.is_compiled(model)
+    with torch.no_grad():
+        model.eval()(torch.randn(3, 4))
+    assert wiring.is_compiled(model)
+    wiring.forget_compiled_code(model)
+    assert not wiring.is_compiled(model)
