@@ -1,6 +1,5 @@
 """What would each activation's removal bring together? The table to read before a run."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import replace
@@ -9,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from lightning_easier.activations import unwrap
+from lightning_easier.adjacency import Adjacency
 from lightning_easier.collapse.operators import CannotMergeError, check, fold_batch_norm
-from lightning_easier.dataflow import Kind
 from lightning_easier.discovery import ActivationSite, Discovery, Plan
-from lightning_easier.inference import evaluation_mode, has_hooks
+from lightning_easier.inference import evaluation_mode
 from lightning_easier.neighbourhood import Meeting, Neighbourhood
 from lightning_easier.padding import possible_shift
 from lightning_easier.rectifiers import as_gates
@@ -107,13 +106,7 @@ class _Check:
     """Find out whether a collapse would merge two operators that meet."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._hooked = {name: module for name, module in model.named_modules() if name and has_hooks(module)}
-        # how many modules hold a tensor, and how often one is read without its module being called
-        self._readers = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
-        for node in plan.flow.nodes:
-            if node.kind == Kind.CONSTANT:
-                owner, _, attribute = node.name.rpartition(".")
-                self._readers[id(_get(model, owner, attribute))] += 1
+        self._adjacency = Adjacency(model, plan)
 
     def __call__(self, meeting: Meeting) -> None:
         """Check one meeting.
@@ -121,36 +114,15 @@ class _Check:
         Raises:
             CannotMergeError: With the reason, when it would not.
         """
-        if "addition" in meeting.through:
-            raise CannotMergeError(
-                "an addition lies between them, through which a merge goes only where all that is added comes linearly "
-                "from one value"
-            )
-        if "flatten" in meeting.through:
-            raise CannotMergeError(
-                "a flatten lies between them, through which a merge goes only from maps of one position"
-            )
+        reason = self._adjacency.why_apart(meeting)
+        if reason is not None:
+            raise CannotMergeError(reason)
         first, second = meeting.operators
-        if first is None or second is None:
-            raise CannotMergeError("one of them is a function, not a module")
-        for operator in (first, second):
-            if any(self._readers[id(parameter)] > 1 for parameter in operator.parameters()):
-                raise CannotMergeError("one of them shares its parameters with something else")
-        ways = (f"{meeting.first}.", f"{meeting.second}.")
-        for name, module in self._hooked.items():
-            if any(way.startswith(f"{name}.") for way in ways) or module in (*meeting.between, *meeting.idle):
-                raise CannotMergeError(f"`{name}` has hooks, which would see something else")
+        assert first is not None
+        assert second is not None
         for batch_norm in meeting.between:
-            if not isinstance(batch_norm, nn.modules.batchnorm._BatchNorm):
-                raise CannotMergeError("a functional batch norm lies between them")
+            assert isinstance(batch_norm, nn.modules.batchnorm._BatchNorm)
             first = fold_batch_norm(first, batch_norm)
             if isinstance(first.bias, nn.Parameter):
                 nn.init.ones_(first.bias)  # that of a batch norm is zero before training, and then no longer
         check(first, second)
-
-
-def _get(model: nn.Module, owner: str, attribute: str) -> Any:
-    try:
-        return getattr(model.get_submodule(owner), attribute, None)
-    except AttributeError:  # a question that was asked of a value, such as its size
-        return None

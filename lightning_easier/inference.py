@@ -44,6 +44,27 @@ def model_input(batch: Any) -> Tensor:
     return first
 
 
+def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
+    """Return the positional arguments of the forward in a batch: a tensor, or the first elements of a sequence.
+
+    Args:
+        batch: The batch.
+        count: How many arguments the forward takes.
+
+    Raises:
+        TypeError: If there are not so many tensors.
+    """
+    if count == 1:
+        return (model_input(batch),)
+    first = batch[:count] if isinstance(batch, list | tuple) else ()
+    if len(first) < count or not all(isinstance(x, Tensor) for x in first):
+        raise TypeError(
+            f"Expected argument `batches` to hold sequences whose first {count} elements are the input tensors, but "
+            f"got {describe(batch)}"
+        )
+    return tuple(first)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer, the CPU if it has none."""
     tensors = (*model.parameters(), *model.buffers())

@@ -1,109 +1,19 @@
-"""Make activations linear, reversibly, and leave a mark that a checkpoint carries.
+"""Make activations linear, reversibly, and give a model the structure that a state dict is marked with."""
 
-An identity has no parameters, so a pruned state dict would load into the unpruned network without a word and bring the
-rectifiers back. Each stand-in therefore has an extra state, its *mark*: a strict load into another structure fails on
-it, in both directions. A mark is a tensor of bytes (JSON), because every tool that handles state dicts handles tensors.
-"""
-
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_easier.activations import ActivationSite, isolate_activations, planned_sites, replace_activation, unwrap
+from lightning_easier.affines import AffineFit
+from lightning_easier.arguments import check_choice
 from lightning_easier.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
 from lightning_easier.rectifiers import GATES, activation_kind
-
-STAND_INS = ("identity",)
-EXTRA_STATE = "_extra_state"
-_MAGIC = "lightning_easier.linear"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What a state dict says of one linearized activation.
-
-    Attributes:
-        stand_in: The kind of stand-in: ``"identity"``.
-        activation: Class name of the activation it replaces.
-        shifts_padding: Whether the padding of the convolution behind it was moved to the one before it.
-    """
-
-    stand_in: str
-    activation: str
-    shifts_padding: bool = False
-
-    def encode(self) -> Tensor:
-        """Return the mark as a uint8 tensor."""
-        return torch.tensor(list(json.dumps({_MAGIC: 1, **asdict(self)}).encode()), dtype=torch.uint8)
-
-    @classmethod
-    def decode(cls, value: Any) -> "Mark | None":
-        """Read a mark; None for the extra state of something else."""
-        if not isinstance(value, Tensor) or value.ndim != 1:
-            return None
-        try:  # a state dict that was cast as a whole (.half()) still holds the bytes exactly
-            data = json.loads(bytes(value.to("cpu", torch.uint8).tolist()))
-            if _MAGIC not in data:
-                return None
-            return cls(data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)))
-        except (ValueError, TypeError, KeyError):
-            return None
-
-
-class IdentityStandIn(nn.Module):
-    """The identity in the place of an activation, which it keeps to be restored.
-
-    The activation is not a submodule: its parameters, if any, are no longer the model's.
-    """
-
-    def __init__(self, activation: nn.Module, shift: PaddingShift | None = None) -> None:
-        super().__init__()
-        self.training = activation.training
-        self._activation = (activation,)  # in a tuple, so that it does not register
-        self.shift = shift
-
-    @property
-    def activation(self) -> nn.Module:
-        """The activation that was replaced."""
-        return self._activation[0]
-
-    @property
-    def moves_padding(self) -> bool:
-        """Whether there was a padding to move."""
-        return self.shift is not None and self.shift.moves_padding
-
-    @property
-    def mark(self) -> Mark:
-        """What the state dict says of this stand-in."""
-        return Mark("identity", type(self.activation).__name__, self.shift is not None)
-
-    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
-        return input
-
-    def get_extra_state(self) -> Tensor:
-        """Return the mark as bytes."""
-        return self.mark.encode()
-
-    def set_extra_state(self, state: Any) -> None:
-        """Check that an incoming state is of the same structure.
-
-        Raises:
-            ValueError: If its mark is another.
-        """
-        mark = Mark.decode(state)
-        if mark != self.mark:
-            raise ValueError(f"Expected the state of a stand-in to carry the mark {self.mark}, but got {mark}")
-
-    def extra_repr(self) -> str:
-        """Name the activation that was replaced, and the padding that was moved."""
-        return f"in place of {self.activation}" + ("" if self.shift is None else f", {self.shift}")
+from lightning_easier.stand_in import EXTRA_STATE, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
 
 
 def linearize(
@@ -111,8 +21,9 @@ def linearize(
     names: Iterable[str],
     *,
     stand_in: str = "identity",
-    statistics: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, AffineFit] | None = None,
     shift_padding: bool = False,
+    trainable: bool = False,
 ) -> nn.Module:
     """Make the named activations linear, in place.
 
@@ -120,21 +31,26 @@ def linearize(
         model: Any module; its activations are isolated first.
         names: Qualified names as :func:`~lightning_easier.isolate_activations` returns them, those of gates among
             them. Names that are linear already stay so.
-        stand_in: What takes the place of an activation: ``"identity"``.
-        statistics: Reserved for stand-ins that are fitted to data; the identity takes none.
+        stand_in: What takes the place of an activation: ``"identity"``, or ``"affine"``, a scale and an offset for each
+            channel. Both are linear, and an exact collapse folds them into their neighbours.
+        statistics: For ``"affine"``: name -> scale and offset, as :func:`~lightning_easier.measure_affines` returns
+            them.
         shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
             second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
             nothing. The function changes at the borders, and the two can be merged exactly. Operators of other kinds,
             with other padding modes or with a second reader keep theirs.
+        trainable: Whether scale and offset of ``"affine"`` are parameters, which an optimizer that is made afterwards
+            trains; by default they are buffers.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: If ``names`` is a string, or ``model`` is not a Module.
-        ValueError: If a name or ``stand_in`` is unknown, or ``statistics`` is given.
+        ValueError: If a name or ``stand_in`` is unknown, or ``statistics`` do not go with it.
 
-    Source: Moving the padding: Kim et al., Efficient Latency-Aware CNN Depth Compression (ICML 2023).
+    Source: EASIER, arXiv 2404.18949, for the identity. Moving the padding:
+        Kim et al., Efficient Latency-Aware CNN Depth Compression (ICML 2023).
 
     Example:
         >>> from torch import nn
@@ -144,28 +60,64 @@ def linearize(
           (1): IdentityStandIn(in place of ReLU())
         )
     """
-    if stand_in not in STAND_INS:
-        raise ValueError(f"Expected argument `stand_in` to be one of {STAND_INS}, but got {stand_in!r}")
-    if statistics is not None:
-        raise ValueError("Expected argument `statistics` to be None: the identity stand-in takes no statistics")
+    check_choice("stand_in", stand_in, STAND_INS)
     inner = unwrap(model)
     names = _as_names(names)
     linear = stand_ins(inner)
-    known, gates = _activations_for(inner, [name for name in names if name not in linear])
-    for name in names:
-        if name not in known and name not in linear:
+    fits = _checked(statistics, stand_in, [name for name in names if name not in linear])
+    _make_linear(inner, {name: (fits.get(name), trainable) for name in names if name not in linear}, shift_padding)
+    return model
+
+
+def _make_linear(model: nn.Module, wanted: Mapping[str, tuple[AffineFit | None, bool]], shift_padding: bool) -> None:
+    """Put stand-ins in the place of activations that are not linear yet.
+
+    Args:
+        model: The model.
+        wanted: Name -> the affine, None for an identity, and whether it is trained.
+        shift_padding: As for :func:`linearize`.
+    """
+    known, gates = _activations_for(model, wanted)
+    for name in wanted:
+        if name not in known:
             close = get_close_matches(name, known, n=3) or list(known)[:5]
             raise ValueError(
                 f"Expected argument `names` to hold names of activations, but got {name!r}. Did you mean one of "
                 f"{close}? `isolate_activations(model)` lists all {len(known)}."
             )
-    shifts = {name: possible_shift(known[name].neighbourhood) for name in names if shift_padding and name not in linear}
-    activations = isolate_activations(inner, gates=gates)
-    with _paddings_unshifted(inner):
-        for name in names:
-            if name not in linear:
-                replace_activation(inner, name, IdentityStandIn(activations[name], shifts.get(name)))
-    return model
+    shifts = {name: possible_shift(known[name].neighbourhood) for name in wanted} if shift_padding else {}
+    activations = isolate_activations(model, gates=gates)
+    like = _floating(model)
+    with _paddings_unshifted(model):
+        for name, (fit, trainable) in wanted.items():
+            made: StandIn
+            if fit is None:
+                made = IdentityStandIn(activations[name], shifts.get(name))
+            else:
+                made = AffineStandIn(activations[name], fit, trainable, shifts.get(name)).to(like)
+            replace_activation(model, name, made)
+
+
+def _checked(
+    statistics: Mapping[str, AffineFit] | None, stand_in: str, names: Iterable[str]
+) -> Mapping[str, AffineFit]:
+    """Return the affine for each name; none for identities."""
+    if stand_in == "identity":
+        if statistics is not None:
+            raise ValueError("Expected argument `statistics` to be None: the identity stand-in takes no statistics")
+        return {}
+    for name in names:
+        if not isinstance((statistics or {}).get(name), AffineFit):
+            raise ValueError(
+                f"Expected argument `statistics` to hold the affine of {name!r}, as `measure_affines(model, batches)` "
+                f"returns it, but got {(statistics or {}).get(name)!r}"
+            )
+    return statistics or {}
+
+
+def _floating(model: nn.Module) -> torch.Tensor:
+    """Return a tensor of the model's dtype, on its device."""
+    return next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
 
 
 def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
@@ -204,8 +156,7 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
             activation = linear[name].activation
             activation.train(linear[name].training)
             if next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
-                like = next((tensor for tensor in inner.parameters() if tensor.is_floating_point()), torch.empty(0))
-                activation.to(like.device, like.dtype)
+                activation.to(_floating(inner))
             replace_activation(inner, name, activation)
     return model
 
@@ -224,9 +175,9 @@ def _shifts(model: nn.Module) -> list[PaddingShift]:
     return [stand_in.shift for stand_in in stand_ins(model).values() if stand_in.shift is not None]
 
 
-def stand_ins(model: nn.Module) -> dict[str, IdentityStandIn]:
+def stand_ins(model: nn.Module) -> dict[str, StandIn]:
     """Return qualified name -> stand-in for every linearized activation."""
-    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, IdentityStandIn)}
+    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, StandIn)}
 
 
 def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
@@ -274,8 +225,9 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
     """Restore some activations and make others linear as they are marked."""
     restore(model, restored)
     # What shifts a padding saw the others linear when it did.
-    linearize(model, [name for name, mark in linearized.items() if not mark.shifts_padding])
-    linearize(model, [name for name, mark in linearized.items() if mark.shifts_padding], shift_padding=True)
+    for shifts in (False, True):
+        wanted = {name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts}
+        _make_linear(unwrap(model), {name: (mark.blank(), mark.trainable) for name, mark in wanted.items()}, shifts)
 
 
 def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, ActivationSite], frozenset[str]]:

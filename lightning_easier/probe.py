@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites, unwrap
+from lightning_easier.affines import AffineFit, AffineStatistics
 from lightning_easier.arguments import check_share
 from lightning_easier.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
 from lightning_easier.hooks import HookOfOneModel
@@ -28,6 +29,7 @@ class EntropyProbe:
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
         sample: Share of the samples of each batch that is counted, in (0, 1]; they are drawn pseudo-randomly, by the
             number of the batch, so that every run draws the same.
+        affines: Whether the sums for the affine that comes closest to each activation are taken as well.
 
     Raises:
         ValueError: If a glob of ``neuron_dim`` matches no activation, or ``sample`` is out of range.
@@ -44,7 +46,12 @@ class EntropyProbe:
     """
 
     def __init__(
-        self, sites: Sequence[ActivationSite], neuron_dim: Mapping[str, int] | None = None, *, sample: float = 1.0
+        self,
+        sites: Sequence[ActivationSite],
+        neuron_dim: Mapping[str, int] | None = None,
+        *,
+        sample: float = 1.0,
+        affines: bool = False,
     ) -> None:
         check_share("sample", sample)
         self.paused = False
@@ -62,6 +69,7 @@ class EntropyProbe:
         for site in sites:
             axes = [axis for glob, axis in (neuron_dim or {}).items() if fnmatchcase(site.name, glob)]
             self._metrics[site.name] = ActivationEntropy(neuron_dim=axes[-1] if axes else site.neuron_dim)
+        self._affines = {name: AffineStatistics(metric.neuron_dim) for name, metric in self._metrics.items() if affines}
 
     def __enter__(self) -> "EntropyProbe":
         self.attach()
@@ -93,12 +101,12 @@ class EntropyProbe:
     def reset(self) -> None:
         """Forget the counts."""
         self._calls = dict.fromkeys(self._calls, 0)
-        for metric in self._metrics.values():
+        for metric in (*self._metrics.values(), *self._affines.values()):
             metric.reset()
 
     def to(self, device: torch.device) -> "EntropyProbe":
         """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
-        for metric in self._metrics.values():
+        for metric in (*self._metrics.values(), *self._affines.values()):
             metric.to(device)
         return self
 
@@ -109,9 +117,14 @@ class EntropyProbe:
 
         Returns:
             Name -> ``on`` and ``off``, int64 tensors of shape ``(neurons,)`` on the CPU, and ``calls``, how often the
-            activation was called, on the process where that was most often. What was not called has no neurons.
+            activation was called, on the process where that was most often. What was not called has no neurons. With
+            ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
         """
-        return dict(zip(self._metrics, reduced_counts(list(self._metrics.values()), self._calls.values()), strict=True))
+        counts = reduced_counts(list(self._metrics.values()), self._calls.values())
+        by_name = dict(zip(self._metrics, counts, strict=True))
+        for name, statistics in self._affines.items():
+            by_name[name]["affine"] = statistics.merged()
+        return by_name
 
     def resume(self, counts: Mapping[str, Mapping[str, Any]], is_global_zero: bool = True) -> None:
         """Go on from what :meth:`counts` returned; one process takes all counts, since they will be summed."""
@@ -119,6 +132,8 @@ class EntropyProbe:
             self._calls[name] = count["calls"]
             if is_global_zero and count["on"].numel():
                 self._metrics[name].add(count["on"], count["off"])
+                if name in self._affines and "affine" in count:
+                    self._affines[name].add(count["affine"])
 
     def entropies(self) -> dict[str, float]:
         """Compute the entropy of each activation in bits, over all batches and processes, in execution order.
@@ -141,6 +156,14 @@ class EntropyProbe:
             )
         return entropies
 
+    def affines(self) -> dict[str, AffineFit]:
+        """Compute the affine that comes closest to each activation, over all batches and processes.
+
+        Every process has to call this. Activations that were not called are left out.
+        """
+        called = [name for name, count in self.counts().items() if count["on"].numel()]
+        return {name: self._affines[name].fit() for name in called}
+
     def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,13 +173,17 @@ class EntropyProbe:
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
             if metric.device != pre_activation.device:
-                metric.to(pre_activation.device)
+                self.to(pre_activation.device)
             call = self._calls[name]
             self._calls[name] += 1
             try:
                 if self._sampler is not None:
                     pre_activation = self._sampler(pre_activation, call, metric.neuron_dim)
                 metric.update(pre_activation)
+                if name in self._affines:
+                    # a copy, which one that works in place may write into
+                    activation = module.forward(pre_activation.clone(), *args[1:])
+                    self._affines[name].update(pre_activation, activation)
             except (TypeError, ValueError) as error:
                 raise type(error)(
                     f"The entropy of activation `{name}` can't be measured: {error}. Exclude it, or override its "
@@ -203,6 +230,57 @@ def measure_entropy(
         >>> measure_entropy(model, [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]])])
         {'1': 1.0}
     """
+    return _measured(model, batches, max_batches, neuron_dim, gates, affines=False).entropies()
+
+
+def measure_affines(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    neuron_dim: Mapping[str, int] | None = None,
+    gates: bool | Iterable[str] = False,
+) -> dict[str, AffineFit]:
+    """Measure the affine that comes closest to each activation, over all batches together.
+
+    Scale and offset of each channel are those of least squares: ``linearize(model, names, stand_in="affine",
+    statistics=...)`` puts them in the place of the activations. The model is left as :func:`measure_entropy` leaves it.
+
+    Args:
+        model: Any module.
+        batches: As for :func:`measure_entropy`.
+        neuron_dim: As for :func:`measure_entropy`.
+        gates: As for :func:`measure_entropy`.
+
+    Returns:
+        Qualified name -> scale, offset, axis of the channels and the share of variance explained, in execution order.
+        Activations that are not called are left out.
+
+    Raises:
+        TypeError: As :func:`measure_entropy`.
+        ValueError: As :func:`measure_entropy`.
+        RuntimeError: If no activation was called.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> list(measure_affines(model, [torch.randn(8, 1)]))
+        ['1']
+    """
+    probe = _measured(model, batches, None, neuron_dim, gates, affines=True)
+    return probe.affines()
+
+
+def _measured(
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_batches: int | None,
+    neuron_dim: Mapping[str, int] | None,
+    gates: bool | Iterable[str],
+    *,
+    affines: bool,
+) -> EntropyProbe:
+    """Run a model over batches with its activations measured."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
     if isinstance(batches, Tensor):
@@ -218,7 +296,7 @@ def measure_entropy(
         )
     device = device_of(inner)
     seen = 0
-    with EntropyProbe(sites, neuron_dim) as probe, evaluation_mode(inner):
+    with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
         for batch in batches:
             forward(inner, (model_input(batch).to(device),), "batches")
             seen += 1
@@ -226,4 +304,4 @@ def measure_entropy(
                 break
     if seen == 0:
         raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
-    return probe.entropies()
+    return probe

@@ -184,6 +184,30 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A chain that a fitted operator has taken the place of.
+
+    Attributes:
+        sites: The activations in it.
+        operators: Its operators.
+        kind: Of the operator: ``"convolution"``, ``"pointwise"``, ``"separable"``, ``"linear"``, ``"low-rank"`` or
+            ``"affine"``.
+        explained: Share of the variance of the chain's output that it explains on data held out.
+        price_before: Of the chain, in the unit of the objective.
+        price_after: Of the operator.
+        objective: What the prices are of.
+    """
+
+    sites: tuple[str, ...]
+    operators: tuple[str, ...]
+    kind: str
+    explained: float
+    price_before: float
+    price_after: float
+    objective: str
+
+
 @dataclass
 class CollapseReport(Report):
     """What a collapse merged, what it did not and why, and the model's cost before and after.
@@ -198,6 +222,7 @@ class CollapseReport(Report):
         relative_difference: Of the collapsed model's output on the example inputs, ``‖y - y₀‖ / ‖y₀‖``.
         relative_difference_float64: The same with both in float64, before the new weights were rounded; None for a
             model that does not run in float64.
+        fitted: What fitted operators have taken the place of. The differences are from the model that has them.
     """
 
     merges: list[Merge]
@@ -208,9 +233,10 @@ class CollapseReport(Report):
     after: ModelCost
     relative_difference: float
     relative_difference_float64: float | None
+    fitted: list[Fitted] = field(default_factory=list)
 
     def tables(self) -> Iterator[Table]:
-        """Yield the costs, the merges and the refusals."""
+        """Yield the costs, what was fitted, the merges and the refusals."""
         b, a = self.before, self.after
         yield Table(
             "Collapse",
@@ -233,6 +259,12 @@ class CollapseReport(Report):
                 ),
             ],
         )
+        if self.fitted:
+            rows = [
+                (" + ".join(f.operators), f.kind, f"{f.explained:.1%}",
+                 f"{_price(f, f.price_before)} → {_price(f, f.price_after)}") for f in self.fitted
+            ]  # fmt: skip
+            yield Table("Fitted", ("chain", "by", "variance explained", "price"), rows)
         merges = [(" + ".join(m.operators), m.into, f"{_price(m, m.price_before)} → {_price(m, m.price_after)}")
                   for m in self.merges]  # fmt: skip
         if self.fused:
@@ -243,6 +275,81 @@ class CollapseReport(Report):
             yield Table(
                 "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
             )
+
+
+@dataclass
+class Trial:
+    """A chain that a fitted operator was tried in the place of.
+
+    Attributes:
+        sites: The activations in it.
+        operators: Its operators.
+        kind: Of the fitted operator, as in :class:`Fitted`.
+        explained: Share of the variance of the chain's output that it explains on data held out.
+        drift: Share of the variance of the model's outputs that changes if this chain alone goes.
+        price_before: Of the chain, in the unit of the objective.
+        price_after: Of the operator.
+        objective: What the prices are of.
+        score: Of the model with it; None if it was not evaluated.
+        kept: Whether it stayed.
+        reason: Why it did not.
+    """
+
+    sites: tuple[str, ...]
+    operators: tuple[str, ...]
+    kind: str
+    explained: float
+    drift: float
+    price_before: float
+    price_after: float
+    objective: str
+    score: float | None = None
+    kept: bool = True
+    reason: str | None = None
+
+
+@dataclass
+class CompressReport(Report):
+    """What a compression tried, kept and took back, and what the model costs before and after.
+
+    Attributes:
+        trials: What was tried, in order.
+        reasons: Activation -> why nothing was tried for it.
+        score: Of the model as it was given; None if it was not evaluated.
+        before: Cost of the model as it was given, in eval mode.
+        after: Cost of the result.
+        exact: Cost of the model as it was given, collapsed exactly: what is to be had without a fit.
+        collapse: What the final collapse merged of the fitted model.
+    """
+
+    trials: list[Trial]
+    reasons: dict[str, str]
+    score: float | None
+    before: ModelCost
+    after: ModelCost
+    exact: ModelCost
+    collapse: CollapseReport
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the costs, and what was tried."""
+        costs = [("as given", self.before, self.score), ("collapsed exactly", self.exact, self.score)]
+        last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
+        costs.append(("compressed", self.after, last))
+        rows = [
+            (name, str(cost.depth), f"{cost.macs:,}", f"{cost.latency.median * 1e3:.3f}",
+             _ratio(self.before.latency.median, cost.latency.median), _number(score))
+            for name, cost, score in costs
+        ]  # fmt: skip
+        yield Table("Compression", ("", "depth", "MACs", "latency [ms]", "faster", "score"), rows)
+        if self.trials:
+            yield Table(
+                "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),
+                [(" + ".join(t.operators), t.kind, f"{t.explained:.1%}", f"{t.drift:.2%}",
+                  f"{_price(t, t.price_before)} → {_price(t, t.price_after)}", _number(t.score),
+                  "kept" if t.kept else str(t.reason)) for t in self.trials],
+            )  # fmt: skip
+        if self.reasons:
+            yield Table("Not tried", ("activation", "reason"), list(self.reasons.items()))
 
 
 @dataclass(frozen=True)
@@ -362,5 +469,5 @@ def _ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}×" if after else "-"
 
 
-def _price(merge: Merge, value: float) -> str:
+def _price(merge: Merge | Fitted | Trial, value: float) -> str:
     return f"{value * 1e6:.1f} µs" if merge.objective == "latency" else f"{value:,.0f} {merge.objective}"

@@ -283,7 +283,6 @@ def test_a_wrong_merge_does_not_get_out(monkeypatch):
         ((nn.Linear(3, 3), torch.randn(2, 4)), {}, ValueError, r"`example_inputs`.*a tensor of shape \(2, 4\)"),
         ((nn.Linear(3, 3), "x"), {}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
         (("x", torch.randn(2, 3)), {}, TypeError, "`model` to be a torch.nn.Module, but got str"),
-        ((nn.Linear(3, 3), torch.randn(2, 3)), {"mode": "fit"}, ValueError, "`mode` to be 'exact', but got 'fit'"),
         ((nn.Linear(3, 3), torch.randn(2, 3)), {"objective": "size"}, ValueError, "`objective` to be one of"),
         ((nn.Linear(3, 3), torch.randn(2, 3)), {"sites": ["a"]}, ValueError, "`sites` and `calibration` to be None"),
     ],

@@ -137,8 +137,8 @@ def test_bad_names_are_refused_and_the_model_is_as_it_was(arguments, error, mess
 
 def test_bad_stand_ins_are_refused():
     model = make_mlp()
-    with pytest.raises(ValueError, match=r"`stand_in` to be one of \('identity',\), but got 'affine'"):
-        linearize(model, ["3"], stand_in="affine")
+    with pytest.raises(ValueError, match=r"`stand_in` to be one of \('identity', 'affine'\), but got 'zero'"):
+        linearize(model, ["3"], stand_in="zero")
     with pytest.raises(ValueError, match="`statistics` to be None"):
         linearize(model, ["3"], statistics={"3": (1.0, 0.0)})
     with pytest.raises(ValueError, match="linearized activations, but got '3'; linear are"):

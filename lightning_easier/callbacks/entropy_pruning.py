@@ -46,6 +46,7 @@ from lightning_easier.dashboard import Dashboard, entropy_key
 from lightning_easier.linearize import stand_ins
 from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import CandidateReport, PruningReport, Round
+from lightning_easier.stand_in import STAND_INS
 
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
@@ -103,6 +104,9 @@ class EntropyPruningCallback(Callback):
         sample: Share of the samples of each batch that is counted, in (0, 1], for a smaller overhead.
         dry_run: Only list what would be done: the run stops where the first decision falls, and :attr:`candidates`
             holds the list. With ``trainer.validate`` it needs no training.
+        stand_in: What takes the place of an activation: the identity (EASIER), or the affine that comes closest to it,
+            a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, keeps
+            more of the accuracy, and is not trained.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -148,6 +152,7 @@ class EntropyPruningCallback(Callback):
         best_per_depth: bool = False,
         sample: float = 1.0,
         dry_run: bool = False,
+        stand_in: Literal["identity", "affine"] = "identity",
     ) -> None:
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
@@ -182,6 +187,8 @@ class EntropyPruningCallback(Callback):
         self.best_per_depth = best_per_depth
         self.sample = sample
         self.dry_run = dry_run
+        check_choice("stand_in", stand_in, STAND_INS)
+        self.stand_in = stand_in
 
         self._state = PruningState()
         self._taken_up = False  # whether the state is that of a checkpoint
@@ -192,7 +199,9 @@ class EntropyPruningCallback(Callback):
         self._active = False
         self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
-        self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample)
+        self._measurement = Measurement(
+            self.gates, self.exclude or (), self.neuron_dim, sample, affines=stand_in == "affine"
+        )
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
@@ -349,7 +358,7 @@ class EntropyPruningCallback(Callback):
         if self._measurement.is_counting:
             self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
             if trainer.state.fn == TrainerFn.FITTING:
-                self._state.entropies = self._measured
+                self._state.entropies, self._state.affines = self._measured, self._measurement.affines
             self._log_entropies(trainer, pl_module)
         self._log_progress(trainer, pl_module)
 
@@ -442,6 +451,7 @@ class EntropyPruningCallback(Callback):
             if state.counts is not None:
                 self._count_on(trainer, pl_module)
                 state.entropies = self._measurement.finish(pl_module, state.entropies_of_last_good)
+                state.affines = self._measurement.affines
             if not state.score_comes_from_validation:  # what an epoch of training has logged is not in a checkpoint
                 state.score = None
             if not state.epoch_end_begun:
@@ -491,7 +501,7 @@ class EntropyPruningCallback(Callback):
             self._count_on(trainer, pl_module)
         if self._measurement.is_counting:
             self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
-            state.entropies = self._measured
+            state.entropies, state.affines = self._measured, self._measurement.affines
             self._log_entropies(trainer, pl_module)
         if not trainer.enable_validation:
             self._log_progress(trainer, pl_module)
@@ -628,7 +638,8 @@ class EntropyPruningCallback(Callback):
         names = trainer.strategy.broadcast(names)
         if not set(names) <= set(eligible):
             raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
-        return Choice(names, {name: eligible[name] for name in names}) if names else None
+        affines = {name: state.affines_of_last_good[name] for name in names if self.stand_in == "affine"}
+        return Choice(names, {name: eligible[name] for name in names}, affines) if names else None
 
     def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
         """Say what would be done."""
@@ -653,7 +664,7 @@ class EntropyPruningCallback(Callback):
         before = state.kept[-1].score_after
         state.plateaus_of_last_good = plateaus(trainer)
         wiring.check_parameters_may_leave(trainer, pl_module, choice.names)
-        shifts, dropped = surgery.make_linear(trainer, pl_module, choice.names, self.shift_padding)
+        shifts, dropped = surgery.make_linear(trainer, pl_module, choice, self.shift_padding)
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
@@ -682,7 +693,8 @@ class EntropyPruningCallback(Callback):
         put_plateaus(trainer, state.plateaus_of_last_good)
         self._measurement.structure_changed()
         state.dropped = []
-        state.entropies, state.score = dict(state.entropies_of_last_good), kept[-1].score_after
+        state.entropies, state.affines = dict(state.entropies_of_last_good), dict(state.affines_of_last_good)
+        state.score = kept[-1].score_after
         decision = state.decision
         state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)
         self._scores.forget(trainer)

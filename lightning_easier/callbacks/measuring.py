@@ -24,15 +24,21 @@ class Measurement:
         exclude: Name globs of activations that are not measured.
         neuron_dim: Axis of the neurons by name glob.
         sample: Share of each batch that is counted.
+        affines: Whether the affine that comes closest to each activation is measured too.
+
+    Attributes:
+        affines: Name -> that affine, as measured last, as plain data.
     """
 
     def __init__(
-        self, gates: Sequence[str], exclude: Sequence[str], neuron_dim: Mapping[str, int], sample: float
+        self, gates: Sequence[str], exclude: Sequence[str], neuron_dim: Mapping[str, int], sample: float, affines: bool
     ) -> None:
         self._gates = gates
         self._exclude = exclude
         self._neuron_dim = neuron_dim
         self._sample = sample
+        self._with_affines = affines
+        self.affines: dict[str, dict[str, Any]] = {}
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for
         self._probe: EntropyProbe | None = None
@@ -57,7 +63,9 @@ class Measurement:
         neuron_dim = {  # what an axis was given for may be linear by now
             glob: axis for glob, axis in self._neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
         }
-        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample).to(pl_module.device)
+        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample, affines=self._with_affines).to(
+            pl_module.device
+        )
         self._probe.attach()
         wiring.forget_compiled_code(pl_module)
 
@@ -86,8 +94,11 @@ class Measurement:
         probe = self._probe
         self.stop()
         wiring.forget_compiled_code(pl_module)
+        self.affines = {}
         if known and not any(name in known for name in probe.names):
             return {}
+        if self._with_affines:
+            self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
         return probe.entropies()
 
     def detach(self) -> None:

@@ -71,7 +71,7 @@ class Policy:
             state.rejections = 0
             if state.entropies is None:  # the end of the run came before they were measured
                 return False
-            state.entropies_of_last_good = dict(state.entropies)
+            state.entropies_of_last_good, state.affines_of_last_good = dict(state.entropies), dict(state.affines)
             return True
         state.rejections += 1
         state.rejected += this.removed

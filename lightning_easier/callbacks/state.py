@@ -16,10 +16,12 @@ class Choice:
     Attributes:
         names: The activations.
         entropies: Their entropies in bits.
+        affines: Name -> the affine that takes its place, as plain data; none for identities.
     """
 
     names: list[str]
     entropies: dict[str, float]
+    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +59,7 @@ class PruningState:
         epochs: Training epochs finished in the round.
         ended: Training epochs of the whole run whose end was seen.
         entropies: Those of the structure as it is, in bits; None while it was not measured.
+        affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
         score: The monitored score of the structure as it is; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
@@ -71,6 +74,7 @@ class PruningState:
         folder: Where the run keeps its checkpoints.
         last_good: File name of the last round that was kept.
         entropies_of_last_good: All entropies that were measured at its end.
+        affines_of_last_good: The affines that were.
         scores_of_last_good: All that was logged by then.
         plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
         rejected: Activations whose removal was taken back.
@@ -83,6 +87,7 @@ class PruningState:
     epochs: int = 0
     ended: int = 0
     entropies: dict[str, float] | None = None
+    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
@@ -97,6 +102,7 @@ class PruningState:
     folder: str | None = None
     last_good: str | None = None
     entropies_of_last_good: dict[str, float] = field(default_factory=dict)
+    affines_of_last_good: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores_of_last_good: dict[str, float] = field(default_factory=dict)
     plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
@@ -124,6 +130,7 @@ class PruningState:
         self.rounds.append(this)
         self.epochs = 0
         self.entropies = self.score = None
+        self.affines = {}
         self.validated = self.validated_this_epoch = False
 
     def path_of(self, file: str | None) -> Path | None:

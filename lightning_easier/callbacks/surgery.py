@@ -18,16 +18,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_easier.affines import AffineFit
 from lightning_easier.callbacks.files import loads_into_model
 from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
 from lightning_easier.callbacks.recipe import clear_gradients
+from lightning_easier.callbacks.state import Choice
 from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
 
 
 def make_linear(
-    trainer: Trainer, pl_module: LightningModule, names: Sequence[str], shift_padding: bool
+    trainer: Trainer, pl_module: LightningModule, choice: Choice, shift_padding: bool
 ) -> tuple[dict[str, str], list[Position]]:
     """Make activations linear.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The model.
+        choice: The activations, and the affines that take their places, if any do.
+        shift_padding: Whether paddings move.
 
     Returns:
         Name -> the padding that was moved, and where parameters that are gone were in the optimizers.
@@ -35,8 +43,12 @@ def make_linear(
     Raises:
         RuntimeError: If the processes do not hold the same model afterwards.
     """
+    names = choice.names
     modules = {name: pl_module.get_submodule(name) for name in names}
-    linearize(pl_module, names, shift_padding=shift_padding)
+    affines = {name: AffineFit(**plain) for name, plain in choice.affines.items()}
+    for stand_in, statistics in (("affine", affines), ("identity", None)):
+        these = [name for name in names if (name in affines) == (stand_in == "affine")]
+        linearize(pl_module, these, stand_in=stand_in, statistics=statistics, shift_padding=shift_padding)
     linear = stand_ins(pl_module)
     shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
     gone = _lost(pl_module, list(modules.values()))
@@ -192,6 +204,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, stand_in in stand_ins(model).items():
         digest.update(f"{name} {stand_in.mark};".encode())
+        for buffer in stand_in.buffers():
+            digest.update(buffer.detach().double().cpu().numpy().tobytes())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
         if isinstance(parameter, DTensor):  # every process has another part of it

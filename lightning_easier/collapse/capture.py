@@ -22,8 +22,8 @@ from lightning_easier.collapse.guards import SizeGuards
 from lightning_easier.collapse.nodes import ALIASES, NUMBER, WRITES
 from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.inference import has_hooks, relative_difference, tolerance_for
-from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.rectifiers import is_activation
+from lightning_easier.stand_in import StandIn
 from lightning_easier.tracing import RecordingProxy, is_readable, modes
 
 _logger = logging.getLogger(__name__)
@@ -176,9 +176,9 @@ class _ModelTracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self._opaque or isinstance(m, IdentityStandIn) or is_activation(m) or has_hooks(m):
+        if m in self._opaque or isinstance(m, StandIn) or is_activation(m) or has_hooks(m):
             return True
-        if any(isinstance(part, IdentityStandIn) for part in m.modules()):  # torch's own layers too, a transformer's
+        if any(isinstance(part, StandIn) for part in m.modules()):  # torch's own layers too, a transformer's
             return False
         return module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name)
 

@@ -12,7 +12,7 @@ from lightning_easier.collapse.nodes import ALIASES, changes_its_input, constant
 from lightning_easier.collapse.reading import Link, Reader
 from lightning_easier.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.inference import has_hooks
-from lightning_easier.linearize import IdentityStandIn
+from lightning_easier.stand_in import IdentityStandIn
 
 _SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub", "subtract", "subtract_")
 _CONCATENATIONS = ("cat", "concat", "concatenate")

@@ -1,17 +1,19 @@
 """Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_easier.activations import unwrap
+from lightning_easier.activations import isolate_activations, unwrap
+from lightning_easier.arguments import check_choice, check_non_negative
 from lightning_easier.collapse.capture import capture
 from lightning_easier.collapse.chains import depth
 from lightning_easier.collapse.errors import CaptureError, CollapseError
+from lightning_easier.collapse.fitting import ChainPrices, Choice, fit_chains
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
 from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.collapse.steps import Steps
@@ -30,8 +32,9 @@ from lightning_easier.costs import (
     measure_activation_memory,
     measure_latency,
 )
-from lightning_easier.inference import as_arguments, forward
-from lightning_easier.report import CollapseReport, ModelCost
+from lightning_easier.inference import as_arguments, forward, model_inputs
+from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
+from lightning_easier.stand_in import Absorbed
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def collapse(
     mode: Literal["exact", "fit"] = "exact",
     objective: Objective = "latency",
     sites: Sequence[str] | None = None,
-    calibration: Any = None,
+    calibration: Iterable[Any] | None = None,
     latencies: LatencyTable | None = None,
+    slack: float = 0.02,
 ) -> CollapseResult:
     """Turn what is linear in a row into the cheapest equal operators, exactly.
 
@@ -65,16 +69,28 @@ def collapse(
     value) are cut into pieces, each of which becomes one operator, so that the total price is least. A plan that does
     not beat what is there is not carried out.
 
+    With ``mode="fit"``, first the chain around each activation in ``sites`` (operator, activation, operator; several in
+    a row where they share operators) is replaced by one operator, fitted by least squares to what the chain computes on
+    the calibration data. The cheapest is taken of those that represent it well: a convolution of the size of the
+    largest in the chain, a 1×1 or a depthwise and a pointwise one, a Linear, a product of two smaller ones, or an
+    affine. Chains are fitted in execution order, each on what the last has left, with a quarter of the samples held
+    out; the report tells the share of variance that is explained there.
+
     Args:
         model: Any module that ``torch.fx`` or ``torch.export`` can trace, in part at least; it is not changed.
         example_inputs: A tensor, or the tuple of the forward's positional arguments, on the model's device. Prices and
             costs are those at this shape.
-        mode: ``"exact"``: the same function. ``"fit"`` is not supported yet.
+        mode: ``"exact"``: the same function. ``"fit"``: besides, chains around activations are replaced.
         objective: ``"latency"`` (measured on the inputs' device), ``"macs"`` (between equals, fewer operations), or
             ``"depth"`` (fewer operations). What does not improve it is not done.
-        sites: For ``mode="fit"`` only.
-        calibration: For ``mode="fit"`` only.
+        sites: For ``mode="fit"``: names of the activations, as :func:`~lightning_easier.isolate_activations` returns
+            them.
+        calibration: For ``mode="fit"``: batches, such as a DataLoader's; a tensor each, or a sequence whose first
+            elements are the forward's positional arguments.
         latencies: Times of operators; pass one table to several calls, and what was timed once is not timed again.
+
+        slack: For ``mode="fit"``: how much less of the variance than the best operator one may explain to be taken
+            for its price.
 
     Returns:
         The collapsed model, an ordinary module in eval mode, and a report.
@@ -82,7 +98,7 @@ def collapse(
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
         ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, the model does not
-            accept ``example_inputs``, or its outputs can't be compared.
+            accept ``example_inputs`` or ``calibration``, or its outputs can't be compared.
         CollapseError: If the model can't be captured, or the result differs from it on the example inputs (in
             float64, or after rounding); the message names the first operator where it does.
 
@@ -97,40 +113,115 @@ def collapse(
           (0): Linear(in_features=8, out_features=8, bias=True)
         )
     """
-    if mode != "exact":
-        raise ValueError(
-            f"Expected argument `mode` to be 'exact', but got {mode!r}; least-squares replacements ('fit') are not "
-            f"supported yet"
-        )
-    if sites is not None or calibration is not None:
+    check_choice("mode", mode, ("exact", "fit"))
+    if mode == "exact" and (sites is not None or calibration is not None):
         raise ValueError("Expected arguments `sites` and `calibration` to be None: they belong to mode='fit'")
     if objective not in OBJECTIVES:
         raise ValueError(f"Expected argument `objective` to be one of {OBJECTIVES}, but got {objective!r}")
+    check_non_negative("slack", slack)
     arguments = as_arguments(example_inputs)
     model = unwrap(model)
+    batches = [] if mode == "exact" else _batches(calibration, arguments)
+    table = LatencyTable() if latencies is None else latencies
     device = arguments[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return _collapse(model, arguments, objective, LatencyTable() if latencies is None else latencies)
+        source = _source(model, arguments)
+        fits = _Fits([], {})
+        fitted = source
+        if mode == "fit":
+            fitted = deepcopy(source)
+            fits = _fit(fitted, sites, batches, arguments, ChainPrices(objective, table), slack)
+        return _collapse(model, source, fitted, arguments, objective, table, fits)
 
 
-def _collapse(
-    model: nn.Module, arguments: Sequence[Tensor], objective: Objective, latencies: LatencyTable
-) -> CollapseResult:
-    """Collapse a model after its arguments were checked; everything runs on a copy."""
+class _Fits(NamedTuple):
+    """What was fitted, and why other sites were not."""
+
+    choices: list[Choice]
+    reasons: dict[str, str]
+
+
+def _source(model: nn.Module, arguments: Sequence[Tensor]) -> nn.Module:
+    """Copy a model for eval mode; everything runs on the copy."""
     source = _in_eval_mode(model)
     with torch.no_grad():
         expected = forward(source, copies(arguments), "example_inputs")
         check_comparable(expected, source)
         check_repeatable(model, source, expected, arguments)
+    return source
+
+
+def _batches(calibration: Iterable[Any] | None, arguments: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Return the forward's positional arguments for each batch, on the device of the example inputs."""
+    if calibration is None:
+        raise ValueError("Expected argument `calibration` to hold batches, which mode='fit' fits to, but got None")
+    if isinstance(calibration, Tensor):
+        raise TypeError(
+            "Expected argument `calibration` to be an iterable of batches, but got a tensor, whose samples would be "
+            "taken for batches. Pass `[tensor]`."
+        )
+    batches = [
+        tuple(x.to(like.device) for x, like in zip(model_inputs(batch, len(arguments)), arguments, strict=True))
+        for batch in calibration
+    ]
+    if not batches:
+        raise ValueError("Expected argument `calibration` to yield at least one batch, but it yielded none")
+    return batches
+
+
+def _fit(
+    fitted: nn.Module,
+    sites: Sequence[str] | None,
+    batches: list[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    slack: float,
+) -> _Fits:
+    """Replace the chains around activations in place."""
+    if sites is None or isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
+        raise TypeError(f"Expected argument `sites` to be a sequence of names of activations, but got {sites!r}")
+    known = isolate_activations(fitted, gates=True)
+    for name in sites:
+        if name not in known:
+            raise ValueError(
+                f"Expected argument `sites` to hold names of activations that are not linear, but got {name!r}, not "
+                f"one of {list(known)}"
+            )
+    with torch.no_grad():
+        forward(fitted, batches[0], "calibration")
+    return _Fits(*fit_chains(fitted, sites, batches, arguments, prices, slack))
+
+
+def _collapse(
+    model: nn.Module,
+    source: nn.Module,
+    fitted: nn.Module,
+    arguments: Sequence[Tensor],
+    objective: Objective,
+    latencies: LatencyTable,
+    fits: _Fits,
+) -> CollapseResult:
+    """Collapse a copy of a model after its arguments were checked.
+
+    Args:
+        model: The model as it was given.
+        source: A copy of it in eval mode.
+        fitted: What is collapsed exactly: the same, or a copy with fitted operators.
+        arguments: Example inputs.
+        objective: What is to be least.
+        latencies: Times that were measured already.
+        fits: What was fitted.
+    """
+    with torch.no_grad():
+        expected = fitted(*copies(arguments))
     try:
-        captured = capture(source, copies(arguments))
+        captured = capture(fitted, copies(arguments))
     except CaptureError as error:
         raise CollapseError(
             f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
             f"torch.fx or torch.export can trace."
         ) from error
     before = fx.GraphModule(captured, deepcopy(captured.graph))
-    depth_before = depth(captured)
 
     steps = Steps(captured, objective, latencies)
     steps.drop_assertions()
@@ -140,32 +231,44 @@ def _collapse(
     steps.merge()
     collapsed = steps.finish()
 
-    exactly, rounding = verify_in_float64(source, before, collapsed, arguments, expected)
+    exactly, rounding = verify_in_float64(fitted, before, collapsed, arguments, expected)
     steps.round()
     difference = verify_rounded(collapsed, arguments, expected, rounding, type(model).__name__)
 
     timed = deepcopy(source)
+    depth_before = depth(before if fitted is source else capture(deepcopy(source), copies(arguments)))
     arguments = copies(arguments)  # timing may write into them again and again
     with torch.no_grad():
         latency = measure_latency({"before": timed, "after": collapsed}, arguments)
         cost_before = _cost(timed, arguments, depth_before, latency["before"])
         cost_after = _cost(collapsed, arguments, depth(collapsed), latency["after"])
     result: nn.Module = collapsed
-    if not steps.changed:  # its own forward is as good, and may be faster than what was recorded of it
+    absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
+    if not (steps.changed or absorbed):  # its own forward is as good, and may be faster than what was recorded
         steps.dropped = []
         result, cost_after, difference, exactly = timed, cost_before, 0.0, 0.0
     if objective == "latency" and is_slower(latency["before"], latency["after"]):
         steps.give_up(type(model).__name__)
+        fits = _Fits([], {})
         result, cost_after, difference, exactly = timed, cost_before, 0.0, 0.0
+    refusals = [*(Refusal((site,), reason) for site, reason in fits.reasons.items()), *steps.refusals]
     report = CollapseReport(
-        steps.merges, steps.fused, steps.dropped, steps.refusals, cost_before, cost_after, difference, exactly
-    )
+        steps.merges, steps.fused, steps.dropped, refusals, cost_before, cost_after, difference, exactly,
+        [_record(choice, objective) for choice in fits.choices],
+    )  # fmt: skip
     for name, module in result.named_modules():
         if uses_batch_statistics(module):  # it has counted the runs above
             module.load_state_dict(model.get_submodule(name).state_dict())
     for node in collapsed.graph.nodes:
         node.meta.clear()  # shapes are those of the example inputs only
     return CollapseResult(result, report)
+
+
+def _record(choice: Choice, objective: Objective) -> Fitted:
+    chain, fit = choice.chain, choice.fit
+    return Fitted(
+        chain.sites, chain.operators, fit.kind, fit.explained, choice.price_before, choice.price_after, objective
+    )
 
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ from lightning_easier.collapse.nodes import (
     shape_of,
 )
 from lightning_easier.collapse.operators import as_affine, structure
+from lightning_easier.stand_in import AffineStandIn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -150,6 +151,11 @@ class Reader:
         name, kind = str(node.target), type(module)
         if kind in (nn.Linear, *AFFINES):
             return Link(node, value, name, module)
+        if kind is AffineStandIn and module.dim % len(before) in (1, len(before) - 1):
+            axis = -1 if module.dim % len(before) == len(before) - 1 else 1
+            made = ChannelAffine(len(module.weight), axis, device="meta")
+            made = with_tensors(made, module.weight, module.bias, module.weight.dtype)
+            return Link(node, value, name, made.eval().requires_grad_(module.mark.trainable))
         if kind in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             convolutions.padding_of(module)  # or it is not read
             return Link(node, value, name, module) if len(before) == len(module.kernel_size) + 2 else None

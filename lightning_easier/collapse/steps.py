@@ -19,8 +19,8 @@ from lightning_easier.collapse.writing import EQUALS, Trial, Writer
 from lightning_easier.costs import is_faster, measure_latency
 from lightning_easier.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.inference import device_of, has_hooks
-from lightning_easier.linearize import IdentityStandIn
 from lightning_easier.report import Merge, Refusal
+from lightning_easier.stand_in import StandIn
 from lightning_easier.tracing import input_of
 
 _IDENTITIES = (
@@ -149,7 +149,7 @@ class Steps:
                 continue
             kind, parts = type(module), list(module.modules())[1:]
             chains = sum(isinstance(part, OPERATORS) for part in parts) > 1 and not kind.__module__.startswith("torch.")
-            if chains or any(isinstance(part, IdentityStandIn) for part in parts):
+            if chains or any(isinstance(part, StandIn) for part in parts):
                 why = "has hooks" if has_hooks(module) else "can't be traced"
                 reason = f"stays whole: {kind.__name__} {why}, and torch.export can't take the model"
                 self.refusals.append(Refusal((str(node.target),), reason))

@@ -140,6 +140,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted |= {"kind": SlopeFirst, "pruning": {"on_reject": "next"}}
     if "training" in name:
         wanted["pruning"] = {"measure_on": "training"}
+    if "affine" in name:
+        wanted.setdefault("pruning", {}).update(stand_in="affine")
     if "uneven" in name:
         wanted["model"] = UnevenScores()
     if "rank 0" in name:

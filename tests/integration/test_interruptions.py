@@ -26,6 +26,8 @@ RECIPES = {
     "two validations": ((0.9,), {}, {"val_check_interval": 1}),
     "rare validations": ((0.9,), {}, {"check_val_every_n_epoch": 2, "epochs": 5}),
     "long rounds": ((0.9,), {"epochs_per_round": 2, "warmup_epochs": 1}, {"epochs": 6}),
+    "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "stand_in": "affine"}, {"epochs": 5}),
+    "affine on training": ((0.9,), {"measure_on": "training", "stand_in": "affine"}, {}),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
     "steps": ((0.9,), {"measure_on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
 }

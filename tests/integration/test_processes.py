@@ -21,11 +21,12 @@ SCRIPT = "tests.integration.processes"
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
     "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
-    "not shared", "sometimes called", "logged on rank 0", "drift", "borrowed",
+    "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "not shared", "sometimes called",
+    "logged on rank 0", "drift", "borrowed",
 ]  # fmt: skip
 SHARDED = [
-    "sharded", "sharded, taken back", "sharded, one file, taken back", "sharded, resumed", "sharded, one file, resumed",
-    "sharded, slope",
+    "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
+    "sharded, resumed", "sharded, one file, resumed", "sharded, slope",
 ]  # fmt: skip
 REFUSED = {"not shared", "drift", "borrowed", "sharded, slope"}
 

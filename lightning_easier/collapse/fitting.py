@@ -1,0 +1,406 @@
+"""Replace chains around activations that are not linear by single operators, fitted to what the chains compute.
+
+A chain is an operator, an activation and an operator, or several of these in a row, with batch norms and idle dropouts
+between. The fitted operator takes the place of the first; all that is behind it in the chain becomes an identity, so
+that the forward of the model stays as it is written, and an exact collapse takes the identities out.
+"""
+
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_easier.activations import replace_activation
+from lightning_easier.adjacency import Adjacency
+from lightning_easier.collapse.convolutions import CONVOLUTIONS
+from lightning_easier.collapse.least_squares import Fit, Geometry, Moments, fits
+from lightning_easier.collapse.prices import LatencyTable, Objective
+from lightning_easier.costs import count_macs
+from lightning_easier.discovery import Discovery
+from lightning_easier.inference import evaluation_mode
+from lightning_easier.neighbourhood import Meeting
+from lightning_easier.padding import numeric_padding
+from lightning_easier.rectifiers import GATES
+from lightning_easier.stand_in import Absorbed
+
+# Positions of the calibration data that are used: as many for each unknown, but not fewer than so many.
+_POSITIONS_FOR_EACH_UNKNOWN, _FEWEST_POSITIONS = 8, 2**17
+
+
+@dataclass(frozen=True)
+class FitChain:
+    """What one fitted operator would replace.
+
+    Attributes:
+        sites: Names of the activations, in execution order.
+        operators: Names of the operators around them.
+        between: Names of what else lies between them: batch norms and idle dropouts.
+        geometry: Which values of the input the fitted operator reads.
+    """
+
+    sites: tuple[str, ...]
+    operators: tuple[str, ...]
+    between: tuple[str, ...]
+    geometry: Geometry
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Names of all but the first operator, which become identities."""
+        return (*self.sites, *self.between, *self.operators[1:])
+
+
+class CannotFitError(Exception):
+    """No operator can take the place of a chain; the message is the reason."""
+
+
+class Chains:
+    """The chains of a model around some of its activations.
+
+    Args:
+        model: A model in eval mode, its activations isolated.
+        sites: Names of the activations.
+
+    Attributes:
+        reasons: Site -> why it is in no chain.
+    """
+
+    def __init__(self, model: nn.Module, sites: Collection[str]) -> None:
+        plan = Discovery(frozenset(GATES)).plan(model)
+        adjacency = Adjacency(model, plan)
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._meetings: dict[str, Meeting] = {}
+        self.reasons: dict[str, str] = {}
+        for site in plan.sites:
+            if site.name not in sites:
+                continue
+            around = site.neighbourhood
+            if len(around.meetings) != 1:
+                self.reasons[site.name] = around.reason or "several operators would meet there"
+                continue
+            (meeting,) = around.meetings
+            reason = adjacency.why_apart(meeting)
+            if reason is None:
+                self._meetings[site.name] = meeting
+            else:
+                self.reasons[site.name] = reason
+
+    def in_rows(self) -> list[FitChain]:
+        """Return the chains in execution order, as long as they are: all that lies in a row is one."""
+        return self._made(_runs(self._meetings))
+
+    def one_by_one(self) -> list[FitChain]:
+        """Return the chain around each activation alone, in execution order."""
+        return self._made([site] for site in self._meetings)
+
+    def _made(self, runs: Iterable[list[str]]) -> list[FitChain]:
+        chains = []
+        for run in runs:
+            try:
+                chains.append(_chain(self._model, run, [self._meetings[site] for site in run], self._names))
+            except CannotFitError as error:
+                self.reasons.update(dict.fromkeys(run, str(error)))
+        return chains
+
+
+def _runs(meetings: dict[str, Meeting]) -> Iterator[list[str]]:
+    """Yield the sites that lie in a row, each the operator behind it in common with the next."""
+    by_first = {meeting.first: site for site, meeting in meetings.items()}
+    behind = {meeting.second for meeting in meetings.values()}
+    for site, meeting in meetings.items():
+        if meeting.first in behind:
+            continue
+        run = [site]
+        while (following := by_first.get(meetings[run[-1]].second)) is not None:
+            run.append(following)
+        yield run
+
+
+def _chain(model: nn.Module, sites: list[str], meetings: list[Meeting], names: dict[nn.Module, str]) -> FitChain:
+    operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
+    between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
+    modules = [model.get_submodule(name) for name in operators]
+    inside = [name for name in between if name not in operators and name not in sites]
+    return FitChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules))
+
+
+def geometry_of(operators: Sequence[nn.Module]) -> Geometry:
+    """Return what an operator reads that is to take the place of several in a row.
+
+    Its kernel is the largest of theirs where it can lie in the middle of what they read together, else all of that.
+
+    Raises:
+        CannotFitError: If they are not of one kind.
+    """
+    if all(type(operator) is nn.Linear for operator in operators):
+        return Geometry(operators[0].in_features)  # type: ignore[arg-type]
+    kinds = {type(operator) for operator in operators}
+    if len(kinds) != 1 or not kinds <= {*CONVOLUTIONS}:
+        raise CannotFitError(f"no operator is fitted for {' and '.join(sorted(kind.__name__ for kind in kinds))}")
+    convolutions: list[Any] = list(operators)
+    axes = len(convolutions[0].kernel_size)
+    reach, padding, stride, largest = [1] * axes, [0] * axes, [1] * axes, [1] * axes
+    for convolution in convolutions:
+        numbers = numeric_padding(convolution)
+        if numbers is None or (any(numbers) and convolution.padding_mode != "zeros"):
+            raise CannotFitError("one of them pads by something else than zeros on both sides")
+        for axis in range(axes):
+            size = convolution.dilation[axis] * (convolution.kernel_size[axis] - 1) + 1
+            reach[axis] += (size - 1) * stride[axis]
+            padding[axis] += numbers[axis] * stride[axis]
+            stride[axis] *= convolution.stride[axis]
+            largest[axis] = max(largest[axis], size)
+    for axis in range(axes):
+        beside, uneven = divmod(reach[axis] - largest[axis], 2)
+        if uneven or padding[axis] < beside:
+            largest[axis] = reach[axis]
+        else:
+            padding[axis] -= beside
+    return Geometry(convolutions[0].in_channels, tuple(largest), tuple(stride), tuple(padding))
+
+
+class _EndOfChainError(BaseException):
+    """Ends a forward of which all that is wanted has been seen; no forward catches it."""
+
+
+def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ...]]) -> tuple[Moments, torch.Size]:
+    """Run a model up to the end of a chain, and sum up what goes in and what comes out.
+
+    Args:
+        model: The model, in eval mode.
+        chain: The chain.
+        batches: The forward's positional arguments, for each batch.
+
+    Returns:
+        The sums, and the shape of what goes in, of the first batch.
+
+    Raises:
+        CannotFitError: If the forward does not get there.
+    """
+    inputs: list[Tensor] = []
+    moments: list[Moments] = []
+    shapes: list[torch.Size] = []
+    wanted = max(_POSITIONS_FOR_EACH_UNKNOWN * chain.geometry.unknowns, _FEWEST_POSITIONS)
+    positions = -(-wanted // len(batches))
+
+    def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[:] = arguments[:1]
+
+    def end(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        (value,) = inputs
+        if not moments:
+            axis = 1 if chain.geometry.kernel else -1
+            moments.append(Moments.of(chain.geometry, output.shape[axis], output.device))
+            shapes.append(value.shape)
+        moments[0].add(value, output, positions)
+        raise _EndOfChainError
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
+        stack.callback(first.register_forward_pre_hook(begin).remove)
+        stack.callback(last.register_forward_hook(end).remove)
+        for arguments in batches:
+            try:
+                model(*arguments)
+            except _EndOfChainError:
+                continue
+            raise CannotFitError("the model's forward does not call it")
+    return moments[0], shapes[0]
+
+
+class ChainPrices:
+    """Tells what chains and fitted operators cost.
+
+    Args:
+        objective: What is to be least.
+        table: Times that were measured already.
+    """
+
+    def __init__(self, objective: Objective, table: LatencyTable) -> None:
+        self.objective: Objective = objective
+        self._table = table
+
+    def of(self, modules: dict[str, nn.Module], shape: torch.Size, like: Tensor) -> dict[str, float]:
+        """Return what modules cost at the shape of their input, those that were not timed yet timed together.
+
+        Args:
+            modules: The modules by name.
+            shape: Of the input.
+            like: A tensor of the dtype, on the device.
+        """
+        value = torch.randn(shape, dtype=like.dtype, device=like.device)
+        modules = {name: deepcopy(module).to(value).eval() for name, module in modules.items()}
+        if self.objective == "depth":
+            return {name: float(_depth(module)) for name, module in modules.items()}
+        if self.objective == "macs":
+            return {name: float(count_macs(module, (value,))) for name, module in modules.items()}
+        keys: dict[str, Hashable] = {
+            name: (str(module), tuple(shape), str(like.dtype), str(like.device), torch.get_num_threads())
+            for name, module in modules.items()
+        }
+        self._table.measure({keys[name]: partial(partial, module, value) for name, module in modules.items()})
+        return {name: self._table.seconds[key] for name, key in keys.items()}
+
+    def compared(self, after: float, before: float) -> str:
+        """Say in words what something would cost beside what it costs."""
+        if self.objective == "latency":
+            return f"{after * 1e6:.1f} µs instead of {before * 1e6:.1f} µs"
+        return f"{after:,.0f} {'MACs' if self.objective == 'macs' else 'operators'} instead of {before:,.0f}"
+
+
+def _depth(module: nn.Module) -> int:
+    return sum(type(part) in (nn.Linear, *CONVOLUTIONS) for part in module.modules())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The operator that was chosen for a chain.
+
+    Attributes:
+        chain: The chain.
+        fit: The operator, and how well it represents the chain.
+        price_before: Of the chain, in the unit of the objective.
+        price_after: Of the operator.
+    """
+
+    chain: FitChain
+    fit: Fit
+    price_before: float
+    price_after: float
+
+
+def choose(
+    model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices, slack: float
+) -> Choice:
+    """Choose the cheapest operator that represents a chain nearly as well as the best.
+
+    Args:
+        model: The model.
+        chain: The chain.
+        candidates: What was fitted.
+        shape: Of what goes into the chain.
+        prices: Tells what modules cost.
+        slack: How much less of the variance than the best it may explain.
+
+    Raises:
+        CannotFitError: If none of them is cheaper than the chain.
+    """
+    most = max(fit.explained for fit in candidates)
+    good = {str(number): fit for number, fit in enumerate(candidates) if fit.explained >= most - slack}
+    # in a collapse the batch norms between are folded
+    parts = [model.get_submodule(name) for name in _in_a_row(chain)]
+    weight: Tensor = parts[0].weight  # type: ignore[assignment]
+    wanted = {"": nn.Sequential(*parts), **{name: fit.operator for name, fit in good.items()}}
+    priced = prices.of(wanted, shape, weight)
+    best = min(good, key=priced.__getitem__)
+    if not priced[best] < priced[""]:
+        raise CannotFitError(f"does not pay: the cheapest takes {prices.compared(priced[best], priced[''])}")
+    return Choice(chain, good[best], priced[""], priced[best])
+
+
+def _in_a_row(chain: FitChain) -> Iterator[str]:
+    for operator, site in zip(chain.operators, chain.sites, strict=False):
+        yield operator
+        yield site
+    yield chain.operators[-1]
+
+
+def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """Put an operator in the place of a chain, in place.
+
+    Args:
+        model: The model, in eval mode.
+        choice: The operator.
+        arguments: Example inputs, for a forward that shows whether the model still runs.
+
+    Returns:
+        What was there before, by name; :func:`put` brings it back.
+
+    Raises:
+        CannotFitError: If it does not, since its forward reads more of the operators than what they compute; the model
+            is as it was.
+    """
+    chain = choice.chain
+    first: Any = model.get_submodule(chain.operators[0])
+    operator = deepcopy(choice.fit.operator).to(first.weight).eval()
+    old = {name: model.get_submodule(name) for name in (chain.operators[0], *chain.behind)}
+    put(model, {chain.operators[0]: operator, **{name: Absorbed().eval() for name in chain.behind}})
+    try:
+        with torch.no_grad():
+            model(*arguments)
+    except Exception as error:  # whatever the user's forward raises
+        put(model, old)
+        raise CannotFitError(f"the model does not run with an operator in its place: {error}") from error
+    return old
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules under their names."""
+    for name, module in modules.items():
+        replace_activation(model, name, module)
+
+
+def fit_chain(
+    model: nn.Module,
+    chain: FitChain,
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    slack: float,
+) -> Choice:
+    """Fit operators to what a chain computes, and choose one; the model is not changed.
+
+    Args:
+        model: A model in eval mode, its activations isolated.
+        chain: The chain.
+        batches: Calibration data: the forward's positional arguments, for each batch.
+        arguments: Example inputs, at whose shapes operators are priced.
+        prices: Tells what modules cost.
+        slack: How much less of the variance than the best an operator may explain to be chosen.
+
+    Raises:
+        CannotFitError: If no operator takes its place, with the reason.
+    """
+    moments, _ = gather(model, chain, batches)
+    _, shape = gather(model, chain, [tuple(arguments)])
+    return choose(model, chain, list(fits(moments)), shape, prices, slack)
+
+
+def fit_chains(
+    model: nn.Module,
+    sites: Sequence[str],
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    slack: float,
+) -> tuple[list[Choice], dict[str, str]]:
+    """Replace the chains around activations in place, one after the other: each is fitted to what the last has left.
+
+    Args:
+        model: A model in eval mode, its activations isolated.
+        sites: Names of the activations.
+        batches: As for :func:`fit_chain`.
+        arguments: As for :func:`fit_chain`.
+        prices: As for :func:`fit_chain`.
+        slack: As for :func:`fit_chain`.
+
+    Returns:
+        What was chosen, and site -> why nothing takes the place of its chain.
+    """
+    chains = Chains(model, sites)
+    choices = []
+    for chain in tqdm(chains.in_rows(), desc="Fitting", leave=False, delay=1, disable=None):
+        try:
+            choice = fit_chain(model, chain, batches, arguments, prices, slack)
+            replace(model, choice, arguments)
+            choices.append(choice)
+        except CannotFitError as error:
+            chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
+    return choices, chains.reasons

@@ -1,0 +1,157 @@
+"""Tests of compression without training."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_easier import compress, isolate_activations
+from lightning_easier.zoo import CifarResNet
+from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
+
+
+def mlps(count: int = 3) -> nn.Module:
+    """Residual MLPs, of which the later ones say less: their drift is smaller."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList(Mlp() for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for number, mlp in enumerate(self.mlps):
+                x = x + mlp(x) / (1 + 3 * number)
+            return x
+
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+BATCHES = [torch.randn(64, 8) for _ in range(4)]
+OPTIONS = {"objective": "macs"}
+
+
+def test_all_goes_that_pays_where_nothing_is_asked():
+    model = mlps()
+    before = copy.deepcopy(model.state_dict())
+    result = compress(model, BATCHES, **OPTIONS)
+    report = result.report
+    assert [trial.sites for trial in report.trials] == [("mlps.2.1",), ("mlps.1.1",), ("mlps.0.1",)]
+    assert all(trial.kept for trial in report.trials)
+    assert [trial.drift for trial in report.trials] == sorted(trial.drift for trial in report.trials)
+    assert report.before.depth == report.exact.depth == 6
+    assert report.after.macs < 0.3 * report.before.macs
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(isolate_activations(model)) == 3
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(result.fitted(x), result.model(x), rtol=1e-4, atol=1e-5)
+        share = (result.model(x) - model(x)).square().sum() / (model(x) - model(x).mean(0)).square().sum()
+    assert share < 0.2
+    text = str(report)
+    assert "collapsed exactly" in text
+    assert "mlps.0.0 + mlps.0.3" in text
+
+
+def test_what_the_score_does_not_stand_is_taken_back():
+    """A score that counts which MLPs are whole: it stands the loss of the last two."""
+    model, seen = mlps(), []
+
+    def evaluate(candidate: nn.Module) -> float:
+        assert not candidate.training
+        whole = [isinstance(mlp[3], nn.Linear) for mlp in candidate.mlps]
+        seen.append(whole)
+        return 1.0 if whole[0] else 0.5
+
+    result = compress(model, BATCHES, evaluate=evaluate, tolerance=0.1, **OPTIONS)
+    assert seen == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
+    assert [trial.kept for trial in result.report.trials] == [True, True, False]
+    assert result.report.trials[-1].reason == "beyond the tolerance 0.1 of 1.0000"
+    assert [isinstance(mlp[3], nn.Linear) for mlp in result.fitted.mlps] == [True, False, False]
+    x = torch.randn(16, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(result.fitted.mlps[0](x), model.mlps[0](x))
+
+
+@pytest.mark.parametrize(("mode", "worse"), [("max", -1.0), ("min", 1.0)])
+def test_it_stops_after_some_rejections_in_a_row(mode, worse):
+    scores = iter([0.0, worse, worse, worse, 0.0])
+    result = compress(mlps(5), BATCHES, evaluate=lambda _: next(scores), mode=mode, max_rejections=3, **OPTIONS)
+    assert [trial.kept for trial in result.report.trials] == [False] * 3
+    assert result.report.after.macs == result.report.before.macs
+
+
+def test_a_score_that_is_nan_is_worse_than_any():
+    scores = iter([0.0, float("nan")])
+    result = compress(mlps(1), BATCHES, evaluate=lambda _: next(scores), **OPTIONS)
+    assert [trial.kept for trial in result.report.trials] == [False]
+
+
+def test_it_stops_at_a_depth():
+    result = compress(mlps(4), BATCHES, target_depth=6, **OPTIONS)
+    assert result.report.before.depth == 8
+    assert result.report.after.depth <= 6  # one MLP goes with its skip, and then into its neighbour
+    assert len(result.report.trials) < 4
+
+
+def test_it_stops_when_it_is_fast_enough():
+    whole = compress(mlps(4), BATCHES, target_speedup=1e6, **OPTIONS)
+    assert len(whole.report.trials) == 4
+    least = compress(mlps(4), BATCHES, target_speedup=1e-6, **OPTIONS)
+    assert least.report.trials == []
+
+
+def test_only_what_is_wanted_goes():
+    result = compress(mlps(), BATCHES, include="mlps.*", exclude=["mlps.2.*"], **OPTIONS)
+    assert {trial.sites for trial in result.report.trials} == {("mlps.0.1",), ("mlps.1.1",)}
+    with pytest.raises(ValueError, match="`exclude`.*'x' matches none"):
+        compress(mlps(), BATCHES, exclude="x", **OPTIONS)
+
+
+def test_neighbouring_activations_go_one_after_the_other():
+    torch.manual_seed(0)
+    model = randomized(Bottleneck())
+    batches = [torch.randn(16, 12, 9, 7) for _ in range(4)]
+    result = compress(model, batches, objective="depth")
+    assert len([trial for trial in result.report.trials if trial.kept]) == 2
+    assert result.report.after.depth == 1
+    with torch.no_grad():
+        torch.testing.assert_close(result.fitted(batches[0]), result.model(batches[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_can_not_go_says_why():
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(Block(), Block()))
+    result = compress(model, [torch.randn(8, 6, 9, 7)], **OPTIONS)
+    assert {trial.sites for trial in result.report.trials} == {("0.relu",), ("1.relu",)}
+    assert set(result.report.reasons) == {"0.relu_1", "1.relu_1"}
+    assert "0.relu_1" in str(result.report)
+
+
+def test_a_network_by_measured_time():
+    torch.manual_seed(0)
+    model = randomized(CifarResNet(8))
+    result = compress(model, [torch.randn(8, 3, 16, 16) for _ in range(2)], target_speedup=1e6)
+    assert result.report.trials
+    assert all(trial.price_after < trial.price_before < 1 for trial in result.report.trials)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tolerance": -1}, ValueError, "`tolerance` to be finite and at least 0, but got -1"),
+        ({"mode": "best"}, ValueError, "`mode` to be one of"),
+        ({"objective": "size"}, ValueError, "`objective` to be one of"),
+        ({"target_speedup": "2"}, TypeError, "`target_speedup` to be a number, but got '2'"),
+        ({"target_depth": 0}, ValueError, "`target_depth` to be at least 1, but got 0"),
+        ({"max_rejections": 0}, ValueError, "`max_rejections` to be at least 1, but got 0"),
+        ({"batches": []}, ValueError, "`batches` to yield at least one batch"),
+        ({"batches": BATCHES[0]}, TypeError, "`batches` to be an iterable of batches, but got a tensor"),
+        ({"batches": [torch.randn(4, 3)]}, ValueError, "to be accepted by the forward"),
+        ({"example_inputs": torch.randn(4, 3)}, ValueError, "`example_inputs` to be accepted by the forward"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        compress(mlps(1), **({"batches": BATCHES} | options))

@@ -1,0 +1,232 @@
+"""Tests of operators fitted by least squares: against what they are fitted to, and against the data themselves."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.least_squares import Fit, Geometry, Moments, fits
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EVERYTHING = 10**9
+
+
+def moments_of(
+    geometry: Geometry, batches: list[tuple[Tensor, Tensor]], positions: int = EVERYTHING
+) -> tuple[Moments, dict[str, Fit]]:
+    """Sum up batches, and fit what can be fitted; of several of a kind the first."""
+    channels = batches[0][1].shape[1 if geometry.kernel else -1]
+    moments = Moments.of(geometry, channels, torch.device("cpu"))
+    for value, target in batches:
+        moments.add(value, target, positions)
+    found: dict[str, Fit] = {}
+    for fit in fits(moments):
+        found.setdefault(fit.kind, fit)
+    return moments, found
+
+
+def random_maps(axes: int, channels: int, samples: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(samples, channels, *(9, 7, 5)[:axes], dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    axes=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    outputs=st.integers(1, 4),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_a_convolution_is_found_again_with_its_borders(axes, channels, outputs, kernel, stride, padding, seed):
+    torch.manual_seed(seed)
+    wanted = CONVOLUTIONS[axes - 1](channels, outputs, kernel, stride, padding).double()
+    geometry = Geometry(channels, (kernel,) * axes, (stride,) * axes, (padding,) * axes)
+    with torch.no_grad():
+        x = random_maps(axes, channels)
+        _, found = moments_of(geometry, [(x, wanted(x)), (-x, wanted(-x))])
+        fit = found["convolution"]
+        other = random_maps(axes, channels, samples=2)
+        torch.testing.assert_close(fit.operator(other), wanted(other), rtol=1e-7, atol=1e-7)
+    assert fit.explained == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (16, 3, 5), (8, 2, 3, 5)])
+def test_a_linear_is_found_again_for_vectors_and_tokens(shape):
+    torch.manual_seed(0)
+    wanted = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        x = torch.randn(shape, dtype=torch.float64)
+        _, found = moments_of(Geometry(5), [(x, wanted(x)), (x + 1, wanted(x + 1))])
+        torch.testing.assert_close(found["linear"].operator(x), wanted(x), rtol=1e-8, atol=1e-8)
+
+
+def direct(operator: nn.Module, value: Tensor, target: Tensor) -> float:
+    """Return the share of variance explained, from the values themselves."""
+    axes = (0, *range(2, target.ndim))
+    variance = (target - target.mean(axes, keepdim=True)).square().sum()
+    return float(1 - (operator(value) - target).square().sum() / variance)
+
+
+@torch.no_grad()
+def test_what_is_explained_on_held_out_samples_is_what_their_values_tell():
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).double()
+    x = torch.randn(40, 4, 6, 5, dtype=torch.float64)
+    moments, found = moments_of(Geometry(4, (3, 3), (1, 1), (1, 1)), [(x, chain(x))])
+    assert set(found) == {"convolution", "separable", "pointwise", "low-rank", "affine"}
+    held_out = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10]
+    assert moments.held_out.positions == 10 * 30
+    assert moments.fitted.positions == 30 * 30
+    for fit in found.values():
+        at = x[held_out]
+        assert fit.explained == pytest.approx(direct(fit.operator, at, chain(at)), abs=1e-9)
+        assert fit.explained < 0.95
+    order = ["convolution", "separable", "pointwise", "low-rank"]
+    assert sorted(order, key=lambda kind: -found[kind].explained) == order
+
+
+@torch.no_grad()
+def test_the_least_residual_is_that_of_no_neighbour():
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).double()
+    x = torch.randn(64, 2, 6, 5, dtype=torch.float64)
+    moments, _ = moments_of(Geometry(2, (3, 3), (1, 1), (1, 1)), [(x, chain(x))])
+    moments.held_out = moments.fitted  # so that there is no ridge
+    operator = next(fits(moments)).operator
+    fitted = torch.ones(64, dtype=torch.bool)
+    fitted[torch.randperm(64, generator=torch.Generator().manual_seed(0))[:16]] = False
+    least = direct(operator, x[fitted], chain(x[fitted]))
+    for _ in range(10):
+        for parameter in operator.parameters():
+            change = 1e-3 * torch.randn_like(parameter)
+            parameter += change
+            assert direct(operator, x[fitted], chain(x[fitted])) < least
+            parameter -= change
+
+
+@torch.no_grad()
+def test_a_depthwise_and_a_pointwise_convolution_are_found_again():
+    torch.manual_seed(0)
+    wanted = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False), nn.Conv2d(4, 6, 1)).double()
+    x = torch.randn(64, 4, 8, 6, dtype=torch.float64)
+    _, found = moments_of(Geometry(4, (3, 3), (2, 2), (1, 1)), [(x, wanted(x))])
+    torch.testing.assert_close(found["separable"].operator(x), wanted(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_product_of_two_matrices_is_found_again_by_its_rank():
+    torch.manual_seed(0)
+    wanted = nn.Sequential(nn.Linear(16, 2, bias=False), nn.Linear(2, 16)).double()
+    x = torch.randn(256, 16, dtype=torch.float64) + 1
+    moments = Moments.of(Geometry(16), 16, torch.device("cpu"))
+    moments.add(x, wanted(x), EVERYTHING)
+    low = {fit.operator[0].out_features: fit for fit in fits(moments) if fit.kind == "low-rank"}
+    assert sorted(low) == [1, 2, 4]
+    torch.testing.assert_close(low[2].operator(x), wanted(x), rtol=1e-6, atol=1e-6)
+    assert low[1].explained < 0.99
+
+
+@torch.no_grad()
+def test_of_all_matrices_of_a_rank_none_is_nearer():
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).double()
+    x = torch.randn(512, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    moments = Moments.of(Geometry(8), 8, torch.device("cpu"))
+    moments.add(x, chain(x), EVERYTHING)
+    moments.held_out = moments.fitted
+    fit = next(fit for fit in fits(moments) if fit.kind == "low-rank")
+    least = moments.fitted.explained(_weight(fit.operator))
+    for _ in range(20):
+        for parameter in fit.operator.parameters():
+            change = 1e-3 * torch.randn_like(parameter)
+            parameter += change
+            assert moments.fitted.explained(_weight(fit.operator)) < least
+            parameter -= change
+
+
+def _weight(two: nn.Module) -> Tensor:
+    first, second = two
+    return torch.cat([(second.weight @ first.weight).T, second.bias[None]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_affine_is_that_of_covariance_and_variance(stride):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 6, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.0]).view(3, 1, 1) + 0.5
+    target = torch.relu(x)[:, :, ::stride, ::stride]
+    _, found = moments_of(Geometry(3, (1, 1), (stride, stride), (0, 0)), [(x, target)])
+    operator = found["affine"].operator
+    held_out = torch.randperm(32, generator=torch.Generator().manual_seed(0))[:8]
+    kept = torch.ones(32, dtype=torch.bool)
+    kept[held_out] = False
+    z, y = x[kept][:, :, ::stride, ::stride], target[kept]
+    for channel in range(3):
+        a, b = z[:, channel].reshape(-1), y[:, channel].reshape(-1)
+        scale = 0.0 if channel == 2 else float(((a - a.mean()) * (b - b.mean())).mean() / a.var(correction=0))
+        expected = scale * z[:, channel] + (b.mean() - scale * a.mean())
+        torch.testing.assert_close(operator(x[kept])[:, channel], expected)
+    assert isinstance(operator, ChannelAffine) == (stride == 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_summed_in_a_higher_one(dtype):
+    torch.manual_seed(0)
+    wanted = nn.Linear(6, 4).double()
+    x = (torch.randn(4096, 6) + 10).to(dtype)  # a mean far from zero is what cancels
+    target = wanted(x.double())
+    _, found = moments_of(Geometry(6), [(x, target.float())] * 8)
+    torch.testing.assert_close(found["linear"].operator.weight, wanted.weight, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sums_add_up_over_batches_and_a_share_of_the_positions_is_enough():
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).double()
+    batches = [(x, chain(x)) for x in torch.randn(6, 32, 3, 8, 8, dtype=torch.float64)]
+    geometry = Geometry(3, (3, 3), (1, 1), (1, 1))
+    whole, found = moments_of(geometry, batches)
+    assert whole.fitted.positions + whole.held_out.positions == 6 * 32 * 64
+    part, found_too = moments_of(geometry, batches, positions=700)
+    assert part.fitted.positions + part.held_out.positions == 6 * 700
+    again, _ = moments_of(geometry, batches, positions=700)
+    assert torch.equal(part.fitted.gram, again.fitted.gram)
+    assert found_too["convolution"].explained == pytest.approx(found["convolution"].explained, abs=0.03)
+
+
+@torch.no_grad()
+def test_what_can_not_be_told_from_the_data_is_left_at_zero():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x[:, 1] = 0.0  # a channel that is never on
+    x[:, 3] = x[:, 2]  # two that are one
+    _, found = moments_of(Geometry(4), [(x, x[:, :1] + x[:, 2:3])])
+    weight = found["linear"].operator.weight
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 0.0, 0.5, 0.5]], dtype=torch.float64), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_few_samples_call_for_a_ridge():
+    torch.manual_seed(0)
+    x = torch.randn(40, 24, dtype=torch.float64)
+    target = x[:, :1] + torch.randn(40, 1, dtype=torch.float64)
+    moments, found = moments_of(Geometry(24), [(x, target)])
+    gram, cross = moments.fitted.gram, moments.fitted.cross
+    plain = torch.linalg.solve(gram, cross)
+    assert moments.held_out.explained(plain) < found["linear"].explained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_few_large_samples(samples):
+    torch.manual_seed(0)
+    wanted = nn.Conv2d(2, 2, 1).double()
+    x = torch.randn(samples, 2, 20, 20, dtype=torch.float64)
+    moments, found = moments_of(Geometry(2, (1, 1), (1, 1), (0, 0)), [(x, wanted(x))])
+    assert 0 < moments.held_out.positions < 400 * samples
+    torch.testing.assert_close(found["convolution"].operator.weight, wanted.weight, rtol=1e-8, atol=1e-8)
