@@ -65,7 +65,7 @@ class AffineStatistics(Metric):
     def __init__(self, neuron_dim: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.neuron_dim = neuron_dim
-        self.add_state("sums", torch.zeros(_NUMBERS, 0, dtype=torch.float64), dist_reduce_fx=_merged_over_processes)
+        self.add_state("sums", torch.zeros(_NUMBERS, 0), dist_reduce_fx=_merged_over_processes)
 
     def update(self, pre_activation: Tensor, activation: Tensor) -> None:
         """Add one batch.
@@ -103,7 +103,7 @@ class AffineStatistics(Metric):
 
     def add(self, sums: Tensor) -> None:
         """Add the numbers of another part of the data, shape ``(6, C)``."""
-        sums = sums.to(self.sums.device)
+        sums = sums.to(_wide(self.sums.device)).to(self.sums.device)
         self.sums = sums if self.sums.shape[1] == 0 else _merged(self.sums.to(sums), sums)
 
     def merged(self) -> Tensor:
@@ -122,8 +122,13 @@ class AffineStatistics(Metric):
         group = process_group or self.process_group
         sizes = dist_sync_fn(torch.tensor([self.sums.shape[1]], device=self.device), group=group)
         missing = int(torch.cat(list(sizes)).max()) - self.sums.shape[1]
-        self.sums = torch.cat([self.sums, self.sums.new_zeros(_NUMBERS, missing)], 1)
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(_NUMBERS, missing)], 1).to(_wide(self.sums.device))
         super()._sync_dist(dist_sync_fn, process_group=process_group)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Return the most precise dtype that a device has."""
+    return torch.float32 if device.type in ("mps", "xla") else torch.float64
 
 
 def _sums(z: Tensor, y: Tensor, neuron_dim: int) -> Tensor:
@@ -134,7 +139,7 @@ def _sums(z: Tensor, y: Tensor, neuron_dim: int) -> Tensor:
     dz, dy = z - means[0], y - means[1]
     count = torch.full_like(means[0][:, 0], z.shape[1])
     numbers = count, means[0][:, 0], means[1][:, 0], (dz * dz).sum(1), (dz * dy).sum(1), (dy * dy).sum(1)
-    return torch.stack(numbers).to(wide if z.device.type in ("mps", "xla") else torch.float64)
+    return torch.stack(numbers).to(_wide(z.device))
 
 
 def _merged(a: Tensor, b: Tensor) -> Tensor:

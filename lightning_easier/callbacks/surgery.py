@@ -205,7 +205,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, stand_in in stand_ins(model).items():
         digest.update(f"{name} {stand_in.mark};".encode())
         for buffer in stand_in.buffers():
-            digest.update(buffer.detach().double().cpu().numpy().tobytes())
+            digest.update(buffer.detach().cpu().double().numpy().tobytes())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)};".encode())
         if isinstance(parameter, DTensor):  # every process has another part of it
