@@ -1,6 +1,7 @@
 """Make a trained model shallower and faster without training it: fit, check, keep or take back, in minutes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lightning_easier.collapse.fitting import (
     Chains,
     Choice,
     FitChain,
+    choose,
     fit_chain,
     put,
     replace,
@@ -30,6 +32,10 @@ from lightning_easier.report import CompressReport, ModelCost, Trial
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
+# Bodies of bottlenecks and inverted residuals have two.
+_ACTIVATIONS_IN_A_CHAIN = 2
+# Of its price, an operator in the place of a chain has to save so much more than another.
+_WORTH_A_TRIAL = 0.1
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 512
 
@@ -68,11 +74,12 @@ def compress(
 ) -> CompressResult:
     """Replace chains around activations by fitted operators, the one that changes least per second saved first.
 
-    For every activation between two operators, the cheapest operator is fitted that represents the chain well (see
-    :func:`~lightning_easier.collapse` with ``mode="fit"``), and tried alone: the *drift* is the share of the variance
-    of the model's outputs on the calibration batches that changes. In the order of drift per saving, each is fitted
-    again to what the model has become, put in place, and the model is evaluated; where the score has fallen by more
-    than the tolerance, it is taken back. The result is collapsed exactly.
+    Around every activation between two operators, and every two in a row, every kind of operator is fitted (see
+    :func:`~lightning_easier.collapse` with ``mode="fit"``) and tried alone: the *drift* is the share of the variance of
+    the model's outputs on the calibration batches that changes. In the order of drift per saving, each is fitted again
+    to what the model has become, put in place, and the model is evaluated; where the score has fallen by more than the
+    tolerance, it is taken back. A chain may go in two steps: a convolution takes its place first, and an affine for
+    each channel, which merges with the skip beside it, when that is next. The result is collapsed exactly.
 
     Args:
         model: Any module; it is not changed.
@@ -87,7 +94,8 @@ def compress(
         include: Name globs of the activations that may go; all by default.
         exclude: Name globs of those that may not.
         max_rejections: How many in a row may be taken back before it stops.
-        slack: How much less of the variance than the best operator one may explain to be taken for its price.
+        slack: Where neither a score nor a target tells where to stop: how much less of the variance of a chain than the
+            best operator one may explain to be taken for its price.
         example_inputs: What costs are measured at; the first batch by default.
 
     Returns:
@@ -134,7 +142,8 @@ def compress(
             forward(source, inputs, name)
 
     table = LatencyTable()
-    search = _Search(source, calibration, arguments, ChainPrices(objective, table), slack)
+    is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
+    search = _Search(source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
     goal = _Goal(source, arguments, objective, table, target_speedup, target_depth)
     dense_score = None if evaluate is None else float(evaluate(source))
     rejections = 0
@@ -149,7 +158,7 @@ def compress(
         if fall <= tolerance:  # not of NaN
             rejections = 0
         else:
-            search.take_back(trial, f"beyond the tolerance {tolerance:g} of {dense_score:.4f}")
+            search.take_back(f"beyond the tolerance {tolerance:g} of {dense_score:.4f}")
             rejections += 1
     result = goal.collapsed(search.model)
     report = CompressReport(search.trials, search.reasons, dense_score, *goal.costs(result), result.report)
@@ -157,17 +166,59 @@ def compress(
 
 
 class _Candidate(NamedTuple):
-    """A chain that might go.
+    """An operator that might take the place of a chain.
 
     Attributes:
-        chain: The chain.
-        drift: Share of the variance of the outputs that changes if it alone goes.
-        saving: Of its price.
+        choice: The operator, as it was fitted to the model that was given.
+        drift: Share of the variance of the outputs that changes if it alone is put in place.
     """
 
-    chain: FitChain
+    choice: Choice
     drift: float
+
+    @property
+    def rank(self) -> float:
+        """Drift per saving."""
+        return self.drift / self.choice.saving
+
+    def follows(self, other: "_Candidate") -> bool:
+        """Tell whether it saves more of what another has begun with."""
+        return {*other.choice.chain.sites} <= {*self.choice.chain.sites} and self.choice.saving > other.choice.saving
+
+    def rank_behind(self, other: "_Candidate") -> float:
+        """Drift per saving, of what it adds to another."""
+        return (self.drift - other.drift) / (self.choice.saving - other.choice.saving)
+
+
+def _hull(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Return those for one chain that are worth their drift, each beside the one that saves less: the convex hull."""
+    hull: list[_Candidate] = []
+    for candidate in sorted(candidates, key=lambda each: (each.choice.saving, -each.drift)):
+        while hull and (
+            candidate.choice.saving <= hull[-1].choice.saving
+            or candidate.rank_behind(hull[-1]) <= (hull[-1].rank_behind(hull[-2]) if hull[1:] else hull[-1].rank)
+        ):
+            hull.pop()
+        begun_with = hull[-1].choice.saving if hull else 0.0
+        if candidate.choice.saving - begun_with >= _WORTH_A_TRIAL * candidate.choice.price_before:
+            hull.append(candidate)
+    return hull
+
+
+class _Step(NamedTuple):
+    """What one trial has changed.
+
+    Attributes:
+        trial: The trial.
+        saving: Of the price.
+        old: What was there before, by name.
+        new: What has taken its place, by name.
+    """
+
+    trial: Trial
     saving: float
+    old: dict[str, nn.Module]
+    new: dict[str, nn.Module]
 
 
 class _Search:
@@ -178,11 +229,10 @@ class _Search:
         batches: Calibration data.
         arguments: Example inputs.
         prices: Tells what modules cost.
-        slack: As for :func:`compress`.
+        slack: How much less of the variance of a chain than the best operator one may explain to be tried.
 
     Attributes:
         model: What it has become.
-        saved: Of its price so far.
         trials: What was tried.
         reasons: Site -> why nothing was tried.
     """
@@ -196,61 +246,128 @@ class _Search:
         slack: float,
     ) -> None:
         self.model = deepcopy(source)
-        self.saved = 0.0
         self.trials: list[Trial] = []
         self.reasons: dict[str, str] = {}
         self._batches = batches
         self._arguments = arguments
         self._prices = prices
         self._slack = slack
-        self._last: tuple[dict[str, nn.Module], float] = {}, 0.0  # what the last trial has replaced, and saved
+        self._steps: list[_Step] = []  # those that are in place, in the order they were taken
+        self._taken_back: list[Trial] = []
+        self._undone: list[
+            tuple[int, _Step]
+        ] = []  # those that the last one has taken the place of, and where they were
+
+    @property
+    def saved(self) -> float:
+        """What is saved of the price so far."""
+        return sum(step.saving for step in self._steps)
 
     def candidates(self, sites: Sequence[str]) -> Iterator[_Candidate]:
-        """Fit an operator for every chain alone, and yield those that may go, the best first."""
+        """Fit operators for every chain alone, and yield those that may take its place, the best first."""
         chains = Chains(self.model, sites)
         outputs = self._outputs()
-        found = []
-        for chain in tqdm(chains.one_by_one(), desc="Looking for chains", leave=False, delay=1, disable=None):
+        found: list[_Candidate] = []
+        whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
+        for chain in tqdm(whole, desc="Looking for chains", leave=False, delay=1, disable=None):
             try:
-                choice = self._fit(chain)
-                old = replace(self.model, choice, self._arguments)
-                found.append(_Candidate(chain, _drift(self._outputs(), outputs), _saving(choice)))
-                put(self.model, old)
+                for choice in self._worthwhile(self._fit(chain)):
+                    old = replace(self.model, choice, self._arguments)
+                    found.append(_Candidate(choice, _drift(self._outputs(), outputs)))
+                    put(self.model, old)
             except CannotFitError as error:
-                chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
-        self.reasons = chains.reasons
-        yield from sorted(found, key=lambda each: each.drift / each.saving)
+                if len(chain.sites) == 1:
+                    chains.reasons[chain.sites[0]] = str(error)
+        tried = {site for each in found for site in each.choice.chain.sites}
+        self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
+        of_chain: dict[tuple[str, ...], list[_Candidate]] = {}
+        for each in found:
+            of_chain.setdefault(each.choice.chain.sites, []).append(each)
+        best = [each for candidates in of_chain.values() for each in _hull(candidates)]
+
+        def rank(candidate: _Candidate) -> float:
+            return max([candidate.rank, *(candidate.rank_behind(o) for o in best if candidate.follows(o))])
+
+        yield from sorted(best, key=rank)
+
+    def _worthwhile(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Return what saves something and has no equal that saves more.
+
+        Raises:
+            CannotFitError: If nothing does.
+        """
+        good = [choice for choice in choices if choice.shortfall <= self._slack]
+        if not math.isinf(self._slack) or all(choice.saving <= 0 for choice in good):
+            return [choose(good, self._prices, self._slack)]
+        return [
+            choice
+            for choice in good
+            if choice.saving > 0
+            and not any(o.saving >= choice.saving and o.fit.explained > choice.fit.explained for o in good)
+        ]
 
     def take(self, candidate: _Candidate) -> Trial | None:
         """Put an operator in the place of a chain, fitted to what the model has become; None if none pays any more."""
-        chain, taken = candidate.chain, {name for trial in self.trials if trial.kept for name in trial.operators}
-        if taken & {*chain.operators}:  # a neighbour has gone, and one operator of this one with it
-            chains = Chains(self.model, chain.sites)
-            (chain, *_) = chains.one_by_one() or [chain]
-            if chains.reasons:
-                self.reasons.update(chains.reasons)
-                return None
-        try:
-            choice = self._fit(chain)
-            self._last = replace(self.model, choice, self._arguments), _saving(choice)
-        except CannotFitError as error:
-            self.reasons.update(dict.fromkeys(chain.sites, str(error)))
+        chain, wanted = candidate.choice.chain, candidate.choice.fit
+        begun = [step for step in self._steps if {*step.trial.sites} & {*chain.sites}]
+        if self._was_rejected(candidate) or not all(self._may_follow(candidate, step) for step in begun):
             return None
-        self.saved += _saving(choice)
-        trial = Trial(chain.sites, chain.operators, choice.fit.kind, choice.fit.explained, candidate.drift,
+        self._undone = [(self._steps.index(step), step) for step in begun]
+        for step in reversed(begun):
+            put(self.model, step.old)
+            self._steps.remove(step)
+        try:
+            # a neighbour may have gone, and one of its ends with it
+            chain = Chains(self.model, chain.sites).around(chain.sites)
+            choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind and choice.saving > 0]
+            if not choices:
+                raise CannotFitError("does not pay any more beside its neighbours")
+            choice = next((each for each in choices if str(each.fit.operator) == str(wanted.operator)), choices[0])
+            old = replace(self.model, choice, self._arguments)
+        except CannotFitError as error:
+            self._redo()
+            if not begun:
+                self.reasons.update(dict.fromkeys(chain.sites, str(error)))
+            return None
+        trial = Trial(chain.sites, chain.operators, wanted.kind, choice.fit.explained, candidate.drift,
                       choice.price_before, choice.price_after, self._prices.objective)  # fmt: skip
+        for step in begun:
+            step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
+        new = {name: self.model.get_submodule(name) for name in old}
+        self._steps.append(_Step(trial, choice.saving, old, new))
         self.trials.append(trial)
+        for site in chain.sites:
+            self.reasons.pop(site, None)
         return trial
 
-    def take_back(self, trial: Trial, reason: str) -> None:
-        """Undo the last trial."""
-        old, saving = self._last
-        put(self.model, old)
-        self.saved -= saving
-        trial.kept, trial.reason = False, reason
+    def _was_rejected(self, candidate: _Candidate) -> bool:
+        """Tell whether something that changes less of the same was taken back."""
+        sites = {*candidate.choice.chain.sites}
+        return any({*each.sites} <= sites and each.drift <= candidate.drift for each in self._taken_back)
 
-    def _fit(self, chain: FitChain) -> Choice:
-        return fit_chain(self.model, chain, self._batches, self._arguments, self._prices, self._slack)
+    def _may_follow(self, candidate: _Candidate, step: _Step) -> bool:
+        """Tell whether a candidate saves more than what is in place of a part of its chain and can be undone."""
+        is_whole = all(self.model.get_submodule(name) is module for name, module in step.new.items())
+        is_part = {*step.trial.sites} <= {*candidate.choice.chain.sites}
+        return is_whole and is_part and candidate.choice.saving > step.saving
+
+    def take_back(self, reason: str) -> None:
+        """Undo the last trial."""
+        step = self._steps.pop()
+        put(self.model, step.old)
+        step.trial.kept, step.trial.reason = False, reason
+        self._taken_back.append(step.trial)
+        self._redo()
+
+    def _redo(self) -> None:
+        for place, step in self._undone:
+            put(self.model, step.new)
+            self._steps.insert(place, step)
+            step.trial.kept, step.trial.reason = True, None
+        self._undone = []
+
+    def _fit(self, chain: FitChain) -> list[Choice]:
+        return fit_chain(self.model, chain, self._batches, self._arguments, self._prices)
 
     def _outputs(self) -> list[Tensor]:
         """Return what the model makes of some of the calibration data: a matrix for each of its outputs."""
@@ -263,10 +380,6 @@ class _Search:
         with torch.no_grad():
             each = [tensors_in(self.model(*batch)) for batch in some]
         return [torch.cat([x.flatten(1) for x in column]) for column in zip(*each, strict=True)]
-
-
-def _saving(choice: Choice) -> float:
-    return choice.price_before - choice.price_after
 
 
 def _drift(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:

@@ -55,7 +55,10 @@ def test_all_goes_that_pays_where_nothing_is_asked():
 
 
 def test_what_the_score_does_not_stand_is_taken_back():
-    """A score that counts which MLPs are whole: it stands the loss of the last two."""
+    """A score that counts which MLPs are whole: it stands the loss of the last two.
+
+    What is taken back is not tried again with less, those that stay may go further: to an affine.
+    """
     model, seen = mlps(), []
 
     def evaluate(candidate: nn.Module) -> float:
@@ -65,9 +68,13 @@ def test_what_the_score_does_not_stand_is_taken_back():
         return 1.0 if whole[0] else 0.5
 
     result = compress(model, BATCHES, evaluate=evaluate, tolerance=0.1, **OPTIONS)
-    assert seen == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
-    assert [trial.kept for trial in result.report.trials] == [True, True, False]
-    assert result.report.trials[-1].reason == "beyond the tolerance 0.1 of 1.0000"
+    assert seen[:4] == [[True] * 3, [True, True, False], [True, False, False], [True, False, False]]
+    assert seen.count([False] * 3) == 1
+    (rejected,) = (trial for trial in result.report.trials if trial.score == 0.5)
+    assert (rejected.kept, rejected.reason) == (False, "beyond the tolerance 0.1 of 1.0000")
+    kept = [(trial.sites, trial.kind) for trial in result.report.trials if trial.kept]
+    assert kept == [(("mlps.2.1",), "affine"), (("mlps.1.1",), "affine")]
+    assert {trial.reason for trial in result.report.trials if trial.kind == "linear"} >= {"affine has taken its place"}
     assert [isinstance(mlp[3], nn.Linear) for mlp in result.fitted.mlps] == [True, False, False]
     x = torch.randn(16, 8)
     with torch.no_grad():
@@ -95,9 +102,25 @@ def test_it_stops_at_a_depth():
     assert len(result.report.trials) < 4
 
 
+def test_a_chain_that_was_taken_further_comes_back_as_it_was():
+    """The affine of the last MLP is refused, so that the operator before it is back, as it was fitted."""
+    fitted, states = [], []
+
+    def evaluate(candidate: nn.Module) -> float:
+        fitted.append(str(candidate.mlps[0]))
+        states.append(copy.deepcopy(candidate.state_dict()))
+        return 0.5 if "ChannelAffine" in fitted[-1] else 1.0
+
+    result = compress(mlps(1), BATCHES, evaluate=evaluate, tolerance=0.1, **OPTIONS)
+    assert "ChannelAffine" in fitted[-1]
+    assert str(result.fitted.mlps[0]) == fitted[-2]
+    assert all(torch.equal(value, states[-2][key]) for key, value in result.fitted.state_dict().items())
+    assert [(trial.kind, trial.kept) for trial in result.report.trials] == [("linear", True), ("affine", False)]
+
+
 def test_it_stops_when_it_is_fast_enough():
     whole = compress(mlps(4), BATCHES, target_speedup=1e6, **OPTIONS)
-    assert len(whole.report.trials) == 4
+    assert len({trial.sites for trial in whole.report.trials}) == 4
     least = compress(mlps(4), BATCHES, target_speedup=1e-6, **OPTIONS)
     assert least.report.trials == []
 
@@ -114,10 +137,30 @@ def test_neighbouring_activations_go_one_after_the_other():
     model = randomized(Bottleneck())
     batches = [torch.randn(16, 12, 9, 7) for _ in range(4)]
     result = compress(model, batches, objective="depth")
-    assert len([trial for trial in result.report.trials if trial.kept]) == 2
+    assert {site for trial in result.report.trials if trial.kept for site in trial.sites} == {"act1", "act2"}
     assert result.report.after.depth == 1
     with torch.no_grad():
         torch.testing.assert_close(result.fitted(batches[0]), result.model(batches[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_norm_behind_a_chain_computes_in_training_what_it_computes_in_eval_mode():
+    """What is fitted varies less: with the old statistics training would begin with another function."""
+    torch.manual_seed(0)
+    model = randomized(Block())
+    batches = [torch.randn(256, 6, 9, 7) for _ in range(4)]
+    with torch.no_grad():  # statistics that are those of the data, as after training
+        model.train()
+        for module in (model.bn1, model.bn2):
+            module.momentum = 1.0
+        model(torch.cat(batches))
+        model.eval()
+    fitted = compress(model, batches, include="relu", **OPTIONS).fitted
+    assert type(fitted.conv2) is not nn.Conv2d
+    with torch.no_grad():
+        expected = fitted(batches[0])
+        trained = copy.deepcopy(fitted).train()(batches[0])
+    assert float((trained - expected).norm() / expected.norm()) < 0.05
+    assert fitted.bn2.weight.detach().abs().sum() < 0.95 * model.bn2.weight.detach().abs().sum()
 
 
 def test_what_can_not_go_says_why():

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_easier.collapse.convolutions import CONVOLUTIONS
 from lightning_easier.collapse.least_squares import Fit, Geometry, Moments, fits
 from lightning_easier.collapse.prices import LatencyTable, Objective
 from lightning_easier.costs import count_macs
+from lightning_easier.dataflow import FlowNode, Kind
 from lightning_easier.discovery import Discovery
 from lightning_easier.inference import evaluation_mode
 from lightning_easier.neighbourhood import Meeting
@@ -42,12 +44,14 @@ class FitChain:
         operators: Names of the operators around them.
         between: Names of what else lies between them: batch norms and idle dropouts.
         geometry: Which values of the input the fitted operator reads.
+        norm: Name of the batch norm that is all that reads what the chain computes; None if there is none.
     """
 
     sites: tuple[str, ...]
     operators: tuple[str, ...]
     between: tuple[str, ...]
     geometry: Geometry
+    norm: str | None = None
 
     @property
     def behind(self) -> tuple[str, ...]:
@@ -75,6 +79,7 @@ class Chains:
         adjacency = Adjacency(model, plan)
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
+        self._norms = dict(_norms_behind(plan.flow.nodes, self._names))
         self._meetings: dict[str, Meeting] = {}
         self.reasons: dict[str, str] = {}
         for site in plan.sites:
@@ -95,17 +100,38 @@ class Chains:
         """Return the chains in execution order, as long as they are: all that lies in a row is one."""
         return self._made(_runs(self._meetings))
 
-    def one_by_one(self) -> list[FitChain]:
-        """Return the chain around each activation alone, in execution order."""
-        return self._made([site] for site in self._meetings)
+    def in_windows(self, most: int) -> list[FitChain]:
+        """Return the chains around so many activations in a row at most, each alone first."""
+        runs = list(_runs(self._meetings))
+        windows = [run[i : i + size] for size in range(1, most + 1) for run in runs for i in range(len(run) - size + 1)]
+        return self._made(windows)
+
+    def around(self, sites: Sequence[str]) -> FitChain:
+        """Return the one chain around activations that lie in a row.
+
+        Raises:
+            CannotFitError: If there is none, with the reason.
+        """
+        for site in sites:
+            if site not in self._meetings:
+                raise CannotFitError(self.reasons.get(site, "it is gone"))
+        meetings = [self._meetings[site] for site in sites]
+        if any(before.second != behind.first for before, behind in pairwise(meetings)):
+            raise CannotFitError("its activations lie in a row no more")
+        return _chain(self._model, sites, meetings, self._names, self._norms)
 
     def _made(self, runs: Iterable[list[str]]) -> list[FitChain]:
-        chains = []
+        chains: list[FitChain] = []
+        failed: dict[str, str] = {}
         for run in runs:
             try:
-                chains.append(_chain(self._model, run, [self._meetings[site] for site in run], self._names))
+                chains.append(self.around(run))
             except CannotFitError as error:
-                self.reasons.update(dict.fromkeys(run, str(error)))
+                failed.update(dict.fromkeys(run, str(error)))
+        for chain in chains:  # one may be in another chain
+            for site in chain.sites:
+                failed.pop(site, None)
+        self.reasons.update(failed)
         return chains
 
 
@@ -122,12 +148,28 @@ def _runs(meetings: dict[str, Meeting]) -> Iterator[list[str]]:
         yield run
 
 
-def _chain(model: nn.Module, sites: list[str], meetings: list[Meeting], names: dict[nn.Module, str]) -> FitChain:
+def _norms_behind(nodes: Iterable[FlowNode], names: Mapping[nn.Module, str]) -> Iterator[tuple[str, str]]:
+    """Yield operators with the batch norm that is all that reads them, by name."""
+    for node in nodes:
+        if node.kind == Kind.OPERATOR and len(node.readers) == 1:
+            (reader,) = node.readers
+            norm = reader.module
+            if reader.kind == Kind.BATCH_NORM and norm is not None and sum(n.module is norm for n in nodes) == 1:
+                yield node.name, names[norm]
+
+
+def _chain(
+    model: nn.Module,
+    sites: Sequence[str],
+    meetings: Sequence[Meeting],
+    names: Mapping[nn.Module, str],
+    norms: Mapping[str, str],
+) -> FitChain:
     operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
     between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
-    return FitChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules))
+    return FitChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(operators[-1]))
 
 
 def geometry_of(operators: Sequence[nn.Module]) -> Geometry:
@@ -261,48 +303,60 @@ def _depth(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """The operator that was chosen for a chain.
+    """An operator that may take the place of a chain.
 
     Attributes:
         chain: The chain.
         fit: The operator, and how well it represents the chain.
+        shortfall: How much less of the variance it explains than the operator that explains most.
         price_before: Of the chain, in the unit of the objective.
         price_after: Of the operator.
     """
 
     chain: FitChain
     fit: Fit
+    shortfall: float
     price_before: float
     price_after: float
 
+    @property
+    def saving(self) -> float:
+        """What it saves, in the unit of the objective."""
+        return self.price_before - self.price_after
 
-def choose(
-    model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices, slack: float
-) -> Choice:
+
+def _priced(
+    model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
+) -> list[Choice]:
+    """Tell what each operator would cost in the place of a chain whose input has a shape."""
+    most = max(fit.explained for fit in candidates)
+    # in a collapse the batch norms between are folded
+    parts = [model.get_submodule(name) for name in _in_a_row(chain)]
+    weight: Tensor = parts[0].weight  # type: ignore[assignment]
+    wanted = {"": nn.Sequential(*parts), **{str(number): fit.operator for number, fit in enumerate(candidates)}}
+    priced = prices.of(wanted, shape, weight)
+    return [
+        Choice(chain, fit, most - fit.explained, priced[""], priced[str(number)])
+        for number, fit in enumerate(candidates)
+    ]
+
+
+def choose(choices: Sequence[Choice], prices: ChainPrices, slack: float) -> Choice:
     """Choose the cheapest operator that represents a chain nearly as well as the best.
 
     Args:
-        model: The model.
-        chain: The chain.
-        candidates: What was fitted.
-        shape: Of what goes into the chain.
+        choices: What may take the place of the chain.
         prices: Tells what modules cost.
         slack: How much less of the variance than the best it may explain.
 
     Raises:
-        CannotFitError: If none of them is cheaper than the chain.
+        CannotFitError: If it is not cheaper than the chain.
     """
-    most = max(fit.explained for fit in candidates)
-    good = {str(number): fit for number, fit in enumerate(candidates) if fit.explained >= most - slack}
-    # in a collapse the batch norms between are folded
-    parts = [model.get_submodule(name) for name in _in_a_row(chain)]
-    weight: Tensor = parts[0].weight  # type: ignore[assignment]
-    wanted = {"": nn.Sequential(*parts), **{name: fit.operator for name, fit in good.items()}}
-    priced = prices.of(wanted, shape, weight)
-    best = min(good, key=priced.__getitem__)
-    if not priced[best] < priced[""]:
-        raise CannotFitError(f"does not pay: the cheapest takes {prices.compared(priced[best], priced[''])}")
-    return Choice(chain, good[best], priced[""], priced[best])
+    best = min((each for each in choices if each.shortfall <= slack), key=lambda each: each.price_after)
+    if best.saving <= 0:
+        compared = prices.compared(best.price_after, best.price_before)
+        raise CannotFitError(f"does not pay: the cheapest takes {compared}")
+    return best
 
 
 def _in_a_row(chain: FitChain) -> Iterator[str]:
@@ -329,9 +383,12 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
     """
     chain = choice.chain
     first: Any = model.get_submodule(chain.operators[0])
-    operator = deepcopy(choice.fit.operator).to(first.weight).eval()
-    old = {name: model.get_submodule(name) for name in (chain.operators[0], *chain.behind)}
-    put(model, {chain.operators[0]: operator, **{name: Absorbed().eval() for name in chain.behind}})
+    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(first.weight).eval()}
+    new.update({name: Absorbed().eval() for name in chain.behind})
+    if chain.norm is not None:
+        new[chain.norm] = with_statistics(model.get_submodule(chain.norm), choice.fit.mean, choice.fit.variance)
+    old = {name: model.get_submodule(name) for name in new}
+    put(model, new)
     try:
         with torch.no_grad():
             model(*arguments)
@@ -339,6 +396,30 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
         put(model, old)
         raise CannotFitError(f"the model does not run with an operator in its place: {error}") from error
     return old
+
+
+def with_statistics(norm: Any, mean: Tensor, variance: Tensor) -> nn.Module:
+    """Copy a batch norm for values of other statistics; in eval mode it computes the same.
+
+    What is fitted varies less than what it was fitted to. In training mode a batch norm would scale that up again, and
+    training would begin with another function than the one that was fitted.
+
+    Args:
+        norm: The batch norm.
+        mean: Of its input from now on, shape ``(C,)``.
+        variance: Of its input from now on, shape ``(C,)``.
+    """
+    copied = deepcopy(norm)
+    if norm.running_mean is None or norm.weight is None:
+        return copied
+    mean, variance = mean.to(norm.running_mean), variance.to(norm.running_var)
+    with torch.no_grad():
+        before, after = (value + norm.eps for value in (norm.running_var, variance))
+        copied.bias += norm.weight * (mean - norm.running_mean) / before.sqrt()
+        copied.weight *= (after / before).sqrt()
+        copied.running_mean.copy_(mean)
+        copied.running_var.copy_(variance)
+    return copied
 
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -353,9 +434,8 @@ def fit_chain(
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     prices: ChainPrices,
-    slack: float,
-) -> Choice:
-    """Fit operators to what a chain computes, and choose one; the model is not changed.
+) -> list[Choice]:
+    """Fit and price every operator that may take the place of a chain; the model is not changed.
 
     Args:
         model: A model in eval mode, its activations isolated.
@@ -363,14 +443,13 @@ def fit_chain(
         batches: Calibration data: the forward's positional arguments, for each batch.
         arguments: Example inputs, at whose shapes operators are priced.
         prices: Tells what modules cost.
-        slack: How much less of the variance than the best an operator may explain to be chosen.
 
     Raises:
-        CannotFitError: If no operator takes its place, with the reason.
+        CannotFitError: If the forward does not get there.
     """
     moments, _ = gather(model, chain, batches)
     _, shape = gather(model, chain, [tuple(arguments)])
-    return choose(model, chain, list(fits(moments)), shape, prices, slack)
+    return _priced(model, chain, list(fits(moments)), shape, prices)
 
 
 def fit_chains(
@@ -389,7 +468,7 @@ def fit_chains(
         batches: As for :func:`fit_chain`.
         arguments: As for :func:`fit_chain`.
         prices: As for :func:`fit_chain`.
-        slack: As for :func:`fit_chain`.
+        slack: How much less of the variance than the best an operator may explain to be chosen.
 
     Returns:
         What was chosen, and site -> why nothing takes the place of its chain.
@@ -398,7 +477,7 @@ def fit_chains(
     choices = []
     for chain in tqdm(chains.in_rows(), desc="Fitting", leave=False, delay=1, disable=None):
         try:
-            choice = fit_chain(model, chain, batches, arguments, prices, slack)
+            choice = choose(fit_chain(model, chain, batches, arguments, prices), prices, slack)
             replace(model, choice, arguments)
             choices.append(choice)
         except CannotFitError as error:

@@ -137,6 +137,12 @@ class Sums:
         variance = self.variance()
         return 1 - self.residual(weight) / variance if variance > 0 else 1.0
 
+    def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each channel of what a solution ``(K, O)`` computes, shape ``(O,)`` each."""
+        count = self.gram[-1, -1].clamp(min=1)
+        mean = self.gram[-1] @ weight / count
+        return mean, ((weight * (self.gram @ weight)).sum(0) / count - mean.square()).clamp(min=0)
+
     def part(self, columns: Tensor) -> "Sums":
         """Return the sums for some columns of the patches."""
         return Sums(self.gram[columns][:, columns], self.cross[columns], self.squares)
@@ -210,11 +216,15 @@ class Fit:
         kind: ``"convolution"``, ``"pointwise"``, ``"separable"``, ``"linear"``, ``"low-rank"`` or ``"affine"``.
         operator: The operator, in float64.
         explained: Share of the variance of the chain's output that it explains on positions held out.
+        mean: Of each channel of its output, shape ``(O,)``, float64.
+        variance: Of each channel of its output, shape ``(O,)``, float64.
     """
 
     kind: str
     operator: nn.Module
     explained: float
+    mean: Tensor
+    variance: Tensor
 
 
 def fits(moments: Moments) -> Iterator[Fit]:
@@ -242,7 +252,7 @@ def fits(moments: Moments) -> Iterator[Fit]:
 
 
 def _fit(kind: str, moments: Moments, weight: Tensor, operator: nn.Module) -> Fit:
-    return Fit(kind, operator.eval(), moments.held_out.explained(weight))
+    return Fit(kind, operator.eval(), moments.held_out.explained(weight), *moments.fitted.statistics(weight))
 
 
 def _solution(moments: Moments) -> Tensor:
