@@ -380,6 +380,6 @@ def _kind_of_module(module: nn.Module) -> Kind:
         return Kind.OPERATOR
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return Kind.BATCH_NORM
-    if isinstance(module, _IDENTITIES):
+    if isinstance(module, _IDENTITIES) or getattr(module, "computes_identity", False):
         return Kind.IDENTITY
     return Kind.FLATTEN if isinstance(module, nn.Flatten) else Kind.OTHER

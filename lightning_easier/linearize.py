@@ -1,9 +1,10 @@
 """Make activations linear, reversibly, and give a model the structure that a state dict is marked with."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lightning_easier.arguments import check_choice
 from lightning_easier.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
 from lightning_easier.rectifiers import GATES, activation_kind
 from lightning_easier.stand_in import EXTRA_STATE, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
+from lightning_easier.substitution import Absorbed, ChainFit, Form, Substitution
 
 
 def linearize(
@@ -21,7 +23,7 @@ def linearize(
     names: Iterable[str],
     *,
     stand_in: str = "identity",
-    statistics: Mapping[str, AffineFit] | None = None,
+    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None = None,
     shift_padding: bool = False,
     trainable: bool = False,
 ) -> nn.Module:
@@ -32,9 +34,12 @@ def linearize(
         names: Qualified names as :func:`~lightning_easier.isolate_activations` returns them, those of gates among
             them. Names that are linear already stay so.
         stand_in: What takes the place of an activation: ``"identity"``, or ``"affine"``, a scale and an offset for each
-            channel. Both are linear, and an exact collapse folds them into their neighbours.
+            channel. Both are linear, and an exact collapse folds them into their neighbours. Or ``"fitted"``: one
+            operator takes the place of the operators around it, too. It moves into the first of them, whose parameters
+            stay the same objects; the others become identities.
         statistics: For ``"affine"``: name -> scale and offset, as :func:`~lightning_easier.measure_affines` returns
-            them.
+            them. For ``"fitted"``: name -> operator, as :func:`~lightning_easier.measure_fits` returns them for the
+            model as it is.
         shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
             second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
             nothing. The function changes at the borders, and the two can be merged exactly. Operators of other kinds,
@@ -60,21 +65,80 @@ def linearize(
           (1): IdentityStandIn(in place of ReLU())
         )
     """
-    check_choice("stand_in", stand_in, STAND_INS)
+    check_choice("stand_in", stand_in, (*STAND_INS, "fitted"))
     inner = unwrap(model)
-    names = _as_names(names)
     linear = stand_ins(inner)
-    fits = _checked(statistics, stand_in, [name for name in names if name not in linear])
-    _make_linear(inner, {name: (fits.get(name), trainable) for name in names if name not in linear}, shift_padding)
+    names = [name for name in _as_names(names) if name not in linear]
+    fits = _checked(statistics, stand_in, names)
+    wanted: dict[str, _Wanted] = {}
+    taken: set[str] = set()
+    for name in names:
+        fit = fits.get(name)
+        if isinstance(fit, ChainFit):
+            taken |= _check_fit(inner, name, fit, taken)
+            order = len(wanted) + max((each.form.order + 1 for each in _substitutions(inner).values()), default=0)
+            form = replace(fit.form, order=order)
+            wanted[name] = _Wanted(fit.affine, trainable, form, fit.tensors)
+        else:
+            wanted[name] = _Wanted(fit, trainable)
+    _make_linear(inner, wanted, shift_padding and stand_in != "fitted")
     return model
 
 
-def _make_linear(model: nn.Module, wanted: Mapping[str, tuple[AffineFit | None, bool]], shift_padding: bool) -> None:
+class _Wanted(NamedTuple):
+    """What is to take the place of an activation.
+
+    Attributes:
+        affine: The affine; None for an identity.
+        trainable: Whether it is trained.
+        form: What becomes of the chain around the activation, if anything does.
+        tensors: The values that belong to it; None while they are to be loaded.
+    """
+
+    affine: AffineFit | None = None
+    trainable: bool = False
+    form: Form | None = None
+    tensors: Mapping[str, torch.Tensor] | None = None
+
+    def substitution(self, model: nn.Module, site: str) -> Substitution | None:
+        """Return what carries out its form; None if it has none."""
+        if self.form is None:
+            return None
+        if self.tensors is None:
+            return Substitution.blank(self.form, model, site)
+        return Substitution(self.form, self.tensors)
+
+
+def _check_fit(model: nn.Module, site: str, fit: ChainFit, taken: Collection[str]) -> set[str]:
+    """Refuse a fit to a chain that is not there as it was; return the names of its operators.
+
+    Args:
+        model: The model.
+        site: Name of the activation.
+        fit: The fit.
+        taken: The operators that other fits of the same call take.
+
+    Raises:
+        ValueError: If an operator is missing, or another fit takes it.
+    """
+    modules = dict(model.named_modules())
+    names = Substitution(fit.form, fit.tensors).names(site)
+    gone = [name for name in names if name not in modules or isinstance(modules[name], Absorbed) or name in taken]
+    if gone:
+        raise ValueError(
+            f"Expected argument `statistics` to hold operators fitted to the model as it is, but that of {site!r} "
+            f"needs {gone}, which are not there, or gone into another operator. Linearize one of the two, and measure "
+            f"again with `measure_fits`."
+        )
+    return set(names)
+
+
+def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding: bool) -> None:
     """Put stand-ins in the place of activations that are not linear yet.
 
     Args:
         model: The model.
-        wanted: Name -> the affine, None for an identity, and whether it is trained.
+        wanted: Name -> what takes its place.
         shift_padding: As for :func:`linearize`.
     """
     known, gates = _activations_for(model, wanted)
@@ -88,28 +152,33 @@ def _make_linear(model: nn.Module, wanted: Mapping[str, tuple[AffineFit | None, 
     shifts = {name: possible_shift(known[name].neighbourhood) for name in wanted} if shift_padding else {}
     activations = isolate_activations(model, gates=gates)
     like = _floating(model)
-    with _paddings_unshifted(model):
-        for name, (fit, trainable) in wanted.items():
+    with _operators_as_built(model):
+        for name, want in wanted.items():
             made: StandIn
-            if fit is None:
-                made = IdentityStandIn(activations[name], shifts.get(name))
+            around = shifts.get(name), want.substitution(model, name)
+            if want.affine is None:
+                made = IdentityStandIn(activations[name], *around)
             else:
-                made = AffineStandIn(activations[name], fit, trainable, shifts.get(name)).to(like)
+                made = AffineStandIn(activations[name], want.affine, want.trainable, *around).to(like)
             replace_activation(model, name, made)
 
 
 def _checked(
-    statistics: Mapping[str, AffineFit] | None, stand_in: str, names: Iterable[str]
-) -> Mapping[str, AffineFit]:
-    """Return the affine for each name; none for identities."""
+    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None, stand_in: str, names: Iterable[str]
+) -> Mapping[str, AffineFit | ChainFit]:
+    """Return what was measured for each name; nothing for identities."""
     if stand_in == "identity":
         if statistics is not None:
             raise ValueError("Expected argument `statistics` to be None: the identity stand-in takes no statistics")
         return {}
+    what, measured, kind = {
+        "affine": ("affine", "measure_affines", AffineFit),
+        "fitted": ("operator", "measure_fits", ChainFit),
+    }[stand_in]
     for name in names:
-        if not isinstance((statistics or {}).get(name), AffineFit):
+        if not isinstance((statistics or {}).get(name), kind):
             raise ValueError(
-                f"Expected argument `statistics` to hold the affine of {name!r}, as `measure_affines(model, batches)` "
+                f"Expected argument `statistics` to hold the {what} of {name!r}, as `{measured}(model, batches)` "
                 f"returns it, but got {(statistics or {}).get(name)!r}"
             )
     return statistics or {}
@@ -151,7 +220,8 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
                 f"Expected argument `names` to hold names of linearized activations, but got {name!r}; linear are "
                 f"{list(linear)}"
             )
-    with _paddings_unshifted(inner):
+    _check_nothing_builds_on(inner, names)
+    with _operators_as_built(inner):
         for name in names:
             activation = linear[name].activation
             activation.train(linear[name].training)
@@ -161,14 +231,43 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     return model
 
 
+def _check_nothing_builds_on(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to restore what a later fit, which stays, was made on top of."""
+    substitutions = _substitutions(model)
+    for name in names:
+        if name not in substitutions:
+            continue
+        mine = substitutions[name]
+        for other, later in substitutions.items():
+            if (
+                later.form.order > mine.form.order
+                and other not in names
+                and {*later.names(other)} & {*mine.names(name)}
+            ):
+                raise ValueError(
+                    f"Expected argument `names` to hold {other!r} besides {name!r}: the operator in its place was "
+                    f"fitted to the one in the place of {name!r}"
+                )
+
+
 @contextmanager
-def _paddings_unshifted(model: nn.Module) -> Iterator[None]:
-    """Take all shifts of padding back, and carry out those of the stand-ins that are there afterwards."""
+def _operators_as_built(model: nn.Module) -> Iterator[None]:
+    """Take fitted operators and shifts of padding back, and carry out those of the stand-ins that are there then."""
+    for name, substitution in reversed(_substitutions(model).items()):
+        substitution.undo(model, name)
     undo_shifts(model, _shifts(model))
     try:
         yield
     finally:
         apply_shifts(model, _shifts(model))
+        for name, substitution in _substitutions(model).items():
+            substitution.apply(model, name)
+
+
+def _substitutions(model: nn.Module) -> dict[str, Substitution]:
+    """Return name -> substitution, in the order in which they were made."""
+    found = {name: each.substitution for name, each in stand_ins(model).items() if each.substitution is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1].form.order))
 
 
 def _shifts(model: nn.Module) -> list[PaddingShift]:
@@ -227,7 +326,9 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):
         wanted = {name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts}
-        _make_linear(unwrap(model), {name: (mark.blank(), mark.trainable) for name, mark in wanted.items()}, shifts)
+        _make_linear(
+            unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
+        )
 
 
 def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, ActivationSite], frozenset[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_easier.affines import AffineFit
 from lightning_easier.padding import PaddingShift
+from lightning_easier.substitution import Form, Substitution
 
 STAND_INS = ("identity", "affine")
 EXTRA_STATE = "_extra_state"
@@ -31,6 +32,7 @@ class Mark:
         channels: Of an affine; 0 for an identity.
         dim: The axis of an affine's channels.
         trainable: Whether an affine's scale and offset are trained.
+        form: What became of the chain around it, if a fitted operator has taken its place.
     """
 
     stand_in: str
@@ -39,6 +41,7 @@ class Mark:
     channels: int = 0
     dim: int = 1
     trainable: bool = False
+    form: Form | None = None
 
     def encode(self) -> Tensor:
         """Return the mark as a uint8 tensor."""
@@ -56,6 +59,7 @@ class Mark:
             return cls(
                 data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)),
                 int(data.get("channels", 0)), int(data.get("dim", 1)), bool(data.get("trainable", False)),
+                None if data.get("form") is None else Form.from_plain(data["form"]),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError):
             return None
@@ -67,21 +71,20 @@ class Mark:
         return AffineFit(torch.ones(self.channels), torch.zeros(self.channels), self.dim, 0.0)
 
 
-class Absorbed(nn.Identity):
-    """What was behind the first operator of a chain that one fitted operator has taken the place of."""
-
-
 class StandIn(nn.Module):
     """Takes the place of an activation, which it keeps to be restored.
 
     The activation is not a submodule: its parameters, if any, are no longer the model's.
     """
 
-    def __init__(self, activation: nn.Module, shift: PaddingShift | None = None) -> None:
+    def __init__(
+        self, activation: nn.Module, shift: PaddingShift | None = None, substitution: Substitution | None = None
+    ) -> None:
         super().__init__()
         self.training = activation.training
         self._activation = (activation,)  # in a tuple, so that it does not register
         self.shift = shift
+        self.substitution = substitution
 
     @property
     def activation(self) -> nn.Module:
@@ -96,7 +99,11 @@ class StandIn(nn.Module):
     @property
     def mark(self) -> Mark:
         """What the state dict says of this stand-in."""
-        return Mark("identity", type(self.activation).__name__, self.shift is not None)
+        return Mark("identity", type(self.activation).__name__, self.shift is not None, form=self._form)
+
+    @property
+    def _form(self) -> Form | None:
+        return None if self.substitution is None else self.substitution.form
 
     def get_extra_state(self) -> Tensor:
         """Return the mark as bytes."""
@@ -113,12 +120,15 @@ class StandIn(nn.Module):
             raise ValueError(f"Expected the state of a stand-in to carry the mark {self.mark}, but got {mark}")
 
     def extra_repr(self) -> str:
-        """Name the activation that was replaced, and the padding that was moved."""
-        return f"in place of {self.activation}" + ("" if self.shift is None else f", {self.shift}")
+        """Name the activation that was replaced, and what was done to the operators around it."""
+        fitted = "" if self._form is None else ", with a fitted operator in place of its chain"
+        return f"in place of {self.activation}" + ("" if self.shift is None else f", {self.shift}") + fitted
 
 
 class IdentityStandIn(StandIn):
     """The identity in the place of an activation."""
+
+    computes_identity = True  # for who looks at what lies between operators
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
@@ -133,15 +143,21 @@ class AffineStandIn(StandIn):
         fit: Scale and offset of each channel.
         trainable: Whether they are parameters; buffers otherwise.
         shift: The padding that moves.
+        substitution: What becomes of the chain around the activation.
     """
 
     weight: Tensor
     bias: Tensor
 
     def __init__(
-        self, activation: nn.Module, fit: AffineFit, trainable: bool = False, shift: PaddingShift | None = None
+        self,
+        activation: nn.Module,
+        fit: AffineFit,
+        trainable: bool = False,
+        shift: PaddingShift | None = None,
+        substitution: Substitution | None = None,
     ) -> None:
-        super().__init__(activation, shift)
+        super().__init__(activation, shift, substitution)
         self.dim = fit.dim
         for name, value in (("weight", fit.scale), ("bias", fit.offset)):
             value = value.detach().clone()
@@ -154,7 +170,8 @@ class AffineStandIn(StandIn):
     def mark(self) -> Mark:
         """What the state dict says of this stand-in."""
         of_activation = type(self.activation).__name__, self.shift is not None
-        return Mark("affine", *of_activation, len(self.weight), self.dim, isinstance(self.weight, nn.Parameter))
+        trainable = isinstance(self.weight, nn.Parameter)
+        return Mark("affine", *of_activation, len(self.weight), self.dim, trainable, self._form)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """Scale and offset each channel, in the dtype of the input; the shape stays."""

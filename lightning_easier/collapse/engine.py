@@ -34,7 +34,7 @@ from lightning_easier.costs import (
 )
 from lightning_easier.inference import as_arguments, forward, model_inputs
 from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
-from lightning_easier.stand_in import Absorbed
+from lightning_easier.substitution import Absorbed
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lightning_easier.inference import evaluation_mode
 from lightning_easier.neighbourhood import Meeting
 from lightning_easier.padding import numeric_padding
 from lightning_easier.rectifiers import GATES
-from lightning_easier.stand_in import Absorbed
+from lightning_easier.substitution import Absorbed
 
 # Positions of the calibration data that are used: as many for each unknown, but not fewer than so many.
 _POSITIONS_FOR_EACH_UNKNOWN, _FEWEST_POSITIONS = 8, 2**17
@@ -211,6 +211,11 @@ class _EndOfChainError(BaseException):
     """Ends a forward of which all that is wanted has been seen; no forward catches it."""
 
 
+def positions_wanted(chain: FitChain) -> int:
+    """Return how many positions of the calibration data are enough for a fit."""
+    return max(_POSITIONS_FOR_EACH_UNKNOWN * chain.geometry.unknowns, _FEWEST_POSITIONS)
+
+
 def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ...]]) -> tuple[Moments, torch.Size]:
     """Run a model up to the end of a chain, and sum up what goes in and what comes out.
 
@@ -228,8 +233,7 @@ def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ..
     inputs: list[Tensor] = []
     moments: list[Moments] = []
     shapes: list[torch.Size] = []
-    wanted = max(_POSITIONS_FOR_EACH_UNKNOWN * chain.geometry.unknowns, _FEWEST_POSITIONS)
-    positions = -(-wanted // len(batches))
+    positions = -(-positions_wanted(chain) // len(batches))
 
     def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs[:] = arguments[:1]
@@ -325,7 +329,7 @@ class Choice:
         return self.price_before - self.price_after
 
 
-def _priced(
+def priced(
     model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
 ) -> list[Choice]:
     """Tell what each operator would cost in the place of a chain whose input has a shape."""
@@ -334,10 +338,9 @@ def _priced(
     parts = [model.get_submodule(name) for name in _in_a_row(chain)]
     weight: Tensor = parts[0].weight  # type: ignore[assignment]
     wanted = {"": nn.Sequential(*parts), **{str(number): fit.operator for number, fit in enumerate(candidates)}}
-    priced = prices.of(wanted, shape, weight)
+    costs = prices.of(wanted, shape, weight)
     return [
-        Choice(chain, fit, most - fit.explained, priced[""], priced[str(number)])
-        for number, fit in enumerate(candidates)
+        Choice(chain, fit, most - fit.explained, costs[""], costs[str(number)]) for number, fit in enumerate(candidates)
     ]
 
 
@@ -398,7 +401,12 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
     return old
 
 
-def with_statistics(norm: Any, mean: Tensor, variance: Tensor) -> nn.Module:
+def is_adjustable(norm: Any) -> bool:
+    """Tell whether a batch norm has statistics, and a scale and an offset that can make up for others."""
+    return norm.running_mean is not None and norm.weight is not None and norm.bias is not None
+
+
+def with_statistics(norm: Any, mean: Tensor, variance: Tensor, offset: Tensor | None = None) -> nn.Module:
     """Copy a batch norm for values of other statistics; in eval mode it computes the same.
 
     What is fitted varies less than what it was fitted to. In training mode a batch norm would scale that up again, and
@@ -408,14 +416,16 @@ def with_statistics(norm: Any, mean: Tensor, variance: Tensor) -> nn.Module:
         norm: The batch norm.
         mean: Of its input from now on, shape ``(C,)``.
         variance: Of its input from now on, shape ``(C,)``.
+        offset: What its input lacks from now on, shape ``(C,)``; the batch norm makes up for it.
     """
     copied = deepcopy(norm)
-    if norm.running_mean is None or norm.weight is None:
+    if not is_adjustable(norm):
         return copied
     mean, variance = mean.to(norm.running_mean), variance.to(norm.running_var)
+    shift = torch.zeros_like(mean) if offset is None else offset.to(mean)
     with torch.no_grad():
         before, after = (value + norm.eps for value in (norm.running_var, variance))
-        copied.bias += norm.weight * (mean - norm.running_mean) / before.sqrt()
+        copied.bias += norm.weight * (mean + shift - norm.running_mean) / before.sqrt()
         copied.weight *= (after / before).sqrt()
         copied.running_mean.copy_(mean)
         copied.running_var.copy_(variance)
@@ -449,7 +459,7 @@ def fit_chain(
     """
     moments, _ = gather(model, chain, batches)
     _, shape = gather(model, chain, [tuple(arguments)])
-    return _priced(model, chain, list(fits(moments)), shape, prices)
+    return priced(model, chain, list(fits(moments)), shape, prices)
 
 
 def fit_chains(

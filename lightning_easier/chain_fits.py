@@ -1,0 +1,263 @@
+"""Fit an operator to the chain around each activation while a model runs, by hooks, in the pass that counts.
+
+What a chain reads and what it computes are summed up on the spot (see :mod:`lightning_easier.collapse.least_squares`):
+nothing is kept, and the sums of all chains come from one pass over the data.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce, is_available, is_initialized
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.activations import isolate_activations, match_names, unwrap
+from lightning_easier.affines import AffineFit
+from lightning_easier.arguments import as_globs
+from lightning_easier.collapse.affine import ChannelAffine
+from lightning_easier.collapse.fitting import (
+    ChainPrices,
+    Chains,
+    Choice,
+    FitChain,
+    is_adjustable,
+    positions_wanted,
+    priced,
+    with_statistics,
+)
+from lightning_easier.collapse.least_squares import Fit, Moments, fits
+from lightning_easier.hooks import HookOfOneModel
+from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
+from lightning_easier.stand_in import StandIn
+from lightning_easier.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
+
+
+@dataclass
+class _Seen:
+    """What the hooks have seen of one chain."""
+
+    moments: Moments
+    shape: torch.Size | None = None
+    calls: int = 0
+
+
+class ChainProbe:
+    """Own the hooks that sum up what the chains around activations read and compute.
+
+    Args:
+        model: A model whose activations are isolated.
+        sites: Names of the activations.
+        batches: How many batches there will be on this process and the others together, which bounds how many positions
+            of each are used.
+
+    Attributes:
+        chains: Site -> its chain.
+        reasons: Site -> why it has none.
+        paused: Whether what runs now is left out.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[str], batches: int) -> None:
+        with evaluation_mode(model):
+            found = Chains(model, sites)
+            self.chains: dict[str, FitChain] = {chain.sites[0]: chain for chain in found.in_windows(1)}
+        self.reasons = found.reasons
+        self.paused = False
+        self._model = model
+        self._batches = max(batches, 1)
+        self._seen: dict[str, _Seen] = {}
+        self._handles: list[RemovableHandle] = []
+        for site, chain in self.chains.items():
+            last: Any = model.get_submodule(chain.operators[-1])
+            outputs = last.out_channels if chain.geometry.kernel else last.out_features
+            self._seen[site] = _Seen(Moments.of(chain.geometry, outputs, last.weight.device))
+
+    def __enter__(self) -> "ChainProbe":
+        self.attach()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks; a second call does nothing."""
+        if self._handles:
+            return
+        for site, chain in self.chains.items():
+            first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
+            begin, end = self._hooks(chain, self._seen[site])
+            self._handles += [
+                first.register_forward_pre_hook(HookOfOneModel(begin)),
+                last.register_forward_hook(HookOfOneModel(end)),
+            ]
+
+    def detach(self) -> None:
+        """Remove the hooks; the sums stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hooks(self, chain: FitChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
+        inputs: list[Tensor] = []
+        positions = -(-positions_wanted(chain) // self._batches)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self.paused:
+                inputs[:] = args[:1]
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.paused or not inputs:
+                return
+            seen.shape = seen.shape or inputs[0].shape
+            seen.calls += 1
+            seen.moments.add(inputs.pop().detach(), output.detach(), positions)
+
+        return begin, end
+
+    def reduce(self) -> None:
+        """Sum up over all processes, each of which has to call this once."""
+        if not (is_available() and is_initialized()):
+            return
+        for seen in self._seen.values():
+            calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
+            for tensor in (calls, *_tensors_of(seen.moments)):
+                all_reduce(tensor)
+            seen.calls = int(calls)
+
+    def fitted(self) -> Iterator[tuple[str, list[Fit], torch.Size | None]]:
+        """Fit operators to the chains that were called; yields site, what was fitted, and the shape of the input."""
+        for site, seen in self._seen.items():
+            if seen.calls:
+                yield site, list(fits(seen.moments)), seen.shape
+
+    def price(self, site: str, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
+        """Tell what each operator would save in the place of a chain."""
+        return priced(self._model, self.chains[site], candidates, shape, prices)
+
+    def chain_fit(self, site: str, fit: Fit) -> ChainFit | None:
+        """Tell how an operator moves into the modules of a chain; None if it is of another kind than the first."""
+        return as_chain_fit(self._model, self.chains[site], fit)
+
+
+def _tensors_of(moments: Moments) -> Iterator[Tensor]:
+    for sums in (moments.fitted, moments.held_out):
+        yield from (sums.gram, sums.cross, sums.squares)
+
+
+def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None:
+    """Tell how an operator moves into the modules of a chain.
+
+    Args:
+        model: The model.
+        chain: The chain around one activation.
+        fit: The operator.
+
+    Returns:
+        None if the operator is of another kind than the first of the chain, so that it can't move in.
+    """
+    (site,) = chain.sites
+    first: Any = model.get_submodule(chain.operators[0])
+    operator: Any = fit.operator
+    host: str | None = None
+    attributes: dict[str, Any] = {}
+    behind = [*chain.between, *chain.operators[1:]]
+    norm: Any = None if chain.norm is None else model.get_submodule(chain.norm)
+    if norm is not None and not is_adjustable(norm):
+        norm = None
+    bias = operator.bias.detach() if type(operator) in (type(first), ChannelAffine) else None
+    affine: AffineFit | None = None
+    missing = torch.zeros_like(fit.mean)  # what the batch norm makes up for
+    tensors: dict[str, Tensor] = {}
+    if bias is None:
+        return None
+    if type(operator) is ChannelAffine:
+        behind.insert(0, chain.operators[0])
+        affine = AffineFit(operator.weight.detach(), bias, operator.dim, fit.explained)
+    else:
+        host, attributes = chain.operators[0], attributes_of(operator)
+        tensors[f"{host}.weight"] = operator.weight.detach()
+        if first.bias is not None:
+            tensors[f"{host}.bias"] = bias
+        elif norm is not None:
+            missing = bias
+        else:
+            affine = AffineFit(torch.ones_like(bias), bias, 1 if chain.geometry.kernel else -1, fit.explained)
+    if norm is not None:
+        adjusted: Any = with_statistics(norm, fit.mean - missing, fit.variance, missing)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensors[f"{chain.norm}.{name}"] = getattr(adjusted, name).detach()
+    absorbed = [name for name in behind if not isinstance(model.get_submodule(name), StandIn | Absorbed)]
+    form = Form(
+        None if host is None else seen_from(site, host), attributes, tuple(seen_from(site, name) for name in absorbed)
+    )
+    of_model = {seen_from(site, name): value.to(first.weight) for name, value in tensors.items()}
+    return ChainFit(fit.kind, fit.explained, form, of_model, affine)
+
+
+def measure_fits(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
+) -> dict[str, ChainFit]:
+    """Fit the best single operator to the chain around each activation, over all batches together.
+
+    A chain is operator, activation, operator, with batch norms and dropouts between. ``linearize(model, names,
+    stand_in="fitted", statistics=...)`` puts the fitted operators in their places. The model runs in eval mode, without
+    gradients, and is left as it was found.
+
+    Args:
+        model: Any module.
+        batches: A tensor each, or a sequence whose first element is the input.
+        include: Name globs of the activations; all by default.
+        exclude: Name globs of those to leave out.
+
+    Returns:
+        Qualified name -> fit, in execution order. Activations that no operator can take the place of, with one before
+        and one behind them, are left out.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or ``batches`` do not hold tensors.
+        ValueError: If a glob matches nothing, there is no batch, or an input does not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_easier import linearize
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> fits = measure_fits(model, [torch.randn(64, 4) for _ in range(4)])
+        >>> linearize(model, ["1"], stand_in="fitted", statistics=fits)
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): IdentityStandIn(in place of ReLU(), with a fitted operator in place of its chain)
+          (2): Absorbed()
+        )
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be taken "
+            "for batches. Pass `[tensor]`."
+        )
+    inner = unwrap(model)
+    sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
+    taken = list(batches)
+    if not taken:
+        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+    device = device_of(inner)
+    with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
+        for batch in taken:
+            forward(inner, (model_input(batch).to(device),), "batches")
+    best: dict[str, ChainFit] = {}
+    for site, candidates, _ in probe.fitted():
+        possible = [fit for each in candidates if (fit := probe.chain_fit(site, each)) is not None]
+        best[site] = max(possible, key=lambda fit: fit.explained)
+    return best
+
+
+def plain_fits(fits: Mapping[str, ChainFit]) -> dict[str, dict[str, Any]]:
+    """Return fits as plain data by name."""
+    return {name: fit.to_plain() for name, fit in fits.items()}

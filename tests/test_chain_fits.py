@@ -1,0 +1,200 @@
+"""Tests of fitted operators that move into the modules of their chains."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier import collapse, isolate_activations, linearize, load_pruned, measure_fits, restore
+from lightning_easier.linearize import read_marks, stand_ins
+from lightning_easier.zoo import CifarResNet
+from tests.test_collapse_fit import Block, Bottleneck, Mlp, almost_linear, randomized
+
+
+def trained_mode_statistics(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """Give batch norms the statistics of the data, as training does."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.cat(batches))
+    return model.eval()
+
+
+class Bare(nn.Sequential):
+    """Neither a bias nor a batch norm that could take an offset."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 24, bias=False), nn.ReLU(), nn.Linear(24, 5))
+
+
+class Plain(nn.Sequential):
+    """Three convolutions in a row, of other shapes than what is fitted."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+
+CASES = {
+    "block": (Block, "relu", (16, 6, 9, 7)),
+    "strided block": (lambda: Block(stride=2), "relu", (16, 6, 10, 8)),
+    "1d": (lambda: Block(1), "relu", (16, 6, 17)),
+    "bottleneck": (Bottleneck, "act1", (16, 12, 9, 7)),
+    "mlp on vectors": (Mlp, "1", (64, 8)),
+    "mlp on tokens": (Mlp, "1", (16, 5, 8)),
+    "without a place for the offset": (Bare, "1", (64, 8)),
+    "another shape": (Plain, "1", (16, 3, 10, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_what_a_fitting_collapse_computes_and_comes_back(name):
+    torch.manual_seed(0)
+    make, site, shape = CASES[name]
+    model = randomized(make()).double()
+    batches = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+    state, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    fits = measure_fits(model, batches)
+    expected = collapse(model, batches[0], mode="fit", sites=[site], calibration=batches, objective="depth", slack=0.0)
+    assert expected.report.fitted[0].kind == fits[site].kind
+    assert fits[site].explained == pytest.approx(expected.report.fitted[0].explained)
+    before = model(batches[0])
+    linearize(model, [site], stand_in="fitted", statistics=fits)
+    torch.testing.assert_close(model(batches[0]), expected.model(batches[0]))
+    for key, parameter in model.named_parameters():  # those that are left are the same objects
+        assert parameter is parameters[key]
+    exact = collapse(model, batches[0], objective="depth")
+    torch.testing.assert_close(exact.model(batches[0]), expected.model(batches[0]))
+    restore(model)
+    assert {**dict(model.named_parameters())} == parameters
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model(batches[0]), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_state_dict_brings_the_structure_or_fails_loudly(name, tmp_path):
+    torch.manual_seed(0)
+    make, site, shape = CASES[name]
+    model = randomized(make())
+    batches = [torch.randn(shape) for _ in range(4)]
+    linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+    torch.save(model.state_dict(), tmp_path / "pruned.pt")
+    fresh = make().eval()
+    with pytest.raises(RuntimeError, match="Unexpected key|Missing key|size mismatch"):
+        fresh.load_state_dict(model.state_dict())
+    fresh = load_pruned(make(), tmp_path / "pruned.pt").eval()
+    assert torch.equal(fresh(batches[0]), model(batches[0]))
+    assert read_marks(fresh.state_dict()) == read_marks(model.state_dict())
+    inner = load_pruned(nn.ModuleDict({"model": make()}), _prefixed(tmp_path, model)).eval()
+    assert torch.equal(inner["model"](batches[0]), model(batches[0]))
+
+
+def _prefixed(folder, model):
+    torch.save({f"model.{key}": value for key, value in model.state_dict().items()}, folder / "prefixed.pt")
+    return folder / "prefixed.pt"
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    model = randomized(Block())
+    batches = [torch.randn(16, 6, 9, 7) for _ in range(4)]
+    linearize(model, ["relu"], stand_in="fitted", statistics=measure_fits(model, batches))
+    torch.save({**model.state_dict(), "other": torch.zeros(1)}, tmp_path / "pruned.pt")
+    fresh = randomized(Block())
+    state = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(ValueError, match="unexpected other"):
+        load_pruned(fresh, tmp_path / "pruned.pt")
+    assert not stand_ins(fresh)
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+    assert fresh.state_dict().keys() == state.keys()
+
+
+def test_training_begins_with_the_function_that_was_fitted():
+    torch.manual_seed(0)
+    model = randomized(CifarResNet(8))
+    batches = [torch.randn(64, 3, 16, 16) for _ in range(4)]
+    trained_mode_statistics(model, batches)
+    sites = [name for name in isolate_activations(model) if name.endswith("relu1")]
+    for site in sites:
+        linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches, include=site))
+    with torch.no_grad():
+        expected, trained = model(batches[0]), copy.deepcopy(model).train()(batches[0])
+    assert float((trained - expected).norm() / expected.norm()) < 0.1
+
+
+def test_fits_build_on_fits_and_are_taken_back_in_the_opposite_order():
+    torch.manual_seed(0)
+    model = Plain().eval().double()
+    batches = [torch.randn(16, 3, 10, 8, dtype=torch.float64) for _ in range(4)]
+    dense, state = model(batches[0]), copy.deepcopy(model.state_dict())
+    for site in ("3", "1"):
+        linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+    assert collapse(model, batches[0], objective="depth").report.after.depth == 1
+    both = model(batches[0])
+    # weights go where they belong though the state dict names the later one first
+    fresh = Plain().double().eval()
+    from lightning_easier import expect_pruned
+
+    expect_pruned(fresh).load_state_dict(model.state_dict())
+    assert torch.equal(fresh(batches[0]), both)
+    with pytest.raises(ValueError, match="`names` to hold '1' besides '3'"):
+        restore(model, ["3"])
+    assert torch.equal(model(batches[0]), both)
+    restore(model, ["1"])
+    assert list(stand_ins(model)) == ["3"]
+    restore(model)
+    assert torch.equal(model(batches[0]), dense)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    linearize(model, ["1"], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(model, ["3"], stand_in="fitted", statistics=measure_fits(model, batches))  # the host hosts again
+    assert torch.equal(restore(model)(batches[0]), dense)
+
+
+def test_what_was_trained_since_stays_when_something_else_becomes_linear():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).double().eval()
+    batches = [torch.randn(16, 6, 9, 7, dtype=torch.float64) for _ in range(4)]
+    linearize(model, ["0.relu"], stand_in="fitted", statistics=measure_fits(model, batches))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    expected = model(batches[0])
+    linearize(model, ["1.relu"])
+    restore(model, ["1.relu"])
+    assert torch.equal(model(batches[0]), expected)
+
+
+def test_two_fits_that_share_an_operator_are_refused_together():
+    torch.manual_seed(0)
+    model = Plain().eval()
+    fits = measure_fits(model, [torch.randn(16, 3, 10, 8) for _ in range(4)])
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"that of '3' needs \['2'\]"):
+        linearize(model, ["1", "3"], stand_in="fitted", statistics=fits)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    linearize(model, ["1"], stand_in="fitted", statistics=fits)
+    with pytest.raises(ValueError, match="Linearize one of the two, and measure again"):
+        linearize(model, ["3"], stand_in="fitted", statistics=fits)
+    with pytest.raises(ValueError, match="`statistics` to hold the operator of '3', as `measure_fits"):
+        linearize(model, ["3"], stand_in="fitted")
+
+
+def test_an_almost_linear_chain_is_found_whatever_its_channels_mean():
+    torch.manual_seed(0)
+    model = almost_linear(randomized(Mlp())).double()
+    batches = [torch.randn(64, 8, dtype=torch.float64) + 100 for _ in range(4)]
+    expected = model(batches[0])
+    fits = measure_fits(model, batches)
+    assert fits["1"].explained > 1 - 1e-9
+    linearize(model, ["1"], stand_in="fitted", statistics=fits)
+    torch.testing.assert_close(model(batches[0]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="`batches` to be an iterable of batches, but got a tensor"):
+        measure_fits(Mlp(), torch.randn(4, 8))
+    with pytest.raises(ValueError, match="at least one batch"):
+        measure_fits(Mlp(), [])
+    with pytest.raises(ValueError, match="`include`"):
+        measure_fits(Mlp(), [torch.randn(4, 8)], include="x")
