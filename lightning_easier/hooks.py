@@ -35,3 +35,8 @@ class HookOfOneModel:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _ignoring, ()
+
+
+def is_of_one_model(hook: Any) -> bool:
+    """Tell whether a hook is one that only counts or notices, or what a copy has of it."""
+    return isinstance(hook, HookOfOneModel) or hook is _ignore

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_easier.hooks import is_of_one_model
+
 
 def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Turn example inputs into the positional arguments of a forward.
@@ -72,10 +74,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether calling a module runs anything besides its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Tell whether calling a module runs anything besides its forward that may matter; what only counts does not."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    return any(not is_of_one_model(hook) for each in hooks for hook in each.values())
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class Round:
         accepted: Whether the score stayed within the tolerance; None while the round goes on.
         epoch: The epoch, counted from 0, at whose start the activations became linear.
         shifts: Name -> what padding was moved when it became linear.
+        fitted: Name -> the operator that took the place of the chain around it, and how well it represents it.
     """
 
     removed: list[str]
@@ -82,6 +83,7 @@ class Round:
     accepted: bool | None
     epoch: int
     shifts: dict[str, str] = field(default_factory=dict)
+    fitted: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,6 +116,7 @@ class PruningReport(Report):
         dense, this = self.rounds[0], self.rounds[number]
         what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
         what += "".join(f"; {shift}" for shift in this.shifts.values())
+        what += "".join(f"; fitted in place of its chain: {fit}" for fit in this.fitted.values())
         beyond = f"beyond the tolerance {tolerance:g} of the dense {dense.score_after:.4f}"
         verdict = "kept" if this.accepted else beyond
         return f"Round {number}: made linear {what}; {self.monitor} {this.score_after:.4f}: {verdict}."
@@ -125,7 +128,7 @@ class PruningReport(Report):
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
         return (
             str(number),
-            ", ".join(f"{name} (padding moved)" if name in this.shifts else name for name in this.removed) or "(dense)",
+            ", ".join(_removed(name, this) for name in this.removed) or "(dense)",
             ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
             _number(this.score_before),
             _number(this.score_after),
@@ -452,6 +455,12 @@ class CandidateReport(Report):
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _removed(name: str, this: Round) -> str:
+    notes = [this.fitted[name]] if name in this.fitted else []
+    notes += ["padding moved"] if name in this.shifts else []
+    return f"{name} ({'; '.join(notes)})" if notes else name
 
 
 def _number(value: float | None) -> str:

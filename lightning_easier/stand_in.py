@@ -92,6 +92,15 @@ class StandIn(nn.Module):
         return self._activation[0]
 
     @property
+    def absorbed(self) -> list[nn.Module]:
+        """The modules of its chain that are identities now."""
+        return [] if self.substitution is None else self.substitution.absorbed
+
+    def absorbed_by_name(self, name: str) -> dict[str, nn.Module]:
+        """Return qualified name -> module for the same, given the name of this stand-in."""
+        return {} if self.substitution is None else self.substitution.absorbed_by_name(name)
+
+    @property
     def moves_padding(self) -> bool:
         """Whether there was a padding to move."""
         return self.shift is not None and self.shift.moves_padding

@@ -141,6 +141,10 @@ class Substitution:
         """The modules that are identities now."""
         return list(self._modules.values())
 
+    def absorbed_by_name(self, site: str) -> dict[str, nn.Module]:
+        """Return the same by qualified name."""
+        return {resolved(site, name): module for name, module in self._modules.items()}
+
     def names(self, site: str) -> list[str]:
         """Return the qualified names of the host and of what is absorbed."""
         host = [] if self.form.host is None else [self.form.host]
@@ -152,16 +156,16 @@ class Substitution:
 
     def apply(self, model: nn.Module, site: str) -> None:
         """Carry it out."""
-        for name in (resolved(site, each) for each in self.form.absorbed):
-            module = self._modules[name] = model.get_submodule(name)
-            model.set_submodule(name, Absorbed().train(module.training))
+        for name in self.form.absorbed:
+            module = self._modules[name] = model.get_submodule(resolved(site, name))
+            model.set_submodule(resolved(site, name), Absorbed().train(module.training))
         self._swap(model, site)
 
     def undo(self, model: nn.Module, site: str) -> None:
         """Take it back; what was trained since is kept for the next time."""
         self._swap(model, site)
         like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
-        for name, module in self._modules.items():
+        for name, module in self.absorbed_by_name(site).items():
             module.train(model.get_submodule(name).training)
             model.set_submodule(name, module.to(like))  # it was not moved or cast with the model
         self._modules = {}

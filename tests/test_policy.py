@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_easier.callbacks.policy import Policy
+from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.callbacks.state import PruningState
 from lightning_easier.report import Round
 
@@ -15,7 +16,7 @@ def judged(policy: Policy, *scores: float) -> PruningState:
     for number, score in enumerate(scores):
         if number:
             state.begin_round(Round([f"act{number}"], {}, None, None, None, number))
-        state.entropies = {"act9": 0.5}
+        state.entropies, state.ranked = {"act9": 0.5}, Ranked({"act9": 0.5})
         policy.judge(state, score)
         policy.settle(state)
     return state
@@ -75,6 +76,7 @@ def test_entropies_of_a_rejected_round_do_not_replace_those_of_the_last_good_one
     policy.judge(state, 0.1)
     assert policy.settle(state)
     assert state.entropies_of_last_good == {"act9": 0.5}
+    assert state.ranked_of_last_good.ranks == {"act9": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from lightning_easier.arguments import (
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.policy import Policy
+from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
     LoggedScores,
@@ -107,6 +108,18 @@ class EntropyPruningCallback(Callback):
         stand_in: What takes the place of an activation: the identity (EASIER), or the affine that comes closest to it,
             a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, keeps
             more of the accuracy, and is not trained.
+        collapse: ``"exact"``: an activation becomes linear, and :func:`~lightning_easier.collapse` merges its
+            neighbours after the run. ``"fit"``: where it lies between two operators, one operator fitted to what the
+            chain computes takes their place at once. It moves into the first of them, whose parameters stay the same
+            objects; what is behind becomes identities, and a batch norm behind the chain stays and is adjusted.
+            Chains are measured in the last validation of a round; other activations get the ``stand_in``.
+        criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
+            variance that the best linear operator does not explain: with ``collapse="fit"`` that of the chain, else
+            that of the activation, by the affine for each channel.
+        gain: Rank by the criterion per second (``"latency"``, measured on rank 0's device) or per multiply-accumulate
+            (``"macs"``) that the removal saves; what saves nothing goes last. By the criterion alone by default.
+        candidates: ``"mergeable"``: leave out activations whose removal merges nothing, and with a ``gain`` those whose
+            removal saves nothing.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -153,6 +166,10 @@ class EntropyPruningCallback(Callback):
         sample: float = 1.0,
         dry_run: bool = False,
         stand_in: Literal["identity", "affine"] = "identity",
+        collapse: Literal["exact", "fit"] = "exact",
+        criterion: Literal["entropy", "linearity"] = "entropy",
+        gain: Literal["latency", "macs"] | None = None,
+        candidates: Literal["all", "mergeable"] = "all",
     ) -> None:
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
@@ -189,19 +206,24 @@ class EntropyPruningCallback(Callback):
         self.dry_run = dry_run
         check_choice("stand_in", stand_in, STAND_INS)
         self.stand_in = stand_in
+        self.ranking = Ranking(criterion, gain, candidates, collapse, stand_in, shift_padding, self.gates)
+        if self.ranking.needs_chains and measure_on != "validation":
+            raise ValueError(
+                f"Expected argument `measure_on` to be 'validation' with collapse='fit', but got {measure_on!r}: what "
+                f"is fitted has to compute what the chain computes in eval mode"
+            )
 
         self._state = PruningState()
         self._taken_up = False  # whether the state is that of a checkpoint
         self._state_of = 0  # the Trainer that it is of, by its id
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
         self._measured: dict[str, float] | None = None  # the entropies, whatever was validated
+        self._ranked = Ranked()  # and the order
         self._listed: CandidateReport | None = None
         self._active = False
         self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
-        self._measurement = Measurement(
-            self.gates, self.exclude or (), self.neuron_dim, sample, affines=stand_in == "affine"
-        )
+        self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample, self.ranking)
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
@@ -244,14 +266,15 @@ class EntropyPruningCallback(Callback):
         """Return what the run did, round by round."""
         return PruningReport(self.monitor, self.rounds)
 
-    def select(self, entropies: Mapping[str, float], count: int) -> list[str]:
+    def select(self, ranks: Mapping[str, float], count: int) -> list[str]:
         """Choose the activations that become linear next; override for another criterion.
 
         Args:
-            entropies: Name -> entropy in bits of the candidates, in execution order, the same on all processes.
+            ranks: Name -> rank of the candidates, in execution order, the same on all processes: their entropy in bits,
+                or what ``criterion`` and ``gain`` make of it.
             count: How many to choose at most.
         """
-        return lowest_entropy(entropies, count)
+        return lowest_entropy(ranks, count)
 
     # Start and end of a run
 
@@ -329,6 +352,7 @@ class EntropyPruningCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             live = {name: sites[name] for name in chosen if name in sites}
             wiring.check(trainer, live, self.measure_on, self.dirpath)
+            wiring.check_operators_may_leave(trainer, self.ranking.collapse)
         self._candidates = chosen
         if self._active:
             self._measurement.look(pl_module)
@@ -348,6 +372,17 @@ class EntropyPruningCallback(Callback):
             self._measurement.pause(True)
         elif self.measure_on == "validation" or trainer.state.fn != TrainerFn.FITTING:
             self._measurement.start(pl_module)
+            if not self.ranking.is_free and self._may_decide(trainer):
+                batches = wiring.validation_batches(trainer) * trainer.world_size
+                self._measurement.follow_chains(pl_module, self._candidates or (), batches)
+
+    def _may_decide(self, trainer: Trainer) -> bool:
+        """Tell whether a decision may follow this validation."""
+        state = self._state
+        if trainer.state.fn != TrainerFn.FITTING:
+            return self.dry_run
+        is_last = state.epochs + 1 >= self.policy.epochs_of_round(state)
+        return not state.finished and (is_last or state.rounds[-1].accepted is not None)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the entropies, the number removed, and the round."""
@@ -356,11 +391,20 @@ class EntropyPruningCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._state.validated = self._state.validated_this_epoch = True
         if self._measurement.is_counting:
-            self._measured = self._measurement.finish(pl_module, self._state.entropies_of_last_good)
-            if trainer.state.fn == TrainerFn.FITTING:
-                self._state.entropies, self._state.affines = self._measured, self._measurement.affines
+            self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         self._log_progress(trainer, pl_module)
+
+    def _finish_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of entropies and affines, and of the order if a decision may follow."""
+        state = self._state
+        self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
+        ranked = None
+        if self.ranking.is_free or self.measure_on == "training" or self._may_decide(trainer):
+            ranked = self._measurement.rank(trainer, pl_module, self._measured, self._candidates or ())
+        self._ranked = ranked or Ranked()
+        if trainer.state.fn == TrainerFn.FITTING:
+            state.entropies, state.affines, state.ranked = self._measured, self._measurement.affines, ranked
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""
@@ -450,8 +494,7 @@ class EntropyPruningCallback(Callback):
         if trainer.current_epoch > state.ended:  # Lightning has skipped the end of an epoch
             if state.counts is not None:
                 self._count_on(trainer, pl_module)
-                state.entropies = self._measurement.finish(pl_module, state.entropies_of_last_good)
-                state.affines = self._measurement.affines
+                self._finish_measuring(trainer, pl_module)
             if not state.score_comes_from_validation:  # what an epoch of training has logged is not in a checkpoint
                 state.score = None
             if not state.epoch_end_begun:
@@ -483,6 +526,7 @@ class EntropyPruningCallback(Callback):
 
     def _count_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement.start(pl_module)
+        self._measurement.follow_chains(pl_module, self._candidates or (), 1)
         if self._state.counts is not None:
             self._measurement.load_counts(self._state.counts, trainer.is_global_zero)
             self._state.counts = None
@@ -500,8 +544,7 @@ class EntropyPruningCallback(Callback):
         if state.counts is not None:  # it does so, and the hook was cut off
             self._count_on(trainer, pl_module)
         if self._measurement.is_counting:
-            self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
-            state.entropies, state.affines = self._measured, self._measurement.affines
+            self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         if not trainer.enable_validation:
             self._log_progress(trainer, pl_module)
@@ -607,7 +650,7 @@ class EntropyPruningCallback(Callback):
         state = self._state
         this = state.rounds[-1]
         choice = self._choose(trainer, not_called) if self.policy.settle(state) else None
-        state.finished = choice is None and not (this.accepted and state.entropies is None)
+        state.finished = choice is None and not (this.accepted and state.ranked is None)
         if choice is not None or not this.accepted:
             state.decision = Decision(not this.accepted, choice)
         if self.dry_run:
@@ -616,14 +659,18 @@ class EntropyPruningCallback(Callback):
             rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
         if state.finished or self.dry_run:
             trainer.should_stop = True
+        if self.policy.on_reject == "stop":  # what was not chosen will not be
+            state.forget_fits()
         if this.accepted and not self.dry_run:
             self._keep(trainer)
 
     def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
         """Choose among what was measured at the end of the last good round; None if nothing is left."""
         state = self._state
-        measured = state.entropies_of_last_good if self._stage == TrainerFn.FITTING else self._measured or {}
-        eligible = self.policy.eligible(state, measured, self._candidates or ())
+        is_fitting = self._stage == TrainerFn.FITTING
+        measured = state.entropies_of_last_good if is_fitting else self._measured or {}
+        ranked = state.ranked_of_last_good if is_fitting else self._ranked
+        eligible = self.policy.eligible(state, ranked.ranks, self._candidates or ())
         unused = [  # by no process
             name for name in eligible if trainer.strategy.reduce_boolean_decision(name in not_called, all=True)
         ]
@@ -638,8 +685,11 @@ class EntropyPruningCallback(Callback):
         names = trainer.strategy.broadcast(names)
         if not set(names) <= set(eligible):
             raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
-        affines = {name: state.affines_of_last_good[name] for name in names if self.stand_in == "affine"}
-        return Choice(names, {name: eligible[name] for name in names}, affines) if names else None
+        names = apart(names, ranked.fits)
+        fits = {name: ranked.fits[name] for name in names if name in ranked.fits}
+        by_affines = [name for name in names if name not in fits and self.stand_in == "affine"]
+        affines = {name: state.affines_of_last_good[name] for name in by_affines if is_fitting}
+        return Choice(names, {name: measured[name] for name in names}, affines, fits) if names else None
 
     def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
         """Say what would be done."""
@@ -663,12 +713,15 @@ class EntropyPruningCallback(Callback):
         state = self._state
         before = state.kept[-1].score_after
         state.plateaus_of_last_good = plateaus(trainer)
-        wiring.check_parameters_may_leave(trainer, pl_module, choice.names)
+        wiring.check_parameters_may_leave(trainer, pl_module, choice.names, bool(choice.fits))
         shifts, dropped = surgery.make_linear(trainer, pl_module, choice, self.shift_padding)
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
-        state.begin_round(Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts))
+        fitted = {name: f"{fit['kind']}, {fit['explained']:.1%} explained" for name, fit in choice.fits.items()}
+        state.begin_round(
+            Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, fitted)
+        )
         state.dropped = dropped
         self._scores.forget(trainer)
         self._scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
@@ -694,6 +747,7 @@ class EntropyPruningCallback(Callback):
         self._measurement.structure_changed()
         state.dropped = []
         state.entropies, state.affines = dict(state.entropies_of_last_good), dict(state.affines_of_last_good)
+        state.ranked = state.ranked_of_last_good
         state.score = kept[-1].score_after
         decision = state.decision
         state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)

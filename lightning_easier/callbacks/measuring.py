@@ -11,7 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites
 from lightning_easier.callbacks import wiring
+from lightning_easier.callbacks.ranking import Ranked, Ranking
+from lightning_easier.chain_fits import ChainProbe
+from lightning_easier.gains import Gains, ShapeProbe
 from lightning_easier.hooks import HookOfOneModel
+from lightning_easier.inference import evaluation_mode
 from lightning_easier.linearize import stand_ins
 from lightning_easier.probe import EntropyProbe
 
@@ -24,20 +28,28 @@ class Measurement:
         exclude: Name globs of activations that are not measured.
         neuron_dim: Axis of the neurons by name glob.
         sample: Share of each batch that is counted.
-        affines: Whether the affine that comes closest to each activation is measured too.
+        ranking: Tells what is measured besides, and the order in which activations become linear.
 
     Attributes:
-        affines: Name -> that affine, as measured last, as plain data.
+        affines: Name -> the affine that comes closest to an activation, as measured last, as plain data.
     """
 
     def __init__(
-        self, gates: Sequence[str], exclude: Sequence[str], neuron_dim: Mapping[str, int], sample: float, affines: bool
+        self,
+        gates: Sequence[str],
+        exclude: Sequence[str],
+        neuron_dim: Mapping[str, int],
+        sample: float,
+        ranking: Ranking,
     ) -> None:
         self._gates = gates
         self._exclude = exclude
         self._neuron_dim = neuron_dim
         self._sample = sample
-        self._with_affines = affines
+        self._ranking = ranking
+        self._gains = None if ranking.gain is None else Gains(ranking.gain, ranking.shift_padding)
+        self._chains: ChainProbe | None = None
+        self._shapes: ShapeProbe | None = None
         self.affines: dict[str, dict[str, Any]] = {}
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for
@@ -63,16 +75,62 @@ class Measurement:
         neuron_dim = {  # what an axis was given for may be linear by now
             glob: axis for glob, axis in self._neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
         }
-        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample, affines=self._with_affines).to(
+        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample, affines=self._ranking.needs_affines).to(
             pl_module.device
         )
         self._probe.attach()
         wiring.forget_compiled_code(pl_module)
 
+    def follow_chains(self, pl_module: LightningModule, names: Iterable[str], batches: int) -> None:
+        """Measure besides what the order of the next removals depends on.
+
+        Args:
+            pl_module: The model.
+            names: The activations that may become linear.
+            batches: How many batches there will be on all processes together.
+        """
+        live = {site.name for site in self._live_sites(pl_module)}
+        wanted = [name for name in names if name in live]
+        if self._ranking.needs_chains:
+            self._chains = ChainProbe(pl_module, wanted, batches)
+            self._chains.attach()
+        if self._ranking.needs_shapes:
+            self._shapes = ShapeProbe(pl_module, wanted)
+            self._shapes.attach()
+
+    def _forget_chains(self) -> None:
+        for probe in (self._chains, self._shapes):
+            if probe is not None:
+                probe.detach()
+        self._chains = self._shapes = None
+
+    def rank(
+        self, trainer: Trainer, pl_module: LightningModule, entropies: Mapping[str, float], names: Iterable[str]
+    ) -> Ranked:
+        """Rank what may become linear; every process has to call this, rank 0 tells.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The model.
+            entropies: Name -> entropy in bits, as :meth:`finish` returned them.
+            names: The activations that may become linear.
+        """
+        chains, shapes = self._chains, self._shapes
+        self._forget_chains()
+        if chains is not None:
+            chains.reduce()
+        ranked = Ranked()
+        if trainer.is_global_zero:
+            chosen = {name: entropies[name] for name in names if name in entropies}
+            with evaluation_mode(pl_module):
+                ranked = self._ranking.rank(pl_module, chosen, self.affines, chains, shapes, self._gains)
+        return trainer.strategy.broadcast(ranked)
+
     def pause(self, paused: bool) -> None:
         """Leave what runs now out of the counts, or count again."""
-        if self._probe is not None:
-            self._probe.paused = paused
+        for probe in (self._probe, self._chains):
+            if probe is not None:
+                probe.paused = paused
 
     def save_counts(self) -> dict[str, Any] | None:
         """Return the counts so far over all processes, each of which has to call this; None if nothing is counted."""
@@ -92,24 +150,29 @@ class Measurement:
         """
         assert self._probe is not None
         probe = self._probe
-        self.stop()
+        self._stop_counting()
         wiring.forget_compiled_code(pl_module)
         self.affines = {}
         if known and not any(name in known for name in probe.names):
             return {}
-        if self._with_affines:
+        if self._ranking.needs_affines:
             self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
         return probe.entropies()
 
     def detach(self) -> None:
         """Take all hooks away; what was counted and noticed stays."""
-        if self._probe is not None:
-            self._probe.detach()
+        for probe in (self._probe, self._chains, self._shapes):
+            if probe is not None:
+                probe.detach()
         for handle in (self._watches or {}).values():
             handle.remove()
 
     def stop(self) -> None:
-        """Stop counting; what was counted is lost."""
+        """Stop measuring; what was counted is lost."""
+        self._stop_counting()
+        self._forget_chains()
+
+    def _stop_counting(self) -> None:
         if self._probe is not None:
             self._probe.detach()
             self._probe = None

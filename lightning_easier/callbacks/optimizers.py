@@ -31,6 +31,13 @@ def drop_parameters(optimizers: Sequence[Optimizer], parameters: Sequence[Parame
     return positions
 
 
+def forget_moments(optimizers: Sequence[Optimizer], parameters: Iterable[Parameter]) -> None:
+    """Have optimizers begin anew with parameters whose values, or shapes, are others now."""
+    for parameter in parameters:
+        for optimizer in optimizers:
+            optimizer.state.pop(parameter, None)
+
+
 def put_back_parameters(
     optimizers: Sequence[Optimizer], parameters: Sequence[Parameter], positions: Sequence[Position]
 ) -> None:
@@ -77,16 +84,21 @@ def build_as_ever(pl_module: LightningModule) -> None:
 
 @contextmanager
 def _lent(model: nn.Module, names: Iterable[str]) -> Iterator[list[Parameter]]:
-    """Put activations in the place of their stand-ins for a while; yields the parameters that are back with them."""
+    """Put back for a while what became linear, and what fitted operators have absorbed; yields the parameters of it."""
     known, linear = set(model.parameters()), stand_ins(model)
-    replaced = {name: linear[name] for name in names if name in linear}
-    for name, stand_in in replaced.items():
-        model.set_submodule(name, stand_in.activation)
+    lent: dict[str, nn.Module] = {}
+    for name in names:
+        if name in linear:
+            lent[name] = linear[name].activation
+            lent.update(linear[name].absorbed_by_name(name))
+    replaced = {name: model.get_submodule(name) for name in lent}
+    for name, module in lent.items():
+        model.set_submodule(name, module)
     try:
         yield [parameter for parameter in model.parameters() if parameter not in known]
     finally:
-        for name, stand_in in replaced.items():
-            model.set_submodule(name, stand_in)
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
 
 
 def _optimizers_in(built: Any) -> Iterator[Optimizer]:

@@ -69,19 +69,18 @@ class Policy:
         this = state.rounds[-1]
         if this.accepted:
             state.rejections = 0
-            if state.entropies is None:  # the end of the run came before they were measured
+            if state.entropies is None or state.ranked is None:  # the end of the run came before they were measured
                 return False
             state.entropies_of_last_good, state.affines_of_last_good = dict(state.entropies), dict(state.affines)
+            state.ranked_of_last_good = state.ranked
             return True
         state.rejections += 1
         state.rejected += this.removed
         return self.on_reject == "next" and state.rejections < self.max_rejections
 
-    def eligible(
-        self, state: PruningState, measured: Mapping[str, float], candidates: Container[str]
-    ) -> dict[str, float]:
-        """Return the entropies of the activations that may become linear next."""
-        return {name: value for name, value in measured.items() if name in candidates and name not in state.rejected}
+    def eligible(self, state: PruningState, ranks: Mapping[str, float], candidates: Container[str]) -> dict[str, float]:
+        """Return the ranks of the activations that may become linear next."""
+        return {name: value for name, value in ranks.items() if name in candidates and name not in state.rejected}
 
     def how_many(self, removed: int, eligible: int) -> int:
         """Return how many activations become linear next, when so many are linear and so many may become so."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_easier.callbacks.optimizers import Position
+from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.report import Round
 
 
@@ -17,11 +18,13 @@ class Choice:
         names: The activations.
         entropies: Their entropies in bits.
         affines: Name -> the affine that takes its place, as plain data; none for identities.
+        fits: Name -> the operator that takes the place of the chain around it, as plain data.
     """
 
     names: list[str]
     entropies: dict[str, float]
     affines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class PruningState:
         ended: Training epochs of the whole run whose end was seen.
         entropies: Those of the structure as it is, in bits; None while it was not measured.
         affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
+        ranked: The order in which activations would become linear; None while it was not measured.
         score: The monitored score of the structure as it is; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
@@ -75,6 +79,7 @@ class PruningState:
         last_good: File name of the last round that was kept.
         entropies_of_last_good: All entropies that were measured at its end.
         affines_of_last_good: The affines that were.
+        ranked_of_last_good: The order at its end.
         scores_of_last_good: All that was logged by then.
         plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
         rejected: Activations whose removal was taken back.
@@ -88,6 +93,7 @@ class PruningState:
     ended: int = 0
     entropies: dict[str, float] | None = None
     affines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranked: Ranked | None = None
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
@@ -103,6 +109,7 @@ class PruningState:
     last_good: str | None = None
     entropies_of_last_good: dict[str, float] = field(default_factory=dict)
     affines_of_last_good: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranked_of_last_good: Ranked = field(default_factory=Ranked)
     scores_of_last_good: dict[str, float] = field(default_factory=dict)
     plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
@@ -120,6 +127,8 @@ class PruningState:
         state = cls(**plain)
         state.rounds = [Round(**this) for this in plain["rounds"]]
         state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
+        state.ranked = None if plain["ranked"] is None else Ranked(**plain["ranked"])
+        state.ranked_of_last_good = Ranked(**plain["ranked_of_last_good"])
         if plain["decision"] is not None:
             remove = plain["decision"]["remove"]
             state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
@@ -129,9 +138,15 @@ class PruningState:
         """Forget what was known of the last structure."""
         self.rounds.append(this)
         self.epochs = 0
-        self.entropies = self.score = None
+        self.entropies = self.ranked = self.score = None
         self.affines = {}
         self.validated = self.validated_this_epoch = False
+
+    def forget_fits(self) -> None:
+        """Forget the fitted operators that were not chosen: they may be as large as the model."""
+        self.ranked_of_last_good = Ranked(self.ranked_of_last_good.ranks)
+        if self.ranked is not None:
+            self.ranked = Ranked(self.ranked.ranks)
 
     def path_of(self, file: str | None) -> Path | None:
         """Return where a file of the run is."""

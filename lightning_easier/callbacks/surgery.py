@@ -5,7 +5,7 @@ and all processes compare what they have.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easier.affines import AffineFit
 from lightning_easier.callbacks.files import loads_into_model
-from lightning_easier.callbacks.optimizers import Position, drop_parameters, put_back_parameters
+from lightning_easier.callbacks.optimizers import Position, drop_parameters, forget_moments, put_back_parameters
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
 from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
+from lightning_easier.substitution import ChainFit
 
 
 def make_linear(
@@ -34,7 +35,7 @@ def make_linear(
     Args:
         trainer: The Trainer.
         pl_module: The model.
-        choice: The activations, and the affines that take their places, if any do.
+        choice: The activations, and the affines and the fitted operators that take their places, if any do.
         shift_padding: Whether paddings move.
 
     Returns:
@@ -46,13 +47,16 @@ def make_linear(
     names = choice.names
     modules = {name: pl_module.get_submodule(name) for name in names}
     affines = {name: AffineFit(**plain) for name, plain in choice.affines.items()}
-    for stand_in, statistics in (("affine", affines), ("identity", None)):
-        these = [name for name in names if (name in affines) == (stand_in == "affine")]
+    fits = {name: ChainFit.from_plain(plain) for name, plain in choice.fits.items()}
+    kinds: tuple[tuple[str, Any], ...] = (("fitted", fits), ("affine", affines), ("identity", None))
+    for stand_in, statistics in kinds:
+        these = [name for name in names if _kind_of(name, fits, affines) == stand_in]
         linearize(pl_module, these, stand_in=stand_in, statistics=statistics, shift_padding=shift_padding)
     linear = stand_ins(pl_module)
     shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
-    gone = _lost(pl_module, list(modules.values()))
+    gone = _lost(pl_module, [part for name in names for part in (modules[name], *linear[name].absorbed)])
     dropped = drop_parameters(trainer.optimizers, gone)
+    forget_moments(trainer.optimizers, _parameters_of_hosts(pl_module, names))
     if gone:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
@@ -83,7 +87,7 @@ def go_back(
     """
     _check_recipe(trainer, dropped, path, checkpoint)
     linear = stand_ins(pl_module)
-    gone = _lost(pl_module, [linear[name].activation for name in names])
+    gone = _lost(pl_module, [part for name in names for part in (linear[name].activation, *linear[name].absorbed)])
     restore(pl_module, names)
     put_back_parameters(trainer.optimizers, gone, dropped)
     if loads_into_model(trainer):
@@ -159,6 +163,21 @@ def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
             f"the checkpoint has lost what tells so. Did the module's `state_dict` or `on_save_checkpoint` drop the "
             f"keys that end in '{EXTRA_STATE}'?"
         )
+
+
+def _kind_of(name: str, fits: Container[str], affines: Container[str]) -> str:
+    return "fitted" if name in fits else "affine" if name in affines else "identity"
+
+
+def _parameters_of_hosts(pl_module: LightningModule, names: Sequence[str]) -> list[nn.Parameter]:
+    """List the parameters of the operators that fitted operators have moved into."""
+    linear = stand_ins(pl_module)
+    hosts = [
+        substitution.host(pl_module, name)
+        for name in names
+        if (substitution := linear[name].substitution) is not None and substitution.form.host is not None
+    ]
+    return [parameter for host in hosts if host is not None for parameter in host.parameters()]
 
 
 def _lost(pl_module: LightningModule, modules: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -28,6 +28,9 @@ from lightning_easier.activations import match_names
 from lightning_easier.checkpoint import expects_pruned
 from lightning_easier.rectifiers import FunctionalPReLU
 
+# Where a validation loader does not tell its length.
+_BATCHES_OF_ENDLESS_LOADERS = 16
+
 
 def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str, dirpath: str | None) -> None:
     """Refuse what pruning does not go with, before anything is changed.
@@ -261,21 +264,44 @@ def check_optimizers(trainer: Trainer) -> None:
         )
 
 
-def check_parameters_may_leave(trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> None:
+def validation_batches(trainer: Trainer) -> int:
+    """Return how many batches a validation of this process has; a guess where its loaders have no length."""
+    return sum(int(n) if math.isfinite(n) else _BATCHES_OF_ENDLESS_LOADERS for n in trainer.num_val_batches)
+
+
+def check_operators_may_leave(trainer: Trainer, collapse: str) -> None:
+    """Refuse fitted operators under a strategy that shards parameters.
+
+    Raises:
+        MisconfigurationException: If it does.
+    """
+    if collapse == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't fit operators under {type(trainer.strategy).__name__}, which shards the "
+            f"parameters that they would move into. Pass collapse='exact', or fit a gathered model with `compress`."
+        )
+
+
+def check_parameters_may_leave(
+    trainer: Trainer, pl_module: LightningModule, names: Sequence[str], with_operators: bool
+) -> None:
     """Refuse the removal of a parameter from an optimizer that can't let it go.
 
     Args:
         trainer: The Trainer.
         pl_module: The model.
         names: What is about to become linear.
+        with_operators: Whether operators around them leave too.
 
     Raises:
-        MisconfigurationException: If an activation among them has a parameter, and an optimizer is LBFGS.
+        MisconfigurationException: If an activation among them has a parameter, or operators leave, and an optimizer is
+            LBFGS.
     """
-    owners = [name for name in names if next(pl_module.get_submodule(name).parameters(), None) is not None]
+    has_parameters = {name: next(pl_module.get_submodule(name).parameters(), None) is not None for name in names}
+    owners = [name for name in names if with_operators or has_parameters[name]]
     if owners and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't remove {owners}, which have parameters, from LBFGS, which keeps all "
+            f"EntropyPruningCallback can't remove {owners}, with which parameters leave, from LBFGS, which keeps all "
             f"parameters as one vector. Pass them as `exclude`, or use another optimizer."
         )
 

@@ -96,6 +96,11 @@ class Chains:
             else:
                 self.reasons[site.name] = reason
 
+    @property
+    def meetings(self) -> dict[str, Meeting]:
+        """Site -> the two operators that would meet there, for those that nothing else keeps apart."""
+        return dict(self._meetings)
+
     def in_rows(self) -> list[FitChain]:
         """Return the chains in execution order, as long as they are: all that lies in a row is one."""
         return self._made(_runs(self._meetings))

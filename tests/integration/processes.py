@@ -142,6 +142,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted["pruning"] = {"measure_on": "training"}
     if "affine" in name:
         wanted.setdefault("pruning", {}).update(stand_in="affine")
+    if "fitted" in name:
+        wanted.setdefault("pruning", {}).update(collapse="fit", criterion="linearity", on_reject="next")
     if "uneven" in name:
         wanted["model"] = UnevenScores()
     if "rank 0" in name:

@@ -28,6 +28,12 @@ RECIPES = {
     "long rounds": ((0.9,), {"epochs_per_round": 2, "warmup_epochs": 1}, {"epochs": 6}),
     "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "stand_in": "affine"}, {"epochs": 5}),
     "affine on training": ((0.9,), {"measure_on": "training", "stand_in": "affine"}, {}),
+    "fitted": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "collapse": "fit"}, {"epochs": 5}),
+    "fitted, by gain": (
+        (0.9, 0.9, 0.9, 0.1),
+        {"collapse": "fit", "criterion": "linearity", "gain": "macs", "candidates": "mergeable", "stand_in": "affine"},
+        {},
+    ),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
     "steps": ((0.9,), {"measure_on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
 }

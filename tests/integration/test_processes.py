@@ -21,8 +21,9 @@ SCRIPT = "tests.integration.processes"
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
     "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
-    "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "not shared", "sometimes called",
-    "logged on rank 0", "drift", "borrowed",
+    "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
+    "fitted, taken back", "fitted, resumed mid-epoch", "not shared", "sometimes called", "logged on rank 0", "drift",
+    "borrowed",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -61,6 +62,8 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "resumed": "plain",
         "resumed mid-epoch": "plain",
         "on training, resumed mid-epoch": "on training",
+        "fitted, static graph": "fitted",
+        "fitted, resumed mid-epoch": "fitted",
         "sharded, resumed": "sharded",
         "sharded, one file, resumed": "sharded",
         "sharded, one file, taken back": "sharded, taken back",

@@ -1,0 +1,186 @@
+"""What each removal would cost and save: the order in which activations become linear.
+
+Nothing here knows a Trainer. A criterion tells how much a removal changes, a gain what it saves; the rank is the one
+per the other, the lowest first.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from lightning_easier.arguments import check_choice
+from lightning_easier.candidates import candidates
+from lightning_easier.chain_fits import ChainProbe
+from lightning_easier.collapse.least_squares import Fit
+from lightning_easier.gains import GAINS, Gain, Gains, ShapeProbe
+from lightning_easier.substitution import ChainFit, Substitution
+
+Criterion = Literal["entropy", "linearity"]
+CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
+# An operator that explains so much less of the variance than the best one does not stand for the chain.
+_SLACK = 0.02
+
+
+@dataclass
+class Ranked:
+    """Activations in the light of a criterion; plain data.
+
+    Attributes:
+        ranks: Name -> rank of those that may become linear, in execution order; the lowest goes first.
+        fits: Name -> the operator that takes the place of its chain, as plain data.
+    """
+
+    ranks: dict[str, float] = field(default_factory=dict)
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class _Option(NamedTuple):
+    """One way to remove an activation."""
+
+    fit: ChainFit | None
+    cost: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The rules by which activations are ranked; arguments as for :class:`~lightning_easier.EntropyPruningCallback`.
+
+    Raises:
+        ValueError: If an argument has a value that is not supported.
+    """
+
+    criterion: Criterion = "entropy"
+    gain: Gain | None = None
+    candidates: Literal["all", "mergeable"] = "all"
+    collapse: Literal["exact", "fit"] = "exact"
+    stand_in: Literal["identity", "affine"] = "identity"
+    shift_padding: bool = True
+    gates: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+        if self.gain is not None:
+            check_choice("gain", self.gain, GAINS)
+        check_choice("candidates", self.candidates, ("all", "mergeable"))
+        check_choice("collapse", self.collapse, ("exact", "fit"))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing has to be measured besides what is measured anyway."""
+        return not self.needs_chains and not self.needs_shapes and self.candidates == "all"
+
+    @property
+    def needs_affines(self) -> bool:
+        """Whether the affine that comes closest to each activation has to be measured."""
+        return self.stand_in == "affine" or self.criterion == "linearity"
+
+    @property
+    def needs_chains(self) -> bool:
+        """Whether what the chains around activations compute has to be measured."""
+        return self.collapse == "fit"
+
+    @property
+    def needs_shapes(self) -> bool:
+        """Whether the shapes that the operators around activations read have to be noted."""
+        return self.gain is not None
+
+    def rank(
+        self,
+        model: nn.Module,
+        entropies: Mapping[str, float],
+        affines: Mapping[str, Mapping[str, Any]],
+        chains: ChainProbe | None,
+        shapes: ShapeProbe | None,
+        gains: Gains | None,
+    ) -> Ranked:
+        """Rank activations.
+
+        Args:
+            model: The model.
+            entropies: Name -> entropy in bits.
+            affines: Name -> the affine that comes closest, as plain data.
+            chains: What was measured of the chains around them.
+            shapes: The shapes of what the operators around them read.
+            gains: Tells what is saved.
+        """
+        options = self._fitted(entropies, chains, gains) if self.collapse == "fit" and chains is not None else {}
+        wanted = [name for name in entropies if name not in options]
+        mergeable = self._mergeable(model, wanted) if self.candidates == "mergeable" else set(wanted)
+        for name in wanted:
+            if name in mergeable:
+                cost = entropies[name] if self.criterion == "entropy" else 1.0 - float(affines[name]["explained"])
+                options[name] = _Option(None, cost, self._saved_exactly(model, name, shapes, gains))
+        ranked = Ranked()
+        for name in entropies:
+            option = options.get(name)
+            if option is None or (self.candidates == "mergeable" and self.gain is not None and option.gain <= 0):
+                continue
+            ranked.ranks[name] = _rank(option) if self.gain is not None else option.cost
+            if option.fit is not None:
+                ranked.fits[name] = option.fit.to_plain()
+        return ranked
+
+    def _mergeable(self, model: nn.Module, names: Iterable[str]) -> set[str]:
+        """Return those of some activations whose removal lets an exact collapse merge something."""
+        if self.collapse == "fit":  # what has a chain is ranked already
+            return set()
+        report = candidates(model, gates=self.gates, shift_padding=self.shift_padding)
+        return {each.name for each in report.candidates if each.merges} & set(names)
+
+    def _fitted(self, entropies: Mapping[str, float], chains: ChainProbe, gains: Gains | None) -> dict[str, _Option]:
+        """Return the best way to put one operator in the place of each chain."""
+        options = {}
+        for name, fitted, shape in chains.fitted():
+            movable = [(fit, moved) for fit in fitted if (moved := chains.chain_fit(name, fit)) is not None]
+            if not movable or name not in entropies:
+                continue
+            saved = [0.0] * len(movable)
+            if gains is not None and shape is not None:
+                priced = chains.price(name, [fit for fit, _ in movable], shape, gains.prices)
+                saved = [choice.saving for choice in priced]
+            ways = [
+                _Option(moved, self._cost(entropies[name], fit), gain)
+                for (fit, moved), gain in zip(movable, saved, strict=True)
+            ]
+            options[name] = self._best(ways, [fit for fit, _ in movable])
+        return options
+
+    def _cost(self, entropy: float, fit: Fit) -> float:
+        return entropy if self.criterion == "entropy" else 1.0 - fit.explained
+
+    def _best(self, ways: Sequence[_Option], fitted: Sequence[Fit]) -> _Option:
+        """Choose among the operators for one chain; entropy does not tell how well any of them represents it."""
+        explained = [fit.explained for fit in fitted]
+        if self.gain is None:
+            return ways[explained.index(max(explained))]
+        least = -math.inf if self.criterion == "linearity" else max(explained) - _SLACK
+        return min((way for way, share in zip(ways, explained, strict=True) if share >= least), key=_rank)
+
+    def _saved_exactly(self, model: nn.Module, name: str, shapes: ShapeProbe | None, gains: Gains | None) -> float:
+        """Return what is saved if an activation becomes linear and an exact collapse follows."""
+        if gains is None or shapes is None or name not in shapes.meetings or name not in shapes.shapes:
+            return 0.0
+        return gains.of_merge(shapes.meetings[name], model.get_submodule(name), shapes.shapes[name])
+
+
+def apart(names: Iterable[str], fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Leave out activations whose chain shares an operator with that of an earlier one: it would be another chain."""
+    taken: set[str] = set()
+    chosen = []
+    for name in names:
+        operators: set[str] = set()
+        if name in fits:
+            fit = ChainFit.from_plain(fits[name])
+            operators = set(Substitution(fit.form, fit.tensors).names(name))
+        if not taken & operators:
+            chosen.append(name)
+            taken |= operators
+    return chosen
+
+
+def _rank(option: _Option) -> float:
+    return option.cost / option.gain if option.gain > 0 else math.inf
