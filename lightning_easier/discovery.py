@@ -31,7 +31,7 @@ from lightning_easier.dataflow import (
 )
 from lightning_easier.inference import has_hooks
 from lightning_easier.neighbourhood import Neighbourhood, neighbourhood
-from lightning_easier.recording import RecordedForward, Recording, Variant, recorded_forward
+from lightning_easier.recording import RecordedForward, Recording, Variant, forward_was_replaced, recorded_forward
 from lightning_easier.rectifiers import (
     GATES,
     RECTIFIER,
@@ -254,7 +254,7 @@ class Discovery:
             return recorded.steps
         if isinstance(module, fx.GraphModule):
             return self._steps_of_graph(module, name)
-        if type(module).forward in _CONTAINER_FORWARDS and ("forward" not in vars(module) or recorded is not None):
+        if type(module).forward in _CONTAINER_FORWARDS and not forward_was_replaced(module):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
         # Most forwards call no activation but through children of their own: to look is enough.
         graph = read_forward(module)

@@ -165,6 +165,18 @@ def recorded_forward(module: nn.Module) -> RecordedForward | None:
     return forward if isinstance(forward, RecordedForward) else None
 
 
+def forward_was_replaced(module: nn.Module) -> bool:
+    """Tell whether an instance has a forward that is neither its class's own nor a recording.
+
+    Lightning leaves the class's own on the instance when a strategy has redirected it for a step.
+    """
+    forward = vars(module).get("forward")
+    if forward is None or isinstance(forward, RecordedForward):
+        return False
+    is_own = getattr(forward, "__self__", None) is module
+    return not (is_own and getattr(forward, "__func__", None) is type(module).forward)
+
+
 def _same(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, bool | int | float | str) and bool(value == default))
 

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier.bytecode import ExecutedCode, why_unfaithful
-from lightning_easier.recording import Recording, Variant, recorded_forward
+from lightning_easier.recording import Recording, Variant, forward_was_replaced
 from lightning_easier.watching import LooseWatch, UntraceableError, Watch, is_foreign_frame, same_items
 
 _MAX_OPTIONAL_ARGUMENTS = 3  # recordings double with each
@@ -202,7 +202,7 @@ def trace_forward(module: nn.Module, variant: Variant) -> Recording:
     training, given = variant
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
-    if "forward" in vars(module) and recorded_forward(module) is None:
+    if forward_was_replaced(module):
         raise UntraceableError("its forward was replaced on the instance")
     for name, default in defaults.items():
         if not isinstance(default, bool | int | float | str | None) or default != default:
@@ -222,7 +222,7 @@ def read_forward(module: nn.Module) -> fx.Graph | None:
         What it does in the module's own mode, on one way through its control flow, not fit to be run; None if it can't
         be traced at all.
     """
-    if recorded_forward(module) is None and "forward" in vars(module):
+    if forward_was_replaced(module):
         return None
     watch = LooseWatch(module)
     try:

@@ -202,3 +202,12 @@ def test_gates_are_listed_on_request():
     model = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 2))
     assert candidates(model).candidates == []
     assert by_name(model, gates=True)["1"].merges == (("0", "2"),)
+
+
+def test_a_forward_that_a_strategy_has_redirected_for_a_while_is_the_class_s_own():
+    """Lightning puts it back on the instance."""
+    model = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))})["inner"]
+    model.forward = model.forward
+    assert [candidate.merges for candidate in candidates(model).candidates] == [(("0", "2"),)]
+    model.forward = lambda x: x
+    assert all(not candidate.merges for candidate in candidates(model).candidates)
