@@ -52,6 +52,13 @@ def check_share(argument: str, value: Any) -> None:
         raise ValueError(f"Expected argument `{argument}` to be above 0 and at most 1, but got {value}")
 
 
+def check_positive(argument: str, value: Any) -> None:
+    """Require a finite number above 0."""
+    check_non_negative(argument, value)
+    if value == 0:
+        raise ValueError(f"Expected argument `{argument}` to be above 0, but got {value}")
+
+
 def check_non_negative(argument: str, value: Any) -> None:
     """Require a finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,6 +1,5 @@
 """Make a trained model shallower and faster without training it: fit, check, keep or take back, in minutes."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from lightning_easier.activations import isolate_activations, match_names, unwrap
 from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
-from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.collapse.fitting import (
     CannotFitError,
     ChainPrices,
@@ -26,12 +24,10 @@ from lightning_easier.collapse.fitting import (
     replace,
 )
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
-from lightning_easier.costs import measure_latency
+from lightning_easier.goals import Goal
 from lightning_easier.inference import device_of, forward, model_inputs, tensors_in
-from lightning_easier.report import CompressReport, ModelCost, Trial
+from lightning_easier.report import CompressReport, Trial
 
-# A model whose estimated time is so near to the target is collapsed and timed.
-_NEARLY = 1.1
 # Bodies of bottlenecks and inverted residuals have two.
 _ACTIVATIONS_IN_A_CHAIN = 2
 # Of its price, an operator in the place of a chain has to save so much more than another.
@@ -144,7 +140,7 @@ def compress(
     table = LatencyTable()
     is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
     search = _Search(source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
-    goal = _Goal(source, arguments, objective, table, target_speedup, target_depth)
+    goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
     dense_score = None if evaluate is None else float(evaluate(source))
     rejections = 0
     for candidate in search.candidates(sites):
@@ -388,61 +384,3 @@ def _drift(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:
     changed = sum(float((a - b).square().sum()) for a, b in pairs)
     variance = sum(float((b - b.mean(0)).square().sum()) for _, b in pairs)
     return changed / variance if variance > 0 else changed
-
-
-class _Goal:
-    """Tells whether a model has become as fast, or as shallow, as it should.
-
-    Args:
-        source: The model as it was given.
-        arguments: Example inputs.
-        objective: As for :func:`compress`.
-        table: Times that were measured already.
-        speedup: How many times faster; None for no matter.
-        depth: How many operators at most; None for no matter.
-    """
-
-    def __init__(
-        self,
-        source: nn.Module,
-        arguments: tuple[Tensor, ...],
-        objective: Objective,
-        table: LatencyTable,
-        speedup: float | None,
-        depth: int | None,
-    ) -> None:
-        self._source = source
-        self._arguments = arguments
-        self._objective: Objective = objective
-        self._table = table
-        self._speedup = speedup
-        self._depth = depth
-        self._dense = self.collapsed(source).report
-
-    def collapsed(self, model: nn.Module) -> CollapseResult:
-        """Collapse a model exactly."""
-        return collapse(model, self._arguments, objective=self._objective, latencies=self._table)
-
-    def is_reached(self, model: nn.Module, saved: float) -> bool:
-        """Tell whether a model is there.
-
-        Args:
-            model: The model.
-            saved: Of its price, in the unit of the objective.
-        """
-        if self._speedup is None and self._depth is None:
-            return False
-        if self._speedup is not None and self._objective == "latency":
-            seconds = self._dense.after.latency.median  # a first estimate; only what may be there is collapsed
-            if self._dense.before.latency.median < _NEARLY * self._speedup * (seconds - saved):
-                return False
-        result = self.collapsed(model)
-        before, after, _ = self.costs(result)
-        is_fast = self._speedup is None or before.latency.median >= self._speedup * after.latency.median
-        return is_fast and (self._depth is None or after.depth <= self._depth)
-
-    def costs(self, result: CollapseResult) -> tuple[ModelCost, ModelCost, ModelCost]:
-        """Return the costs of the model as given, of that collapsed exactly, and of a result, timed interleaved."""
-        latency = measure_latency({"before": self._source, "after": result.model}, self._arguments)
-        before = dataclasses.replace(self._dense.before, latency=latency["before"])
-        return before, dataclasses.replace(result.report.after, latency=latency["after"]), self._dense.after

@@ -24,9 +24,12 @@ from lightning_easier.arguments import (
     as_globs,
     check_bool,
     check_choice,
+    check_integer,
+    check_positive,
     check_share,
 )
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
+from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.policy import Policy
 from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
@@ -42,8 +45,10 @@ from lightning_easier.callbacks.recipe import (
 from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
 from lightning_easier.candidates import candidates
 from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
+from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
+from lightning_easier.goals import is_reached
 from lightning_easier.linearize import stand_ins
 from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import CandidateReport, PruningReport, Round
@@ -52,6 +57,7 @@ from lightning_easier.stand_in import STAND_INS
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
+DENSE_FILE = "round_0.ckpt"
 
 
 class EntropyPruningCallback(Callback):
@@ -120,6 +126,13 @@ class EntropyPruningCallback(Callback):
             (``"macs"``) that the removal saves; what saves nothing goes last. By the criterion alone by default.
         candidates: ``"mergeable"``: leave out activations whose removal merges nothing, and with a ``gain`` those whose
             removal saves nothing.
+        target_speedup: The run is over when the collapsed network is measured to be so many times faster than the dense
+            one as it is written, on a batch of the validation; the tolerance guards it still.
+        target_depth: The run is over when the collapsed network has no more operators than so many behind each other.
+        distill: Whether the rounds with removals are trained on the logits of the dense network, too. Its weights are
+            those at the end of the dense round. See :mod:`lightning_easier.callbacks.distillation`.
+        distill_weight: Share of that in the loss, in (0, 1].
+        distill_temperature: By which logits are divided for it.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -170,6 +183,11 @@ class EntropyPruningCallback(Callback):
         criterion: Literal["entropy", "linearity"] = "entropy",
         gain: Literal["latency", "macs"] | None = None,
         candidates: Literal["all", "mergeable"] = "all",
+        target_speedup: float | None = None,
+        target_depth: int | None = None,
+        distill: bool = False,
+        distill_weight: float = 0.5,
+        distill_temperature: float = 4.0,
     ) -> None:
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
@@ -213,6 +231,17 @@ class EntropyPruningCallback(Callback):
                 f"is fitted has to compute what the chain computes in eval mode"
             )
 
+        if target_speedup is not None:
+            check_positive("target_speedup", target_speedup)
+        if target_depth is not None:
+            check_integer("target_depth", target_depth, 1)
+        self.target_speedup = target_speedup
+        self.target_depth = target_depth
+        check_bool("distill", distill)
+        check_share("distill_weight", distill_weight)
+        check_positive("distill_temperature", distill_temperature)
+        self.distill = distill
+
         self._state = PruningState()
         self._taken_up = False  # whether the state is that of a checkpoint
         self._state_of = 0  # the Trainer that it is of, by its id
@@ -224,6 +253,8 @@ class EntropyPruningCallback(Callback):
         self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
         self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample, self.ranking)
+        self._latencies = LatencyTable()
+        self._distillation = Distillation(distill_weight, distill_temperature)
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
@@ -308,6 +339,8 @@ class EntropyPruningCallback(Callback):
             self._discover(trainer, pl_module)
         optimizers.build_as_ever(pl_module)
         wiring.check_optimizers(trainer)
+        if self.distill:
+            self._distillation.check(trainer, pl_module)
         self._recipe = Recipe(trainer)
         wiring.forget_compiled_code(pl_module)
 
@@ -326,6 +359,7 @@ class EntropyPruningCallback(Callback):
         """Leave no hook behind."""
         self._measurement.stop()
         self._measurement.stop_watching()
+        self._distillation.stop()
         self._scores.release()
         self._remove_load_hook()
         files.load_as_ever(trainer)
@@ -335,6 +369,7 @@ class EntropyPruningCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
         self._measurement.detach()
+        self._distillation.stop()
         self._scores.release()
         self._remove_load_hook()
         optimizers.build_as_ever(pl_module)
@@ -375,6 +410,16 @@ class EntropyPruningCallback(Callback):
             if not self.ranking.is_free and self._may_decide(trainer):
                 batches = wiring.validation_batches(trainer) * trainer.world_size
                 self._measurement.follow_chains(pl_module, self._candidates or (), batches)
+            if self._has_target and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
+                self._measurement.follow_network(pl_module, self._sites(pl_module))
+
+    @property
+    def _has_target(self) -> bool:
+        return self.target_speedup is not None or self.target_depth is not None
+
+    def _sites(self, pl_module: LightningModule) -> list[str]:
+        """Return the names of all activations, those that are linear among them."""
+        return list(dict.fromkeys([*(self._candidates or ()), *stand_ins(pl_module)]))
 
     def _may_decide(self, trainer: Trainer) -> bool:
         """Tell whether a decision may follow this validation."""
@@ -405,6 +450,18 @@ class EntropyPruningCallback(Callback):
         self._ranked = ranked or Ranked()
         if trainer.state.fn == TrainerFn.FITTING:
             state.entropies, state.affines, state.ranked = self._measured, self._measurement.affines, ranked
+            state.reached = self._has_target and self._is_there(trainer, pl_module)
+
+    def _is_there(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Tell whether the network is as fast and as shallow as it should be; every process has to call this."""
+        found = self._measurement.network
+        removed = [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
+        is_there = False
+        if trainer.is_global_zero and removed and found is not None:
+            is_there = is_reached(
+                *found, removed, self.target_speedup, self.target_depth, self.ranking.gain or "latency", self._latencies
+            )
+        return trainer.strategy.broadcast(is_there)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""
@@ -516,7 +573,12 @@ class EntropyPruningCallback(Callback):
         self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count or watch training, from where an interrupted epoch has left it."""
+        """Count or watch training, from where an interrupted epoch has left it; distil where that is wanted."""
+        if self.distill and self.removed:
+            dense = self._state.path_of(DENSE_FILE)
+            self._distillation.start(pl_module, self._sites(pl_module), self.removed, dense)
+        elif self.distill:
+            self._distillation.stop()
         if self._state.finished:
             return
         if self.measure_on == "training":
@@ -649,14 +711,16 @@ class EntropyPruningCallback(Callback):
         """Decide what happens at the start of the next epoch; some activations were not called in training."""
         state = self._state
         this = state.rounds[-1]
-        choice = self._choose(trainer, not_called) if self.policy.settle(state) else None
+        is_there = bool(this.accepted) and state.reached
+        choice = self._choose(trainer, not_called) if self.policy.settle(state) and not is_there else None
         state.finished = choice is None and not (this.accepted and state.ranked is None)
         if choice is not None or not this.accepted:
             state.decision = Decision(not this.accepted, choice)
         if self.dry_run:
             self._list(trainer, pl_module, choice)
         elif state.finished and this.accepted:
-            rank_zero_info(f"{len(self.removed)} activations are linear and no more may become so: pruning is over.")
+            why = "the target is reached" if is_there else "no more may become so"
+            rank_zero_info(f"{len(self.removed)} activations are linear and {why}: pruning is over.")
         if state.finished or self.dry_run:
             trainer.should_stop = True
         if self.policy.on_reject == "stop":  # what was not chosen will not be

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import ActivationSite, isolated_sites
 from lightning_easier.callbacks import wiring
+from lightning_easier.callbacks.network import FirstCall
 from lightning_easier.callbacks.ranking import Ranked, Ranking
 from lightning_easier.chain_fits import ChainProbe
 from lightning_easier.gains import Gains, ShapeProbe
@@ -50,6 +51,7 @@ class Measurement:
         self._gains = None if ranking.gain is None else Gains(ranking.gain, ranking.shift_padding)
         self._chains: ChainProbe | None = None
         self._shapes: ShapeProbe | None = None
+        self._first_call: FirstCall | None = None
         self.affines: dict[str, dict[str, Any]] = {}
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for
@@ -97,6 +99,22 @@ class Measurement:
         if self._ranking.needs_shapes:
             self._shapes = ShapeProbe(pl_module, wanted)
             self._shapes.attach()
+
+    def follow_network(self, pl_module: LightningModule, sites: Iterable[str]) -> None:
+        """Note which module is called, and with what."""
+        self._first_call = FirstCall(pl_module, sites)
+
+    @property
+    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+        """The network inside the module and a batch of its inputs, if they were noted; they are forgotten."""
+        found = None if self._first_call is None else self._first_call.network
+        self._forget_network()
+        return found
+
+    def _forget_network(self) -> None:
+        if self._first_call is not None:
+            self._first_call.detach()
+        self._first_call = None
 
     def _forget_chains(self) -> None:
         for probe in (self._chains, self._shapes):
@@ -161,7 +179,7 @@ class Measurement:
 
     def detach(self) -> None:
         """Take all hooks away; what was counted and noticed stays."""
-        for probe in (self._probe, self._chains, self._shapes):
+        for probe in (self._probe, self._chains, self._shapes, self._first_call):
             if probe is not None:
                 probe.detach()
         for handle in (self._watches or {}).values():
@@ -171,6 +189,7 @@ class Measurement:
         """Stop measuring; what was counted is lost."""
         self._stop_counting()
         self._forget_chains()
+        self._forget_network()
 
     def _stop_counting(self) -> None:
         if self._probe is not None:

@@ -1,0 +1,87 @@
+"""The network inside a LightningModule: the innermost module that holds all activations and is called.
+
+A ``training_step`` may call ``self(x)``, ``self.model(x)`` or something else; what is called tells which module takes
+the inputs. A container that is never called, such as a ModuleList, is passed over.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.hooks import HookOfOneModel
+
+Noticed = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
+"""What is told of a call: the name of the module, its positional and keyword arguments, and its output."""
+
+
+def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
+    """Return the names of the modules that hold all activations, the innermost first and the LightningModule last."""
+    paths = [name.split(".")[:-1] for name in sites]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return [".".join(common[:length]) for length in range(len(common), -1, -1)]
+
+
+def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noticed) -> list[RemovableHandle]:
+    """Have the calls of all modules that hold the activations noticed.
+
+    Args:
+        pl_module: The LightningModule.
+        sites: Names of the activations.
+        noticed: Is told of each call when it has ended.
+
+    Returns:
+        What takes the hooks away.
+    """
+    handles = []
+    for name in holders(pl_module, sites):
+        module: nn.Module = pl_module.get_submodule(name) if name else pl_module
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
+        ) -> None:
+            noticed(name, args, kwargs, output)
+
+        handles.append(module.register_forward_hook(HookOfOneModel(note), with_kwargs=True))
+    return handles
+
+
+class FirstCall:
+    """Notes the arguments of the first call of each module that holds the activations, if they are tensors.
+
+    Args:
+        pl_module: The LightningModule.
+        sites: Names of the activations.
+    """
+
+    def __init__(self, pl_module: LightningModule, sites: Iterable[str]) -> None:
+        self._pl_module = pl_module
+        self._order = holders(pl_module, sites := list(sites))
+        self._arguments: dict[str, tuple[Tensor, ...]] = {}
+        self._handles = notice_calls(pl_module, sites, self._note)
+
+    def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if args and not kwargs and all(isinstance(value, Tensor) for value in args):
+            self._arguments.setdefault(name, args)
+
+    def detach(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+        """The innermost module that was called, and the arguments of its first call; None if none was."""
+        for name in self._order:
+            if name in self._arguments:
+                return self._pl_module.get_submodule(name), self._arguments[name]
+        return None
