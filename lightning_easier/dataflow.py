@@ -105,6 +105,13 @@ def sequential_steps(targets: Sequence[str]) -> tuple[Step, ...]:
     return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", ((len(calls),),)))
 
 
+def separate_steps(targets: Sequence[str]) -> tuple[Step, ...]:
+    """Return the steps of a module without a forward, whose children are called by something else, each on its own."""
+    calls = [Step(Kind.MODULE, target, ((0,),)) for target in targets]
+    outputs = tuple((index + 1,) for index in range(len(calls)))
+    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", outputs))
+
+
 def encoder_layer_steps(layer: nn.TransformerEncoderLayer, *, has_module: bool) -> tuple[Step, ...]:
     """Return the steps of torch's transformer layer, whose forward asks too many questions to be traced.
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchmetrics import Metric
@@ -27,6 +28,7 @@ from lightning_easier.dataflow import (
     Step,
     encoder_layer_steps,
     read_steps,
+    separate_steps,
     sequential_steps,
 )
 from lightning_easier.inference import has_hooks
@@ -254,6 +256,8 @@ class Discovery:
             return recorded.steps
         if isinstance(module, fx.GraphModule):
             return self._steps_of_graph(module, name)
+        if type(module).forward is LightningModule.forward:  # its steps call what it holds
+            return separate_steps([name for name, child in module.named_children() if not isinstance(child, Metric)])
         if type(module).forward in _CONTAINER_FORWARDS and not forward_was_replaced(module):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
         # Most forwards call no activation but through children of their own: to look is enough.

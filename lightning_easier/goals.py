@@ -87,7 +87,7 @@ def is_reached(
     """Tell whether a network with linear activations is as fast, or as shallow, as it should be.
 
     Args:
-        network: The network, which is not changed.
+        network: A copy of the network.
         arguments: Example inputs.
         removed: Names of the activations that the dense network has, as they end: it may be a part of a larger one.
         speedup: How many times faster than the dense one, as it is written; None for no matter.
@@ -95,7 +95,7 @@ def is_reached(
         objective: What a collapse makes least.
         table: Times that were measured already.
     """
-    network = deepcopy(network).eval()
+    network = network.eval()
     arguments = tuple(value.detach().clone() for value in arguments)
     dense = deepcopy(network)
     restore(dense, [name for name in stand_ins(dense) if any(f".{other}".endswith(f".{name}") for other in removed)])

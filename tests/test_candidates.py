@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from lightning.pytorch import LightningModule
 from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_easier import candidates, collapse, linearize
 from tests.models import randomize_batch_norms
@@ -211,3 +213,21 @@ def test_a_forward_that_a_strategy_has_redirected_for_a_while_is_the_class_s_own
     assert [candidate.merges for candidate in candidates(model).candidates] == [(("0", "2"),)]
     model.forward = lambda x: x
     assert all(not candidate.merges for candidate in candidates(model).candidates)
+
+
+def test_the_networks_of_a_module_without_a_forward_are_looked_at_each_on_its_own():
+    """What calls them are the steps of training, in an order of their own."""
+
+    class Pair(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU())
+            self.accuracy = MeanMetric()
+            self.second = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    merges = {candidate.name: candidate.merges for candidate in candidates(Pair()).candidates}
+    assert merges == {
+        "first.1": (("first.0", "first.2"),),
+        "first.3": (),
+        "second.1": (("second.0", "second.2"),),
+    }

@@ -9,8 +9,7 @@ the divergence averaged over the batch (Hinton et al., "Distilling the knowledge
 1503.02531).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.callbacks.network import holders, notice_calls
+from lightning_easier.callbacks.network import copied, holders, notice_calls
 from lightning_easier.checkpoint import read_checkpoint
 from lightning_easier.linearize import restore
 
@@ -114,16 +113,16 @@ class Distillation:
         calls, self._calls = self._calls, []
         if result is None:  # the step is skipped
             return None
-        innermost = next((name for name in self._order if any(name == called for called, *_ in calls)), None)
-        if innermost is None:
+        outermost = next((name for name in self._order if any(name == called for called, *_ in calls)), None)
+        if outermost is None:
             raise MisconfigurationException(
                 f"EntropyPruningCallback distils, but the training step of {type(pl_module).__name__} called none of "
                 f"{[name or 'its forward' for name in self._order]}. Call the network as a module, or pass "
                 f"distill=False."
             )
         assert self._teacher is not None
-        teacher = self._teacher.get_submodule(innermost)
-        terms = [self._divergence(teacher, *call) for name, *call in calls if name == innermost]
+        teacher = self._teacher.get_submodule(outermost)
+        terms = [self._divergence(teacher, *call) for name, *call in calls if name == outermost]
         term = torch.stack(terms).mean()
         pl_module.log(LOSS_KEY, term.detach())
         if isinstance(result, Mapping):
@@ -150,25 +149,12 @@ def _dense(pl_module: LightningModule, removed: list[str], path: Path | None) ->
             f"EntropyPruningCallback distils from the dense model of this run, but its checkpoint {path} is gone. Put "
             f"it back, or pass distill=False."
         )
-    teacher = _copy(pl_module)
+    teacher = copied(pl_module)
+    assert isinstance(teacher, LightningModule)
     restore(teacher, removed)
     state = read_checkpoint(path, argument="dirpath", weights_only=False)["state_dict"]
     teacher.load_state_dict(state)
     return teacher.requires_grad_(False).eval()
-
-
-def _copy(pl_module: LightningModule) -> LightningModule:
-    """Copy a module without its Trainer, and without what Lightning and callbacks have put on the instance."""
-    trainer, pl_module._trainer = pl_module._trainer, None
-    wrapped: dict[str, Callable[..., Any]] = {}
-    for name in ("training_step", "configure_optimizers"):
-        if name in vars(pl_module):
-            wrapped[name] = vars(pl_module).pop(name)
-    try:
-        return deepcopy(pl_module)
-    finally:
-        pl_module._trainer = trainer
-        vars(pl_module).update(wrapped)
 
 
 def _logits(output: Any) -> Tensor:

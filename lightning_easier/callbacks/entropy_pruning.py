@@ -31,6 +31,7 @@ from lightning_easier.arguments import (
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
+from lightning_easier.callbacks.network import copied
 from lightning_easier.callbacks.policy import Policy
 from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.callbacks.recipe import (
@@ -458,8 +459,15 @@ class EntropyPruningCallback(Callback):
         removed = [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
         is_there = False
         if trainer.is_global_zero and removed and found is not None:
+            network, inputs = found
             is_there = is_reached(
-                *found, removed, self.target_speedup, self.target_depth, self.ranking.gain or "latency", self._latencies
+                copied(network),
+                inputs,
+                removed,
+                self.target_speedup,
+                self.target_depth,
+                self.ranking.gain or "latency",
+                self._latencies,
             )
         return trainer.strategy.broadcast(is_there)
 

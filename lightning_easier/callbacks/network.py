@@ -1,10 +1,13 @@
-"""The network inside a LightningModule: the innermost module that holds all activations and is called.
+"""The network inside a LightningModule: the outermost module that holds all activations and is called.
 
-A ``training_step`` may call ``self(x)``, ``self.model(x)`` or something else; what is called tells which module takes
-the inputs. A container that is never called, such as a ModuleList, is passed over.
+A ``training_step`` may call ``self(x)``, ``self.model(x)`` or something else; what is called tells which module turns
+inputs into logits. A container that is never called, such as a ModuleList, is passed over.
+
+A strategy may redirect a whole step through the LightningModule's own call: that one ends after the step.
 """
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,19 +17,20 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.hooks import HookOfOneModel
 
+_OF_A_RUN = ("training_step", "configure_optimizers")
 Noticed = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
 """What is told of a call: the name of the module, its positional and keyword arguments, and its output."""
 
 
 def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
-    """Return the names of the modules that hold all activations, the innermost first and the LightningModule last."""
+    """Return the names of the modules that hold all activations, the LightningModule first and the innermost last."""
     paths = [name.split(".")[:-1] for name in sites]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
-    return [".".join(common[:length]) for length in range(len(common), -1, -1)]
+    return [".".join(common[:length]) for length in range(len(common) + 1)]
 
 
 def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noticed) -> list[RemovableHandle]:
@@ -52,6 +56,19 @@ def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noti
 
         handles.append(module.register_forward_hook(HookOfOneModel(note), with_kwargs=True))
     return handles
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Copy a network, a LightningModule without its Trainer and without what was put on the instance for a run."""
+    if not isinstance(module, LightningModule):
+        return deepcopy(module)
+    trainer, module._trainer = module._trainer, None
+    own = {name: vars(module).pop(name) for name in _OF_A_RUN if name in vars(module)}
+    try:
+        return deepcopy(module)
+    finally:
+        module._trainer = trainer
+        vars(module).update(own)
 
 
 class FirstCall:
@@ -80,7 +97,7 @@ class FirstCall:
 
     @property
     def network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
-        """The innermost module that was called, and the arguments of its first call; None if none was."""
+        """The outermost module that was called, and the arguments of its first call; None if none was."""
         for name in self._order:
             if name in self._arguments:
                 return self._pl_module.get_submodule(name), self._arguments[name]

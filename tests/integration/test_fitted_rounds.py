@@ -1,0 +1,251 @@
+"""Rounds in which fitted operators take the places of chains, in an order that knows what is saved."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier.linearize import stand_ins
+from lightning_easier.zoo import CifarResNet
+from tests.integration.interrupted import Small, run
+from tests.integration.tiny import pruning, train
+
+
+class Residual(LightningModule):
+    """A CIFAR ResNet on digits."""
+
+    def __init__(self, depth: int = 8, scores: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = CifarResNet(depth, in_channels=1)
+        self.scores = scores
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        hits = (self.model(batch[0]).argmax(-1) == batch[1]).float().mean()
+        self.log("val_acc", hits)
+
+    def on_validation_epoch_end(self):
+        if self.scores:
+            self.log("scripted", self.scores[min(self.current_epoch, len(self.scores) - 1)])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+INNER = [f"model.layer{stage}.0.relu1" for stage in (1, 2, 3)]
+FITTED = {"collapse": "fit", "candidates": "mergeable", "monitor": "val_acc"}
+
+
+def fits_of(pl_module, trainer):
+    batches = list(trainer.val_dataloaders)[:3]
+    return {f"model.{name}": fit for name, fit in measure_fits(pl_module.model, batches).items()}
+
+
+class Watch(Callback):
+    """Measures itself what the callback has to measure, when a round is over."""
+
+    def __init__(self) -> None:
+        self.fits, self.outputs = [], []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.fits.append(fits_of(pl_module, trainer))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in pl_module.parameters())
+        if batch_idx == 0 and trainer.current_epoch:
+            (name,) = stand_ins(pl_module).keys() & self.fits[-1].keys()
+            host = pl_module.get_submodule(name.replace("relu1", "conv1"))
+            expected = self.fits[-1][name]
+            (weight,) = (value for key, value in expected.tensors.items() if "conv1" in key)
+            torch.testing.assert_close(host.weight.detach(), weight, rtol=1e-2, atol=1e-3)
+            assert host.weight not in trainer.optimizers[0].state
+            self.outputs.append(name)
+
+
+def test_an_operator_fitted_to_the_validation_takes_the_place_of_a_chain(tmp_path):
+    watch = Watch()
+    callback = pruning(**FITTED)
+    model = Residual()
+    train(model, callback, watch, root=tmp_path, epochs=4, limit_val_batches=3)
+    assert callback.removed == watch.outputs
+    assert sorted(callback.removed) == INNER
+    assert all("convolution" in this.fitted[this.removed[0]] for this in callback.rounds[1:])
+    assert "% explained" in str(callback.report())
+    # conv1 has the kernel, bn2 stays, what is between is gone
+    names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    assert {"model.layer1.0.conv1", "model.layer1.0.bn2"} <= names
+    assert not names & {f"model.layer1.0.{part}" for part in ("bn1", "conv2")}
+    x = torch.randn(4, 1, 8, 8)
+    result = collapse(model.model.eval(), x, objective="depth")
+    assert result.report.after.depth == 8 - 3
+    again = load_pruned(Residual(), callback.last_good)
+    torch.testing.assert_close(again.model.eval()(x), model.model(x), rtol=0, atol=0)
+
+
+def test_a_rejected_fit_brings_everything_back(tmp_path):
+    class Dense(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                self.state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    watch = Dense()
+    model = Residual(scores=(0.9, 0.1))
+    callback = pruning(**FITTED | {"monitor": "scripted", "tolerance": 0.2})
+    trainer = train(model, callback, watch, root=tmp_path, epochs=4)
+    assert [this.accepted for this in callback.rounds] == [True, False]
+    assert all(torch.equal(value, watch.state[key]) for key, value in model.state_dict().items())
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert held == [id(p) for p in model.parameters()]
+
+
+def test_the_order_is_that_of_linearity_per_what_is_saved(tmp_path):
+    class Ranks(EntropyPruningCallback):
+        seen: list = []  # noqa: RUF012
+
+        def select(self, ranks, count):
+            self.seen.append(dict(ranks))
+            return super().select(ranks, count)
+
+    class Fits(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                self.fits = fits_of(pl_module, trainer)
+
+    for gain in (None, "macs", "latency"):
+        Ranks.seen = []
+        fits = Fits()
+        callback = Ranks("val_acc", tolerance=100.0, collapse="fit", criterion="linearity", gain=gain)
+        train(Residual(), callback, fits, root=tmp_path / str(gain), epochs=2, limit_val_batches=3)
+        ranks = Ranks.seen[0]
+        finite = {name for name, rank in ranks.items() if rank != float("inf")}
+        if gain is None:
+            assert ranks.keys() > set(INNER)
+            for name in INNER:
+                assert ranks[name] == pytest.approx(1 - fits.fits[name].explained, abs=2e-3)
+        else:
+            assert finite == set(INNER)
+        assert callback.removed == [min(ranks, key=ranks.__getitem__)]
+
+
+def test_linearity_without_fits_is_that_of_the_affine(tmp_path):
+    _, callback, _ = run(tmp_path, pruning={"criterion": "linearity", "stand_in": "affine"}, epochs=2)
+    (_, this) = callback.rounds
+    assert this.fitted == {}
+    _, by_entropy, _ = run(tmp_path / "entropy", epochs=2)
+    assert callback.entropies is not None
+    assert by_entropy.rounds[1].entropies[by_entropy.removed[0]] <= this.entropies[this.removed[0]]
+
+
+def test_what_merges_nothing_is_left_out_and_the_exact_merge_that_saves_most_goes_first(tmp_path):
+    class Wide(Small):
+        """Linear layers whose merges save very different numbers of multiply-accumulates."""
+
+        def __init__(self):
+            super().__init__()
+            sizes = [4, 64, 4, 8, 32, 2]
+            layers = []
+            for before, behind in pairwise(sizes):
+                layers += [nn.Linear(before, behind), nn.ReLU()]
+            self.layers = nn.Sequential(*layers[:-1], nn.ReLU())
+
+    merges = {each.name for each in candidates(Wide()).candidates if each.merges}
+    model, callback, _ = run(tmp_path, model=Wide(), pruning={"gain": "macs", "candidates": "mergeable"}, epochs=8)
+    assert merges == {"layers.1", "layers.3", "layers.5", "layers.7"}
+    # 4 → 64 → 4 saves most; 64 → 4 → 8 would cost more than it saves
+    assert set(callback.removed) == merges - {"layers.3"}
+    assert stand_ins(model).keys() == set(callback.removed)
+
+
+def test_a_run_is_over_when_its_target_is_reached(tmp_path):
+    deep = {"removals_per_round": 1, "gain": "macs"}
+    callback = pruning(**FITTED | deep | {"target_depth": 6})
+    model = Residual()
+    train(model, callback, root=tmp_path, epochs=6)
+    assert len(callback.removed) == 2
+    assert collapse(model.model.eval(), torch.randn(4, 1, 8, 8), objective="macs").report.after.depth == 6
+    at_once = pruning(**FITTED | deep | {"target_speedup": 0.01})
+    train(Residual(), at_once, root=tmp_path / "slow", epochs=6)
+    assert len(at_once.removed) == 1  # the dense network is not asked
+    never = pruning(**FITTED | deep | {"target_speedup": 1e6, "target_depth": 6})
+    train(Residual(), never, root=tmp_path / "fast", epochs=6)
+    assert len(never.removed) == 3
+
+
+def test_a_target_does_not_excuse_a_fall_beyond_the_tolerance(tmp_path):
+    callback = pruning(**FITTED | {"target_depth": 7, "monitor": "scripted", "tolerance": 0.1})
+    model = Residual(scores=(0.9, 0.5))
+    train(model, callback, root=tmp_path, epochs=5)
+    assert [this.accepted for this in callback.rounds] == [True, False]
+    assert stand_ins(model) == {}
+
+
+def test_several_at_once_never_share_an_operator(tmp_path):
+    _, callback, _ = run(tmp_path, pruning={"collapse": "fit", "removals_per_round": 3}, epochs=4)
+    chosen = [this.removed for this in callback.rounds[1:]]
+    assert len(chosen[0]) >= 1
+    for names in chosen:
+        places = sorted(int(name.rpartition(".")[2]) for name in names if name in callback.rounds[1].fitted)
+        assert all(b - a > 2 for a, b in pairwise(places))
+    assert len(callback.removed) > len(chosen[0])
+
+
+@pytest.mark.parametrize("strategy", ["next", "stop"])
+def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, strategy):
+    run(tmp_path, pruning={"collapse": "fit", "on_reject": strategy}, epochs=2)
+    saved = torch.load(tmp_path / "rounds" / "round_0.ckpt", weights_only=True)
+    (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
+    assert len(state["decision"]["remove"]["fits"]) == 1
+    assert (len(state["ranked_of_last_good"]["fits"]) > 1) == (strategy == "next")
+
+
+def test_a_dry_run_ranks_as_a_run_does(tmp_path):
+    callback = pruning(**FITTED | {"dry_run": True})
+    model = Residual()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, callback, root=tmp_path, epochs=3)
+    assert callback.candidates is not None
+    assert callback.removed == []
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_entropies_are_measured_as_ever(tmp_path):
+    callback = pruning(**FITTED)
+    model = Residual()
+    trainer = train(model, callback, root=tmp_path, epochs=1, limit_val_batches=3)
+    measured = measure_entropy(model.model, list(trainer.val_dataloaders)[:3])
+    assert callback.entropies == pytest.approx({f"model.{name}": value for name, value in measured.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"collapse": "best"}, ValueError, r"`collapse` to be one of \('exact', 'fit'\), but got 'best'"),
+        ({"criterion": "size"}, ValueError, r"`criterion` to be one of .*but got 'size'"),
+        ({"gain": "joules"}, ValueError, r"`gain` to be one of \('latency', 'macs'\), but got 'joules'"),
+        ({"candidates": "some"}, ValueError, "`candidates` to be one of .*but got 'some'"),
+        ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
+        ({"target_depth": 1.5}, TypeError, "`target_depth` to be an integer, but got 1.5"),
+        ({"collapse": "fit", "measure_on": "training"}, ValueError, "`measure_on` to be 'validation' with collapse"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        pruning(**options)
+
+
+def test_lbfgs_can_not_let_operators_go(tmp_path):
+    class Full(Small):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="with which parameters leave, from LBFGS"):
+        run(tmp_path, model=Full(), pruning={"collapse": "fit"})
