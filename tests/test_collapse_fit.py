@@ -1,6 +1,8 @@
 """Tests of collapses that replace chains around activations by fitted operators."""
 
 import copy
+import io
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.zoo import CifarResNet
+
+# ``lightning_easier.collapse`` is also a function, which an import of the module would find first
+fitting = sys.modules["lightning_easier.collapse.fitting"]
 
 
 class Block(nn.Module):
@@ -300,3 +305,30 @@ def test_bad_arguments_are_named_and_the_model_is_as_it_was(options, error, mess
 def test_a_site_that_is_linear_already_is_an_error():
     with pytest.raises(ValueError, match="not linear, but got '1'"):
         collapse(linearize(Mlp(), ["1"]), BATCH, mode="fit", sites=["1"], calibration=[BATCH])
+
+
+def test_one_bar_moves_inside_a_chain_and_ends_full(monkeypatch):
+    bars = []
+
+    class Bar(fitting.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO(), "delay": 0})
+            self.seen = [self.n]
+            bars.append(self)
+
+        def update(self, n=1):
+            super().update(n)
+            self.seen.append(self.n)
+
+    monkeypatch.setattr(fitting, "tqdm", Bar)
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(Mlp(), nn.LayerNorm(8), Mlp()))
+    batches = [torch.randn(64, 8) for _ in range(5)]
+    sites = ["0.1", "2.1"]
+    result = collapse(model, batches[0], mode="fit", sites=sites, calibration=batches, objective="depth", slack=0.0)
+    assert len(result.report.fitted) == 2
+    (bar,) = bars
+    assert bar.seen[-1] == bar.total
+    assert bar.seen == sorted(bar.seen)
+    assert {*range(6)} <= {*bar.seen}
+    assert bar.total // 2 in bar.seen

@@ -1,5 +1,7 @@
 """Tests of operators fitted by least squares: against what they are fitted to, and against the data themselves."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_easier.collapse.affine import ChannelAffine
-from lightning_easier.collapse.least_squares import Fit, Geometry, Moments, fits
+from lightning_easier.collapse.least_squares import RIDGES, Fit, Geometry, Moments, Sums, fits
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EVERYTHING = 10**9
+# ``lightning_easier.collapse`` is also a function, which an import of the module would find first
+MODULE = sys.modules["lightning_easier.collapse.least_squares"]
 
 
 def moments_of(
@@ -230,3 +234,117 @@ def test_few_large_samples(samples):
     moments, found = moments_of(Geometry(2, (1, 1), (1, 1), (0, 0)), [(x, wanted(x))])
     assert 0 < moments.held_out.positions < 400 * samples
     torch.testing.assert_close(found["convolution"].operator.weight, wanted.weight, rtol=1e-8, atol=1e-8)
+
+
+def with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+@pytest.mark.parametrize("panel", [4, 7, 512])
+@pytest.mark.parametrize("rows", [1, 13, 1000])
+def test_sums_by_panels_and_parts_are_those_of_all_values(monkeypatch, dtype, accuracy, panel, rows):
+    """Means far from zero, parts of unequal sizes, and a panel that is not full."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(MODULE, "_PANEL", panel)
+    monkeypatch.setattr(MODULE, "_VALUES_AT_A_TIME", rows * 11)
+    batches = [torch.randn(size, 10) * torch.logspace(-1, 1, 10) + 30 for size in (64, 3, 37)]
+    batches = [x.to(dtype) for x in batches]
+    targets = [x[:, :5].square().to(dtype) for x in batches]
+    moments = Moments.of(Geometry(10), 5, torch.device("cpu"))
+    kept = [x.clone() for x in (*batches, *targets)]
+    for x, target in zip(batches, targets, strict=True):
+        moments.add(x, target, EVERYTHING)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (*batches, *targets), strict=True))
+    gram, cross, squares = (
+        getattr(moments.fitted, name) + getattr(moments.held_out, name) for name in ("gram", "cross", "squares")
+    )
+    u, t = with_ones(torch.cat(batches)), torch.cat(targets).double()
+    torch.testing.assert_close(gram, u.T @ u, rtol=accuracy, atol=0)
+    torch.testing.assert_close(cross, u.T @ t, rtol=accuracy, atol=0)
+    torch.testing.assert_close(squares, t.square().sum(0), rtol=accuracy, atol=0)
+    torch.testing.assert_close(gram, gram.T, rtol=1e-7, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-8), (torch.float32, 1e-3), (torch.bfloat16, 1e-3)])
+def test_a_solution_is_that_of_least_squares_on_the_values(monkeypatch, dtype, accuracy):
+    torch.manual_seed(0)
+    monkeypatch.setattr(MODULE, "RIDGES", (0.0,) * len(RIDGES))
+    monkeypatch.setattr(MODULE, "_PANEL", 5)
+    monkeypatch.setattr(MODULE, "_VALUES_AT_A_TIME", 17 * 13)
+    x = (torch.randn(400, 12) @ torch.randn(12, 12) + 20).to(dtype)
+    target = (x.float().relu() - x.float().square() / 40 + torch.randn(400, 12)).to(dtype)
+    _, found = moments_of(Geometry(12), [(x, target)])
+    held_out = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:100]
+    kept = torch.ones(400, dtype=torch.bool)
+    kept[held_out] = False
+    wanted = torch.linalg.lstsq(with_ones(x[kept]), target[kept].double()).solution
+    operator = found["linear"].operator
+    torch.testing.assert_close(operator.weight, wanted[:-1].T, rtol=accuracy, atol=accuracy)
+
+
+def random_moments(samples: int, noise: float, same: bool, seed: int) -> Moments:
+    """Return moments of a noisy linear map; with two columns that are the same they are singular without a ridge."""
+    torch.manual_seed(seed)
+    x = torch.randn(samples, 24, dtype=torch.float64)
+    if same:
+        x[:, 1] = x[:, 0]
+    moments = Moments.of(Geometry(24), 3, torch.device("cpu"))
+    moments.add(x, x[:, :3] + noise * torch.randn(samples, 3, dtype=torch.float64), EVERYTHING)
+    return moments
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("noise", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("samples", [36, 60, 2000])
+def test_the_ridge_is_the_one_that_leaves_least_of_what_is_held_out(samples, noise, same):
+    """Each ridge by least squares with the ridge as further rows, on a square root of the sums."""
+    for seed in range(4):
+        moments = random_moments(samples, noise, same, seed)
+        gram, cross = moments.fitted.gram, moments.fitted.cross
+        scale = gram.diagonal().sqrt()
+        residuals = []
+        for ridge in RIDGES[1:] if same else RIDGES:
+            penalty = ridge * scale.square()
+            penalty[-1] = 0.0
+            weight = torch.linalg.lstsq(gram + penalty.diag(), cross, driver="gelsd").solution
+            residuals.append(moments.held_out.residual(weight))
+        fit = next(fits(moments))
+        weight = torch.cat([fit.operator.weight.T, fit.operator.bias[None]])
+        assert moments.held_out.residual(weight) == pytest.approx(min(residuals), rel=1e-6)
+
+
+@torch.no_grad()
+def test_sums_through_a_depthwise_convolution_are_those_of_what_it_computes():
+    torch.manual_seed(0)
+    patches, target = torch.randn(50, 4 * 9, dtype=torch.float64) + 3, torch.randn(50, 5, dtype=torch.float64)
+    kernels = torch.randn(4, 9, dtype=torch.float64)
+    u = with_ones(patches)
+    through = Sums(u.T @ u, u.T @ target, target.square().sum(0)).through(kernels)
+    v = with_ones((patches.view(50, 4, 9) * kernels).sum(2))
+    torch.testing.assert_close(through.gram, v.T @ v)
+    torch.testing.assert_close(through.cross, v.T @ target)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [3, 6])
+def test_kernels_are_those_of_least_squares_given_the_rest(channels):
+    torch.manual_seed(0)
+    taps, outputs = 4, 8
+    patches = torch.randn(300, channels * taps, dtype=torch.float64) + 1
+    patches[:, :taps] *= 0.0  # a channel that is never on
+    target = torch.randn(300, outputs, dtype=torch.float64)
+    u, pointwise = with_ones(patches), torch.randn(channels + 1, outputs, dtype=torch.float64)
+    sums = Sums(u.T @ u, u.T @ target, target.square().sum(0))
+    kernels = torch.randn(channels, taps, dtype=torch.float64)
+    for _ in range(8):  # each improves on the last
+        kernels = MODULE._kernels_given(sums, pointwise, kernels)
+    # every position and output is an equation in all taps of the kernels
+    equations = torch.einsum("pct,co->poct", patches.view(300, channels, taps), pointwise[:-1])
+    right = (target - pointwise[-1]).reshape(-1, 1)
+    wanted = torch.linalg.lstsq(equations.reshape(300 * outputs, -1), right, driver="gelsd").solution
+    torch.testing.assert_close(kernels[1:].reshape(-1, 1), wanted[taps:], rtol=1e-6, atol=1e-6)
+    assert bool(kernels.isfinite().all())

@@ -5,7 +5,7 @@ between. The fitted operator takes the place of the first; all that is behind it
 that the forward of the model stays as it is written, and an exact collapse takes the identities out.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ from lightning_easier.substitution import Absorbed
 
 # Positions of the calibration data that are used: as many for each unknown, but not fewer than so many.
 _POSITIONS_FOR_EACH_UNKNOWN, _FEWEST_POSITIONS = 8, 2**17
+# Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
+_MOST_FITS = 7
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,22 @@ def positions_wanted(chain: FitChain) -> int:
     return max(_POSITIONS_FOR_EACH_UNKNOWN * chain.geometry.unknowns, _FEWEST_POSITIONS)
 
 
-def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ...]]) -> tuple[Moments, torch.Size]:
+def _nothing() -> None: ...
+
+
+def gather(
+    model: nn.Module,
+    chain: FitChain,
+    batches: Sequence[tuple[Tensor, ...]],
+    advance: Callable[[], object] = _nothing,
+) -> tuple[Moments, torch.Size]:
     """Run a model up to the end of a chain, and sum up what goes in and what comes out.
 
     Args:
         model: The model, in eval mode.
         chain: The chain.
         batches: The forward's positional arguments, for each batch.
+        advance: What is called behind each batch.
 
     Returns:
         The sums, and the shape of what goes in, of the first batch.
@@ -235,21 +246,48 @@ def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ..
     Raises:
         CannotFitError: If the forward does not get there.
     """
-    inputs: list[Tensor] = []
     moments: list[Moments] = []
     shapes: list[torch.Size] = []
     positions = -(-positions_wanted(chain) // len(batches))
+
+    def add(value: Tensor, output: Tensor) -> None:
+        if not moments:
+            axis = 1 if chain.geometry.kernel else -1
+            moments.append(Moments.of(chain.geometry, output.shape[axis], output.device))
+            shapes.append(value.shape)
+        moments[0].add(value, output, positions)
+        advance()
+
+    _run_up_to(model, chain, batches, add)
+    return moments[0], shapes[0]
+
+
+def _shape_of_input(model: nn.Module, chain: FitChain, arguments: Sequence[Tensor]) -> torch.Size:
+    """Return the shape of what goes into a chain."""
+    shapes: list[torch.Size] = []
+    _run_up_to(model, chain, [tuple(arguments)], lambda value, _: shapes.append(value.shape))
+    return shapes[0]
+
+
+def _run_up_to(
+    model: nn.Module,
+    chain: FitChain,
+    batches: Iterable[tuple[Tensor, ...]],
+    see: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Run a model up to the end of a chain, and show what goes in and what comes out.
+
+    Raises:
+        CannotFitError: If the forward does not get there.
+    """
+    inputs: list[Tensor] = []
 
     def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs[:] = arguments[:1]
 
     def end(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         (value,) = inputs
-        if not moments:
-            axis = 1 if chain.geometry.kernel else -1
-            moments.append(Moments.of(chain.geometry, output.shape[axis], output.device))
-            shapes.append(value.shape)
-        moments[0].add(value, output, positions)
+        see(value, output)
         raise _EndOfChainError
 
     with ExitStack() as stack:
@@ -263,7 +301,6 @@ def gather(model: nn.Module, chain: FitChain, batches: Sequence[tuple[Tensor, ..
             except _EndOfChainError:
                 continue
             raise CannotFitError("the model's forward does not call it")
-    return moments[0], shapes[0]
 
 
 class ChainPrices:
@@ -449,6 +486,7 @@ def fit_chain(
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     prices: ChainPrices,
+    advance: Callable[[], object] = _nothing,
 ) -> list[Choice]:
     """Fit and price every operator that may take the place of a chain; the model is not changed.
 
@@ -458,13 +496,17 @@ def fit_chain(
         batches: Calibration data: the forward's positional arguments, for each batch.
         arguments: Example inputs, at whose shapes operators are priced.
         prices: Tells what modules cost.
+        advance: What is called behind each batch, and behind each fit.
 
     Raises:
         CannotFitError: If the forward does not get there.
     """
-    moments, _ = gather(model, chain, batches)
-    _, shape = gather(model, chain, [tuple(arguments)])
-    return priced(model, chain, list(fits(moments)), shape, prices)
+    moments, _ = gather(model, chain, batches, advance)
+    fitted = []
+    for fit in fits(moments):
+        fitted.append(fit)
+        advance()
+    return priced(model, chain, fitted, _shape_of_input(model, chain, arguments), prices)
 
 
 def fit_chains(
@@ -490,11 +532,26 @@ def fit_chains(
     """
     chains = Chains(model, sites)
     choices = []
-    for chain in tqdm(chains.in_rows(), desc="Fitting", leave=False, delay=1, disable=None):
+    rows = chains.in_rows()
+    for chain, advance in _in_steps(rows, len(batches) + _MOST_FITS, "Fitting"):
         try:
-            choice = choose(fit_chain(model, chain, batches, arguments, prices), prices, slack)
+            choice = choose(fit_chain(model, chain, batches, arguments, prices, advance), prices, slack)
             replace(model, choice, arguments)
             choices.append(choice)
         except CannotFitError as error:
             chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
     return choices, chains.reasons
+
+
+def _in_steps(
+    chains: Sequence[FitChain], steps: int, description: str
+) -> Iterator[tuple[FitChain, Callable[[], object]]]:
+    """Yield chains with what is to be called behind each step, of which a chain has so many at most.
+
+    One progress bar shows the steps of all chains; those that a chain does without are taken when it is done.
+    """
+    with tqdm(total=len(chains) * steps, desc=description, leave=False, delay=1, disable=None) as bar:
+        for number, chain in enumerate(chains, 1):
+            bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
+            yield chain, bar.update
+            bar.update(number * steps - bar.n)

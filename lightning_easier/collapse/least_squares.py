@@ -23,11 +23,21 @@ from lightning_easier.collapse.convolutions import make_convolution, with_tensor
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that are tried, as a share of the mean square of each column."""
+# Where to look next behind what is known to be too small a ridge. What a ridge leaves falls, then grows: four solutions
+# find the least of seven, where a walk from one end may take all.
+_FIBONACCI = ((3, 5), (2, 3), (1, 2))
 HELD_OUT = 4
 """Every so-many-th position is held out."""
 _VALUES_AT_A_TIME = 2**24
 _ROUNDS_OF_SEPARATION = 8
+# A share of the variance.
+_WORTH_ANOTHER_ROUND = 1e-5
+# Of conjugate gradients: what may be left of the square of what was wrong, and how many steps at most; what is left of
+# the square of the right side when only rounding is.
+_RELATIVE_ACCURACY, _MOST_STEPS, _NOISE = 1e-4, 50, 1e-24
 _SHARES_OF_RANK = (0.5, 0.25, 0.125)
+# Columns of a product that are computed at a time.
+_PANEL = 512
 # Pivots of a scaled matrix below this are rounding noise.
 _SINGULAR = 1e-7
 
@@ -105,22 +115,21 @@ class Sums:
         return float(self.gram[-1, -1])
 
     def add(self, patches: Tensor, target: Tensor) -> None:
-        """Add positions: patches ``(P, K − 1)``, targets ``(P, O)``.
+        """Add positions: patches ``(P, K − 1)``, targets ``(P, O)``; both are overwritten.
 
         The products are taken of differences from a centre, in the precision of the values, and put back around it in
         float64: a mean far from zero would use up the digits.
         """
-        patches, target = torch.cat([patches, patches.new_ones(len(patches), 1)], 1), target.contiguous()
-        centre_of_patches, centre_of_target = patches.mean(0), target.mean(0)
-        centre_of_patches[-1] = 0.0
-        patches, target = patches - centre_of_patches, target - centre_of_target
-        u, t = centre_of_patches.to(self.gram), centre_of_target.to(self.gram)
-        around_u, around_t = patches.sum(0).to(self.gram), target.sum(0).to(self.gram)
         count = len(patches)
-        self.gram += (patches.T @ patches).to(self.gram)
-        self.gram += u[:, None] * around_u + around_u[:, None] * u + count * u[:, None] * u
-        self.cross += (patches.T @ target).to(self.gram)
-        self.cross += u[:, None] * around_t + around_u[:, None] * t + count * u[:, None] * t
+        u, around_u = _centred(patches)
+        t, around_t = _centred(target)
+        u, around_u, t, around_t = (each.to(self.gram) for each in (u, around_u, t, around_t))
+        _add_product(self.gram[:-1, :-1], patches, patches, (u, around_u), (u, around_u))
+        _add_product(self.cross[:-1], patches, target, (u, around_u), (t, around_t))
+        for row in (self.gram[-1, :-1], self.gram[:-1, -1]):
+            row += around_u + count * u
+        self.gram[-1, -1] += count
+        self.cross[-1] += around_t + count * t
         self.squares += target.square().sum(0).to(self.gram) + 2 * t * around_t + count * t.square()
 
     def residual(self, weight: Tensor) -> float:
@@ -145,7 +154,45 @@ class Sums:
 
     def part(self, columns: Tensor) -> "Sums":
         """Return the sums for some columns of the patches."""
-        return Sums(self.gram[columns][:, columns], self.cross[columns], self.squares)
+        return Sums(self.gram[columns[:, None], columns], self.cross[columns], self.squares)
+
+    def through(self, kernels: Tensor) -> "Sums":
+        """Return the sums for what a depthwise convolution ``(C, taps)`` makes of the patches, and a column of ones."""
+        channels, taps = kernels.shape
+        # one side at a time: a product of matrices for each channel, no copy of the sums
+        half = torch.bmm(kernels[:, None], self.gram[:-1].view(channels, taps, -1))[:, 0]
+        inner = (half[:, :-1].view(channels, channels, taps) * kernels).sum(2)
+        gram = torch.cat([inner, half[:, -1:]], 1)
+        gram = torch.cat([gram, torch.cat([half[:, -1], self.gram[-1, -1:]])[None]])
+        cross = torch.bmm(kernels[:, None], self.cross[:-1].view(channels, taps, -1))[:, 0]
+        return Sums(gram, torch.cat([cross, self.cross[-1:]]), self.squares)
+
+
+def _centred(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Move values ``(P, K)`` to around zero in place; return what was taken off, and the sums of what is left."""
+    centre = values.mean(0)
+    values -= centre
+    return centre, values.sum(0)
+
+
+def _add_product(
+    sums: Tensor, left: Tensor, right: Tensor, off_left: tuple[Tensor, Tensor], off_right: tuple[Tensor, Tensor]
+) -> None:
+    """Add ``(left + l).T @ (right + r)``, in the precision of the sums; ``off_…`` are as :func:`_centred` returns them.
+
+    It goes by panels, each put back around the centres while it is in the cache. A product with itself is symmetric:
+    only the panels from the diagonal on are computed.
+    """
+    (centre_left, around_left), (centre_right, around_right) = off_left, off_right
+    shift = around_right + len(left) * centre_right
+    for start in range(0, left.shape[1], _PANEL):
+        rows, begin = slice(start, start + _PANEL), start if left is right else 0
+        panel = (left[:, rows].T @ right[:, begin:]).to(sums)
+        outer = torch.stack([centre_left[rows], around_left[rows]], 1)
+        panel.addmm_(outer, torch.stack([shift[begin:], centre_right[begin:]]))
+        sums[rows, begin:] += panel
+        if left is right:
+            sums[start + _PANEL :, rows] += panel[:, _PANEL:].T
 
 
 @dataclass
@@ -189,6 +236,7 @@ class Moments:
             where = tuple(place.to(value.device) for place in places)
             rows = patches[where].reshape(len(where[0]), -1)
             (self.held_out if held_out else self.fitted).add(rows, target[where])
+            del rows  # not beside those that come next
 
 
 def _places(
@@ -257,32 +305,50 @@ def _fit(kind: str, moments: Moments, weight: Tensor, operator: nn.Module) -> Fi
 
 def _solution(moments: Moments) -> Tensor:
     """Solve the normal equations with the ridge that leaves the least residual on what is held out."""
-    best, least = None, math.inf
-    for ridge in RIDGES:
-        weight = _solve(moments.fitted, ridge)
-        if weight is None:
-            continue
-        residual = moments.held_out.residual(weight)
-        if residual > least:  # it grows from here on
-            break
-        best, least = weight, residual
-    assert best is not None  # the largest ridge makes any sums regular
-    return best
+    normal = _Normal(moments.fitted)
+    found: dict[int, tuple[float, Tensor | None]] = {}
+
+    def residual(place: int) -> float:
+        if place not in found:
+            weight = normal.solved(RIDGES[place])
+            found[place] = (math.inf if weight is None else moments.held_out.residual(weight)), weight
+        return found[place][0]
+
+    before = -1
+    for near, far in _FIBONACCI:
+        # where both are singular, so is all that is less
+        if math.inf == residual(before + near) or residual(before + near) > residual(before + far):
+            before += near
+    weight = found[before + 1][1]
+    assert weight is not None  # the largest ridge makes any sums regular
+    return weight
 
 
-def _solve(sums: Sums, ridge: float) -> Tensor | None:
-    """Return the weights, shape ``(K, O)``; None if the sums are singular."""
-    gram = sums.gram
-    scale = gram.diagonal().clamp(min=0).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    scaled = gram / scale / scale[:, None]
-    penalty = torch.full_like(scale, ridge)
-    penalty[-1] = 0.0  # the bias is free
-    scaled.diagonal().add_(penalty + (gram.diagonal() <= 0))  # a channel that is always zero
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    if failed or float(factor.diagonal().min()) < _SINGULAR:
-        return None
-    return torch.cholesky_solve(sums.cross / scale[:, None], factor) / scale[:, None]
+class _Normal:
+    """Normal equations, scaled once for all ridges: columns of very different size would use up the digits.
+
+    Args:
+        sums: What they are made of.
+    """
+
+    def __init__(self, sums: Sums) -> None:
+        squares = sums.gram.diagonal()
+        scale = squares.clamp(min=0).sqrt()
+        self._scale = torch.where(scale > 0, scale, 1.0)
+        self._matrix = sums.gram / self._scale
+        self._matrix /= self._scale[:, None]
+        self._matrix.diagonal().add_(squares <= 0)  # a channel that is always zero
+        self._right = sums.cross / self._scale[:, None]
+        self._ridge = 0.0
+
+    def solved(self, ridge: float) -> Tensor | None:
+        """Return the weights, shape ``(K, O)``; None if the sums are singular."""
+        self._matrix.diagonal()[:-1] += ridge - self._ridge  # the bias is free
+        self._ridge = ridge
+        factor, failed = torch.linalg.cholesky_ex(self._matrix)
+        if failed or float(factor.diagonal().min()) < _SINGULAR:
+            return None
+        return torch.cholesky_solve(self._right, factor).div_(self._scale[:, None])
 
 
 def _dense(geometry: Geometry, weight: Tensor) -> nn.Module:
@@ -369,41 +435,60 @@ def _separable(moments: Moments, dense: Tensor) -> Fit:
     geometry, sums = moments.geometry, moments.fitted
     channels, taps, outputs = geometry.channels, geometry.taps, dense.shape[1]
     # the kernel of each channel that is nearest to those of the dense convolution
-    left, _, _ = torch.linalg.svd(dense[:-1].view(channels, taps, outputs), full_matrices=False)
-    kernels = left[:, :, 0]
+    apart = dense[:-1].view(channels, taps, outputs)
+    kernels = torch.linalg.eigh(apart @ apart.mT).eigenvectors[:, :, -1]
+    left_over = math.inf
     for _ in range(_ROUNDS_OF_SEPARATION):
-        pointwise = _pointwise_given(sums, kernels)
+        through = sums.through(kernels)
+        pointwise = _regular(through)
+        before, left_over = left_over, through.residual(pointwise)
+        if before - left_over < _WORTH_ANOTHER_ROUND * sums.variance():
+            break
         kernels = _kernels_given(sums, pointwise, kernels)
-    pointwise = _pointwise_given(sums, kernels)
-    whole = torch.cat([(kernels[:, :, None] * pointwise[:-1, None]).reshape(-1, outputs), pointwise[-1:]])
+    between = _behind(geometry, channels)
+    part = Moments(between, sums.through(kernels), moments.held_out.through(kernels))
+    pointwise = _regular(part.fitted)
     first = _operator(geometry, kernels.reshape(channels, 1, *geometry.kernel), None, groups=channels)
-    ones = (1,) * len(geometry.kernel)
-    second = _operator(_behind(geometry, channels), pointwise[:-1].T.reshape(outputs, channels, *ones), pointwise[-1])
-    return _fit("separable", moments, whole, nn.Sequential(first, second))
-
-
-def _pointwise_given(sums: Sums, kernels: Tensor) -> Tensor:
-    channels, taps = kernels.shape
-    gram = sums.gram[:-1, :-1].view(channels, taps, channels, taps)
-    through = torch.einsum("ct,ctds,ds->cd", kernels, gram, kernels)
-    ones = (kernels * sums.gram[-1, :-1].view(channels, taps)).sum(1)
-    gram = torch.cat([torch.cat([through, ones[:, None]], 1), torch.cat([ones, sums.gram[-1, -1:]])[None]])
-    cross = torch.einsum("ct,cto->co", kernels, sums.cross[:-1].view(channels, taps, -1))
-    return _regular(Sums(gram, torch.cat([cross, sums.cross[-1:]]), sums.squares))
+    return _fit("separable", part, pointwise, nn.Sequential(first, _dense(between, pointwise)))
 
 
 def _kernels_given(sums: Sums, pointwise: Tensor, kernels: Tensor) -> Tensor:
     channels, taps = kernels.shape
     matrix, bias = pointwise[:-1], pointwise[-1]
-    alike = (matrix @ matrix.T).repeat_interleave(taps, 0).repeat_interleave(taps, 1)
     wanted = sums.cross[:-1] - sums.gram[:-1, -1:] * bias
-    right = (wanted.view(channels, taps, -1) * matrix[:, None]).sum(2).reshape(-1, 1)
-    gram = F.pad(alike * sums.gram[:-1, :-1], (0, 1, 0, 1))
-    gram[-1, -1] = 1.0  # there is no bias to fit
-    solved = _regular(Sums(gram, F.pad(right, (0, 0, 0, 1)), sums.squares[:1]))
-    return solved[:-1].view(channels, taps)
+    right = (wanted.view(channels, taps, -1) * matrix[:, None]).sum(2).reshape(-1)
+    gram = sums.gram[:-1, :-1].clone()
+    by_channel = gram.unflatten(0, (channels, taps)).unflatten(2, (channels, taps))
+    by_channel *= (matrix @ matrix.T)[:, None, :, None]
+    return _improved(gram, right, kernels.reshape(-1)).view(channels, taps)
+
+
+def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
+    """Improve a solution of ``gram @ x = right`` by conjugate gradients.
+
+    From the last round's it takes a few products with the matrix, where a factorization costs hundreds of them; and
+    what is singular stays as it was.
+    """
+    squares = gram.diagonal()
+    inverse = torch.where(squares > 0, 1 / squares, 0.0)
+    left = right - gram @ solution
+    direction = step = inverse * left
+    size = left @ step
+    enough = _RELATIVE_ACCURACY * size
+    for _ in range(_MOST_STEPS):
+        if size <= enough or size <= _NOISE * (right @ (inverse * right)):
+            break
+        ahead = gram @ direction
+        length = size / (direction @ ahead)
+        solution = solution + length * direction
+        left = left - length * ahead
+        step = inverse * left
+        before, size = size, left @ step
+        direction = step + size / before * direction
+    return solution
 
 
 def _regular(sums: Sums) -> Tensor:
     """Solve with as little ridge as the sums need."""
-    return next(weight for ridge in RIDGES[1:] if (weight := _solve(sums, ridge)) is not None)
+    normal = _Normal(sums)
+    return next(weight for ridge in RIDGES[1:] if (weight := normal.solved(ridge)) is not None)
