@@ -33,7 +33,7 @@ _ACTIVATIONS_IN_A_CHAIN = 2
 # Of its price, an operator in the place of a chain has to save so much more than another.
 _WORTH_A_TRIAL = 0.1
 # So many tell the order in which chains go.
-_SAMPLES_FOR_DRIFT = 512
+_SAMPLES_FOR_DRIFT = 256
 
 
 @dataclass(frozen=True)
