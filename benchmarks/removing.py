@@ -1,9 +1,10 @@
 """How much accuracy does a removal cost, without any training after it?
 
 The activations inside the blocks of a CIFAR ResNet (the only ones whose removal merges anything) go one after the
-other: each becomes the identity (EASIER), or one fitted operator takes the place of its block's two convolutions. They
-go in the order of their entropy, of their linearity (the share of variance that the fitted operator explains), or of
-the drift of the model's outputs, which is what ``compress`` goes by. The images come as folders,
+other: each becomes the identity (EASIER), or the affine that comes closest, or one fitted operator takes the place of
+its block's two convolutions. They go in the order of their entropy, of their linearity (the share of variance that the
+affine, or the fitted operator, explains), or of the drift of the model's outputs if one alone goes, which is what
+``compress`` goes by. The images come as folders,
 ``<root>/train/<class>`` and ``<root>/test/<class>``; the weights as a file with a ``state_dict`` whose keys may begin
 with ``module.``:
 
@@ -19,7 +20,7 @@ import rich
 import torch
 from torch import Tensor, nn
 
-from lightning_easier import collapse, compress, linearize, measure_entropy
+from lightning_easier import collapse, compress, linearize, measure_affines, measure_entropy
 from lightning_easier.report import Table
 from lightning_easier.zoo import CifarResNet, ImageFolderDataModule
 
@@ -51,6 +52,20 @@ def batches_of(loader: Any, images: int | None = None) -> list[tuple[Tensor, Ten
     return taken
 
 
+@torch.no_grad()
+def by_drift_of(
+    make: Callable[[Sequence[str]], nn.Module],
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    sites: Sequence[str],
+) -> list[str]:
+    """Order activations by how much the outputs change if one alone goes."""
+    images = batches[0][0]
+    expected = model(images)
+    changed = {site: float((make([site])(images) - expected).square().sum()) for site in sites}
+    return sorted(sites, key=changed.__getitem__)
+
+
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,30 +83,37 @@ def main() -> None:
     model = load(options.weights, options.depth)
     inner = [name for name, module in model.named_modules() if name.endswith("relu1")]
 
-    entropies = measure_entropy(model, calibration)
+    entropies, affines = measure_entropy(model, calibration), measure_affines(model, calibration)
     found = compress(model, calibration, objective="macs", include=inner).report
-    linearity = {trial.sites[0]: trial.explained for trial in found.trials}
-    orders: dict[str, list[str]] = {
-        "entropy": sorted(inner, key=entropies.__getitem__),
-        "linearity": sorted(linearity, key=linearity.__getitem__, reverse=True),
-        "drift": [trial.sites[0] for trial in found.trials],
-    }
+    by_entropy = sorted(inner, key=entropies.__getitem__)
+    of_affine = sorted(inner, key=lambda name: affines[name].explained, reverse=True)
+    of_operator = [trial.sites[0] for trial in sorted(found.trials, key=lambda trial: trial.explained, reverse=True)]
+    by_drift = [trial.sites[0] for trial in found.trials]
 
     def as_identity(sites: Sequence[str]) -> nn.Module:
         return linearize(deepcopy(model), sites).eval()
+
+    def as_affine(sites: Sequence[str]) -> nn.Module:
+        return linearize(deepcopy(model), sites, stand_in="affine", statistics=affines).eval()
 
     def as_fitted(sites: Sequence[str]) -> nn.Module:
         options = {"mode": "fit", "sites": sites, "calibration": calibration, "objective": "macs"}
         return collapse(model, calibration[0][0][:64], **options).model
 
-    ways: list[tuple[str, Callable[[Sequence[str]], nn.Module], str]] = [
-        ("identity", as_identity, "entropy"),
-        *(("fitted", as_fitted, order) for order in orders),
+    ways: list[tuple[str, Callable[[Sequence[str]], nn.Module], str, list[str]]] = [
+        ("identity", as_identity, "entropy", by_entropy),
+        ("identity", as_identity, "linearity", of_affine),
+        ("affine", as_affine, "entropy", by_entropy),
+        ("affine", as_affine, "linearity", of_affine),
+        ("affine", as_affine, "drift", by_drift_of(as_affine, model, calibration, inner)),
+        ("fitted", as_fitted, "entropy", by_entropy),
+        ("fitted", as_fitted, "linearity", of_operator),
+        ("fitted", as_fitted, "drift", by_drift),
     ]
     dense = accuracy(model, test)
     rows = []
-    for way, make, order in ways:
-        cells = [f"{accuracy(make(orders[order][:count]), test):.1f}" for count in COUNTS]
+    for way, make, order, sites in ways:
+        cells = [f"{accuracy(make(sites[:count]), test):.1f}" for count in COUNTS]
         rows.append((way, order, f"{dense:.1f}", *cells))
     title = (
         f"ResNet-{options.depth}, top-1 [%] on {sum(len(y) for _, y in test):,} test images, no training after removals"
