@@ -31,8 +31,8 @@ from lightning_easier.padding import numeric_padding
 from lightning_easier.rectifiers import GATES
 from lightning_easier.substitution import Absorbed
 
-# Positions of the calibration data that are used: as many for each unknown, but not fewer than so many.
-_POSITIONS_FOR_EACH_UNKNOWN, _FEWEST_POSITIONS = 8, 2**17
+# Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
+_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 8, 2**17, 2**26
 # Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
 _MOST_FITS = 7
 
@@ -220,7 +220,8 @@ class _EndOfChainError(BaseException):
 
 def positions_wanted(chain: FitChain) -> int:
     """Return how many positions of the calibration data are enough for a fit."""
-    return max(_POSITIONS_FOR_EACH_UNKNOWN * chain.geometry.unknowns, _FEWEST_POSITIONS)
+    unknowns = chain.geometry.unknowns
+    return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
 
 
 def _nothing() -> None: ...
