@@ -48,7 +48,7 @@ class Measurement:
         self._neuron_dim = neuron_dim
         self._sample = sample
         self._ranking = ranking
-        self._gains = None if ranking.gain is None else Gains(ranking.gain, ranking.shift_padding)
+        self._gains = None if ranking.prices_by is None else Gains(ranking.prices_by, ranking.shift_padding)
         self._chains: ChainProbe | None = None
         self._shapes: ShapeProbe | None = None
         self._first_call: FirstCall | None = None

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_easier.arguments import check_choice
 from lightning_easier.candidates import candidates
 from lightning_easier.chain_fits import ChainProbe
+from lightning_easier.collapse.fitting import Choice as FitChoice
 from lightning_easier.collapse.least_squares import Fit
 from lightning_easier.gains import GAINS, Gain, Gains, ShapeProbe
 from lightning_easier.substitution import ChainFit, Substitution
@@ -69,6 +70,11 @@ class Ranking:
         check_choice("collapse", self.collapse, ("exact", "fit"))
 
     @property
+    def prices_by(self) -> Gain | None:
+        """What savings are measured in; None where none are. A fitted operator has to save something in any case."""
+        return "macs" if self.gain is None and self.collapse == "fit" else self.gain
+
+    @property
     def is_free(self) -> bool:
         """Whether nothing has to be measured besides what is measured anyway."""
         return not self.needs_chains and not self.needs_shapes and self.candidates == "all"
@@ -105,7 +111,7 @@ class Ranking:
             affines: Name -> the affine that comes closest, as plain data.
             chains: What was measured of the chains around them.
             shapes: The shapes of what the operators around them read.
-            gains: Tells what is saved.
+            gains: Tells what is saved, in the unit of :attr:`prices_by`.
         """
         options = self._fitted(entropies, chains, gains) if self.collapse == "fit" and chains is not None else {}
         wanted = [name for name in entropies if name not in options]
@@ -132,33 +138,34 @@ class Ranking:
         return {each.name for each in report.candidates if each.merges} & set(names)
 
     def _fitted(self, entropies: Mapping[str, float], chains: ChainProbe, gains: Gains | None) -> dict[str, _Option]:
-        """Return the best way to put one operator in the place of each chain."""
+        """Return the best way to put one operator in the place of each chain, where one saves something."""
         options = {}
         for name, fitted, shape in chains.fitted():
-            movable = [(fit, moved) for fit in fitted if (moved := chains.chain_fit(name, fit)) is not None]
-            if not movable or name not in entropies:
+            if name not in entropies or gains is None or shape is None:
                 continue
-            saved = [0.0] * len(movable)
-            if gains is not None and shape is not None:
-                priced = chains.price(name, [fit for fit, _ in movable], shape, gains.prices)
-                saved = [choice.saving for choice in priced]
-            ways = [
-                _Option(moved, self._cost(entropies[name], fit), gain)
-                for (fit, moved), gain in zip(movable, saved, strict=True)
-            ]
-            options[name] = self._best(ways, [fit for fit, _ in movable])
+            ways = []
+            for choice in chains.price(name, fitted, shape, gains.prices):
+                moved = chains.chain_fit(name, choice.fit)
+                if moved is not None and choice.saving > 0:
+                    ways.append((choice, _Option(moved, self._cost(entropies[name], choice.fit), choice.saving)))
+            best = self._best(ways)
+            if best is not None:
+                options[name] = best
         return options
 
     def _cost(self, entropy: float, fit: Fit) -> float:
         return entropy if self.criterion == "entropy" else 1.0 - fit.explained
 
-    def _best(self, ways: Sequence[_Option], fitted: Sequence[Fit]) -> _Option:
-        """Choose among the operators for one chain; entropy does not tell how well any of them represents it."""
-        explained = [fit.explained for fit in fitted]
-        if self.gain is None:
-            return ways[explained.index(max(explained))]
-        least = -math.inf if self.criterion == "linearity" else max(explained) - _SLACK
-        return min((way for way, share in zip(ways, explained, strict=True) if share >= least), key=_rank)
+    def _best(self, ways: Sequence[tuple[FitChoice, _Option]]) -> _Option | None:
+        """Choose among the operators for one chain that save something; None if none stands for it.
+
+        Entropy does not tell how well an operator represents a chain, and without a gain nothing weighs that against
+        what it saves: the cheapest is taken of those that represent it nearly as well as the best.
+        """
+        if self.criterion == "linearity" and self.gain is not None:
+            return min((option for _, option in ways), key=_rank, default=None)
+        good = [option for choice, option in ways if choice.shortfall <= _SLACK]
+        return max(good, key=lambda option: option.gain, default=None)
 
     def _saved_exactly(self, model: nn.Module, name: str, shapes: ShapeProbe | None, gains: Gains | None) -> float:
         """Return what is saved if an activation becomes linear and an exact collapse follows."""

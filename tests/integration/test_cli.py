@@ -11,7 +11,7 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
-from lightning_easier import EntropyPruningCallback
+from lightning_easier import EntropyPruningCallback, load_pruned
 from lightning_easier.cli import EasierCLI, main, read_pruning_report
 from lightning_easier.zoo import CIFAR10DataModule, DigitsDataModule, ImageClassifier, ImageFolderDataModule
 
@@ -61,6 +61,28 @@ def test_the_saved_config_loads_again(run, tmp_path):
     again = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
     content["trainer"].update(max_epochs=1, default_root_dir=str(tmp_path))
     assert again == content
+
+
+def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_path):
+    recipe = yaml.safe_load((CONFIGS / "recipe" / "fitted.yaml").read_text())
+    pruning = recipe["callbacks"][0]["init_args"]
+    pruning.update(warmup_epochs=0, epochs_per_round=1, tolerance=1.0, target_speedup=None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    short = [*SHORT, "--trainer.limit_val_batches=2", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", f"--config={CONFIGS / 'digits.yaml'}", f"--trainer={tmp_path / 'recipe.yaml'}", *short])
+    folder = tmp_path / "lightning_logs" / "version_0"
+    (block, _) = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert pruning.items() <= block["init_args"].items()
+    checkpoint = folder / "entropy_pruning" / "round_2.ckpt"
+    rounds = read_pruning_report(checkpoint).rounds
+    assert all(this.fitted.keys() == set(this.removed) != set() for this in rounds[1:])
+    common = [f"--config={folder / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    main(["export", *common, f"--output={tmp_path / 'model.onnx'}"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    model = load_pruned(ImageClassifier, checkpoint).eval()
+    images = torch.randn(3, 1, 8, 8)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-4)
 
 
 def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):

@@ -1,0 +1,122 @@
+"""Tests of the order in which activations become linear."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier import isolate_activations, measure_affines, measure_entropy, measure_fits
+from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
+from lightning_easier.chain_fits import ChainProbe
+from lightning_easier.costs import count_macs
+from lightning_easier.gains import Gains, ShapeProbe
+from tests.test_collapse_fit import Bottleneck, randomized
+
+
+def ranked(model: nn.Module, batches: list[torch.Tensor], **options) -> Ranked:
+    """Measure as the callback does, and rank."""
+    ranking = Ranking(**options)
+    sites = list(isolate_activations(model))
+    entropies = measure_entropy(model, batches)
+    affines = {name: fit.to_plain() for name, fit in measure_affines(model, batches).items()}
+    chains = ChainProbe(model, sites, len(batches)) if ranking.needs_chains else None
+    shapes = ShapeProbe(model, sites) if ranking.needs_shapes else None
+    probes = [probe for probe in (chains, shapes) if probe is not None]
+    for probe in probes:
+        probe.attach()
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for probe in probes:
+        probe.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    gains = None if ranking.prices_by is None else Gains(ranking.prices_by, ranking.shift_padding)
+    return ranking.rank(model, entropies, affines, chains, shapes, gains)
+
+
+class Body(nn.Sequential):
+    """1×1, 3×3, 1×1: one 3×3 in the place of the first two would be dearer than both."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(12, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 12, 1))
+
+
+def mlps() -> nn.Module:
+    """Two MLPs of other widths behind each other, with a norm between that keeps them apart."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8),
+        nn.Tanh(),
+    ).eval()  # fmt: skip
+
+
+MAPS = [torch.randn(16, 12, 9, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+VECTORS = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def test_entropies_rank_by_themselves():
+    model = mlps()
+    assert ranked(model, VECTORS).ranks == measure_entropy(model, VECTORS)
+    assert Ranking().is_free
+
+
+def test_linearity_is_what_the_affine_leaves_unexplained():
+    model = mlps()
+    affines = measure_affines(model, VECTORS)
+    assert ranked(model, VECTORS, criterion="linearity").ranks == pytest.approx(
+        {name: 1 - fit.explained for name, fit in affines.items()}
+    )
+
+
+def test_an_operator_that_saves_nothing_is_not_fitted():
+    torch.manual_seed(0)
+    model = Body().eval()
+    assert measure_fits(model, MAPS)["1"].kind == "convolution"  # what explains most
+    result = ranked(model, MAPS, collapse="fit", criterion="linearity")
+    assert "1" not in result.fits
+    left_out = ranked(model, MAPS, collapse="fit", criterion="linearity", candidates="mergeable")
+    assert "1" not in left_out.ranks
+    weighed = ranked(model, MAPS, collapse="fit", criterion="linearity", gain="macs")
+    assert weighed.fits["1"]["kind"] == "pointwise"  # explains less, and saves the 3×3
+
+
+def test_a_rank_is_the_cost_per_multiply_accumulate_saved():
+    model = mlps()
+    dense = ranked(model, VECTORS, collapse="fit", criterion="linearity")
+    result = ranked(model, VECTORS, collapse="fit", criterion="linearity", gain="macs")
+    assert result.ranks.keys() == {"1", "5"}
+    for name, width in (("1", 64), ("5", 16)):
+        fit = result.fits[name]
+        after = {"linear": 8 * 8, "affine": 0}[fit["kind"]] * 64
+        saved = count_macs(nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)), (VECTORS[0],)) - after
+        assert result.ranks[name] == pytest.approx((1 - fit["explained"]) / saved)
+    assert dense.ranks["1"] == pytest.approx(1 - dense.fits["1"]["explained"])
+    by_entropy = ranked(model, VECTORS, collapse="fit", gain="macs")
+    assert {fit["kind"] for fit in by_entropy.fits.values()} == {"linear"}  # entropy would not tell a bad affine
+
+
+def test_exact_merges_are_priced_as_a_collapse_makes_them():
+    torch.manual_seed(0)
+    model = randomized(Bottleneck())
+    result = ranked(model, MAPS, gain="macs")
+    entropies = measure_entropy(model, MAPS)
+    # 1×1 and 3×3 merge into a 3×3 of twelve channels, which is dearer; so do 3×3 and 1×1
+    assert result.ranks == {"act1": math.inf, "act2": math.inf}
+    model = mlps()
+    entropies = measure_entropy(model, VECTORS)
+    result = ranked(model, VECTORS, gain="macs", candidates="mergeable")
+    assert result.ranks == pytest.approx(
+        {"1": entropies["1"] / ((2 * 8 * 64 - 64) * 64), "5": entropies["5"] / ((2 * 8 * 16 - 64) * 64)}
+    )
+
+
+def test_chains_that_share_an_operator_do_not_go_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)]
+    )
+    fits = {name: fit.to_plain() for name, fit in measure_fits(model, [torch.randn(64, 6)]).items()}
+    assert apart(["3", "1", "5"], fits) == ["3"]
+    assert apart(["1", "3", "5"], fits) == ["1", "5"]
+    assert apart(["1", "3"], {}) == ["1", "3"]
