@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file of the weights")
     parser.add_argument("--depth", type=int, default=56, help="of the ResNet")
     parser.add_argument("--images", type=int, default=1000, help="training images to fit and to measure on")
+    parser.add_argument("--ways", nargs="+", default=["identity", "affine", "fitted"], help="rows of the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of training images")
     options = parser.parse_args()
     data = ImageFolderDataModule(
@@ -84,7 +85,9 @@ def main() -> None:
     inner = [name for name, module in model.named_modules() if name.endswith("relu1")]
 
     entropies, affines = measure_entropy(model, calibration), measure_affines(model, calibration)
-    found = compress(model, calibration, objective="macs", include=inner).report
+    found = compress(
+        model, calibration, objective="macs", include=inner if "fitted" in options.ways else inner[:1]
+    ).report
     by_entropy = sorted(inner, key=entropies.__getitem__)
     of_affine = sorted(inner, key=lambda name: affines[name].explained, reverse=True)
     of_operator = [trial.sites[0] for trial in sorted(found.trials, key=lambda trial: trial.explained, reverse=True)]
@@ -110,6 +113,7 @@ def main() -> None:
         ("fitted", as_fitted, "linearity", of_operator),
         ("fitted", as_fitted, "drift", by_drift),
     ]
+    ways = [way for way in ways if way[0] in options.ways]
     dense = accuracy(model, test)
     rows = []
     for way, make, order, sites in ways:

@@ -45,6 +45,7 @@ class Goal:
         self._speedup = speedup
         self._depth = depth
         self._dense = self.collapsed(source).report
+        self._not_before = 0.0  # of what is saved: less is not worth another look
 
     def collapsed(self, model: nn.Module) -> CollapseResult:
         """Collapse a model exactly."""
@@ -61,10 +62,14 @@ class Goal:
             return False
         if self._speedup is not None and self._objective == "latency":
             seconds = self._dense.after.latency.median  # a first estimate; only what may be there is collapsed
-            if self._dense.before.latency.median < _NEARLY * self._speedup * (seconds - saved):
+            is_far = self._dense.before.latency.median < _NEARLY * self._speedup * (seconds - saved)
+            if is_far or saved < self._not_before:
                 return False
         result = self.collapsed(model)
         before, after, _ = self.costs(result)
+        if self._speedup is not None:  # to collapse takes its time: only half of what is missing is waited for
+            missing = after.latency.median - before.latency.median / self._speedup
+            self._not_before = saved + missing / 2
         is_fast = self._speedup is None or before.latency.median >= self._speedup * after.latency.median
         return is_fast and (self._depth is None or after.depth <= self._depth)
 
