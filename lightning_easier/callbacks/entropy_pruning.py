@@ -118,7 +118,8 @@ class EntropyPruningCallback(Callback):
         collapse: ``"exact"``: an activation becomes linear, and :func:`~lightning_easier.collapse` merges its
             neighbours after the run. ``"fit"``: where it lies between two operators, one cheaper operator fitted to
             what the chain computes takes their place at once. It moves into the first of them, whose parameters stay
-            the same objects; what is behind becomes identities, and a batch norm behind the chain stays and is adjusted.
+            the same objects; what is behind becomes identities, and a batch norm behind the chain stays and is
+            adjusted.
             Chains are measured in the last validation of a round; other activations get the ``stand_in``.
         criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
             variance that the best linear operator does not explain: with ``collapse="fit"`` that of the chain, else
