@@ -20,6 +20,8 @@ from lightning_easier.hooks import HookOfOneModel
 _OF_A_RUN = ("training_step", "configure_optimizers")
 Noticed = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
 """What is told of a call: the name of the module, its positional and keyword arguments, and its output."""
+Begins = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+"""What is told of a call that has not ended: the same without an output."""
 
 
 def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
@@ -33,13 +35,16 @@ def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
     return [".".join(common[:length]) for length in range(len(common) + 1)]
 
 
-def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noticed) -> list[RemovableHandle]:
+def notice_calls(
+    pl_module: LightningModule, sites: Iterable[str], noticed: Noticed, begins: Begins | None = None
+) -> list[RemovableHandle]:
     """Have the calls of all modules that hold the activations noticed.
 
     Args:
         pl_module: The LightningModule.
         sites: Names of the activations.
         noticed: Is told of each call when it has ended.
+        begins: Is told of each call before it begins, if that is wanted.
 
     Returns:
         What takes the hooks away.
@@ -54,21 +59,43 @@ def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noti
         ) -> None:
             noticed(name, args, kwargs, output)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def note_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if begins is not None:
+                begins(name, args, kwargs)
+
+        if begins is not None:
+            handles.append(module.register_forward_pre_hook(HookOfOneModel(note_first), with_kwargs=True))
         handles.append(module.register_forward_hook(HookOfOneModel(note), with_kwargs=True))
     return handles
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Copy a network, a LightningModule without its Trainer and without what was put on the instance for a run."""
+    """Copy a network, a LightningModule without its Trainer and without what was put on the instance for a run.
+
+    What a module was given compiled holds the original, which a copy of it would compute with: the copy gets what was
+    compiled, as its own.
+    """
     if not isinstance(module, LightningModule):
-        return deepcopy(module)
+        return _copied(module)
     trainer, module._trainer = module._trainer, None
     own = {name: vars(module).pop(name) for name in _OF_A_RUN if name in vars(module)}
     try:
-        return deepcopy(module)
+        return _copied(module)
     finally:
         module._trainer = trainer
         vars(module).update(own)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    copy = deepcopy(module, memo)
+    for part in copy.modules():
+        for name, value in list(vars(part).items()):
+            compiled_from = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
+            if compiled_from is not None:
+                vars(part)[name] = deepcopy(compiled_from, memo)
+    return copy
 
 
 class FirstCall:
