@@ -51,7 +51,7 @@ class Distillation:
         self._in_step = False
         self._depth = 0  # of calls inside calls
         self._taught: Tensor | None = None  # the teacher's logits for the call that goes on
-        self._terms: list[Tensor] = []  # of this step
+        self._logits: list[tuple[Tensor, Tensor]] = []  # of the calls of this step, and the teacher's for them
 
     @staticmethod
     def check(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,20 +112,20 @@ class Distillation:
         """Run a training step and add the divergence to what it returns."""
         if self._pl_module is None:  # what somebody else has put around it calls it still
             return step(*args, **kwargs)
-        self._in_step, self._depth, self._terms = True, 0, []
+        self._in_step, self._depth, self._logits = True, 0, []
         try:
             result = step(*args, **kwargs)
         finally:
-            terms, self._in_step, self._taught, self._terms = self._terms, False, None, []
+            logits, self._in_step, self._taught, self._logits = self._logits, False, None, []
         if result is None:  # the step is skipped
             return None
-        if not terms:
+        if not logits:
             raise MisconfigurationException(
                 f"EntropyPruningCallback distils, but the training step of {type(self._pl_module).__name__} called "
                 f"none of {[name or 'its forward' for name in self._order]}, or without gradients. Call the network as "
                 f"a module (where it is checkpointed, with use_reentrant=False), or pass distill=False."
             )
-        term = torch.stack(terms).mean()
+        term = torch.stack([divergence(*pair, self._temperature) for pair in logits]).mean()
         self._pl_module.log(LOSS_KEY, term.detach())
         if not isinstance(result, Mapping):
             return self._mixed(result, term)
@@ -160,12 +160,16 @@ class Distillation:
         self._taught = taught.detach()
 
     def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Add what the logits of a call are worth."""
+        """Note the logits of a call, as they are before the step goes on with them.
+
+        They are compared after the step: a call that is checkpointed is repeated in the backward pass, and has to save
+        the same values then, which are none for a copy.
+        """
         if not self._is_trained():
             return
         self._depth -= 1
         if self._depth == 0 and self._taught is not None:
-            self._terms.append(divergence(_logits(output), self._taught, self._temperature))
+            self._logits.append((_logits(output).clone(), self._taught))
             self._taught = None
 
 
@@ -185,9 +189,18 @@ def _dense(pl_module: LightningModule, removed: list[str], checkpoint: Mapping[s
     teacher = copied(pl_module)
     assert isinstance(teacher, LightningModule)
     restore(teacher, removed)
-    teacher.on_load_checkpoint(dict(checkpoint))
+    for part in teacher.modules():
+        if isinstance(part, LightningModule):  # it may ask its Trainer, and has nothing to log there
+            part._trainer = pl_module._trainer
+            part.log = _log_nothing  # type: ignore[method-assign]
+    checkpoint = dict(checkpoint)
+    teacher.on_load_checkpoint(checkpoint)  # it may put another state dict in its place
     teacher.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     return teacher.requires_grad_(False).eval()
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in the place of a module's `log`."""
 
 
 class _Step:

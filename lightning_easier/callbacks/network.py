@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.hooks import HookOfOneModel
@@ -88,7 +89,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = _without_graphs(module)
     copy = deepcopy(module, memo)
     for part in copy.modules():
         for name, value in list(vars(part).items()):
@@ -96,6 +97,15 @@ def _copied(module: nn.Module) -> nn.Module:
             if compiled_from is not None:
                 vars(part)[name] = deepcopy(compiled_from, memo)
     return copy
+
+
+def _without_graphs(module: nn.Module) -> dict[int, Tensor]:
+    """Return, by its identity, a copy of each tensor that a module has kept of a step, its loss for example.
+
+    It hangs on a graph, which can't be copied.
+    """
+    kept = (value for part in module.modules() for value in pytree.tree_leaves(vars(part)))
+    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 class FirstCall:
