@@ -6,12 +6,15 @@ the loss of a training step becomes
 .. math:: (1 - w) L + w T^2\, \mathrm{KL}(\mathrm{softmax}(z'/T) \,\|\, \mathrm{softmax}(z/T)),
 
 the divergence averaged over the batch (Hinton et al., "Distilling the knowledge in a neural network", arXiv
-1503.02531).
+1503.02531), and over positions where there are any.
+
+The teacher computes before the network does, from copies of the same inputs: either may write to its own. What it holds
+in memory is one copy of the module, and logits.
 """
 
-from collections.abc import Iterable, Mapping
-from functools import wraps
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -19,11 +22,12 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.network import copied, holders, notice_calls
-from lightning_easier.checkpoint import read_checkpoint
 from lightning_easier.linearize import restore
 
 LOSS_KEY = "distill_loss"
@@ -42,9 +46,12 @@ class Distillation:
         self._temperature = temperature
         self._pl_module: LightningModule | None = None
         self._order: list[str] = []
-        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []  # of this step
         self._handles: list[RemovableHandle] = []
         self._teacher: LightningModule | None = None
+        self._in_step = False
+        self._depth = 0  # of calls inside calls
+        self._taught: Tensor | None = None  # the teacher's logits for the call that goes on
+        self._logits: list[tuple[Tensor, Tensor]] = []  # of the calls of this step, and the teacher's for them
 
     @staticmethod
     def check(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,97 +71,167 @@ class Distillation:
                 f"parameters that the dense network would be copied from. Use DDP."
             )
 
-    def start(self, pl_module: LightningModule, sites: Iterable[str], removed: list[str], dense: Path | None) -> None:
+    def start(
+        self,
+        pl_module: LightningModule,
+        sites: Iterable[str],
+        removed: list[str],
+        load: Callable[[], Mapping[str, Any]],
+    ) -> None:
         """Distil from now on; a second call changes nothing.
 
         Args:
             pl_module: The module, some of whose activations have become linear.
             sites: Names of all activations, those that are linear among them.
             removed: Names of those that have become so in this run.
-            dense: Checkpoint of the dense model.
-
-        Raises:
-            FileNotFoundError: If it is gone.
+            load: Reads the checkpoint of the dense model.
         """
         if self._pl_module is not None:
             return
         sites = list(sites)
-        self._teacher = _dense(pl_module, removed, dense)
+        self._teacher = _dense(pl_module, removed, load())
         self._pl_module, self._order = pl_module, holders(pl_module, sites)
-        self._handles = notice_calls(pl_module, sites, self._note)
-        step = pl_module.training_step
-
-        @wraps(step)
-        def step_with_teacher(*args: Any, **kwargs: Any) -> Any:
-            self._calls = []
-            return self._added(pl_module, step(*args, **kwargs))
-
-        step_with_teacher.instead_of = vars(pl_module).get("training_step")  # type: ignore[attr-defined]
-        pl_module.training_step = step_with_teacher  # type: ignore[method-assign]
+        self._handles = notice_calls(pl_module, sites, self._compare, begins=self._ask)
+        pl_module.training_step = _Step(pl_module, self._run)  # type: ignore[method-assign]
+        wiring.forget_compiled_code(pl_module)
 
     def stop(self) -> None:
         """Leave the module as it was; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._pl_module is not None:
-            now: Any = vars(self._pl_module).pop("training_step")
+        own: dict[str, Any] = {} if self._pl_module is None else vars(self._pl_module)
+        now = own.get("training_step")
+        if isinstance(now, _Step):  # else somebody has put another around it, which goes on calling it
+            del own["training_step"]
             if now.instead_of is not None:
-                self._pl_module.training_step = now.instead_of  # type: ignore[method-assign]
+                own["training_step"] = now.instead_of
         self._pl_module = self._teacher = None
-        self._calls = []
 
-    def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._pl_module is not None and self._pl_module.training:
-            self._calls.append((name, args, kwargs, output))
-
-    def _added(self, pl_module: LightningModule, result: Any) -> Any:
-        """Add the divergence to what a training step has returned."""
-        calls, self._calls = self._calls, []
+    def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a training step and add the divergence to what it returns."""
+        if self._pl_module is None:  # what somebody else has put around it calls it still
+            return step(*args, **kwargs)
+        self._in_step, self._depth, self._logits = True, 0, []
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            logits, self._in_step, self._taught, self._logits = self._logits, False, None, []
         if result is None:  # the step is skipped
             return None
-        outermost = next((name for name in self._order if any(name == called for called, *_ in calls)), None)
-        if outermost is None:
+        if not logits:
             raise MisconfigurationException(
-                f"EntropyPruningCallback distils, but the training step of {type(pl_module).__name__} called none of "
-                f"{[name or 'its forward' for name in self._order]}. Call the network as a module, or pass "
-                f"distill=False."
+                f"EntropyPruningCallback distils, but the training step of {type(self._pl_module).__name__} called "
+                f"none of {[name or 'its forward' for name in self._order]}, or without gradients. Call the network as "
+                f"a module (where it is checkpointed, with use_reentrant=False), or pass distill=False."
             )
-        assert self._teacher is not None
-        teacher = self._teacher.get_submodule(outermost)
-        terms = [self._divergence(teacher, *call) for name, *call in calls if name == outermost]
-        term = torch.stack(terms).mean()
-        pl_module.log(LOSS_KEY, term.detach())
-        if isinstance(result, Mapping):
-            return {**result, "loss": self._mixed(result["loss"], term)}
-        return self._mixed(result, term)
+        term = torch.stack([divergence(*pair, self._temperature) for pair in logits]).mean()
+        self._pl_module.log(LOSS_KEY, term.detach())
+        if not isinstance(result, Mapping):
+            return self._mixed(result, term)
+        # Lightning names a loss that is missing
+        return {**result, "loss": self._mixed(result["loss"], term)} if result.get("loss") is not None else result
 
     def _mixed(self, loss: Tensor, term: Tensor) -> Tensor:
         return (1 - self._weight) * loss + self._weight * term
 
-    def _divergence(self, teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-        with torch.no_grad():
-            wanted = _logits(teacher.eval()(*args, **kwargs))
-        got, temperature = _logits(output), self._temperature
-        with torch.autocast(got.device.type, enabled=False):
-            student, dense = ((z.float() / temperature).log_softmax(1) for z in (got, wanted))
-            divergence = F.kl_div(student, dense, reduction="none", log_target=True).sum(1).mean()
-        return temperature**2 * divergence
+    def _is_trained(self) -> bool:
+        """Tell whether a call is one that the loss of a training step can follow from."""
+        return self._in_step and torch.is_grad_enabled()
+
+    def _ask(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the teacher compute what a call is about to."""
+        if not self._is_trained():
+            return
+        self._depth += 1
+        if self._depth > 1:  # a part of a call that goes on
+            return
+        assert self._teacher is not None
+        args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), (args, kwargs))
+        # Gradients stay on, and nothing here asks for any: where there is one it leads to weights that are trained.
+        taught = _logits(self._teacher.get_submodule(name)(*args, **kwargs))
+        if taught.requires_grad:
+            raise MisconfigurationException(
+                f"EntropyPruningCallback distils, but the copy of {name or 'the module'} that is to be the dense "
+                f"network computes with the weights that are trained: it calls a function that holds the original, "
+                f"such as a `forward` that was replaced on the instance. Override `forward` in its class, or pass "
+                f"distill=False."
+            )
+        self._taught = taught.detach()
+
+    def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note the logits of a call, as they are before the step goes on with them.
+
+        They are compared after the step: a call that is checkpointed is repeated in the backward pass, and has to save
+        the same values then, which are none for a copy.
+        """
+        if not self._is_trained():
+            return
+        self._depth -= 1
+        if self._depth == 0 and self._taught is not None:
+            self._logits.append((_logits(output).clone(), self._taught))
+            self._taught = None
 
 
-def _dense(pl_module: LightningModule, removed: list[str], path: Path | None) -> LightningModule:
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the divergence of two logits ``(N, classes, *)``, in nats times the squared temperature.
+
+    It is computed in float32 at least, whatever the network does.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        got, wanted = ((z.to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
+        return temperature**2 * F.kl_div(got, wanted, reduction="none", log_target=True).sum(1).mean()
+
+
+def _dense(pl_module: LightningModule, removed: list[str], checkpoint: Mapping[str, Any]) -> LightningModule:
     """Copy a module with the structure and the weights of its dense round."""
-    if path is None or not path.exists():
-        raise FileNotFoundError(
-            f"EntropyPruningCallback distils from the dense model of this run, but its checkpoint {path} is gone. Put "
-            f"it back, or pass distill=False."
-        )
     teacher = copied(pl_module)
     assert isinstance(teacher, LightningModule)
     restore(teacher, removed)
-    state = read_checkpoint(path, argument="dirpath", weights_only=False)["state_dict"]
-    teacher.load_state_dict(state)
+    for part in teacher.modules():
+        if isinstance(part, LightningModule):  # it may ask its Trainer, and has nothing to log there
+            part._trainer = pl_module._trainer
+            part.log = _log_nothing  # type: ignore[method-assign]
+    checkpoint = dict(checkpoint)
+    teacher.on_load_checkpoint(checkpoint)  # it may put another state dict in its place
+    teacher.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
     return teacher.requires_grad_(False).eval()
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing, in the place of a module's `log`."""
+
+
+class _Step:
+    """A module's training step inside another one; a copy of the module, or a pickle, has a step of its own alone.
+
+    Args:
+        pl_module: The module.
+        run: Takes its step, and the arguments of a call.
+    """
+
+    def __init__(self, pl_module: LightningModule, run: Callable[..., Any]) -> None:
+        step = pl_module.training_step
+        self.instead_of = vars(pl_module).get("training_step")
+        update_wrapper(self, step)
+        # Lightning looks one wrapper deep for what a step takes, and there may have been one before.
+        self.__wrapped__ = getattr(step, "__wrapped__", step)
+        self._step, self._run = step, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self._run(self._step, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deepcopy(self._step, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._step,)
+
+
+def _same(step: Any) -> Any:
+    return step
 
 
 def _logits(output: Any) -> Tensor:
@@ -170,5 +247,10 @@ def _logits(output: Any) -> Tensor:
         raise MisconfigurationException(
             f"EntropyPruningCallback distils logits of shape (N, classes, *), a tensor or the `logits` of an output, "
             f"but the network returned {type(output).__name__}. Pass distill=False."
+        )
+    if found.shape[1] < 2:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback distils logits of at least two classes, but got {tuple(found.shape)}: a softmax "
+            f"over one class says nothing. Return one logit for each class, or pass distill=False."
         )
     return found

@@ -132,19 +132,24 @@ class EntropyPruningCallback(Callback):
             one as it is written, on a batch of the validation; the tolerance guards it still.
         target_depth: The run is over when the collapsed network has no more operators than so many behind each other.
         distill: Whether the rounds with removals are trained on the logits of the dense network, too. Its weights are
-            those at the end of the dense round. See :mod:`lightning_easier.callbacks.distillation`.
-        distill_weight: Share of that in the loss, in (0, 1].
-        distill_temperature: By which logits are divided for it.
+            those at the end of the dense round, whose checkpoint is read. The network is the outermost module that
+            holds all activations and that ``training_step`` calls, with gradients; it returns logits
+            ``(N, classes, *)``, or an object or mapping with ``logits``. Logged as ``distill_loss``. See
+            :mod:`lightning_easier.callbacks.distillation`.
+        distill_weight: Share ``w`` of that in the loss, in (0, 1].
+        distill_temperature: ``T``, by which logits are divided for it.
 
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value out of range.
         MisconfigurationException: When training starts, if there is no activation or a glob matches none, if there is
             nothing to measure on, the run is too short for one round, or a strategy or another callback does not go
-            with it; after the first epoch, if ``monitor`` was not logged.
+            with it; after the first epoch, if ``monitor`` was not logged; in training, if a step gives nothing to
+            distil.
+        FileNotFoundError: If the checkpoint of a round that was kept is needed and gone.
         RuntimeError: After an operation, if the processes do not hold the same model.
 
-    Source: EASIER, arXiv 2404.18949.
+    Source: EASIER, arXiv 2404.18949. ``distill``: Hinton et al., arXiv 1503.02531.
 
     Note:
         EASIER restarts optimizer and schedule every round; here both go on unless told otherwise. The patience of
@@ -584,8 +589,14 @@ class EntropyPruningCallback(Callback):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count or watch training, from where an interrupted epoch has left it; distil where that is wanted."""
         if self.distill and self.removed:
-            dense = self._state.path_of(DENSE_FILE)
-            self._distillation.start(pl_module, self._sites(pl_module), self.removed, dense)
+            path, dense = self._state.path_of(DENSE_FILE), self._state.rounds[:1]
+            use = "checkpoint of the dense round", "be distilled from it"
+            self._distillation.start(
+                pl_module,
+                self._sites(pl_module),
+                self.removed,
+                lambda: files.find(trainer, path, self.state_key, dense, *use)[1],
+            )
         elif self.distill:
             self._distillation.stop()
         if self._state.finished:

@@ -63,8 +63,23 @@ def save(trainer: Trainer, path: Path) -> None:
         )
 
 
-def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Round]) -> tuple[Path, Mapping[str, Any]]:
-    """Find the checkpoint of the last good round, and read it.
+def find(
+    trainer: Trainer,
+    path: Path | None,
+    state_key: str,
+    kept: Sequence[Round],
+    what: str = "last good checkpoint",
+    purpose: str = "go back to it",
+) -> tuple[Path, Mapping[str, Any]]:
+    """Find the checkpoint of a round that was kept, the last good one by default, and read it.
+
+    Args:
+        trainer: The Trainer.
+        path: Of the checkpoint, if it is known.
+        state_key: Of the callback.
+        kept: The rounds that it has to know.
+        what: What it is, for an error.
+        purpose: What it is needed for.
 
     Returns:
         The path, and all that it holds; without the weights for a strategy that loads them into the model.
@@ -75,8 +90,8 @@ def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Rou
     """
     if path is None or not path.exists():
         raise FileNotFoundError(
-            f"The last good checkpoint {path} is gone, so the model can't go back to it. Keep the folder of argument "
-            f"`dirpath` until the run is over."
+            f"The {what} {path} is gone, so the model can't {purpose}. Keep the folder of argument `dirpath` until the "
+            f"run is over."
         )
     if loads_into_model(trainer):
         checkpoint = _read_on_cpu(path)
@@ -84,8 +99,7 @@ def find(trainer: Trainer, path: Path | None, state_key: str, kept: Sequence[Rou
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
     if checkpoint["callbacks"][state_key]["rounds"] != [asdict(this) for this in kept]:
         raise RuntimeError(
-            f"The last good checkpoint {path} is of another run, so the model can't go back to it. Give every run a "
-            f"`dirpath` of its own."
+            f"The {what} {path} is of another run, so the model can't {purpose}. Give every run a `dirpath` of its own."
         )
     return path, checkpoint
 

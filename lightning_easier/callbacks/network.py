@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.hooks import HookOfOneModel
@@ -20,6 +21,8 @@ from lightning_easier.hooks import HookOfOneModel
 _OF_A_RUN = ("training_step", "configure_optimizers")
 Noticed = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
 """What is told of a call: the name of the module, its positional and keyword arguments, and its output."""
+Begins = Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+"""What is told of a call that has not ended: the same without an output."""
 
 
 def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
@@ -33,13 +36,16 @@ def holders(pl_module: LightningModule, sites: Iterable[str]) -> list[str]:
     return [".".join(common[:length]) for length in range(len(common) + 1)]
 
 
-def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noticed) -> list[RemovableHandle]:
+def notice_calls(
+    pl_module: LightningModule, sites: Iterable[str], noticed: Noticed, begins: Begins | None = None
+) -> list[RemovableHandle]:
     """Have the calls of all modules that hold the activations noticed.
 
     Args:
         pl_module: The LightningModule.
         sites: Names of the activations.
         noticed: Is told of each call when it has ended.
+        begins: Is told of each call before it begins, if that is wanted.
 
     Returns:
         What takes the hooks away.
@@ -54,21 +60,52 @@ def notice_calls(pl_module: LightningModule, sites: Iterable[str], noticed: Noti
         ) -> None:
             noticed(name, args, kwargs, output)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def note_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if begins is not None:
+                begins(name, args, kwargs)
+
+        if begins is not None:
+            handles.append(module.register_forward_pre_hook(HookOfOneModel(note_first), with_kwargs=True))
         handles.append(module.register_forward_hook(HookOfOneModel(note), with_kwargs=True))
     return handles
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Copy a network, a LightningModule without its Trainer and without what was put on the instance for a run."""
+    """Copy a network, a LightningModule without its Trainer and without what was put on the instance for a run.
+
+    What a module was given compiled holds the original, which a copy of it would compute with: the copy gets what was
+    compiled, as its own.
+    """
     if not isinstance(module, LightningModule):
-        return deepcopy(module)
+        return _copied(module)
     trainer, module._trainer = module._trainer, None
     own = {name: vars(module).pop(name) for name in _OF_A_RUN if name in vars(module)}
     try:
-        return deepcopy(module)
+        return _copied(module)
     finally:
         module._trainer = trainer
         vars(module).update(own)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = _without_graphs(module)
+    copy = deepcopy(module, memo)
+    for part in copy.modules():
+        for name, value in list(vars(part).items()):
+            compiled_from = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
+            if compiled_from is not None:
+                vars(part)[name] = deepcopy(compiled_from, memo)
+    return copy
+
+
+def _without_graphs(module: nn.Module) -> dict[int, Tensor]:
+    """Return, by its identity, a copy of each tensor that a module has kept of a step, its loss for example.
+
+    It hangs on a graph, which can't be copied.
+    """
+    kept = (value for part in module.modules() for value in pytree.tree_leaves(vars(part)))
+    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
 
 
 class FirstCall:

@@ -144,6 +144,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted.setdefault("pruning", {}).update(stand_in="affine")
     if "fitted" in name:
         wanted.setdefault("pruning", {}).update(collapse="fit", criterion="linearity", on_reject="next")
+    if "distilled" in name:
+        wanted.setdefault("pruning", {}).update(distill=True)
     if "uneven" in name:
         wanted["model"] = UnevenScores()
     if "rank 0" in name:

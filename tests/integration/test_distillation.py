@@ -1,6 +1,7 @@
 """Rounds that are trained on the dense network's logits, too."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from lightning_easier.callbacks.distillation import divergence
 from lightning_easier.linearize import restore
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
@@ -143,6 +146,172 @@ def test_maps_of_logits(tmp_path):
     assert torch.isfinite(trainer.callback_metrics["distill_loss"])
 
 
+def test_maps_are_averaged_over_samples_and_positions():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    by_hand = [
+        sum(p * (p / q).log() for p, q in zip((t / 3).softmax(0), (s / 3).softmax(0), strict=True))
+        for s, t in zip(student.movedim(1, -1).reshape(-1, 5), teacher.movedim(1, -1).reshape(-1, 5), strict=True)
+    ]
+    torch.testing.assert_close(divergence(student, teacher, 3.0), 9 * torch.stack(by_hand).mean())
+
+
+class Gradients(Callback):
+    """Sums up by hand the gradients of the batches that one step takes, and compares."""
+
+    def __init__(self, batches):
+        self.batches, self.dense, self.sums, self.compared = batches, None, {}, 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.dense = self.dense or copy.deepcopy(pl_module.state_dict())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 0:
+            return
+        student, teacher = copy.deepcopy(pl_module).train(), restore(copy.deepcopy(pl_module))
+        teacher.load_state_dict(self.dense)
+        s, t = student(batch[0]), teacher.eval()(batch[0]).detach()
+        target = (t / 2).softmax(1)
+        term = 4 * (target * (target.log() - (s / 2).log_softmax(1))).sum(1).mean()
+        student.zero_grad()
+        ((0.7 * F.cross_entropy(s, batch[1]) + 0.3 * term) / self.batches).backward()
+        for name, parameter in student.named_parameters():
+            self.sums[name] = self.sums.get(name, 0) + parameter.grad
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, parameter in pl_module.named_parameters() if self.sums else ():
+            torch.testing.assert_close(parameter.grad, self.sums[name], rtol=1e-4, atol=1e-6)
+            self.compared += 1
+        self.sums = {}
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_gradients_are_those_of_a_loss_written_by_hand(tmp_path, batches):
+    watch = Gradients(batches)
+    run(tmp_path, watch, pruning=DISTILLED, accumulate_grad_batches=batches, epochs=3)
+    assert watch.compared > 10
+
+
+def logged(tmp_path, model, *callbacks, **options):
+    """Train, and return what was logged in each batch with a teacher."""
+    seen = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch > 0:
+                seen.append(float(trainer.callback_metrics["distill_loss"]))
+
+    run(tmp_path, Note(), *callbacks, model=model, pruning=DISTILLED, epochs=3, **options)
+    return seen
+
+
+def seeded(make):
+    torch.manual_seed(3)
+    return make()
+
+
+class CompiledForward(Small):
+    def __init__(self):
+        super().__init__()
+        self.forward = torch.compile(self.forward, backend="eager")
+
+
+@pytest.mark.parametrize("make", [CompiledForward, lambda: torch.compile(Small(), backend="eager")])
+def test_the_teacher_of_a_compiled_module_is_the_dense_one(tmp_path, make):
+    plain = logged(tmp_path / "plain", seeded(Small))
+    assert min(plain) > 1e-4
+    assert logged(tmp_path, seeded(make)) == pytest.approx(plain, rel=1e-4)
+
+
+class InPlace(Small):
+    """Writes to its inputs, which are a copy of the batch's."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(1.5))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0].clone(), batch[1]], batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0].clone())
+
+
+class OutOfPlace(InPlace):
+    def forward(self, x):
+        return Small.forward(self, x * 1.5)
+
+
+def test_what_a_network_writes_to_its_inputs_is_not_seen_by_the_teacher(tmp_path):
+    expected = logged(tmp_path / "plain", seeded(OutOfPlace))
+    assert logged(tmp_path, seeded(InPlace)) == expected
+
+
+class Twice(Small):
+    """Calls the network for each half of a batch, and once more without gradients."""
+
+    def training_step(self, batch, batch_idx):
+        halves = [self(half) for half in batch[0].chunk(2)]
+        with torch.no_grad():
+            self(batch[0] * 9)
+        return F.cross_entropy(torch.cat(halves), batch[1])
+
+
+def test_calls_are_averaged_and_those_without_gradients_left_out(tmp_path):
+    found = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.dense = getattr(self, "dense", None) or copy.deepcopy(pl_module.state_dict())
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch > 0:
+                student, teacher = copy.deepcopy(pl_module).train(), restore(copy.deepcopy(pl_module))
+                teacher.load_state_dict(self.dense)
+                with torch.no_grad():
+                    terms = [divergence(student(x), teacher.eval()(x), 2.0) for x in batch[0].chunk(2)]
+                found.append(float(sum(terms) / 2))
+
+    assert logged(tmp_path, Twice(), Watch()) == pytest.approx(found, rel=1e-4)
+
+
+def test_a_copy_and_a_pickle_have_a_step_of_their_own(tmp_path):
+    def look(trainer):
+        model = trainer.lightning_module
+        assert "training_step" in vars(model)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other.training_step.__self__ is other
+            assert other.training_step.__func__ is Small.training_step
+
+    looked = At("on_train_batch_start", 1, 0, look)
+    run(tmp_path, looked, pruning=DISTILLED, epochs=2)
+    assert looked.done
+
+
+def test_nothing_is_left_behind_by_an_exception(tmp_path):
+    def fail(trainer):
+        raise KeyError("any")
+
+    model = Small()
+    with pytest.raises(KeyError):
+        run(tmp_path, At("on_before_optimizer_step", 1, None, fail), model=model, pruning=DISTILLED)
+    assert "training_step" not in vars(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_dense_checkpoint_of_another_run_is_no_teacher(tmp_path):
+    path = tmp_path / "saved.ckpt"
+
+    def save(trainer):
+        trainer.save_checkpoint(path)
+        stop(trainer)
+
+    run(tmp_path, At("on_train_batch_end", 2, 1, save), pruning=DISTILLED)
+    run(tmp_path / "other", scores=(0.7,), pruning=DISTILLED, epochs=2)
+    (tmp_path / "other" / "rounds" / "round_0.ckpt").replace(tmp_path / "rounds" / "round_0.ckpt")
+    with pytest.raises(RuntimeError, match="dense round .* is of another run, so the model can't be distilled from it"):
+        run(tmp_path, pruning=DISTILLED, ckpt_path=path)
+
+
 class Elsewhere(Small):
     """Trains by a method that calls no module that holds all activations."""
 
@@ -166,9 +335,37 @@ class Strange(Small):
         self(batch[0])
 
 
+class Replaced(Small):
+    def __init__(self):
+        super().__init__()
+        own = self.forward
+        self.forward = lambda x: own(x)
+
+
+class Reentrant(Small):
+    """Recomputes: the first forward is without gradients."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(checkpoint(self, batch[0].requires_grad_(), use_reentrant=True), batch[1])
+
+
+class OneClass(Small):
+    def forward(self, x):
+        return super().forward(x)[:, :1]
+
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self(batch[0])[:, 0], batch[1].float())
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (Replaced, "computes with the weights that are trained"),
+        (Reentrant, "or without gradients.*use_reentrant=False"),
+        (OneClass, r"at least two classes, but got \(4, 1\)"),
         (Elsewhere, r"training step of Elsewhere called none of \['its forward', 'layers'\]"),
         (Strange, "a tensor or the `logits` of an output, but the network returned SimpleNamespace"),
     ],
@@ -197,7 +394,7 @@ def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):
     callback = pruning(**DISTILLED)
     train(Tiny(), callback, Lose(), root=tmp_path, epochs=3)  # it is read once
     saved = tmp_path / "entropy_pruning" / "round_1.ckpt"
-    with pytest.raises(FileNotFoundError, match="its checkpoint .*round_0.ckpt is gone"):
+    with pytest.raises(FileNotFoundError, match="checkpoint of the dense round .*round_0.ckpt is gone"):
         train(Tiny(), pruning(**DISTILLED), root=tmp_path, epochs=5, ckpt_path=saved)
 
 

@@ -22,7 +22,8 @@ UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
     "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
-    "fitted, taken back", "fitted, resumed mid-epoch", "not shared", "sometimes called", "logged on rank 0", "drift",
+    "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
+    "not shared", "sometimes called", "logged on rank 0", "drift",
     "borrowed",
 ]  # fmt: skip
 SHARDED = [
@@ -64,6 +65,7 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "on training, resumed mid-epoch": "on training",
         "fitted, static graph": "fitted",
         "fitted, resumed mid-epoch": "fitted",
+        "slope, distilled, resumed mid-epoch": "slope, distilled",
         "sharded, resumed": "sharded",
         "sharded, one file, resumed": "sharded",
         "sharded, one file, taken back": "sharded, taken back",
