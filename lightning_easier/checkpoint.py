@@ -6,7 +6,8 @@ a weights-only checkpoint and in a bare ``torch.save(model.state_dict())`` too.
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def load_pruned(
                 f"instance of it"
             )
         _marked_state_dict(checkpoint, path)
-        with warnings.catch_warnings():  # the marks are unexpected keys in the first, non-strict pass
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), _restructuring(model):
+            warnings.simplefilter("ignore")  # of what a first, non-strict pass does not find
             instance = model.load_from_checkpoint(
                 path, map_location=map_location, strict=False, weights_only=weights_only, **init_kwargs
             )
@@ -77,6 +78,28 @@ def load_pruned(
         inner.on_load_checkpoint(checkpoint)
     _load(inner, _marked_state_dict(checkpoint, path), path)
     return model
+
+
+@contextmanager
+def _restructuring(cls: type[LightningModule]) -> Iterator[None]:
+    """Have the instances of a class take the structure of what they load, until the end.
+
+    Lightning builds an instance and loads its weights in one go, and fitted operators may have other shapes.
+    """
+    own, load = vars(cls).get("load_state_dict"), cls.load_state_dict
+
+    def restructure_and_load(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        restructure_as_marked(self, state_dict)
+        return load(self, state_dict, *args, **kwargs)
+
+    cls.load_state_dict = restructure_and_load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del cls.load_state_dict
+        else:
+            cls.load_state_dict = own  # type: ignore[method-assign]
 
 
 def read_checkpoint(
