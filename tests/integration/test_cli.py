@@ -52,6 +52,20 @@ def test_parts_can_be_swapped_on_the_command_line():
     assert cli.model.lr == 0.5
 
 
+def test_distillation_is_asked_for_in_a_config_that_loads_again(tmp_path):
+    wanted = {"distill": True, "distill_weight": 0.25, "distill_temperature": 2.0}
+    given = [f"--trainer.callbacks.{name}={str(value).lower()}" for name, value in wanted.items()]
+    arguments = [f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, *given, "--trainer.accelerator=cpu"]
+    first = EasierCLI(arguments, run=False)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(first.parser.dump(first.config, skip_none=False))
+    cli = EasierCLI([f"--config={saved}"], run=False)
+    (block,) = cli.config["trainer"]["callbacks"]
+    assert {name: block["init_args"][name] for name in wanted} == wanted
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
+    assert callback.distill
+
+
 def test_the_saved_config_loads_again(run, tmp_path):
     saved = run / "config.yaml"
     content = yaml.safe_load(saved.read_text())
