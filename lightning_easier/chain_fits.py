@@ -30,8 +30,12 @@ from lightning_easier.collapse.fitting import (
 from lightning_easier.collapse.least_squares import Fit, Moments, fits
 from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
+from lightning_easier.linearize import stand_ins
 from lightning_easier.stand_in import StandIn
 from lightning_easier.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
+
+# Of the sums of all chains together.
+_MOST_BYTES = 2**32
 
 
 @dataclass
@@ -63,6 +67,7 @@ class ChainProbe:
             found = Chains(model, sites)
             self.chains: dict[str, FitChain] = {chain.sites[0]: chain for chain in found.in_windows(1)}
         self.reasons = found.reasons
+        self._leave_out(model)
         self.paused = False
         self._model = model
         self._batches = max(batches, 1)
@@ -72,6 +77,24 @@ class ChainProbe:
             last: Any = model.get_submodule(chain.operators[-1])
             outputs = last.out_channels if chain.geometry.kernel else last.out_features
             self._seen[site] = _Seen(Moments.of(chain.geometry, outputs, last.weight.device))
+
+    def _leave_out(self, model: nn.Module) -> None:
+        """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
+        moved = {name for stand_in in stand_ins(model).values() if stand_in.shift is not None
+                 for name in (stand_in.shift.first, stand_in.shift.second)}  # fmt: skip
+        taken = 0
+        for site, chain in sorted(self.chains.items(), key=lambda item: item[1].geometry.unknowns):
+            needed = 2 * 8 * chain.geometry.unknowns**2
+            if moved & {*chain.operators}:
+                self.reasons[site] = "the padding of its operators was moved, for an exact merge"
+            elif taken + needed > _MOST_BYTES:
+                self.reasons[site] = (
+                    f"its sums would take {needed / 2**30:.1f} GiB more; `compress` takes one at a time"
+                )
+            else:
+                taken += needed
+                continue
+            del self.chains[site]
 
     def __enter__(self) -> "ChainProbe":
         self.attach()
@@ -88,7 +111,7 @@ class ChainProbe:
             first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
             begin, end = self._hooks(chain, self._seen[site])
             self._handles += [
-                first.register_forward_pre_hook(HookOfOneModel(begin)),
+                first.register_forward_pre_hook(HookOfOneModel(begin), with_kwargs=True),
                 last.register_forward_hook(HookOfOneModel(end)),
             ]
 
@@ -103,9 +126,9 @@ class ChainProbe:
         positions = -(-positions_wanted(chain) // self._batches)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.paused:
-                inputs[:] = args[:1]
+                inputs[:] = [*args, *kwargs.values()][:1]
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -130,8 +153,11 @@ class ChainProbe:
     def fitted(self) -> Iterator[tuple[str, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields site, what was fitted, and the shape of the input."""
         for site, seen in self._seen.items():
-            if seen.calls:
+            reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
+            if reason is None:
                 yield site, list(fits(seen.moments)), seen.shape
+            else:
+                self.reasons[site] = reason
 
     def price(self, site: str, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
         """Tell what each operator would save in the place of a chain."""

@@ -150,6 +150,7 @@ def compress(
         if trial is None or evaluate is None:
             continue
         trial.score = float(evaluate(search.model.eval()))
+        search.model.eval()  # whatever it was left in
         fall = (dense_score - trial.score) * (1 if mode == "max" else -1)  # type: ignore[operator]
         if fall <= tolerance:  # not of NaN
             rejections = 0
@@ -375,7 +376,10 @@ class _Search:
                 break
         with torch.no_grad():
             each = [tensors_in(self.model(*batch)) for batch in some]
-        return [torch.cat([x.flatten(1) for x in column]) for column in zip(*each, strict=True)]
+        rows = [[x.reshape(len(x), -1) for x in column if x.ndim] for column in zip(*each, strict=True)]
+        alike = [column for column in rows if len({x.shape[1] for x in column}) == 1]
+        apart = [x for column in rows if column not in alike for x in column]  # sequences of other lengths
+        return [*(torch.cat(column) for column in alike), *apart]
 
 
 def _drift(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:

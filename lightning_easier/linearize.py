@@ -150,6 +150,10 @@ def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding:
                 f"{close}? `isolate_activations(model)` lists all {len(known)}."
             )
     shifts = {name: possible_shift(known[name].neighbourhood) for name in wanted} if shift_padding else {}
+    fitted = {name for site, each in _substitutions(model).items() for name in each.names(site)}
+    for name, shift in shifts.items():
+        if shift is not None and {shift.first, shift.second} & fitted:  # a fit has a padding of its own
+            shifts[name] = None
     activations = isolate_activations(model, gates=gates)
     like = _floating(model)
     with _operators_as_built(model):

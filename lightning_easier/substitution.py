@@ -6,7 +6,6 @@ another shape. What is behind it in the chain becomes identities. A batch norm b
 statistics of what is fitted.
 """
 
-import posixpath
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -104,13 +103,23 @@ def attributes_of(operator: nn.Module) -> dict[str, Any]:
 
 
 def seen_from(site: str, name: str) -> str:
-    """Return the name of a module, or of what it holds, as it is seen from an activation."""
-    return posixpath.relpath(name.replace(".", "/"), site.replace(".", "/"))
+    """Return the name of a module, or of what it holds, as it is seen from an activation: a dot for each level up.
+
+    Example:
+        >>> seen_from("layer1.0.relu", "layer1.0.conv.weight"), seen_from("layer1.0.relu", "layer1.1.conv")
+        ('.conv.weight', '..1.conv')
+    """
+    here, there = site.split("."), name.split(".")
+    common = 0
+    while common < min(len(here) - 1, len(there) - 1) and here[common] == there[common]:
+        common += 1
+    return "." * (len(here) - common) + ".".join(there[common:])
 
 
 def resolved(site: str, name: str) -> str:
     """Undo :func:`seen_from`."""
-    return posixpath.normpath(posixpath.join(site.replace(".", "/"), name)).replace("/", ".")
+    rest = name.lstrip(".")
+    return ".".join([*site.split(".")[: len(rest) - len(name)], rest])
 
 
 class Substitution:
@@ -123,9 +132,10 @@ class Substitution:
 
     def __init__(self, form: Form, tensors: Mapping[str, Tensor]) -> None:
         self.form = form
-        self._tensors = dict(tensors)  # those that are not in force
+        self._tensors = {name: value.clone() for name, value in tensors.items()}  # those that are not in force
         self._attributes = dict(form.attributes)  # so are these
         self._modules: dict[str, nn.Module] = {}  # what was absorbed, while it is
+        self._like: tuple[torch.dtype, torch.device] | None = None  # what the model was then
 
     @classmethod
     def blank(cls, form: Form, model: nn.Module, site: str) -> "Substitution":
@@ -134,7 +144,7 @@ class Substitution:
             return cls(form, {})
         host: Any = model.get_submodule(resolved(site, form.host))
         shapes = form.shapes(getattr(host, "bias", None) is not None)
-        return cls(form, {f"{form.host}/{name}": torch.zeros(shape) for name, shape in shapes.items()})
+        return cls(form, {f"{form.host}.{name}": torch.zeros(shape) for name, shape in shapes.items()})
 
     @property
     def absorbed(self) -> list[nn.Module]:
@@ -156,6 +166,7 @@ class Substitution:
 
     def apply(self, model: nn.Module, site: str) -> None:
         """Carry it out."""
+        self._like = _like(model)
         for name in self.form.absorbed:
             module = self._modules[name] = model.get_submodule(resolved(site, name))
             model.set_submodule(resolved(site, name), Absorbed().train(module.training))
@@ -164,10 +175,12 @@ class Substitution:
     def undo(self, model: nn.Module, site: str) -> None:
         """Take it back; what was trained since is kept for the next time."""
         self._swap(model, site)
-        like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+        dtype, device = _like(model)
         for name, module in self.absorbed_by_name(site).items():
             module.train(model.get_submodule(name).training)
-            model.set_submodule(name, module.to(like))  # it was not moved or cast with the model
+            if (dtype, device) != self._like:  # it was not moved or cast with the model
+                module.to(device, dtype)
+            model.set_submodule(name, module)
         self._modules = {}
 
     def _swap(self, model: nn.Module, site: str) -> None:
@@ -189,3 +202,9 @@ class Substitution:
         if padding is not None and not isinstance(padding, str):
             host._reversed_padding_repeated_twice = _reverse_repeat_tuple(padding, 2)
         self._attributes = now
+
+
+def _like(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return dtype and device of a model's first parameter."""
+    tensor = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+    return tensor.dtype, tensor.device

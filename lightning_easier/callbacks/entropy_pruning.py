@@ -46,6 +46,7 @@ from lightning_easier.callbacks.recipe import (
 from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
 from lightning_easier.candidates import candidates
 from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
+from lightning_easier.collapse import CollapseError
 from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
@@ -417,8 +418,8 @@ class EntropyPruningCallback(Callback):
             if not self.ranking.is_free and self._may_decide(trainer):
                 batches = wiring.validation_batches(trainer) * trainer.world_size
                 self._measurement.follow_chains(pl_module, self._candidates or (), batches)
-            if self._has_target and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
-                self._measurement.follow_network(pl_module, self._sites(pl_module))
+        if self._has_target and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
+            self._measurement.follow_network(pl_module, self._sites(pl_module))
 
     @property
     def _has_target(self) -> bool:
@@ -463,19 +464,23 @@ class EntropyPruningCallback(Callback):
         """Tell whether the network is as fast and as shallow as it should be; every process has to call this."""
         found = self._measurement.network
         removed = [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
-        is_there = False
-        if trainer.is_global_zero and removed and found is not None:
+        told: bool | str = False
+        if trainer.is_global_zero and found is None:
+            told = "no module that holds all activations was called in the validation, with tensors in their places"
+        elif trainer.is_global_zero and found is not None and removed:
             network, inputs = found
-            is_there = is_reached(
-                copied(network),
-                inputs,
-                removed,
-                self.target_speedup,
-                self.target_depth,
-                self.ranking.gain or "latency",
-                self._latencies,
+            targets = self.target_speedup, self.target_depth, self.ranking.gain or "latency"
+            try:
+                told = is_reached(copied(network), inputs, removed, *targets, self._latencies)
+            except CollapseError as error:
+                told = str(error)
+        told = trainer.strategy.broadcast(told)
+        if isinstance(told, str):
+            raise MisconfigurationException(
+                f"Expected arguments `target_speedup` and `target_depth` to be None: the network can't be priced, "
+                f"since {told}"
             )
-        return trainer.strategy.broadcast(is_there)
+        return told
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""

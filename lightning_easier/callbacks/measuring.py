@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -142,6 +143,8 @@ class Measurement:
             chosen = {name: entropies[name] for name in names if name in entropies}
             with evaluation_mode(pl_module):
                 ranked = self._ranking.rank(pl_module, chosen, self.affines, chains, shapes, self._gains)
+            if chains is not None and not ranked.fits:
+                rank_zero_warn(f"No operator can take the place of a chain: {chains.reasons}")
         return trainer.strategy.broadcast(ranked)
 
     def pause(self, paused: bool) -> None:

@@ -28,7 +28,7 @@ from lightning_easier.discovery import Discovery
 from lightning_easier.inference import evaluation_mode
 from lightning_easier.neighbourhood import Meeting
 from lightning_easier.padding import numeric_padding
-from lightning_easier.rectifiers import GATES
+from lightning_easier.rectifiers import GATES, FunctionalPReLU
 from lightning_easier.substitution import Absorbed
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
@@ -88,6 +88,9 @@ class Chains:
             if site.name not in sites:
                 continue
             around = site.neighbourhood
+            if isinstance(site.module, FunctionalPReLU):
+                self.reasons[site.name] = "it is called with a slope that something else holds"
+                continue
             if len(around.meetings) != 1:
                 self.reasons[site.name] = around.reason or "several operators would meet there"
                 continue
@@ -283,8 +286,8 @@ def _run_up_to(
     """
     inputs: list[Tensor] = []
 
-    def begin(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[:] = arguments[:1]
+    def begin(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        inputs[:] = [*arguments, *keywords.values()][:1]
 
     def end(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         (value,) = inputs
@@ -294,7 +297,7 @@ def _run_up_to(
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
-        stack.callback(first.register_forward_pre_hook(begin).remove)
+        stack.callback(first.register_forward_pre_hook(begin, with_kwargs=True).remove)
         stack.callback(last.register_forward_hook(end).remove)
         for arguments in batches:
             try:
@@ -503,6 +506,9 @@ def fit_chain(
         CannotFitError: If the forward does not get there.
     """
     moments, _ = gather(model, chain, batches, advance)
+    reason = moments.why_no_fit()
+    if reason is not None:
+        raise CannotFitError(reason)
     fitted = []
     for fit in fits(moments):
         fitted.append(fit)

@@ -28,6 +28,7 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
 HELD_OUT = 4
 """Every so-many-th position is held out."""
+_FEWEST_POSITIONS = 2
 _VALUES_AT_A_TIME = 2**24
 _ROUNDS_OF_SEPARATION = 8
 # A share of the variance.
@@ -227,29 +228,37 @@ class Moments:
             positions: How many positions are used at most; they are drawn pseudo-randomly, by the number of the batch.
         """
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        patches = self.geometry.patches(value.to(wide))
-        target = (target.movedim(1, -1) if self.geometry.kernel else target).to(wide)
-        axes = target.ndim - 1
-        generator = torch.Generator().manual_seed(self._batches)
-        self._batches += 1
-        for places, held_out in _places(target.shape[:axes], positions, self.geometry.unknowns, generator):
-            where = tuple(place.to(value.device) for place in places)
-            rows = patches[where].reshape(len(where[0]), -1)
-            (self.held_out if held_out else self.fitted).add(rows, target[where])
-            del rows  # not beside those that come next
+        number, self._batches = self._batches, self._batches + 1
+        with torch.autocast(value.device.type, enabled=False):  # that of a step would take the products in half
+            patches = self.geometry.patches(value.to(wide))
+            target = (target.movedim(1, -1) if self.geometry.kernel else target).to(wide)
+            axes = target.ndim - 1
+            for places, held_out in _places(target.shape[:axes], positions, self.geometry.unknowns, number):
+                where = tuple(place.to(value.device) for place in places)
+                rows = patches[where].reshape(len(where[0]), -1)
+                (self.held_out if held_out else self.fitted).add(rows, target[where])
+                del rows  # not beside those that come next
+
+    def why_no_fit(self) -> str | None:
+        """Return why nothing can be fitted; None if something can."""
+        if min(self.fitted.positions, self.held_out.positions) < _FEWEST_POSITIONS:
+            return "there are too few positions in the data to fit to, and to hold some out"
+        parts = (tensor for sums in (self.fitted, self.held_out) for tensor in (sums.gram, sums.cross, sums.squares))
+        return None if all(bool(tensor.isfinite().all()) for tensor in parts) else "its values are not all finite"
 
 
 def _places(
-    shape: Sequence[int], positions: int, unknowns: int, generator: torch.Generator
+    shape: Sequence[int], positions: int, unknowns: int, number: int
 ) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
     """Draw positions, and yield as many at a time as fit into memory, and whether those are held out."""
     total = prod(shape)
+    generator = torch.Generator().manual_seed(number)
     # whole samples are held out: neighbouring positions are too much alike
     held_out_samples = torch.randperm(shape[0], generator=generator)[: max(1, shape[0] // HELD_OUT)]
     order = torch.randperm(total, generator=generator)[:positions] if total > positions else torch.arange(total)
     is_held_out = torch.isin(order // max(total // shape[0], 1), held_out_samples)
     if shape[0] == 1:  # nothing else to hold out
-        is_held_out = torch.arange(len(order)) % HELD_OUT == 0
+        is_held_out = (torch.arange(len(order)) + number + 1) % HELD_OUT == 0
     for held_out in (False, True):
         for part in order[is_held_out == held_out].sort().values.split(max(1, _VALUES_AT_A_TIME // unknowns)):
             if len(part):
