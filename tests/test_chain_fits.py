@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import collapse, isolate_activations, linearize, load_pruned, measure_fits, restore
+from lightning_easier import (
+    chain_fits,
+    collapse,
+    compress,
+    expect_pruned,
+    isolate_activations,
+    linearize,
+    load_pruned,
+    measure_fits,
+    restore,
+)
+from lightning_easier.collapse.least_squares import Geometry, Moments
 from lightning_easier.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, almost_linear, randomized
@@ -134,8 +145,6 @@ def test_fits_build_on_fits_and_are_taken_back_in_the_opposite_order():
     both = model(batches[0])
     # weights go where they belong though the state dict names the later one first
     fresh = Plain().double().eval()
-    from lightning_easier import expect_pruned
-
     expect_pruned(fresh).load_state_dict(model.state_dict())
     assert torch.equal(fresh(batches[0]), both)
     with pytest.raises(ValueError, match="`names` to hold '1' besides '3'"):
@@ -198,3 +207,91 @@ def test_bad_arguments_are_named():
         measure_fits(Mlp(), [])
     with pytest.raises(ValueError, match="`include`"):
         measure_fits(Mlp(), [torch.randn(4, 8)], include="x")
+
+
+def test_a_padding_that_moves_and_a_fit_leave_each_other_alone():
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 3, 10, 8) for _ in range(4)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, 1, 1)
+    ).eval()  # fmt: skip
+    fit_first = linearize(copy.deepcopy(model), ["1"], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(fit_first, ["3"], shift_padding=True)
+    assert fit_first(batches[0]).shape == model(batches[0]).shape
+    assert torch.equal(restore(fit_first)(batches[0]), model(batches[0]))
+    shift_first = linearize(copy.deepcopy(model), ["3"], shift_padding=True)
+    assert measure_fits(shift_first, batches) == {}
+
+
+def test_single_vectors_are_held_out_batch_by_batch():
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    vectors = torch.randn(400, 8)
+    one_by_one = measure_fits(model, vectors.split(1))["1"].explained
+    assert one_by_one == pytest.approx(measure_fits(model, vectors.split(50))["1"].explained, abs=0.1)
+    assert measure_fits(model, [vectors[:1]]) == {}
+    assert measure_fits(model, [vectors[:2]]) == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_fitted_to_what_is_not_finite(value):
+    batches = [torch.randn(32, 8) for _ in range(4)]
+    batches[2][3, 1] = value
+    assert measure_fits(Mlp().eval(), batches) == {}
+
+
+def test_sums_are_as_precise_under_autocast():
+    value, target = torch.randn(64, 8) + 3, torch.randn(64, 8)
+    moments, exact = (Moments.of(Geometry(8), 8, torch.device("cpu")) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        moments.add(value, target, 1000)
+    exact.add(value, target, 1000)
+    assert torch.equal(moments.fitted.gram, exact.fitted.gram)
+
+
+def test_what_was_absorbed_keeps_its_dtype_and_a_fit_is_not_shared():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(3, 8).bfloat16(), Mlp()).eval()
+    values = torch.randn(64, 8)
+    fits = measure_fits(model[1], [values, values + 1])
+    of_whole = {f"1.{name}": fit for name, fit in fits.items()}
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    for each in (first, second):
+        linearize(each, ["1.1"], stand_in="fitted", statistics=of_whole)
+    with torch.no_grad():
+        first[1][0].weight.zero_()
+    assert second[1][0].weight.abs().sum() > 0
+    assert restore(second)[1][3].weight.dtype == torch.float32
+    assert torch.equal(second[1](values), model[1](values))
+
+
+def test_names_with_slashes_and_operators_called_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"a/b": nn.Linear(8, 32), "c/d": nn.Linear(32, 8)})
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.parts["c/d"](input=self.act(self.parts["a/b"](input=x)))
+
+    torch.manual_seed(0)
+    model = ByKeyword().eval()
+    batches = [torch.randn(64, 8) for _ in range(4)]
+    linearize(model, ["act"], stand_in="fitted", statistics=measure_fits(model, batches))
+    assert model.parts["a/b"].weight.shape == (8, 8)
+    fresh = expect_pruned(ByKeyword()).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(batches[0]), model(batches[0]))
+    assert compress(ByKeyword().eval(), batches, objective="macs").report.trials
+
+
+def test_chains_whose_sums_do_not_fit_into_memory_are_named(monkeypatch):
+    monkeypatch.setattr(chain_fits, "_MOST_BYTES", 2 * 8 * 9**2)
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp(), nn.LayerNorm(8), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    isolate_activations(model)
+    probe = chain_fits.ChainProbe(model, ["0.1", "3"], 1)
+    assert len(probe.chains) == 1
+    (reason,) = probe.reasons.values()
+    assert "GiB more; `compress` takes one at a time" in reason

@@ -198,3 +198,40 @@ def test_a_network_by_measured_time():
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         compress(mlps(1), **({"batches": BATCHES} | options))
+
+
+def test_outputs_of_one_axis_and_sequences_of_several_lengths():
+    class Value(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.head = Mlp(), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.mlp(x).relu()).squeeze(-1)
+
+    torch.manual_seed(0)
+    assert compress(Value().eval(), BATCHES, **OPTIONS).report.trials
+    lengths = [torch.randn(8, length, 8) for length in (5, 7, 6)]
+    assert compress(Value().eval(), lengths, **OPTIONS).report.trials
+
+
+def test_an_evaluation_that_leaves_the_model_in_training_mode_does_no_harm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Sigmoid(), randomized(Block())).eval()
+    batches = [torch.randn(16, 6, 9, 7) for _ in range(2)]
+    result = compress(model, batches, evaluate=lambda each: float(each.train().training), **OPTIONS)
+    assert torch.equal(result.fitted[1].running_mean, model[1].running_mean)
+    assert not result.fitted.training
+
+
+def test_a_slope_that_is_given_to_a_function_is_left_alone():
+    class Sloped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.slope = nn.Linear(8, 32), nn.Linear(32, 8), nn.Parameter(torch.rand(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.nn.functional.prelu(self.first(x), self.slope))
+
+    result = compress(Sloped().eval(), BATCHES, **OPTIONS)
+    assert list(result.report.reasons.values()) == ["it is called with a slope that something else holds"]

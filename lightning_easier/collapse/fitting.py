@@ -32,7 +32,7 @@ from lightning_easier.rectifiers import GATES, FunctionalPReLU
 from lightning_easier.substitution import Absorbed
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
-_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 8, 2**17, 2**26
+_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
 # Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
 _MOST_FITS = 7
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_easier.callbacks.distillation import divergence
-from lightning_easier.linearize import restore
+from lightning_easier.callbacks.distillation import Distillation, divergence
+from lightning_easier.linearize import linearize, restore
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
 
@@ -70,7 +71,14 @@ class WithDict(Small):
         return {"loss": loss, "more": 1}
 
 
-@pytest.mark.parametrize("make", [Small, WithDict])
+class Checkpointed(Small):
+    """Recomputes the whole network in the backward pass."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(checkpoint(self, batch[0], use_reentrant=False), batch[1])
+
+
+@pytest.mark.parametrize("make", [Small, WithDict, Checkpointed])
 def test_a_step_is_that_of_a_loss_written_by_hand(tmp_path, make):
     watch = Expected()
     torch.manual_seed(0)
@@ -312,6 +320,116 @@ def test_a_dense_checkpoint_of_another_run_is_no_teacher(tmp_path):
         run(tmp_path, pruning=DISTILLED, ckpt_path=path)
 
 
+class Keeps(Small):
+    """Keeps what hangs on a graph until the next epoch, as many do."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def training_step(self, batch, batch_idx):
+        self.loss = super().training_step(batch, batch_idx)
+        self.kept.append({"loss": self.loss})
+        return self.loss
+
+    def on_train_epoch_start(self):
+        self.kept.clear()
+
+
+class RenamesKeys(Small):
+    """Saves its weights under other names, and asks the Trainer when it loads them."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] = {f"net.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        assert self.trainer.max_epochs == 3
+        checkpoint["state_dict"] = {key.removeprefix("net."): value for key, value in checkpoint["state_dict"].items()}
+
+
+class AsksItsTrainer(Small):
+    def forward(self, x):
+        return super().forward(x + 0 * self.trainer.current_epoch)
+
+
+@pytest.mark.parametrize("make", [Keeps, RenamesKeys, AsksItsTrainer])
+def test_what_else_a_module_does_changes_nothing(tmp_path, make):
+    expected = logged(tmp_path / "plain", seeded(Small))
+    assert logged(tmp_path, seeded(make)) == pytest.approx(expected, rel=1e-5)
+
+
+class Logs(Small):
+    """Logs in its forward."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self._trainer is not None and self.trainer.training:
+            self.log("mean", logits.mean(), on_step=False, on_epoch=True)
+        return logits
+
+
+def test_what_the_teacher_would_log_is_not_logged(tmp_path):
+    """The value of an epoch is the average of the network's own, not of both."""
+    own, found = [], []
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            student = copy.deepcopy(pl_module).train()
+            own.append(student(batch[0]).mean().detach())
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            found.append(trainer.callback_metrics["mean"])
+
+    run(tmp_path, Note(), model=Logs(), pruning=DISTILLED, epochs=3)
+    torch.testing.assert_close(torch.stack(found), torch.stack(own).reshape(3, -1).mean(1))
+
+
+def test_a_step_that_is_skipped_stays_skipped(tmp_path):
+    class Skips(Small):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    losses = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs)
+
+    _, callback, _ = run(tmp_path, Note(), model=Skips(), pruning=DISTILLED, epochs=3)
+    assert len(callback.removed) == 2
+    assert [not loss for loss in losses] == [False, True, False] * 3  # Lightning hands on an empty dict
+
+
+def test_what_the_step_does_to_its_logits_is_not_seen(tmp_path):
+    class Halves(Small):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]).div_(2), batch[1])
+
+    class Copies(Small):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]).div(2), batch[1])
+
+    assert logged(tmp_path, seeded(Halves)) == logged(tmp_path / "plain", seeded(Copies))
+
+
+@pytest.mark.parametrize("given", [[], ["layers.1"]])
+def test_the_teacher_has_the_dense_structure_without_a_hook_that_restructures_it(given):
+    """Under the callback, what the state dict says of linear activations brings it, too."""
+    model = linearize(seeded(Small), given)
+    plain, dense = copy.deepcopy(model).eval(), copy.deepcopy(model.state_dict())
+    removed = ["layers.3", "layers.5"]
+    linearize(model, removed)
+    model.layers[0].weight.data += 1
+    distillation = Distillation(1.0, 2.0)
+    distillation.start(model, [f"layers.{index}" for index in (1, 3, 5, 7, 9)], removed, lambda: {"state_dict": dense})
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    loss = model.training_step([x, torch.zeros(5, dtype=torch.long)], 0)
+    distillation.stop()
+    torch.testing.assert_close(loss, divergence(model(x), plain(x), 2.0))
+    assert loss > 1e-3
+
+
 class Elsewhere(Small):
     """Trains by a method that calls no module that holds all activations."""
 
@@ -383,6 +501,12 @@ def test_manual_optimization_is_refused_at_the_start(tmp_path):
     model.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="`distill` to be False with manual optimization"):
         run(tmp_path, model=model, pruning=DISTILLED)
+
+
+def test_sharded_parameters_are_refused():
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(MisconfigurationException, match="`distill` to be False under ModelParallelStrategy"):
+        Distillation(0.5, 4.0).check(trainer, Small())
 
 
 def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):

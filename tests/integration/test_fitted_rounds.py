@@ -249,3 +249,23 @@ def test_lbfgs_can_not_let_operators_go(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="with which parameters leave, from LBFGS"):
         run(tmp_path, model=Full(), pruning={"collapse": "fit"})
+
+
+class ByKeyword(Residual):
+    """Calls its network in a way that tells no positional inputs."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(x=batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.model(x=batch[0]).argmax(-1) == batch[1]).float().mean())
+
+
+def test_a_target_of_a_network_that_can_not_be_priced_is_an_error(tmp_path):
+    with pytest.raises(MisconfigurationException, match="can't be priced, since no module that holds all activations"):
+        train(ByKeyword(), pruning(**FITTED | {"target_depth": 6}), root=tmp_path, epochs=3)
+
+
+def test_a_target_is_seen_where_training_is_measured(tmp_path):
+    _, callback, _ = run(tmp_path, pruning={"measure_on": "training", "target_depth": 5, "gain": "macs"}, epochs=6)
+    assert len(callback.removed) == 1
