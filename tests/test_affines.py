@@ -223,7 +223,7 @@ def test_the_callback_measures_it_in_the_same_pass_and_puts_it_in_place(tmp_path
         ({"stand_in": "affine"}, "`statistics` to hold the affine of 'act1'.*but got None"),
         ({"stand_in": "affine", "statistics": {"act1": (1.0, 0.0)}}, r"affine of 'act1'.*but got \(1.0, 0.0\)"),
         ({"statistics": {}}, "`statistics` to be None: the identity"),
-        ({"stand_in": "zero"}, r"`stand_in` to be one of \('identity', 'affine'\), but got 'zero'"),
+        ({"stand_in": "zero"}, r"`stand_in` to be one of \('identity', 'affine', 'fitted'\), but got 'zero'"),
     ],
 )
 def test_bad_arguments_are_named_and_the_model_is_as_it_was(net, options, message):

@@ -137,7 +137,7 @@ def test_bad_names_are_refused_and_the_model_is_as_it_was(arguments, error, mess
 
 def test_bad_stand_ins_are_refused():
     model = make_mlp()
-    with pytest.raises(ValueError, match=r"`stand_in` to be one of \('identity', 'affine'\), but got 'zero'"):
+    with pytest.raises(ValueError, match=r"`stand_in` to be one of \('identity', 'affine', 'fitted'\), but got 'zero'"):
         linearize(model, ["3"], stand_in="zero")
     with pytest.raises(ValueError, match="`statistics` to be None"):
         linearize(model, ["3"], statistics={"3": (1.0, 0.0)})
