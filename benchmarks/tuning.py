@@ -249,7 +249,7 @@ def print_table(
         f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {torch.get_num_threads()} threads; faster "
         f"than the dense network with its batch norms folded (quartiles), and than as given"
     )
-    rich.print(Table(title, columns, rows).to_markdown())
+    print(Table(title, columns, rows).to_markdown())
 
 
 if __name__ == "__main__":
