@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier.collapse.fitting import with_statistics
 from lightning_easier.zoo import CifarResNet
 
 # ``lightning_easier.collapse`` is also a function, which an import of the module would find first
@@ -332,3 +333,17 @@ def test_one_bar_moves_inside_a_chain_and_ends_full(monkeypatch):
     assert bar.seen == sorted(bar.seen)
     assert {*range(6)} <= {*bar.seen}
     assert bar.total // 2 in bar.seen
+
+
+@pytest.mark.parametrize("offset", [None, torch.randn(6, dtype=torch.float64)])
+def test_a_batch_norm_of_other_statistics_computes_the_same(offset):
+    torch.manual_seed(0)
+    norm = randomized(nn.Sequential(nn.BatchNorm2d(6)))[0].double()
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
+    mean, variance = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.1
+    other = with_statistics(norm, mean, variance, offset)
+    lacking = x if offset is None else x - offset.view(-1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(other(lacking), norm(x))
+    assert torch.equal(other.running_mean, mean)
+    assert torch.equal(other.running_var, variance)
