@@ -4,9 +4,7 @@ The activations inside the blocks of a CIFAR ResNet (the only ones whose removal
 other: each becomes the identity (EASIER), or the affine that comes closest, or one fitted operator takes the place of
 its block's two convolutions. They go in the order of their entropy, of their linearity (the share of variance that the
 affine, or the fitted operator, explains), or of the drift of the model's outputs if one alone goes, which is what
-``compress`` goes by. The images come as folders,
-``<root>/train/<class>`` and ``<root>/test/<class>``; the weights as a file with a ``state_dict`` whose keys may begin
-with ``module.``:
+``compress`` goes by. ``cifar.py`` says what the images and the weights are:
 
     python benchmarks/removing.py --data.root <folder> --weights <file> --depth 56
 """
@@ -14,53 +12,26 @@ with ``module.``:
 import argparse
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any
 
 import rich
 import torch
+from cifar import Images, accuracy, add_arguments, load
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress, linearize, measure_affines, measure_entropy
 from lightning_easier.report import Table
-from lightning_easier.zoo import CifarResNet, ImageFolderDataModule
 
 COUNTS = (1, 2, 4, 8, 12)
-
-
-def load(path: str, depth: int) -> nn.Module:
-    """Load the network of He et al."""
-    model = CifarResNet(depth)
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    return model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Return top-1 accuracy in per cent."""
-    hits = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
-    return 100 * hits / sum(len(labels) for _, labels in batches)
-
-
-def batches_of(loader: Any, images: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Read so many images, all by default."""
-    taken: list[tuple[Tensor, Tensor]] = []
-    for batch in loader:
-        taken.append((batch[0], batch[1]))
-        if images is not None and sum(len(labels) for _, labels in taken) >= images:
-            break
-    return taken
 
 
 @torch.no_grad()
 def by_drift_of(
     make: Callable[[Sequence[str]], nn.Module],
     model: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    images: Tensor,
     sites: Sequence[str],
 ) -> list[str]:
     """Order activations by how much the outputs change if one alone goes."""
-    images = batches[0][0]
     expected = model(images)
     changed = {site: float((make([site])(images) - expected).square().sum()) for site in sites}
     return sorted(sites, key=changed.__getitem__)
@@ -69,18 +40,13 @@ def by_drift_of(
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data.root", dest="root", required=True, help="folder of the images")
-    parser.add_argument("--weights", required=True, help="file of the weights")
-    parser.add_argument("--depth", type=int, default=56, help="of the ResNet")
+    add_arguments(parser)
     parser.add_argument("--images", type=int, default=1000, help="training images to fit and to measure on")
     parser.add_argument("--ways", nargs="+", default=["identity", "affine", "fitted"], help="rows of the table")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of training images")
     options = parser.parse_args()
-    data = ImageFolderDataModule(
-        options.root, batch_size=250, val_size=options.images, num_workers=2, seed=options.seed
-    )
-    data.setup("fit")
-    calibration, test = batches_of(data.val_dataloader()), batches_of(data.test_dataloader())
+    test = Images(f"{options.root}/test")
+    calibration = Images(f"{options.root}/train").calibration(options.images, options.seed)
     model = load(options.weights, options.depth)
     inner = [name for name, module in model.named_modules() if name.endswith("relu1")]
 
@@ -101,14 +67,14 @@ def main() -> None:
 
     def as_fitted(sites: Sequence[str]) -> nn.Module:
         options = {"mode": "fit", "sites": sites, "calibration": calibration, "objective": "macs"}
-        return collapse(model, calibration[0][0][:64], **options).model
+        return collapse(model, calibration[0][:64], **options).model
 
     ways: list[tuple[str, Callable[[Sequence[str]], nn.Module], str, list[str]]] = [
         ("identity", as_identity, "entropy", by_entropy),
         ("identity", as_identity, "linearity", of_affine),
         ("affine", as_affine, "entropy", by_entropy),
         ("affine", as_affine, "linearity", of_affine),
-        ("affine", as_affine, "drift", by_drift_of(as_affine, model, calibration, inner)),
+        ("affine", as_affine, "drift", by_drift_of(as_affine, model, calibration[0], inner)),
         ("fitted", as_fitted, "entropy", by_entropy),
         ("fitted", as_fitted, "linearity", of_operator),
         ("fitted", as_fitted, "drift", by_drift),
@@ -119,9 +85,7 @@ def main() -> None:
     for way, make, order, sites in ways:
         cells = [f"{accuracy(make(sites[:count]), test):.1f}" for count in COUNTS]
         rows.append((way, order, f"{dense:.1f}", *cells))
-    title = (
-        f"ResNet-{options.depth}, top-1 [%] on {sum(len(y) for _, y in test):,} test images, no training after removals"
-    )
+    title = f"ResNet-{options.depth}, top-1 [%] on {len(test):,} test images, no training after removals"
     rich.print(Table(title, ("removed activations become", "in the order of", "0", *map(str, COUNTS)), rows))
 
 
