@@ -17,16 +17,9 @@ from lightning_easier.activations import isolate_activations, match_names, unwra
 from lightning_easier.affines import AffineFit
 from lightning_easier.arguments import as_globs
 from lightning_easier.collapse.affine import ChannelAffine
-from lightning_easier.collapse.fitting import (
-    ChainPrices,
-    Chains,
-    Choice,
-    FitChain,
-    is_adjustable,
-    positions_wanted,
-    priced,
-    with_statistics,
-)
+from lightning_easier.collapse.fit_prices import ChainPrices, Choice, priced
+from lightning_easier.collapse.fittable import Chains, FitChain
+from lightning_easier.collapse.fitting import is_adjustable, positions_wanted, with_statistics
 from lightning_easier.collapse.least_squares import Fit, Moments, fits
 from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import device_of, evaluation_mode, forward, model_input

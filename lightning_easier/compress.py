@@ -12,17 +12,9 @@ from tqdm import tqdm
 
 from lightning_easier.activations import isolate_activations, match_names, unwrap
 from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
-from lightning_easier.collapse.fitting import (
-    CannotFitError,
-    ChainPrices,
-    Chains,
-    Choice,
-    FitChain,
-    choose,
-    fit_chain,
-    put,
-    replace,
-)
+from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose
+from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
+from lightning_easier.collapse.fitting import fit_chain, put, replace
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
 from lightning_easier.goals import Goal
 from lightning_easier.inference import device_of, forward, model_inputs, tensors_in

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.activations import isolate_activations
 from lightning_easier.collapse import CollapseError, collapse
-from lightning_easier.collapse.fitting import ChainPrices, Chains
+from lightning_easier.collapse.fit_prices import ChainPrices
+from lightning_easier.collapse.fittable import Chains
 from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import evaluation_mode

@@ -24,14 +24,12 @@ from lightning_easier.arguments import (
     as_globs,
     check_bool,
     check_choice,
-    check_integer,
     check_positive,
     check_share,
 )
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
-from lightning_easier.callbacks.network import copied
 from lightning_easier.callbacks.policy import Policy
 from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.callbacks.recipe import (
@@ -44,13 +42,11 @@ from lightning_easier.callbacks.recipe import (
     reset_patience,
 )
 from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
+from lightning_easier.callbacks.targets import Targets
 from lightning_easier.candidates import candidates
 from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
-from lightning_easier.collapse import CollapseError
-from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.criteria import lowest_entropy
 from lightning_easier.dashboard import Dashboard, entropy_key
-from lightning_easier.goals import is_reached
 from lightning_easier.linearize import stand_ins
 from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import CandidateReport, PruningReport, Round
@@ -238,13 +234,7 @@ class EntropyPruningCallback(Callback):
                 f"Expected argument `measure_on` to be 'validation' with collapse='fit', but got {measure_on!r}: what "
                 f"is fitted has to compute what the chain computes in eval mode"
             )
-
-        if target_speedup is not None:
-            check_positive("target_speedup", target_speedup)
-        if target_depth is not None:
-            check_integer("target_depth", target_depth, 1)
-        self.target_speedup = target_speedup
-        self.target_depth = target_depth
+        self._targets = Targets(target_speedup, target_depth, self.ranking.gain or "latency")
         check_bool("distill", distill)
         check_share("distill_weight", distill_weight)
         check_positive("distill_temperature", distill_temperature)
@@ -261,7 +251,6 @@ class EntropyPruningCallback(Callback):
         self._stage: str | None = None  # of the Trainer, while it runs
         self._load_handle: RemovableHandle | None = None
         self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample, self.ranking)
-        self._latencies = LatencyTable()
         self._distillation = Distillation(distill_weight, distill_temperature)
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
@@ -418,12 +407,8 @@ class EntropyPruningCallback(Callback):
             if not self.ranking.is_free and self._may_decide(trainer):
                 batches = wiring.validation_batches(trainer) * trainer.world_size
                 self._measurement.follow_chains(pl_module, self._candidates or (), batches)
-        if self._has_target and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
+        if self._targets.are_given and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
             self._measurement.follow_network(pl_module, self._sites(pl_module))
-
-    @property
-    def _has_target(self) -> bool:
-        return self.target_speedup is not None or self.target_depth is not None
 
     def _sites(self, pl_module: LightningModule) -> list[str]:
         """Return the names of all activations, those that are linear among them."""
@@ -458,29 +443,9 @@ class EntropyPruningCallback(Callback):
         self._ranked = ranked or Ranked()
         if trainer.state.fn == TrainerFn.FITTING:
             state.entropies, state.affines, state.ranked = self._measured, self._measurement.affines, ranked
-            state.reached = self._has_target and self._is_there(trainer, pl_module)
-
-    def _is_there(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Tell whether the network is as fast and as shallow as it should be; every process has to call this."""
-        found = self._measurement.network
-        removed = [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
-        told: bool | str = False
-        if trainer.is_global_zero and found is None:
-            told = "no module that holds all activations was called in the validation, with tensors in their places"
-        elif trainer.is_global_zero and found is not None and removed:
-            network, inputs = found
-            targets = self.target_speedup, self.target_depth, self.ranking.gain or "latency"
-            try:
-                told = is_reached(copied(network), inputs, removed, *targets, self._latencies)
-            except CollapseError as error:
-                told = str(error)
-        told = trainer.strategy.broadcast(told)
-        if isinstance(told, str):
-            raise MisconfigurationException(
-                f"Expected arguments `target_speedup` and `target_depth` to be None: the network can't be priced, "
-                f"since {told}"
+            state.reached = self._targets.are_given and self._targets.are_reached(
+                trainer, self._measurement.network, self.removed
             )
-        return told
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""

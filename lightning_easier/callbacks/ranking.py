@@ -14,7 +14,7 @@ from torch import nn
 from lightning_easier.arguments import check_choice
 from lightning_easier.candidates import candidates
 from lightning_easier.chain_fits import ChainProbe
-from lightning_easier.collapse.fitting import Choice as FitChoice
+from lightning_easier.collapse.fit_prices import Choice as FitChoice
 from lightning_easier.collapse.least_squares import Fit
 from lightning_easier.gains import GAINS, Gain, Gains, ShapeProbe
 from lightning_easier.substitution import ChainFit, Substitution

@@ -13,7 +13,8 @@ from lightning_easier.arguments import check_choice, check_non_negative
 from lightning_easier.collapse.capture import capture
 from lightning_easier.collapse.chains import depth
 from lightning_easier.collapse.errors import CaptureError, CollapseError
-from lightning_easier.collapse.fitting import ChainPrices, Choice, fit_chains
+from lightning_easier.collapse.fit_prices import ChainPrices, Choice
+from lightning_easier.collapse.fitting import fit_chains
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
 from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.collapse.steps import Steps

@@ -1,0 +1,73 @@
+"""How fast or how shallow a run should make its network, and whether it is there: one answer for all processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_easier.arguments import check_integer, check_positive
+from lightning_easier.callbacks.network import copied
+from lightning_easier.collapse import CollapseError
+from lightning_easier.collapse.prices import LatencyTable, Objective
+from lightning_easier.goals import is_reached
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Arguments as for :class:`~lightning_easier.EntropyPruningCallback`.
+
+    Args:
+        speedup: ``target_speedup``.
+        depth: ``target_depth``.
+        objective: What a collapse makes least.
+    """
+
+    speedup: float | None
+    depth: int | None
+    objective: Objective
+    _table: LatencyTable = field(default_factory=LatencyTable, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.speedup is not None:
+            check_positive("target_speedup", self.speedup)
+        if self.depth is not None:
+            check_integer("target_depth", self.depth, 1)
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is one."""
+        return self.speedup is not None or self.depth is not None
+
+    def are_reached(
+        self, trainer: Trainer, found: tuple[nn.Module, tuple[Tensor, ...]] | None, removed: Sequence[str]
+    ) -> bool:
+        """Tell whether the network is as fast and as shallow as it should be; every process has to call this.
+
+        Args:
+            trainer: The Trainer.
+            found: The network and example inputs; that of rank 0 counts, None if none was called there.
+            removed: Names of the activations that are linear and were not at the start.
+
+        Raises:
+            MisconfigurationException: If the network can't be priced.
+        """
+        told: bool | str = False
+        if trainer.is_global_zero and found is None:
+            told = "no module that holds all activations was called in the validation, with tensors in their places"
+        elif trainer.is_global_zero and found is not None and removed:
+            network, inputs = found
+            try:
+                told = is_reached(
+                    copied(network), inputs, removed, self.speedup, self.depth, self.objective, self._table
+                )
+            except CollapseError as error:
+                told = str(error)
+        told = trainer.strategy.broadcast(told)
+        if isinstance(told, str):
+            raise MisconfigurationException(
+                f"Expected arguments `target_speedup` and `target_depth` to be None: the network can't be priced, "
+                f"since {told}"
+            )
+        return told
