@@ -110,8 +110,10 @@ class EntropyPruningCallback(Callback):
         dry_run: Only list what would be done: the run stops where the first decision falls, and :attr:`candidates`
             holds the list. With ``trainer.validate`` it needs no training.
         stand_in: What takes the place of an activation: the identity (EASIER), or the affine that comes closest to it,
-            a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, keeps
-            more of the accuracy, and is not trained.
+            a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, and
+            keeps more of the accuracy.
+        trainable: Whether scales and offsets of affines are trained. They join the parameter group of what is trained
+            right before them in the model, the batch norm or the operator in front.
         collapse: ``"exact"``: an activation becomes linear, and :func:`~lightning_easier.collapse` merges its
             neighbours after the run. ``"fit"``: where it lies between two operators, one cheaper operator fitted to
             what the chain computes takes their place at once. It moves into the first of them, whose parameters stay
@@ -183,6 +185,7 @@ class EntropyPruningCallback(Callback):
         sample: float = 1.0,
         dry_run: bool = False,
         stand_in: Literal["identity", "affine"] = "identity",
+        trainable: bool = False,
         collapse: Literal["exact", "fit"] = "exact",
         criterion: Literal["entropy", "linearity"] = "entropy",
         gain: Literal["latency", "macs"] | None = None,
@@ -229,6 +232,13 @@ class EntropyPruningCallback(Callback):
         check_choice("stand_in", stand_in, STAND_INS)
         self.stand_in = stand_in
         self.ranking = Ranking(criterion, gain, candidates, collapse, stand_in, shift_padding, self.gates)
+        check_bool("trainable", trainable)
+        if trainable and stand_in == "identity" and collapse == "exact":
+            raise ValueError(
+                f"Expected argument `trainable` to be False with stand_in={stand_in!r}, but got {trainable}: an "
+                f"identity has nothing to train. Pass stand_in='affine'."
+            )
+        self.trainable = trainable
         if self.ranking.needs_chains and measure_on != "validation":
             raise ValueError(
                 f"Expected argument `measure_on` to be 'validation' with collapse='fit', but got {measure_on!r}: what "
@@ -328,7 +338,7 @@ class EntropyPruningCallback(Callback):
         self._load_handle = restructure_on_load(pl_module)
         files.restructure_before_loading(trainer, pl_module)
         if stage == TrainerFn.FITTING:
-            optimizers.build_with_what_has_left(pl_module, lambda: self.removed)
+            optimizers.build_as_the_first(pl_module, self._linear_by_now, lambda: self._state.joined)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
@@ -384,12 +394,18 @@ class EntropyPruningCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             live = {name: sites[name] for name in chosen if name in sites}
             wiring.check(trainer, live, self.measure_on, self.dirpath)
-            wiring.check_operators_may_leave(trainer, self.ranking.collapse)
+            wiring.check_strategy_lets_parameters_change(trainer, self.ranking.collapse, self.trainable)
         self._candidates = chosen
         if self._active:
             self._measurement.look(pl_module)
             if trainer.state.fn == TrainerFn.FITTING:
                 surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in sites])
+
+    def _linear_by_now(self) -> list[str]:
+        """Return what this run has made linear and not restored yet."""
+        decision = self._state.decision
+        taken_back = self._state.rounds[-1].removed if decision is not None and decision.go_back else []
+        return [*self.removed, *taken_back]
 
     # Measuring
 
@@ -503,8 +519,7 @@ class EntropyPruningCallback(Callback):
         self._dashboard.write_layout()
         self._scores.have_early_stopping_wait(trainer)
         if self._taken_up:
-            taken_back = state.rounds[-1].removed if state.decision is not None and state.decision.go_back else []
-            surgery.check_is_linear(pl_module, [*self.removed, *taken_back])
+            surgery.check_is_linear(pl_module, self._linear_by_now())
         own = {name for this in state.rounds for name in this.removed}
         given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
@@ -767,8 +782,10 @@ class EntropyPruningCallback(Callback):
         state = self._state
         before = state.kept[-1].score_after
         state.plateaus_of_last_good = plateaus(trainer)
-        wiring.check_parameters_may_leave(trainer, pl_module, choice.names, bool(choice.fits))
-        shifts, dropped = surgery.make_linear(trainer, pl_module, choice, self.shift_padding)
+        wiring.check_optimizers_let_parameters_change(
+            trainer, pl_module, choice.names, bool(choice.fits) or self.trainable
+        )
+        shifts, dropped, joined = surgery.make_linear(trainer, pl_module, choice, self.shift_padding, self.trainable)
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
@@ -777,6 +794,7 @@ class EntropyPruningCallback(Callback):
             Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, fitted)
         )
         state.dropped = dropped
+        state.joined += joined
         self._scores.forget(trainer)
         self._scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
 
@@ -800,6 +818,7 @@ class EntropyPruningCallback(Callback):
         put_plateaus(trainer, state.plateaus_of_last_good)
         self._measurement.structure_changed()
         state.dropped = []
+        state.joined = [place for place in state.joined if place[0] in self.removed]
         state.entropies, state.affines = dict(state.entropies_of_last_good), dict(state.affines_of_last_good)
         state.ranked = state.ranked_of_last_good
         state.score = kept[-1].score_after

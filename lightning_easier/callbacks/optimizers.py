@@ -15,6 +15,9 @@ from lightning_easier.linearize import stand_ins
 Position = list[Any]
 """Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""
 
+Place = list[Any]
+"""Name of a stand-in, and the optimizer and parameter group that its parameters have joined; plain data."""
+
 
 def drop_parameters(optimizers: Sequence[Optimizer], parameters: Sequence[Parameter]) -> list[Position]:
     """Take parameters, and their moments, out of the optimizers; return where each was, in the order of removal."""
@@ -49,15 +52,62 @@ def put_back_parameters(
             group["param_names"].insert(place, name)
 
 
-def build_with_what_has_left(pl_module: LightningModule, removed: Callable[[], Iterable[str]]) -> None:
-    """Have a resumed run build its optimizers as the first did, over the parameters that have left since, too.
+def groups_for(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterable[str]) -> list[Place]:
+    """Return which parameter groups the parameters of stand-ins join: those of what is trained right before them.
+
+    That is the batch norm or the operator in front, as far as parameters are registered in the order of their use; what
+    a recipe does to it alone (no weight decay, another learning rate) it does to a scale and an offset behind it, too.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        names: Of stand-ins.
+    """
+    groups = {
+        parameter: (number, group_number)
+        for number, optimizer in enumerate(optimizers)
+        for group_number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    places: list[Place] = []
+    for name in names:
+        own = set(model.get_submodule(name).parameters())
+        before: list[tuple[int, int]] = []
+        behind: list[tuple[int, int]] = []
+        found = before
+        for parameter in model.parameters():
+            if parameter in own:
+                found = behind
+            elif parameter in groups:
+                found.append(groups[parameter])
+        if own and (before or behind):
+            places.append([name, *(before[-1] if before else behind[0])])
+    return places
+
+
+def join(model: nn.Module, optimizers: Sequence[Optimizer], places: Iterable[Place]) -> None:
+    """Append the parameters of stand-ins to parameter groups."""
+    for name, number, group_number in places:
+        group = optimizers[number].param_groups[group_number]
+        for own_name, parameter in model.get_submodule(name).named_parameters():
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(f"{name}.{own_name}")
+
+
+def build_as_the_first(
+    pl_module: LightningModule, removed: Callable[[], Iterable[str]], joined: Callable[[], Iterable[Place]]
+) -> None:
+    """Have a resumed run build its optimizers as the first did: over the parameters that have left since, too.
 
     The groups of a recipe may be of them alone: without them they would be missing, or could not be made at all, and
-    the states that were saved would not fit. They leave again at once.
+    the states that were saved would not fit. They leave again at once, and those that have joined since join.
 
     Args:
         pl_module: The model.
-        removed: Tells the names of the activations that have become linear in this run, once it is known.
+        removed: Tells the names of the activations that are linear and were not at the start of the run, once it is
+            known.
+        joined: Tells which parameter groups the parameters of stand-ins have joined.
     """
     build_as_ever(pl_module)
     build = pl_module.configure_optimizers
@@ -66,7 +116,9 @@ def build_with_what_has_left(pl_module: LightningModule, removed: Callable[[], I
     def build_with_lent_parameters() -> Any:
         with _lent(pl_module, removed()) as lent:
             built = build()
-            drop_parameters(list(_optimizers_in(built)), lent)
+            optimizers = list(_optimizers_in(built))
+            drop_parameters(optimizers, lent)
+        join(pl_module, optimizers, joined())
         return built
 
     build_with_lent_parameters.instead_of = vars(pl_module).get("configure_optimizers")  # type: ignore[attr-defined]
@@ -74,7 +126,7 @@ def build_with_what_has_left(pl_module: LightningModule, removed: Callable[[], I
 
 
 def build_as_ever(pl_module: LightningModule) -> None:
-    """Undo :func:`build_with_what_has_left`; a second call does nothing."""
+    """Undo :func:`build_as_the_first`; a second call does nothing."""
     now: Any = vars(pl_module).get("configure_optimizers")
     if hasattr(now, "instead_of"):
         del pl_module.configure_optimizers

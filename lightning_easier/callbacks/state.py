@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_easier.callbacks.optimizers import Position
+from lightning_easier.callbacks.optimizers import Place, Position
 from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.report import Round
 
@@ -87,6 +87,7 @@ class PruningState:
         rejections: Rounds taken back since the last that was kept.
         best: Number of linear activations, as a string -> their best checkpoint.
         dropped: Where the parameters that this round removed were in the optimizers.
+        joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
     """
 
     rounds: list[Round] = field(default_factory=lambda: [Round([], {}, None, None, None, 0)])
@@ -118,6 +119,7 @@ class PruningState:
     rejections: int = 0
     best: dict[str, BestCheckpoint] = field(default_factory=dict)
     dropped: list[Position] = field(default_factory=list)
+    joined: list[Place] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, Any]:
         """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""

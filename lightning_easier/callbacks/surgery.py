@@ -7,7 +7,7 @@ and all processes compare what they have.
 import hashlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,16 +20,38 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easier.affines import AffineFit
 from lightning_easier.callbacks.files import loads_into_model
-from lightning_easier.callbacks.optimizers import Position, drop_parameters, forget_moments, put_back_parameters
+from lightning_easier.callbacks.optimizers import (
+    Place,
+    Position,
+    drop_parameters,
+    forget_moments,
+    groups_for,
+    join,
+    put_back_parameters,
+)
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
 from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
 from lightning_easier.substitution import ChainFit
 
 
+class Operation(NamedTuple):
+    """What an operation has changed besides the activations.
+
+    Attributes:
+        shifts: Name -> the padding that was moved.
+        dropped: Where parameters that are gone were in the optimizers.
+        joined: Where parameters of stand-ins are in the optimizers.
+    """
+
+    shifts: dict[str, str]
+    dropped: list[Position]
+    joined: list[Place]
+
+
 def make_linear(
-    trainer: Trainer, pl_module: LightningModule, choice: Choice, shift_padding: bool
-) -> tuple[dict[str, str], list[Position]]:
+    trainer: Trainer, pl_module: LightningModule, choice: Choice, shift_padding: bool, trainable: bool
+) -> Operation:
     """Make activations linear.
 
     Args:
@@ -37,9 +59,7 @@ def make_linear(
         pl_module: The model.
         choice: The activations, and the affines and the fitted operators that take their places, if any do.
         shift_padding: Whether paddings move.
-
-    Returns:
-        Name -> the padding that was moved, and where parameters that are gone were in the optimizers.
+        trainable: Whether the affines are trained.
 
     Raises:
         RuntimeError: If the processes do not hold the same model afterwards.
@@ -51,16 +71,25 @@ def make_linear(
     kinds: tuple[tuple[str, Any], ...] = (("fitted", fits), ("affine", affines), ("identity", None))
     for stand_in, statistics in kinds:
         these = [name for name in names if _kind_of(name, fits, affines) == stand_in]
-        linearize(pl_module, these, stand_in=stand_in, statistics=statistics, shift_padding=shift_padding)
+        linearize(
+            pl_module,
+            these,
+            stand_in=stand_in,
+            statistics=statistics,
+            shift_padding=shift_padding,
+            trainable=trainable,
+        )
     linear = stand_ins(pl_module)
     shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
     gone = _lost(pl_module, [part for name in names for part in (modules[name], *linear[name].absorbed)])
     dropped = drop_parameters(trainer.optimizers, gone)
     forget_moments(trainer.optimizers, _parameters_of_hosts(pl_module, names))
-    if gone:
+    joined = groups_for(pl_module, trainer.optimizers, names)
+    join(pl_module, trainer.optimizers, joined)
+    if gone or joined:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
-    return shifts, dropped
+    return Operation(shifts, dropped, joined)
 
 
 def go_back(
@@ -85,8 +114,10 @@ def go_back(
         RuntimeError: If the optimizers or schedules are not those of the checkpoint, before anything was changed; if
             the processes do not hold the same model afterwards.
     """
-    _check_recipe(trainer, dropped, path, checkpoint)
     linear = stand_ins(pl_module)
+    leaving = [parameter for name in names for parameter in linear[name].parameters()]
+    _check_recipe(trainer, dropped, leaving, path, checkpoint)
+    drop_parameters(trainer.optimizers, leaving)
     gone = _lost(pl_module, [part for name in names for part in (linear[name].activation, *linear[name].absorbed)])
     restore(pl_module, names)
     put_back_parameters(trainer.optimizers, gone, dropped)
@@ -105,14 +136,24 @@ def go_back(
     precision.on_load_checkpoint(dict(checkpoint))
     if type(precision).__qualname__ in checkpoint:
         precision.load_state_dict(checkpoint[type(precision).__qualname__])
-    if gone:
+    if gone or leaving:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
 
 
-def _check_recipe(trainer: Trainer, dropped: Sequence[Position], path: Path, checkpoint: Mapping[str, Any]) -> None:
+def _check_recipe(
+    trainer: Trainer,
+    dropped: Sequence[Position],
+    leaving: Sequence[nn.Parameter],
+    path: Path,
+    checkpoint: Mapping[str, Any],
+) -> None:
     """Refuse a checkpoint of another recipe: the optimizers would find out when the weights are there already."""
-    now = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    staying = [
+        [[p for p in group["params"] if not any(p is other for other in leaving)] for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    now = [[len(group) for group in groups] for groups in staying]
     for _, optimizer, group, *_ in dropped:
         now[optimizer][group] += 1
     if not loads_into_model(trainer):  # else the states come by the names of the parameters

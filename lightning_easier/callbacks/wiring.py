@@ -269,40 +269,47 @@ def validation_batches(trainer: Trainer) -> int:
     return sum(int(n) if math.isfinite(n) else _BATCHES_OF_ENDLESS_LOADERS for n in trainer.num_val_batches)
 
 
-def check_operators_may_leave(trainer: Trainer, collapse: str) -> None:
-    """Refuse fitted operators under a strategy that shards parameters.
+def check_strategy_lets_parameters_change(trainer: Trainer, collapse: str, trainable: bool) -> None:
+    """Refuse fitted operators, and affines that are trained, under a strategy that shards parameters.
 
     Raises:
         MisconfigurationException: If it does.
     """
-    if collapse == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    if trainable:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't train affines under {type(trainer.strategy).__name__}, which has sharded "
+            f"the parameters before they come. Pass trainable=False."
+        )
+    if collapse == "fit":
         raise MisconfigurationException(
             f"EntropyPruningCallback can't fit operators under {type(trainer.strategy).__name__}, which shards the "
             f"parameters that they would move into. Pass collapse='exact', or fit a gathered model with `compress`."
         )
 
 
-def check_parameters_may_leave(
-    trainer: Trainer, pl_module: LightningModule, names: Sequence[str], with_operators: bool
+def check_optimizers_let_parameters_change(
+    trainer: Trainer, pl_module: LightningModule, names: Sequence[str], with_others: bool
 ) -> None:
-    """Refuse the removal of a parameter from an optimizer that can't let it go.
+    """Refuse that a parameter leaves or joins an optimizer that can't have that.
 
     Args:
         trainer: The Trainer.
         pl_module: The model.
         names: What is about to become linear.
-        with_operators: Whether operators around them leave too.
+        with_others: Whether operators around them leave, or affines that are trained join.
 
     Raises:
-        MisconfigurationException: If an activation among them has a parameter, or operators leave, and an optimizer is
-            LBFGS.
+        MisconfigurationException: If an activation among them has a parameter, or others leave or join, and an
+            optimizer is LBFGS.
     """
     has_parameters = {name: next(pl_module.get_submodule(name).parameters(), None) is not None for name in names}
-    owners = [name for name in names if with_operators or has_parameters[name]]
+    owners = [name for name in names if with_others or has_parameters[name]]
     if owners and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't remove {owners}, with which parameters leave, from LBFGS, which keeps all "
-            f"parameters as one vector. Pass them as `exclude`, or use another optimizer."
+            f"EntropyPruningCallback can't make {owners} linear, with which parameters leave or join LBFGS, which "
+            f"keeps all parameters as one vector. Pass them as `exclude`, or use another optimizer."
         )
 
 

@@ -141,7 +141,7 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
     if "training" in name:
         wanted["pruning"] = {"measure_on": "training"}
     if "affine" in name:
-        wanted.setdefault("pruning", {}).update(stand_in="affine")
+        wanted.setdefault("pruning", {}).update(stand_in="affine", trainable="trained" in name)
     if "fitted" in name:
         wanted.setdefault("pruning", {}).update(collapse="fit", criterion="linearity", on_reject="next")
     if "distilled" in name:
@@ -163,7 +163,7 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
     if "sharded" in name:
         made = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint="one file" not in name)
         pruning = {"exclude": SLOPE, "on_reject": "next"} if "slope" not in name else {}
-        wanted |= {"model": Sharded(wanted["scores"]), "pruning": pruning}
+        wanted |= {"model": Sharded(wanted["scores"]), "pruning": wanted.get("pruning", {}) | pruning}
         callbacks = []
     if "resumed" in name:
         strategy = copy.deepcopy(made)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
 from lightning_easier.linearize import stand_ins
-from lightning_easier.zoo import CifarResNet
+from lightning_easier.zoo import CifarResNet, DigitsDataModule
 from tests.integration.interrupted import Small, run
 from tests.integration.tiny import pruning, train
 
@@ -89,6 +89,42 @@ def test_an_operator_fitted_to_the_validation_takes_the_place_of_a_chain(tmp_pat
     assert result.report.after.depth == 8 - 3
     again = load_pruned(Residual(), callback.last_good)
     torch.testing.assert_close(again.model.eval()(x), model.model(x), rtol=0, atol=0)
+
+
+def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_choice_is_carried_out(tmp_path):
+    class Last(EntropyPruningCallback):
+        def select(self, ranks, count):
+            return [max(name for name in ranks if name in INNER)]
+
+    class Two(Residual):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    class Fits(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            batches = [batch for loader in trainer.val_dataloaders for batch in loader]
+            fits = measure_fits(pl_module.model, batches)
+            self.explained.append({f"model.{name}": fit.explained for name, fit in fits.items()})
+
+        explained: list = []  # noqa: RUF012
+
+    data = DigitsDataModule(batch_size=64)
+    data.setup("fit")
+    loaders = [data.val_dataloader(), data.test_dataloader()]
+    data.val_dataloader = lambda: loaders
+    fits = Fits()
+    monitor = {"monitor": "val_acc/dataloader_idx_1", "best_per_depth": True, "tolerance": 100.0}
+    callback = Last(**FITTED | monitor)
+    train(Two(), callback, fits, root=tmp_path, epochs=4, val_check_interval=0.5, data=data, limit_val_batches=1.0)
+    assert callback.removed == sorted(INNER, reverse=True)
+    for before, this in zip(fits.explained, callback.rounds[1:], strict=False):
+        (name,) = this.removed
+        explained = float(this.fitted[name].rpartition(", ")[2].removesuffix("% explained")) / 100
+        assert explained == pytest.approx(before[name], abs=2e-3)
+    assert sorted(callback.best_checkpoints) == [0, 1, 2, 3]
+    for removed, path in callback.best_checkpoints.items():
+        if removed:
+            assert stand_ins(load_pruned(Residual(), path)).keys() == {*callback.removed[:removed]}
 
 
 def test_a_rejected_fit_brings_everything_back(tmp_path):
@@ -247,7 +283,7 @@ def test_lbfgs_can_not_let_operators_go(tmp_path):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
-    with pytest.raises(MisconfigurationException, match="with which parameters leave, from LBFGS"):
+    with pytest.raises(MisconfigurationException, match="with which parameters leave or join LBFGS"):
         run(tmp_path, model=Full(), pruning={"collapse": "fit"})
 
 

@@ -27,6 +27,11 @@ RECIPES = {
     "rare validations": ((0.9,), {}, {"check_val_every_n_epoch": 2, "epochs": 5}),
     "long rounds": ((0.9,), {"epochs_per_round": 2, "warmup_epochs": 1}, {"epochs": 6}),
     "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "stand_in": "affine"}, {"epochs": 5}),
+    "affine, trained": (
+        (0.9, 0.9, 0.1, 0.1, 0.9),
+        {"on_reject": "next", "stand_in": "affine", "trainable": True},
+        {"epochs": 5},
+    ),
     "affine on training": ((0.9,), {"measure_on": "training", "stand_in": "affine"}, {}),
     "fitted": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "collapse": "fit"}, {"epochs": 5}),
     "fitted, by gain": (

@@ -21,6 +21,7 @@ SCRIPT = "tests.integration.processes"
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
     "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
+    "affine, trained", "affine, trained, resumed mid-epoch", "affine, trained, slope taken back",
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "not shared", "sometimes called", "logged on rank 0", "drift",
@@ -28,9 +29,9 @@ UNDER_DDP = [
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
-    "sharded, resumed", "sharded, one file, resumed", "sharded, slope",
+    "sharded, resumed", "sharded, one file, resumed", "sharded, slope", "sharded, affine, trained",
 ]  # fmt: skip
-REFUSED = {"not shared", "drift", "borrowed", "sharded, slope"}
+REFUSED = {"not shared", "drift", "borrowed", "sharded, slope", "sharded, affine, trained"}
 
 
 def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
@@ -63,6 +64,7 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "resumed": "plain",
         "resumed mid-epoch": "plain",
         "on training, resumed mid-epoch": "on training",
+        "affine, trained, resumed mid-epoch": "affine, trained",
         "fitted, static graph": "fitted",
         "fitted, resumed mid-epoch": "fitted",
         "slope, distilled, resumed mid-epoch": "slope, distilled",
@@ -78,6 +80,8 @@ def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_tor
         assert "can't remove ['prelu'] under 2 processes: their slope is a parameter of another" in result["error"]
     for result in under_torchrun["not shared"]:
         assert "not every process can read" in result["error"]
+    for result in under_torchrun["sharded, affine, trained"]:
+        assert "can't train affines under ModelParallelStrategy" in result["error"]
     for result in under_torchrun["sharded, slope"]:
         assert "can't remove ['layers.3'] under ModelParallelStrategy" in result["error"]
 

@@ -519,7 +519,7 @@ def test_parameters_that_the_optimizer_knows_by_name(tmp_path):
     ("make", "callbacks", "message"),
     [
         (Small, lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=1)], "adds parameter groups while training"),
-        (lambda: Stepping(), list, r"can't remove \['layers.3'\], with which parameters leave, from LBFGS"),
+        (lambda: Stepping(), list, r"can't make \['layers.3'\] linear, with which parameters leave or join LBFGS"),
     ],
 )
 def test_optimizers_that_could_not_go_back_are_refused(tmp_path, make, callbacks, message):
