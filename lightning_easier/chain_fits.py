@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, is_available, is_initialized
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from lightning_easier.activations import isolate_activations, match_names, unwrap
 from lightning_easier.affines import AffineFit
@@ -145,7 +146,7 @@ class ChainProbe:
 
     def fitted(self) -> Iterator[tuple[str, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields site, what was fitted, and the shape of the input."""
-        for site, seen in self._seen.items():
+        for site, seen in tqdm(self._seen.items(), desc="Fitting", leave=False, delay=1, disable=None):
             reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
             if reason is None:
                 yield site, list(fits(seen.moments)), seen.shape

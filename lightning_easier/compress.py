@@ -1,29 +1,41 @@
 """Make a trained model shallower and faster without training it: fit, check, keep or take back, in minutes."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier.activations import isolate_activations, match_names, unwrap
-from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative
+from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative, check_positive
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose
 from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
 from lightning_easier.collapse.fitting import fit_chain, put, replace
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
 from lightning_easier.goals import Goal
-from lightning_easier.inference import device_of, forward, model_inputs, tensors_in
+from lightning_easier.inference import (
+    arguments_wanted,
+    as_arguments,
+    copies,
+    describe,
+    device_of,
+    forward,
+    model_inputs,
+    tensors_in,
+)
 from lightning_easier.report import CompressReport, Trial
 
 # Bodies of bottlenecks and inverted residuals have two.
 _ACTIVATIONS_IN_A_CHAIN = 2
 # Of its price, an operator in the place of a chain has to save so much more than another.
 _WORTH_A_TRIAL = 0.1
+# A fall that float32 can't tell from the tolerance is not beyond it.
+_SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 256
 
@@ -89,9 +101,12 @@ def compress(
     Returns:
         The collapsed model, the model to train on, and a report.
 
+    Warns:
+        UserWarning: If there is a target and it is not reached.
+
     Raises:
         TypeError: If ``model`` is not a Module, or an argument is of another type.
-        ValueError: If an argument has a value out of range, or ``batches`` yields none.
+        ValueError: If an argument has a value out of range, ``batches`` yields none, or the score is not finite.
         CollapseError: As :func:`~lightning_easier.collapse`.
 
     Example:
@@ -110,48 +125,82 @@ def compress(
     check_choice("objective", objective, OBJECTIVES)
     check_integer("max_rejections", max_rejections, 1)
     if target_speedup is not None:
-        check_non_negative("target_speedup", target_speedup)
+        check_positive("target_speedup", target_speedup)
     if target_depth is not None:
         check_integer("target_depth", target_depth, 1)
-    if isinstance(batches, Tensor):
-        raise TypeError("Expected argument `batches` to be an iterable of batches, but got a tensor. Pass `[tensor]`.")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"Expected argument `batches` to be an iterable of batches, but got {describe(batches)}. Pass `[tensor]`."
+        )
     source = deepcopy(unwrap(model)).eval()
     sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
     taken = list(batches)
     if not taken:
         raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
-    count = len(example_inputs) if isinstance(example_inputs, list | tuple) else 1
+    given = None if example_inputs is None else as_arguments(example_inputs)
+    count = arguments_wanted(source) if given is None else len(given)
     device = device_of(source)
     calibration = [tuple(x.to(device) for x in model_inputs(batch, count)) for batch in taken]
-    examples = calibration[0] if example_inputs is None else example_inputs
-    arguments = (examples,) if isinstance(examples, Tensor) else tuple(examples)
+    arguments = copies(given or calibration[0])
     with torch.no_grad():
-        for inputs, name in ((arguments, "example_inputs"), (calibration[0], "batches")):
-            forward(source, inputs, name)
+        if given is not None:
+            forward(source, copies(given), "example_inputs")
+        forward(source, copies(calibration[0]), "batches")
 
     table = LatencyTable()
     is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
     search = _Search(source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
     goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
-    dense_score = None if evaluate is None else float(evaluate(source))
+    dense_score = None if evaluate is None else _score(evaluate, source, device)
+    if dense_score is not None and not math.isfinite(dense_score):
+        raise ValueError(f"Expected argument `evaluate` to return a finite score of the model, but got {dense_score}")
+    allowed = tolerance + _SCORE_RESOLUTION * abs(dense_score or 0.0)
     rejections = 0
-    for candidate in search.candidates(sites):
-        if rejections == max_rejections or goal.is_reached(search.model, search.saved):
+    is_there = False
+    for candidate in tqdm(search.candidates(sites), desc="Fitting", leave=False, delay=1, disable=None):
+        is_there = goal.is_reached(search.model, search.saved)
+        if rejections == max_rejections or is_there:
             break
         trial = search.take(candidate)
-        if trial is None or evaluate is None:
+        if trial is None or evaluate is None or dense_score is None:
             continue
-        trial.score = float(evaluate(search.model.eval()))
-        search.model.eval()  # whatever it was left in
-        fall = (dense_score - trial.score) * (1 if mode == "max" else -1)  # type: ignore[operator]
-        if fall <= tolerance:  # not of NaN
+        trial.score = _score(evaluate, search.model, device)
+        fall = (dense_score - trial.score) * (1 if mode == "max" else -1)
+        if fall <= allowed:  # not of NaN
             rejections = 0
         else:
             search.take_back(f"beyond the tolerance {tolerance:g} of {dense_score:.4f}")
             rejections += 1
+    is_there = is_there or goal.is_reached(search.model, search.saved)
+    ended = (
+        "the target is reached"
+        if is_there
+        else f"{rejections} in a row were taken back"
+        if rejections == max_rejections
+        else "nothing is left to try"
+    )
+    if not is_there and (target_speedup is not None or target_depth is not None):
+        ended += ", and the target is not reached"
+        rank_zero_warn(f"Compression ended since {ended}. Raise `tolerance`, or include more activations.")
     result = goal.collapsed(search.model)
-    report = CompressReport(search.trials, search.reasons, dense_score, *goal.costs(result), result.report)
+    report = CompressReport(search.trials, search.reasons, dense_score, *goal.costs(result), result.report, ended)
     return CompressResult(result.model, search.model, report)
+
+
+def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
+    """Evaluate a model in eval mode, and have it in that mode and place afterwards.
+
+    Raises:
+        TypeError: If what is returned is no number.
+    """
+    score = evaluate(model.eval())
+    model.to(device).eval()
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Expected argument `evaluate` to return the score, a number, but it returned {describe(score)}"
+        ) from error
 
 
 class _Candidate(NamedTuple):
@@ -252,21 +301,27 @@ class _Search:
         """What is saved of the price so far."""
         return sum(step.saving for step in self._steps)
 
-    def candidates(self, sites: Sequence[str]) -> Iterator[_Candidate]:
-        """Fit operators for every chain alone, and yield those that may take its place, the best first."""
+    def candidates(self, sites: Sequence[str]) -> list[_Candidate]:
+        """Fit operators for every chain alone, and return those that may take its place, the best first."""
         chains = Chains(self.model, sites)
         outputs = self._outputs()
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
         for chain in tqdm(whole, desc="Looking for chains", leave=False, delay=1, disable=None):
             try:
-                for choice in self._worthwhile(self._fit(chain)):
-                    old = replace(self.model, choice, self._arguments)
-                    found.append(_Candidate(choice, _drift(self._outputs(), outputs)))
-                    put(self.model, old)
+                choices = self._worthwhile(self._fit(chain))
             except CannotFitError as error:
                 if len(chain.sites) == 1:
                     chains.reasons[chain.sites[0]] = str(error)
+                continue
+            for choice in choices:
+                try:
+                    old = replace(self.model, choice, self._arguments)
+                except CannotFitError as error:  # the forward reads what only an operator of another kind has
+                    chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
+                    continue
+                found.append(_Candidate(choice, _drift(self._outputs(), outputs)))
+                put(self.model, old)
         tried = {site for each in found for site in each.choice.chain.sites}
         self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
         of_chain: dict[tuple[str, ...], list[_Candidate]] = {}
@@ -277,7 +332,7 @@ class _Search:
         def rank(candidate: _Candidate) -> float:
             return max([candidate.rank, *(candidate.rank_behind(o) for o in best if candidate.follows(o))])
 
-        yield from sorted(best, key=rank)
+        return sorted(best, key=rank)
 
     def _worthwhile(self, choices: Sequence[Choice]) -> list[Choice]:
         """Return what saves something and has no equal that saves more.
@@ -367,11 +422,13 @@ class _Search:
             if samples >= _SAMPLES_FOR_DRIFT:
                 break
         with torch.no_grad():
-            each = [tensors_in(self.model(*batch)) for batch in some]
-        rows = [[x.reshape(len(x), -1) for x in column if x.ndim] for column in zip(*each, strict=True)]
-        alike = [column for column in rows if len({x.shape[1] for x in column}) == 1]
-        apart = [x for column in rows if column not in alike for x in column]  # sequences of other lengths
-        return [*(torch.cat(column) for column in alike), *apart]
+            each = [tensors_in(self.model(*copies(batch))) for batch in some]
+        outputs: list[Tensor] = []
+        for column in zip(*each, strict=True):
+            rows = [x.reshape(len(x), -1) for x in column if x.ndim]
+            is_one = len({x.shape[1] for x in rows}) == 1  # else sequences of other lengths
+            outputs += [torch.cat(rows)] if is_one else rows
+        return outputs
 
 
 def _drift(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:

@@ -14,7 +14,7 @@ from lightning_easier.collapse.fit_prices import ChainPrices
 from lightning_easier.collapse.fittable import Chains
 from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.hooks import HookOfOneModel
-from lightning_easier.inference import evaluation_mode
+from lightning_easier.inference import evaluation_mode, random_like
 from lightning_easier.linearize import linearize
 from lightning_easier.neighbourhood import Meeting
 
@@ -97,18 +97,19 @@ class Gains:
         key = str(dense), shape
         if key not in self._known:
             weight: Tensor = first.weight  # type: ignore[assignment]
-            self._known[key] = self._merged(dense, torch.randn(shape, dtype=weight.dtype, device=weight.device))
+            self._known[key] = self._merged(dense, random_like(weight, shape))
         return self._known[key]
 
     def _merged(self, dense: nn.Sequential, value: Tensor) -> float:
         (site,) = isolate_activations(dense, gates=True)
         linear = linearize(deepcopy(dense), [site], shift_padding=self._shift_padding)
         try:
-            models = {
-                name: collapse(model, value, objective=self.gain, latencies=self._table).model
-                for name, model in (("before", dense), ("after", linear))
-            }
+            before, after = (
+                collapse(model, value, objective=self.gain, latencies=self._table) for model in (dense, linear)
+            )
         except CollapseError:
             return 0.0
-        priced = self.prices.of(models, value.shape, value)
+        if not after.report.merges:  # the activation's own time, which is less than the noise of the others'
+            return 0.0
+        priced = self.prices.of({"before": before.model, "after": after.model}, value.shape, value)
         return max(0.0, priced["before"] - priced["after"])

@@ -1,5 +1,6 @@
 """Run a model without training it: inputs, mode, device, and errors that say which argument was at fault."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,11 @@ def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...
         f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional arguments "
         f"of the model's forward, but got {describe(example_inputs)}"
     )
+
+
+def random_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return random numbers of a tensor's dtype on its device; the generators of the run stay where they are."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
 def model_input(batch: Any) -> Tensor:
@@ -65,6 +71,18 @@ def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
             f"got {describe(batch)}"
         )
     return tuple(first)
+
+
+def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy arguments for a forward that may write into them."""
+    return tuple(argument.clone() for argument in arguments)
+
+
+def arguments_wanted(model: nn.Module) -> int:
+    """Return how many positional arguments a model's forward can't do without, 1 at least."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(each.kind in kinds and each.default is inspect.Parameter.empty for each in parameters))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -323,6 +323,7 @@ class CompressReport(Report):
         after: Cost of the result.
         exact: Cost of the model as it was given, collapsed exactly: what is to be had without a fit.
         collapse: What the final collapse merged of the fitted model.
+        ended: Why nothing more was tried.
     """
 
     trials: list[Trial]
@@ -332,6 +333,7 @@ class CompressReport(Report):
     after: ModelCost
     exact: ModelCost
     collapse: CollapseReport
+    ended: str = ""
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""
@@ -343,7 +345,8 @@ class CompressReport(Report):
              _ratio(self.before.latency.median, cost.latency.median), _number(score))
             for name, cost, score in costs
         ]  # fmt: skip
-        yield Table("Compression", ("", "depth", "MACs", "latency [ms]", "faster", "score"), rows)
+        title = f"Compression: {self.ended}" if self.ended else "Compression"
+        yield Table(title, ("", "depth", "MACs", "latency [ms]", "faster", "score"), rows)
         if self.trials:
             yield Table(
                 "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),

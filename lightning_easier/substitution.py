@@ -29,6 +29,15 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
 class Absorbed(nn.Identity):
     """What was behind the first operator of a chain that one fitted operator has taken the place of."""
 
+    @classmethod
+    def of(cls, module: nn.Module) -> "Absorbed":
+        """Return one in the place of a module, with its plain attributes: a forward may read ``fc2.out_features``."""
+        absorbed = cls().train(module.training)
+        for name, value in vars(module).items():
+            if isinstance(value, int | float | str | tuple) and name not in vars(absorbed):
+                setattr(absorbed, name, value)
+        return absorbed
+
 
 @dataclass(frozen=True)
 class Form:
@@ -82,9 +91,10 @@ class ChainFit:
     affine: AffineFit | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """Return tensors, numbers, strings, lists and dicts: what a checkpoint may hold."""
+        """Return tensors, numbers, strings, lists and dicts: what a checkpoint may hold, and another process read."""
         affine = None if self.affine is None else self.affine.to_plain()
-        return {**vars(self), "form": asdict(self.form), "affine": affine}
+        tensors = {name: value.cpu() for name, value in self.tensors.items()}
+        return {**vars(self), "form": asdict(self.form), "tensors": tensors, "affine": affine}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "ChainFit":
@@ -169,7 +179,7 @@ class Substitution:
         self._like = _like(model)
         for name in self.form.absorbed:
             module = self._modules[name] = model.get_submodule(resolved(site, name))
-            model.set_submodule(resolved(site, name), Absorbed().train(module.training))
+            model.set_submodule(resolved(site, name), Absorbed.of(module))
         self._swap(model, site)
 
     def undo(self, model: nn.Module, site: str) -> None:
@@ -189,9 +199,13 @@ class Substitution:
             owner, _, attribute = resolved(site, name).rpartition(".")
             tensor: Tensor = getattr(model.get_submodule(owner), attribute)
             self._tensors[name] = tensor.data
+            value = value.to(tensor)
             if tensor.shape != value.shape:
                 tensor.grad = None
-            tensor.data = value.to(tensor)
+                # Another dtype has autograd forget the shape, which a graph that is still alive would keep
+                other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+                tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+            tensor.data = value
         host = self.host(model, site)
         if host is None:
             return

@@ -20,7 +20,7 @@ from lightning_easier import (
 from lightning_easier.collapse.least_squares import Geometry, Moments
 from lightning_easier.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
-from tests.test_collapse_fit import Block, Bottleneck, Mlp, almost_linear, randomized
+from tests.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
 
 
 def trained_mode_statistics(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
@@ -295,3 +295,26 @@ def test_chains_whose_sums_do_not_fit_into_memory_are_named(monkeypatch):
     assert len(probe.chains) == 1
     (reason,) = probe.reasons.values()
     assert "GiB more; `compress` takes one at a time" in reason
+
+
+def test_an_operator_may_change_its_shape_while_an_old_graph_is_alive():
+    torch.manual_seed(0)
+    model = Mlp()
+    kept = model(torch.randn(4, 8)).sum()
+    kept.backward(retain_graph=True)
+    linearize(model, ["1"], stand_in="fitted", statistics=measure_fits(model, [torch.randn(64, 8)]))
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].weight.grad.shape == model[0].weight.shape == (8, 8)
+    restore(model)
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].weight.grad.shape == model[0].weight.shape
+    assert kept.isfinite()
+
+
+def test_a_forward_may_read_plain_attributes_of_what_is_gone():
+    torch.manual_seed(0)
+    model = Reads().eval()
+    linearize(model, ["act"], stand_in="fitted", statistics=measure_fits(model, [torch.randn(256, 4)]))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), model.first(x) / 4)
+    assert copy.deepcopy(model).second.out_features == 4

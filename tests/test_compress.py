@@ -187,6 +187,11 @@ def test_a_network_by_measured_time():
         ({"mode": "best"}, ValueError, "`mode` to be one of"),
         ({"objective": "size"}, ValueError, "`objective` to be one of"),
         ({"target_speedup": "2"}, TypeError, "`target_speedup` to be a number, but got '2'"),
+        ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
+        ({"batches": None}, TypeError, "`batches` to be an iterable of batches, but got"),
+        ({"example_inputs": 3}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
+        ({"evaluate": lambda _: None}, TypeError, "`evaluate` to return the score, a number, but it returned"),
+        ({"evaluate": lambda _: float("nan")}, ValueError, "`evaluate` to return a finite score .* but got nan"),
         ({"target_depth": 0}, ValueError, "`target_depth` to be at least 1, but got 0"),
         ({"max_rejections": 0}, ValueError, "`max_rejections` to be at least 1, but got 0"),
         ({"batches": []}, ValueError, "`batches` to yield at least one batch"),
@@ -235,3 +240,101 @@ def test_a_slope_that_is_given_to_a_function_is_left_alone():
 
     result = compress(Sloped().eval(), BATCHES, **OPTIONS)
     assert list(result.report.reasons.values()) == ["it is called with a slope that something else holds"]
+
+
+def test_a_model_of_several_inputs_and_outputs():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.a, self.b = Mlp(), nn.Linear(8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor, scale: Tensor, shift: float = 0.0) -> dict[str, Tensor]:
+            x = self.mlp(x).tanh()
+            return {"a": self.a(x) * scale, "b": self.b(x) + shift}
+
+    torch.manual_seed(0)
+    batches = [(batch, torch.rand(64, 1), torch.zeros(64)) for batch in BATCHES]
+    result = compress(Two().eval(), batches, **OPTIONS)
+    (trial,) = (trial for trial in result.report.trials if trial.kept)
+    assert trial.sites == ("mlp.1",)
+
+
+def test_batches_that_a_forward_writes_into_stay_as_they_are():
+    class Normalizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.sub_(0.5).mul_(3.0))
+
+    torch.manual_seed(0)
+    batches = [batch.clone() for batch in BATCHES]
+    written = compress(Normalizing().eval(), batches, **OPTIONS)
+    assert all(torch.equal(batch, before) for batch, before in zip(batches, BATCHES, strict=True))
+    (trial,) = written.report.trials
+    torch.manual_seed(0)
+    (expected,) = compress(Mlp().eval(), [(batch - 0.5) * 3.0 for batch in BATCHES], **OPTIONS).report.trials
+    assert trial.explained == pytest.approx(expected.explained, abs=1e-6)
+
+
+def test_what_evaluation_leaves_behind_is_undone():
+    """It leaves models in training mode and in another dtype's place; what is timed and fitted is in eval mode."""
+
+    class Normed(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 8))
+
+    modes = []
+
+    class Seen(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            modes.append(self.training)
+            return super().forward(x)
+
+    def evaluate(model: nn.Module) -> float:
+        model.train()
+        return 1.0
+
+    torch.manual_seed(0)
+    model = Seen().eval()
+    result = compress(model, BATCHES, evaluate=evaluate, example_inputs=BATCHES[0][:1], **OPTIONS)
+    assert modes
+    assert not any(modes)
+    assert not result.fitted.training
+    assert result.report.ended == "nothing is left to try"
+
+
+def test_a_fall_of_just_the_tolerance_is_kept():
+    scores = iter([0.9, 0.89, 0.89])
+    result = compress(mlps(1), BATCHES, evaluate=lambda _: next(scores), tolerance=0.01, **OPTIONS)
+    assert all(trial.score == 0.89 for trial in result.report.trials)
+    assert any(trial.kept for trial in result.report.trials)
+
+
+def test_a_target_that_is_not_reached_is_said():
+    with pytest.warns(UserWarning, match="nothing is left to try, and the target is not reached"):
+        result = compress(mlps(1), BATCHES, target_speedup=1e6, **OPTIONS)
+    assert "the target is not reached" in str(result.report)
+    scores = iter([0.0, *[-1.0] * 9])
+    with pytest.warns(UserWarning, match="2 in a row were taken back, and the target is not reached"):
+        compress(mlps(5), BATCHES, evaluate=lambda _: next(scores), target_depth=1, max_rejections=2, **OPTIONS)
+
+
+def test_an_operator_that_a_forward_can_not_live_with_does_not_end_its_chain():
+    class ReadsFirst(nn.Module):
+        """Asks the first operator for what only a convolution has."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act = nn.Conv2d(4, 32, 3, padding=1), nn.ReLU()
+            self.second = nn.Conv2d(32, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.act(self.first(x))) / len(self.first.kernel_size)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 4, 8, 8) for _ in range(3)]
+    trials = compress(ReadsFirst().eval(), batches, target_depth=1, **OPTIONS).report.trials
+    assert trials
+    assert {trial.kind for trial in trials} <= {"convolution", "pointwise"}

@@ -111,6 +111,38 @@ def test_exact_merges_are_priced_as_a_collapse_makes_them():
     )
 
 
+def test_what_merges_nothing_saves_no_time():
+    """Two 3×3 would become a 5×5 with more work: the rectifier's own time is no saving."""
+    torch.manual_seed(0)
+    pair = [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)]
+    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)]
+    model = nn.Sequential(*pair, *head).eval()
+    batches = [torch.randn(8, 64, 16, 16)]
+    found = ranked(model, batches, gain="latency", candidates="mergeable")
+    assert list(found.ranks) == ["6"]
+
+
+def test_a_price_leaves_the_generators_of_a_run_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    batches = [torch.randn(64, 8)]
+    before = torch.get_rng_state()
+    for options in ({"gain": "latency"}, {"gain": "macs", "collapse": "fit"}):
+        assert ranked(model, batches, **options).ranks
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_why_nothing_is_fitted_is_told():
+    model = Body().eval()
+    chains = ChainProbe(model, list(isolate_activations(model)), 1)
+    chains.attach()
+    with torch.no_grad():
+        model(torch.randn(32, 12, 8, 8))
+    chains.detach()
+    Ranking(collapse="fit").rank(model, dict.fromkeys(chains.chains, 0.5), {}, chains, None, Gains("macs", True))
+    assert "no operator that can move into the first of its chain saves anything" in chains.reasons.values()
+
+
 def test_chains_that_share_an_operator_do_not_go_together():
     torch.manual_seed(0)
     model = nn.Sequential(

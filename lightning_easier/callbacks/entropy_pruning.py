@@ -117,9 +117,10 @@ class EntropyPruningCallback(Callback):
         collapse: ``"exact"``: an activation becomes linear, and :func:`~lightning_easier.collapse` merges its
             neighbours after the run. ``"fit"``: where it lies between two operators, one cheaper operator fitted to
             what the chain computes takes their place at once. It moves into the first of them, whose parameters stay
-            the same objects; what is behind becomes identities, and a batch norm behind the chain stays and is
-            adjusted.
-            Chains are measured in the last validation of a round; other activations get the ``stand_in``.
+            the same objects; what is behind becomes identities, and a batch norm behind the chain stays and, where it
+            has a scale and an offset, is adjusted. Chains are of one activation (those of several, as in bottlenecks
+            and inverted residuals, are :func:`~lightning_easier.compress`'s), and are measured in the last validation
+            of a round; other activations get the ``stand_in``.
         criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
             variance that the best linear operator does not explain: with ``collapse="fit"`` that of the chain, else
             that of the activation, by the affine for each channel.
@@ -130,6 +131,7 @@ class EntropyPruningCallback(Callback):
         target_speedup: The run is over when the collapsed network is measured to be so many times faster than the dense
             one as it is written, on a batch of the validation; the tolerance guards it still.
         target_depth: The run is over when the collapsed network has no more operators than so many behind each other.
+            Both are asked for once in each round, in the validation that it is judged on.
         distill: Whether the rounds with removals are trained on the logits of the dense network, too. Its weights are
             those at the end of the dense round, whose checkpoint is read. The network is the outermost module that
             holds all activations and that ``training_step`` calls, with gradients; it returns logits
@@ -395,6 +397,8 @@ class EntropyPruningCallback(Callback):
             live = {name: sites[name] for name in chosen if name in sites}
             wiring.check(trainer, live, self.measure_on, self.dirpath)
             wiring.check_strategy_lets_parameters_change(trainer, self.ranking.collapse, self.trainable)
+            if self._targets.are_given or not self.ranking.is_free:
+                wiring.check_network_can_be_priced(trainer, self._targets.are_given)
         self._candidates = chosen
         if self._active:
             self._measurement.look(pl_module)
@@ -423,7 +427,7 @@ class EntropyPruningCallback(Callback):
             if not self.ranking.is_free and self._may_decide(trainer):
                 batches = wiring.validation_batches(trainer) * trainer.world_size
                 self._measurement.follow_chains(pl_module, self._candidates or (), batches)
-        if self._targets.are_given and trainer.state.fn == TrainerFn.FITTING and self._may_decide(trainer):
+        if self._asks_for_targets(trainer):
             self._measurement.follow_network(pl_module, self._sites(pl_module))
 
     def _sites(self, pl_module: LightningModule) -> list[str]:
@@ -447,7 +451,14 @@ class EntropyPruningCallback(Callback):
         if self._measurement.is_counting:
             self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
+        if self._asks_for_targets(trainer):
+            self._state.reached = self._targets.are_reached(trainer, self._measurement.network, self.removed)
         self._log_progress(trainer, pl_module)
+
+    def _asks_for_targets(self, trainer: Trainer) -> bool:
+        """Tell whether this validation is the one that finds out whether the structure as it is has reached them."""
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        return is_fitting and self._targets.are_given and self._state.reached is None and self._may_decide(trainer)
 
     def _finish_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of entropies and affines, and of the order if a decision may follow."""
@@ -459,9 +470,6 @@ class EntropyPruningCallback(Callback):
         self._ranked = ranked or Ranked()
         if trainer.state.fn == TrainerFn.FITTING:
             state.entropies, state.affines, state.ranked = self._measured, self._measurement.affines, ranked
-            state.reached = self._targets.are_given and self._targets.are_reached(
-                trainer, self._measurement.network, self.removed
-            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""
@@ -716,7 +724,7 @@ class EntropyPruningCallback(Callback):
         """Decide what happens at the start of the next epoch; some activations were not called in training."""
         state = self._state
         this = state.rounds[-1]
-        is_there = bool(this.accepted) and state.reached
+        is_there = bool(this.accepted and state.reached)
         choice = self._choose(trainer, not_called) if self.policy.settle(state) and not is_there else None
         state.finished = choice is None and not (this.accepted and state.ranked is None)
         if choice is not None or not this.accepted:

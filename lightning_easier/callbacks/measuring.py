@@ -103,6 +103,7 @@ class Measurement:
 
     def follow_network(self, pl_module: LightningModule, sites: Iterable[str]) -> None:
         """Note which module is called, and with what."""
+        self._forget_network()
         self._first_call = FirstCall(pl_module, sites)
 
     @property
@@ -144,7 +145,8 @@ class Measurement:
             with evaluation_mode(pl_module):
                 ranked = self._ranking.rank(pl_module, chosen, self.affines, chains, shapes, self._gains)
             if chains is not None and not ranked.fits:
-                rank_zero_warn(f"No operator can take the place of a chain: {chains.reasons}")
+                reasons = {name: reason for name, reason in chains.reasons.items() if name in chosen}
+                rank_zero_warn(f"No operator can take the place of a chain: {reasons}")
         return trainer.strategy.broadcast(ranked)
 
     def pause(self, paused: bool) -> None:

@@ -144,6 +144,7 @@ class Ranking:
             if name not in entropies or gains is None or shape is None:
                 continue
             ways = []
+            chains.reasons[name] = "no operator that can move into the first of its chain saves anything"
             for choice in chains.price(name, fitted, shape, gains.prices):
                 moved = chains.chain_fit(name, choice.fit)
                 if moved is not None and choice.saving > 0:
@@ -151,6 +152,7 @@ class Ranking:
             best = self._best(ways)
             if best is not None:
                 options[name] = best
+                del chains.reasons[name]
         return options
 
     def _cost(self, entropy: float, fit: Fit) -> float:

@@ -64,7 +64,7 @@ class PruningState:
         entropies: Those of the structure as it is, in bits; None while it was not measured.
         affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
         ranked: The order in which activations would become linear; None while it was not measured.
-        reached: Whether the structure as it is has reached the targets of the run.
+        reached: Whether the structure as it is has reached the targets of the run; None while that was not asked.
         score: The monitored score of the structure as it is; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
@@ -96,7 +96,7 @@ class PruningState:
     entropies: dict[str, float] | None = None
     affines: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranked: Ranked | None = None
-    reached: bool = False
+    reached: bool | None = None
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
@@ -142,9 +142,9 @@ class PruningState:
         """Forget what was known of the last structure."""
         self.rounds.append(this)
         self.epochs = 0
-        self.entropies = self.ranked = self.score = None
+        self.entropies = self.ranked = self.score = self.reached = None
         self.affines = {}
-        self.reached = self.validated = self.validated_this_epoch = False
+        self.validated = self.validated_this_epoch = False
 
     def forget_fits(self) -> None:
         """Forget the fitted operators that were not chosen: they may be as large as the model."""

@@ -62,8 +62,8 @@ class Targets:
                 told = is_reached(
                     copied(network), inputs, removed, self.speedup, self.depth, self.objective, self._table
                 )
-            except CollapseError as error:
-                told = str(error)
+            except Exception as error:  # whatever it is: the other processes wait for an answer
+                told = f"{type(error).__name__}: {error}" if not isinstance(error, CollapseError) else str(error)
         told = trainer.strategy.broadcast(told)
         if isinstance(told, str):
             raise MisconfigurationException(

@@ -289,6 +289,30 @@ def check_strategy_lets_parameters_change(trainer: Trainer, collapse: str, train
         )
 
 
+def check_network_can_be_priced(trainer: Trainer, with_targets: bool) -> None:
+    """Refuse to price a network that is sharded, or that no validation runs.
+
+    Args:
+        trainer: The Trainer.
+        with_targets: Whether the run has a target.
+
+    Raises:
+        MisconfigurationException: With the reason and the remedy.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"EntropyPruningCallback can't tell what merges, or price it, under {type(trainer.strategy).__name__}, "
+            f"which shards the operators. Pass candidates='all', gain=None, target_speedup=None and target_depth=None, "
+            f"or use DDP."
+        )
+    if with_targets and not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"EntropyPruningCallback prices the network on validation batches, but the run has none (limit_val_batches="
+            f"{trainer.limit_val_batches}). Add a validation loader and step, or pass target_speedup=None and "
+            f"target_depth=None."
+        )
+
+
 def check_optimizers_let_parameters_change(
     trainer: Trainer, pl_module: LightningModule, names: Sequence[str], with_others: bool
 ) -> None:

@@ -21,7 +21,6 @@ from lightning_easier.collapse.steps import Steps
 from lightning_easier.collapse.verification import (
     check_comparable,
     check_repeatable,
-    copies,
     verify_in_float64,
     verify_rounded,
 )
@@ -33,7 +32,7 @@ from lightning_easier.costs import (
     measure_activation_memory,
     measure_latency,
 )
-from lightning_easier.inference import as_arguments, forward, model_inputs
+from lightning_easier.inference import as_arguments, copies, forward, model_inputs
 from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
 from lightning_easier.substitution import Absorbed
 

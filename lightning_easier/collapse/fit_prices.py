@@ -13,6 +13,7 @@ from lightning_easier.collapse.fittable import CannotFitError, FitChain
 from lightning_easier.collapse.least_squares import Fit
 from lightning_easier.collapse.prices import LatencyTable, Objective
 from lightning_easier.costs import count_macs
+from lightning_easier.inference import random_like
 
 
 class ChainPrices:
@@ -35,7 +36,7 @@ class ChainPrices:
             shape: Of the input.
             like: A tensor of the dtype, on the device.
         """
-        value = torch.randn(shape, dtype=like.dtype, device=like.device)
+        value = random_like(like, shape)
         modules = {name: deepcopy(module).to(value).eval() for name, module in modules.items()}
         if self.objective == "depth":
             return {name: float(_depth(module)) for name, module in modules.items()}

@@ -17,7 +17,7 @@ from lightning_easier.activations import replace_activation
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose, priced
 from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
 from lightning_easier.collapse.least_squares import Moments, fits
-from lightning_easier.inference import evaluation_mode
+from lightning_easier.inference import copies, evaluation_mode
 from lightning_easier.substitution import Absorbed
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
@@ -110,7 +110,7 @@ def _run_up_to(
         stack.callback(last.register_forward_hook(end).remove)
         for arguments in batches:
             try:
-                model(*arguments)
+                model(*copies(arguments))
             except _EndOfChainError:
                 continue
             raise CannotFitError("the model's forward does not call it")
@@ -141,7 +141,7 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
     put(model, new)
     try:
         with torch.no_grad():
-            model(*arguments)
+            model(*copies(arguments))
     except Exception as error:  # whatever the user's forward raises
         put(model, old)
         raise CannotFitError(f"the model does not run with an operator in its place: {error}") from error

@@ -13,7 +13,7 @@ from lightning_easier.collapse.chains import describe_node
 from lightning_easier.collapse.errors import CollapseError
 from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.collapse.writing import EQUALS
-from lightning_easier.inference import TOLERANCES, describe, relative_difference, tensors_in, tolerance_for
+from lightning_easier.inference import TOLERANCES, copies, describe, relative_difference, tensors_in, tolerance_for
 
 # How many times the error of the source's own rounding a result may differ from it
 _ROUNDING_MARGIN = 10
@@ -130,11 +130,6 @@ def verify_rounded(
     if not difference <= tolerance or dtypes[0] != dtypes[1]:
         raise CollapseError(_message(name, difference, tolerance, None))
     return difference
-
-
-def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copy arguments for a forward that may write into them."""
-    return tuple(argument.clone() for argument in arguments)
 
 
 def in_float64(

@@ -144,6 +144,10 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted.setdefault("pruning", {}).update(stand_in="affine", trainable="trained" in name)
     if "fitted" in name:
         wanted.setdefault("pruning", {}).update(collapse="fit", criterion="linearity", on_reject="next")
+    if "priced" in name:
+        wanted.setdefault("pruning", {}).update(gain="macs", candidates="mergeable", target_depth=2)
+    if "mergeable" in name:
+        wanted.setdefault("pruning", {}).update(candidates="mergeable")
     if "distilled" in name:
         wanted.setdefault("pruning", {}).update(distill=True)
     if "uneven" in name:

@@ -216,6 +216,29 @@ def test_a_run_is_over_when_its_target_is_reached(tmp_path):
     assert len(never.removed) == 3
 
 
+@pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"min_epochs": 9}])
+def test_targets_in_rounds_of_several_epochs(tmp_path, options):
+    long = {"gain": "macs", "warmup_epochs": 1, "epochs_per_round": 2, "target_depth": 6}
+    callback, model = pruning(**FITTED | long), Residual()
+    train(model, callback, root=tmp_path, epochs=11, **options)
+    assert len(callback.removed) == 2
+    assert all(this.accepted for this in callback.rounds)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_hooks_of_several_validations_are_gone_where_training_is_measured(tmp_path):
+    options = {"measure_on": "training", "target_depth": 5, "gain": "macs"}
+    model, callback, _ = run(tmp_path, pruning=options, epochs=4, val_check_interval=1)
+    assert len(callback.removed) == 1
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_target_without_a_validation_is_refused(tmp_path):
+    options = {"measure_on": "training", "target_depth": 5, "monitor": "train_loss", "mode": "min"}
+    with pytest.raises(MisconfigurationException, match="prices the network on validation batches, but the run has no"):
+        run(tmp_path, pruning=options, limit_val_batches=0)
+
+
 def test_a_target_does_not_excuse_a_fall_beyond_the_tolerance(tmp_path):
     callback = pruning(**FITTED | {"target_depth": 7, "monitor": "scripted", "tolerance": 0.1})
     model = Residual(scores=(0.9, 0.5))

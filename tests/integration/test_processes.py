@@ -24,14 +24,23 @@ UNDER_DDP = [
     "affine, trained", "affine, trained, resumed mid-epoch", "affine, trained, slope taken back",
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
-    "not shared", "sometimes called", "logged on rank 0", "drift",
+    "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
     "borrowed",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
     "sharded, resumed", "sharded, one file, resumed", "sharded, slope", "sharded, affine, trained",
+    "sharded, priced", "sharded, mergeable",
 ]  # fmt: skip
-REFUSED = {"not shared", "drift", "borrowed", "sharded, slope", "sharded, affine, trained"}
+REFUSED = {
+    "not shared",
+    "drift",
+    "borrowed",
+    "sharded, slope",
+    "sharded, affine, trained",
+    "sharded, priced",
+    "sharded, mergeable",
+}
 
 
 def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
@@ -82,6 +91,8 @@ def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_tor
         assert "not every process can read" in result["error"]
     for result in under_torchrun["sharded, affine, trained"]:
         assert "can't train affines under ModelParallelStrategy" in result["error"]
+    for result in under_torchrun["sharded, priced"] + under_torchrun["sharded, mergeable"]:
+        assert "can't tell what merges, or price it, under ModelParallelStrategy" in result["error"]
     for result in under_torchrun["sharded, slope"]:
         assert "can't remove ['layers.3'] under ModelParallelStrategy" in result["error"]
 
