@@ -36,7 +36,7 @@ class AffineFit(NamedTuple):
 
     def to_plain(self) -> dict[str, Any]:
         """Return tensors and numbers by name: what a checkpoint may hold."""
-        return self._asdict()
+        return self._replace(scale=self.scale.cpu(), offset=self.offset.cpu())._asdict()
 
 
 class AffineStatistics(Metric):

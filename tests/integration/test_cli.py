@@ -80,9 +80,14 @@ def test_the_saved_config_loads_again(run, tmp_path):
 def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_path):
     recipe = yaml.safe_load((CONFIGS / "recipe" / "fitted.yaml").read_text())
     pruning = recipe["callbacks"][0]["init_args"]
-    pruning.update(warmup_epochs=0, epochs_per_round=1, tolerance=1.0, target_speedup=None)
+    pruning.update(warmup_epochs=1, epochs_per_round=2, tolerance=1.0, target_speedup=1e6)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    short = [*SHORT, "--trainer.limit_val_batches=2", f"--trainer.default_root_dir={tmp_path}"]
+    short = [
+        *SHORT,
+        "--trainer.max_epochs=7",
+        "--trainer.limit_val_batches=2",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
     main(["fit", f"--config={CONFIGS / 'digits.yaml'}", f"--trainer={tmp_path / 'recipe.yaml'}", *short])
     folder = tmp_path / "lightning_logs" / "version_0"
     (block, _) = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyProbe, collapse, measure_entropy
+from lightning_easier import EntropyProbe, collapse, compress, measure_entropy, measure_fits
 from lightning_easier.activations import isolated_sites
 from lightning_easier.linearize import stand_ins
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.processes import SLOPE
 from tests.integration.test_recipes import Slope
 from tests.integration.tiny import assert_equal_states
+from tests.test_collapse_fit import Mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = {"accelerator": "gpu", "devices": 1}
+DEVICE = "cuda"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
@@ -25,6 +28,48 @@ def test_pruning_on_a_gpu(tmp_path, precision):
     assert [this.accepted for this in callback.rounds] == [True, False, True, True]
     assert callback.rounds[1].removed == [SLOPE]
     assert sorted(stand_ins(model)) == sorted(callback.removed)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {"stand_in": "affine", "trainable": True},
+        {"collapse": "fit", "criterion": "linearity"},
+        {"collapse": "fit", "criterion": "linearity", "gain": "latency", "candidates": "mergeable", "target_depth": 1},
+        {"distill": True},
+    ],
+)
+def test_every_way_to_remove_on_a_gpu(tmp_path, pruning):
+    model, callback, trainer = run(tmp_path, pruning={"on_reject": "next"} | pruning, **GPU)
+    assert all(this.accepted for this in callback.rounds)
+    assert callback.removed
+    device = trainer.strategy.root_device
+    assert {tensor.device for tensor in model.state_dict().values() if tensor.dtype != torch.uint8} <= {
+        device,
+        torch.device("cpu"),  # where Lightning leaves a model
+    }
+    saved = torch.load(callback.last_good, weights_only=True)  # as it was saved
+    (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    assert {tensor.device.type for tensor in tensors} <= {"cpu"}
+
+
+def test_fits_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    model, batches = Mlp().eval(), [torch.randn(256, 8) for _ in range(4)]
+    expected = measure_fits(model, batches)
+    found = measure_fits(model.to(DEVICE), batches)
+    assert {name: fit.explained for name, fit in found.items()} == pytest.approx(
+        {name: fit.explained for name, fit in expected.items()}, abs=1e-3
+    )
+
+
+def test_compression_on_a_gpu():
+    torch.manual_seed(0)
+    model, batches = Mlp().eval().to(DEVICE), [torch.randn(256, 8) for _ in range(4)]
+    result = compress(model, batches, evaluate=lambda compressed: float(compressed.cpu()(batches[0]).shape[0]))
+    assert {parameter.device.type for parameter in result.model.parameters()} == {DEVICE}
+    assert any(trial.kept for trial in result.report.trials)
 
 
 def test_entropies_are_those_of_the_cpu(tmp_path):
