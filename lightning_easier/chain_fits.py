@@ -25,6 +25,7 @@ from lightning_easier.collapse.least_squares import Fit, Moments, fits
 from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import device_of, evaluation_mode, forward, model_input
 from lightning_easier.linearize import stand_ins
+from lightning_easier.rectifiers import GATES, activation_kind
 from lightning_easier.stand_in import StandIn
 from lightning_easier.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
 
@@ -49,46 +50,50 @@ class ChainProbe:
         sites: Names of the activations.
         batches: How many batches there will be on this process and the others together, which bounds how many positions
             of each are used.
+        most: How many activations in a row a chain may have. Of those with several, as in the bodies of bottlenecks and
+            inverted residuals, only what a smaller operator could take the place of is looked at.
 
     Attributes:
-        chains: Site -> its chain.
-        reasons: Site -> why it has none.
+        chains: The chains.
+        reasons: Site -> why it is in none.
         paused: Whether what runs now is left out.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[str], batches: int) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[str], batches: int, most: int = 1) -> None:
         with evaluation_mode(model):
             found = Chains(model, sites)
-            self.chains: dict[str, FitChain] = {chain.sites[0]: chain for chain in found.in_windows(1)}
+            self.chains = [chain for chain in found.in_windows(most) if _may_pay(model, chain)]
         self.reasons = found.reasons
         self._leave_out(model)
         self.paused = False
         self._model = model
         self._batches = max(batches, 1)
-        self._seen: dict[str, _Seen] = {}
+        self._seen: list[_Seen] = []  # of each chain
         self._handles: list[RemovableHandle] = []
-        for site, chain in self.chains.items():
+        for chain in self.chains:
             last: Any = model.get_submodule(chain.operators[-1])
             outputs = last.out_channels if chain.geometry.kernel else last.out_features
-            self._seen[site] = _Seen(Moments.of(chain.geometry, outputs, last.weight.device))
+            self._seen.append(_Seen(Moments.of(chain.geometry, outputs, last.weight.device)))
 
     def _leave_out(self, model: nn.Module) -> None:
         """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
         moved = {name for stand_in in stand_ins(model).values() if stand_in.shift is not None
                  for name in (stand_in.shift.first, stand_in.shift.second)}  # fmt: skip
         taken = 0
-        for site, chain in sorted(self.chains.items(), key=lambda item: item[1].geometry.unknowns):
+        kept = []
+        for chain in sorted(self.chains, key=lambda chain: (len(chain.sites), chain.geometry.unknowns)):
             needed = 2 * 8 * chain.geometry.unknowns**2
             if moved & {*chain.operators}:
-                self.reasons[site] = "the padding of its operators was moved, for an exact merge"
+                reason = "the padding of its operators was moved, for an exact merge"
             elif taken + needed > _MOST_BYTES:
-                self.reasons[site] = (
-                    f"its sums would take {needed / 2**30:.1f} GiB more; `compress` takes one at a time"
-                )
+                reason = f"its sums would take {needed / 2**30:.1f} GiB more; `compress` takes one at a time"
             else:
                 taken += needed
+                kept.append(chain)
                 continue
-            del self.chains[site]
+            if len(chain.sites) == 1:
+                self.reasons[chain.sites[0]] = reason
+        self.chains = [chain for chain in self.chains if chain in kept]
 
     def __enter__(self) -> "ChainProbe":
         self.attach()
@@ -101,9 +106,9 @@ class ChainProbe:
         """Register the hooks; a second call does nothing."""
         if self._handles:
             return
-        for site, chain in self.chains.items():
+        for chain, seen in zip(self.chains, self._seen, strict=True):
             first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
-            begin, end = self._hooks(chain, self._seen[site])
+            begin, end = self._hooks(chain, seen)
             self._handles += [
                 first.register_forward_pre_hook(HookOfOneModel(begin), with_kwargs=True),
                 last.register_forward_hook(HookOfOneModel(end)),
@@ -138,28 +143,39 @@ class ChainProbe:
         """Sum up over all processes, each of which has to call this once."""
         if not (is_available() and is_initialized()):
             return
-        for seen in self._seen.values():
+        for seen in self._seen:
             calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
             for tensor in (calls, *_tensors_of(seen.moments)):
                 all_reduce(tensor)
             seen.calls = int(calls)
 
-    def fitted(self) -> Iterator[tuple[str, list[Fit], torch.Size | None]]:
-        """Fit operators to the chains that were called; yields site, what was fitted, and the shape of the input."""
-        for site, seen in tqdm(self._seen.items(), desc="Fitting", leave=False, delay=1, disable=None):
+    def fitted(self) -> Iterator[tuple[FitChain, list[Fit], torch.Size | None]]:
+        """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
+        both = list(zip(self.chains, self._seen, strict=True))
+        for chain, seen in tqdm(both, desc="Fitting", leave=False, delay=1, disable=None):
             reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
             if reason is None:
-                yield site, list(fits(seen.moments)), seen.shape
-            else:
-                self.reasons[site] = reason
+                yield chain, list(fits(seen.moments)), seen.shape
+            elif len(chain.sites) == 1:
+                self.reasons[chain.sites[0]] = reason
 
-    def price(self, site: str, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
+    def price(self, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
         """Tell what each operator would save in the place of a chain."""
-        return priced(self._model, self.chains[site], candidates, shape, prices)
+        return priced(self._model, chain, candidates, shape, prices)
 
-    def chain_fit(self, site: str, fit: Fit) -> ChainFit | None:
+    def chain_fit(self, chain: FitChain, fit: Fit) -> ChainFit | None:
         """Tell how an operator moves into the modules of a chain; None if it is of another kind than the first."""
-        return as_chain_fit(self._model, self.chains[site], fit)
+        return as_chain_fit(self._model, chain, fit)
+
+
+def _may_pay(model: nn.Module, chain: FitChain) -> bool:
+    """Tell whether a chain is worth its sums: around one activation, or with more weights than a 1×1 in its place."""
+    if len(chain.sites) == 1:
+        return True
+    if any(activation_kind(model.get_submodule(site)) in GATES for site in chain.sites):
+        return False  # what a checkpoint names as absorbed has to be found without being told of gates
+    operators: list[Any] = [model.get_submodule(name) for name in chain.operators]
+    return chain.geometry.channels * len(operators[-1].weight) < sum(each.weight.numel() for each in operators)
 
 
 def _tensors_of(moments: Moments) -> Iterator[Tensor]:
@@ -172,18 +188,18 @@ def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None
 
     Args:
         model: The model.
-        chain: The chain around one activation.
+        chain: The chain. The operator takes the place of its first activation; the others become identities.
         fit: The operator.
 
     Returns:
         None if the operator is of another kind than the first of the chain, so that it can't move in.
     """
-    (site,) = chain.sites
+    site, *others = chain.sites
     first: Any = model.get_submodule(chain.operators[0])
     operator: Any = fit.operator
     host: str | None = None
     attributes: dict[str, Any] = {}
-    behind = [*chain.between, *chain.operators[1:]]
+    behind = [*others, *chain.between, *chain.operators[1:]]
     norm: Any = None if chain.norm is None else model.get_submodule(chain.norm)
     if norm is not None and not is_adjustable(norm):
         norm = None
@@ -272,9 +288,9 @@ def measure_fits(
         for batch in taken:
             forward(inner, (model_input(batch).to(device),), "batches")
     best: dict[str, ChainFit] = {}
-    for site, candidates, _ in probe.fitted():
-        possible = [fit for each in candidates if (fit := probe.chain_fit(site, each)) is not None]
-        best[site] = max(possible, key=lambda fit: fit.explained)
+    for chain, candidates, _ in probe.fitted():
+        possible = [fit for each in candidates if (fit := probe.chain_fit(chain, each)) is not None]
+        best[chain.sites[0]] = max(possible, key=lambda fit: fit.explained)
     return best
 
 

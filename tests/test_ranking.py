@@ -6,21 +6,31 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import isolate_activations, measure_affines, measure_entropy, measure_fits
+from lightning_easier import (
+    collapse,
+    isolate_activations,
+    linearize,
+    measure_affines,
+    measure_entropy,
+    measure_fits,
+    restore,
+)
 from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.chain_fits import ChainProbe
 from lightning_easier.costs import count_macs
 from lightning_easier.gains import Gains, ShapeProbe
+from lightning_easier.stand_in import StandIn
+from lightning_easier.substitution import ChainFit, Substitution
 from tests.test_collapse_fit import Bottleneck, randomized
 
 
-def ranked(model: nn.Module, batches: list[torch.Tensor], **options) -> Ranked:
+def ranked(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **options) -> Ranked:
     """Measure as the callback does, and rank."""
     ranking = Ranking(**options)
     sites = list(isolate_activations(model))
     entropies = measure_entropy(model, batches)
     affines = {name: fit.to_plain() for name, fit in measure_affines(model, batches).items()}
-    chains = ChainProbe(model, sites, len(batches)) if ranking.needs_chains else None
+    chains = ChainProbe(model, sites, len(batches), most) if ranking.needs_chains else None
     shapes = ShapeProbe(model, sites) if ranking.needs_shapes else None
     probes = [probe for probe in (chains, shapes) if probe is not None]
     for probe in probes:
@@ -81,6 +91,49 @@ def test_an_operator_that_saves_nothing_is_not_fitted():
     assert weighed.fits["1"]["kind"] == "pointwise"  # explains less, and saves the 3×3
 
 
+def inverted(expansion: int = 6) -> nn.Module:
+    """The bodies of two inverted residuals, as MobileNetV2 has them, with a Tanh between that keeps them apart."""
+    torch.manual_seed(0)
+
+    def body(channels: int) -> list[nn.Module]:
+        wide = channels * expansion
+        return [
+            nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+            nn.Conv2d(wide, wide, 3, 1, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+            nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels),
+        ]  # fmt: skip
+
+    return randomized(nn.Sequential(*body(12), nn.Tanh(), *body(12)))
+
+
+def test_the_body_of_an_inverted_residual_goes_as_one():
+    model = inverted()
+    for options in ({}, {"criterion": "linearity"}, {"criterion": "linearity", "gain": "macs"}):
+        result = ranked(model, MAPS, most=2, collapse="fit", **options)
+        for first, second in (("2", "5"), ("11", "14")):
+            fit = ChainFit.from_plain(result.fits[first])
+            assert second in Substitution(fit.form, fit.tensors).names(first)
+    result = ranked(model, MAPS, most=2, collapse="fit")
+    fits = {name: ChainFit.from_plain(plain) for name, plain in result.fits.items()}
+    with torch.no_grad():
+        before = model(MAPS[0])
+        linearize(model, ["2"], stand_in="fitted", statistics=fits)
+        kept = [place for place in range(8) if not isinstance(model[place], nn.Identity | StandIn)]
+        assert kept == [0, 7]  # the operator that has moved in, and the batch norm behind
+        assert model[0].kernel_size == (3, 3)
+        linear = collapse(model[:8], MAPS[0], objective="macs").model
+        torch.testing.assert_close(linear(MAPS[0]), model[:8](MAPS[0]), rtol=1e-4, atol=1e-5)
+        assert len(list(linear.parameters())) == 2
+        restore(model)
+        torch.testing.assert_close(model(MAPS[0]), before)
+
+
+def test_what_goes_with_another_is_not_chosen_beside_it():
+    fits = ranked(inverted(), MAPS, most=2, collapse="fit").fits
+    assert apart(["2", "5", "11", "14"], fits) == ["2", "11"]
+    assert apart(["5", "2"], fits) == ["5"]
+
+
 def test_a_rank_is_the_cost_per_multiply_accumulate_saved():
     model = mlps()
     dense = ranked(model, VECTORS, collapse="fit", criterion="linearity")
@@ -139,7 +192,9 @@ def test_why_nothing_is_fitted_is_told():
     with torch.no_grad():
         model(torch.randn(32, 12, 8, 8))
     chains.detach()
-    Ranking(collapse="fit").rank(model, dict.fromkeys(chains.chains, 0.5), {}, chains, None, Gains("macs", True))
+    Ranking(collapse="fit").rank(
+        model, dict.fromkeys(isolate_activations(model), 0.5), {}, chains, None, Gains("macs", True)
+    )
     assert "no operator that can move into the first of its chain saves anything" in chains.reasons.values()
 
 

@@ -6,7 +6,7 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ from lightning_easier.linearize import stand_ins
 from lightning_easier.rectifiers import as_gates
 from lightning_easier.report import CandidateReport, PruningReport, Round
 from lightning_easier.stand_in import STAND_INS
+from lightning_easier.substitution import ChainFit, Substitution
 
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
@@ -118,9 +119,9 @@ class EntropyPruningCallback(Callback):
             neighbours after the run. ``"fit"``: where it lies between two operators, one cheaper operator fitted to
             what the chain computes takes their place at once. It moves into the first of them, whose parameters stay
             the same objects; what is behind becomes identities, and a batch norm behind the chain stays and, where it
-            has a scale and an offset, is adjusted. Chains are of one activation (those of several, as in bottlenecks
-            and inverted residuals, are :func:`~lightning_easier.compress`'s), and are measured in the last validation
-            of a round; other activations get the ``stand_in``.
+            has a scale and an offset, is adjusted. Two activations in a row, as in the bodies of bottlenecks and
+            inverted residuals, go as one where the first alone saves nothing. Chains are measured in the last
+            validation of a round; other activations get the ``stand_in``.
         criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
             variance that the best linear operator does not explain: with ``collapse="fit"`` that of the chain, else
             that of the activation, by the affine for each channel.
@@ -797,7 +798,7 @@ class EntropyPruningCallback(Callback):
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
-        fitted = {name: f"{fit['kind']}, {fit['explained']:.1%} explained" for name, fit in choice.fits.items()}
+        fitted = {name: _told(name, fit, self._candidates or ()) for name, fit in choice.fits.items()}
         state.begin_round(
             Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, fitted)
         )
@@ -881,3 +882,11 @@ class EntropyPruningCallback(Callback):
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
         self._state = PruningState.from_plain(plain)
         self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit
+
+
+def _told(name: str, plain: Mapping[str, Any], candidates: Container[str]) -> str:
+    """Say in words what takes the place of a chain, and which activations go with it."""
+    fit = ChainFit.from_plain(plain)
+    others = [other for other in Substitution(fit.form, fit.tensors).names(name) if other in candidates]
+    beside = f", together with {' and '.join(f'`{other}`' for other in others)}" if others else ""
+    return f"{fit.kind}{beside}, {fit.explained:.1%} explained"

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.activations import ActivationSite, isolated_sites
 from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.network import FirstCall
-from lightning_easier.callbacks.ranking import Ranked, Ranking
+from lightning_easier.callbacks.ranking import ACTIVATIONS_IN_A_CHAIN, Ranked, Ranking
 from lightning_easier.chain_fits import ChainProbe
 from lightning_easier.gains import Gains, ShapeProbe
 from lightning_easier.hooks import HookOfOneModel
@@ -95,7 +95,7 @@ class Measurement:
         live = {site.name for site in self._live_sites(pl_module)}
         wanted = [name for name in names if name in live]
         if self._ranking.needs_chains:
-            self._chains = ChainProbe(pl_module, wanted, batches)
+            self._chains = ChainProbe(pl_module, wanted, batches, ACTIVATIONS_IN_A_CHAIN)
             self._chains.attach()
         if self._ranking.needs_shapes:
             self._shapes = ShapeProbe(pl_module, wanted)

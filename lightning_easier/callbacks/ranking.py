@@ -21,6 +21,8 @@ from lightning_easier.substitution import ChainFit, Substitution
 
 Criterion = Literal["entropy", "linearity"]
 CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
+# Bodies of bottlenecks and inverted residuals have two.
+ACTIVATIONS_IN_A_CHAIN = 2
 # An operator that explains so much less of the variance than the best one does not stand for the chain.
 _SLACK = 0.02
 
@@ -138,22 +140,36 @@ class Ranking:
         return {each.name for each in report.candidates if each.merges} & set(names)
 
     def _fitted(self, entropies: Mapping[str, float], chains: ChainProbe, gains: Gains | None) -> dict[str, _Option]:
-        """Return the best way to put one operator in the place of each chain, where one saves something."""
-        options = {}
-        for name, fitted, shape in chains.fitted():
-            if name not in entropies or gains is None or shape is None:
+        """Return the best way to put one operator in the place of a chain that begins with each activation.
+
+        What goes with a second activation in a row does so where the first alone saves nothing, or, by linearity, where
+        that costs less for what it saves.
+        """
+        options: dict[str, _Option] = {}
+        for chain, fitted, shape in chains.fitted():  # the shorter ones first
+            name = chain.sites[0]
+            if not {*chain.sites} <= entropies.keys() or gains is None or shape is None:
                 continue
             ways = []
-            chains.reasons[name] = "no operator that can move into the first of its chain saves anything"
-            for choice in chains.price(name, fitted, shape, gains.prices):
-                moved = chains.chain_fit(name, choice.fit)
+            cost = sum(entropies[site] for site in chain.sites)
+            for choice in chains.price(chain, fitted, shape, gains.prices):
+                moved = chains.chain_fit(chain, choice.fit)
                 if moved is not None and choice.saving > 0:
-                    ways.append((choice, _Option(moved, self._cost(entropies[name], choice.fit), choice.saving)))
+                    ways.append((choice, _Option(moved, self._cost(cost, choice.fit), choice.saving)))
             best = self._best(ways)
-            if best is not None:
+            if best is None:
+                reason = "no operator that can move into the first of its chain saves anything"
+                chains.reasons.setdefault(name, reason)
+            elif name not in options or (self._weighs_savings and _rank(best) < _rank(options[name])):
                 options[name] = best
-                del chains.reasons[name]
+        for name in options:
+            chains.reasons.pop(name, None)
         return options
+
+    @property
+    def _weighs_savings(self) -> bool:
+        """Whether options for one activation are compared by their cost for what they save."""
+        return self.criterion == "linearity" and self.gain is not None
 
     def _cost(self, entropy: float, fit: Fit) -> float:
         return entropy if self.criterion == "entropy" else 1.0 - fit.explained
@@ -164,7 +180,7 @@ class Ranking:
         Entropy does not tell how well an operator represents a chain, and without a gain nothing weighs that against
         what it saves: the cheapest is taken of those that represent it nearly as well as the best.
         """
-        if self.criterion == "linearity" and self.gain is not None:
+        if self._weighs_savings:
             return min((option for _, option in ways), key=_rank, default=None)
         good = [option for choice, option in ways if choice.shortfall <= _SLACK]
         return max(good, key=lambda option: option.gain, default=None)
@@ -177,17 +193,17 @@ class Ranking:
 
 
 def apart(names: Iterable[str], fits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Leave out activations whose chain shares an operator with that of an earlier one: it would be another chain."""
+    """Leave out activations that go with an earlier one's chain, or whose chain would then be another."""
     taken: set[str] = set()
     chosen = []
     for name in names:
-        operators: set[str] = set()
+        parts = {name}
         if name in fits:
             fit = ChainFit.from_plain(fits[name])
-            operators = set(Substitution(fit.form, fit.tensors).names(name))
-        if not taken & operators:
+            parts |= {*Substitution(fit.form, fit.tensors).names(name)}
+        if not taken & parts:
             chosen.append(name)
-            taken |= operators
+            taken |= parts
     return chosen
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
 from lightning_easier.linearize import stand_ins
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
-from tests.integration.interrupted import Small, run
-from tests.integration.tiny import pruning, train
+from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.tiny import assert_equal_states, pruning, train
 
 
 class Residual(LightningModule):
@@ -89,6 +89,46 @@ def test_an_operator_fitted_to_the_validation_takes_the_place_of_a_chain(tmp_pat
     assert result.report.after.depth == 8 - 3
     again = load_pruned(Residual(), callback.last_good)
     torch.testing.assert_close(again.model.eval()(x), model.model(x), rtol=0, atol=0)
+
+
+class Inverted(Small):
+    """The body of an inverted residual between two layers, on maps of four positions."""
+
+    def __init__(self, scores: tuple[float, ...] = (0.9,)) -> None:
+        super().__init__(scores)
+        torch.manual_seed(0)
+        body = [
+            nn.Conv2d(4, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6(),
+            nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24), nn.PReLU(24),
+            nn.Conv2d(24, 4, 1, bias=False), nn.BatchNorm2d(4),
+        ]  # fmt: skip
+        stem = [nn.Linear(4, 16), nn.Tanh(), nn.Unflatten(1, (4, 2, 2))]
+        self.layers = nn.Sequential(*stem, *body, nn.Flatten(), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("scores", [(0.9,), (0.9, 0.1)])
+@pytest.mark.parametrize("moment", [("on_train_batch_end", 1, 1), ("on_train_epoch_end", 0, None)])
+def test_the_body_of_an_inverted_residual_goes_as_one_in_a_run(tmp_path, scores, moment):
+    options = {"scores": scores, "pruning": FITTED | {"monitor": "score"}, "epochs": 3}
+    whole = run(tmp_path / "whole", model=Inverted(scores), **options)
+    model, callback, trainer = whole
+    this = callback.rounds[1]
+    assert (this.removed, this.accepted) == (["layers.5"], scores == (0.9,))
+    assert this.fitted["layers.5"].startswith("convolution, together with `layers.8`, ")
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    gone = {f"layers.{place}" for place in (4, 6, 7, 8, 9)}
+    assert names & gone == (set() if this.accepted else gone)
+    if this.accepted:
+        again, x = load_pruned(Inverted(), callback.last_good).eval(), torch.randn(5, 4)
+        saved = load_pruned(Inverted(), callback.last_good).eval()
+        linear = collapse(again, x, objective="macs").model
+        torch.testing.assert_close(linear(x), saved(x), rtol=1e-4, atol=1e-5)
+    saver = At(*moment, lambda trainer: (trainer.save_checkpoint(tmp_path / "saved.ckpt"), stop(trainer)))
+    run(tmp_path, saver, model=Inverted(scores), **options)
+    resumed = run(tmp_path, model=Inverted(scores), ckpt_path=tmp_path / "saved.ckpt", **options)
+    assert_equal_states(outcome(*resumed), outcome(*whole))
 
 
 def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_choice_is_carried_out(tmp_path):
