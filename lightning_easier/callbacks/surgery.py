@@ -116,7 +116,7 @@ def go_back(
     """
     linear = stand_ins(pl_module)
     leaving = [parameter for name in names for parameter in linear[name].parameters()]
-    _check_recipe(trainer, dropped, leaving, path, checkpoint)
+    _check_recipe(trainer, dropped, set(leaving), path, checkpoint)
     drop_parameters(trainer.optimizers, leaving)
     gone = _lost(pl_module, [part for name in names for part in (linear[name].activation, *linear[name].absorbed)])
     restore(pl_module, names)
@@ -144,16 +144,15 @@ def go_back(
 def _check_recipe(
     trainer: Trainer,
     dropped: Sequence[Position],
-    leaving: Sequence[nn.Parameter],
+    leaving: Container[nn.Parameter],
     path: Path,
     checkpoint: Mapping[str, Any],
 ) -> None:
     """Refuse a checkpoint of another recipe: the optimizers would find out when the weights are there already."""
-    staying = [
-        [[p for p in group["params"] if not any(p is other for other in leaving)] for group in optimizer.param_groups]
+    now = [
+        [sum(parameter not in leaving for parameter in group["params"]) for group in optimizer.param_groups]
         for optimizer in trainer.optimizers
     ]
-    now = [[len(group) for group in groups] for groups in staying]
     for _, optimizer, group, *_ in dropped:
         now[optimizer][group] += 1
     if not loads_into_model(trainer):  # else the states come by the names of the parameters
