@@ -82,11 +82,12 @@ def main() -> None:
     ways = [way for way in ways if way[0] in options.ways]
     dense = accuracy(model, test)
     rows = []
+    counts = sorted({min(count, len(inner)) for count in COUNTS})
     for way, make, order, sites in ways:
-        cells = [f"{accuracy(make(sites[:count]), test):.1f}" for count in COUNTS]
+        cells = [f"{accuracy(make(sites[:count]), test):.1f}" for count in counts]
         rows.append((way, order, f"{dense:.1f}", *cells))
     title = f"ResNet-{options.depth}, top-1 [%] on {len(test):,} test images, no training after removals"
-    rich.print(Table(title, ("removed activations become", "in the order of", "0", *map(str, COUNTS)), rows))
+    rich.print(Table(title, ("removed activations become", "in the order of", "0", *map(str, counts)), rows))
 
 
 if __name__ == "__main__":
