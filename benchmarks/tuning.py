@@ -158,7 +158,7 @@ def print_table(
     for method, values in scores.items():
         faster = [speed_up(times["folded"], times[method]) for times in latencies.values()]
         whole = speed_up(latencies[64]["as given"], latencies[64][method])[1]
-        spread = f" ± {max(values) - min(values):.2f}" if len(values) > 1 else ""
+        spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
         macs = count_macs(shipped[method], (test.batch(torch.arange(1)),)) / 1e6
         left = "–" if method == "scratch" else f"{mean(untuned[method]):.2f}"
         rows.append(
