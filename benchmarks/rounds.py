@@ -94,7 +94,7 @@ def main() -> None:
     train, test = (Images(f"{options.root}/{split}") for split in ("train", "test"))
     curves = [("dense", "", kept_dense)]
     curves += [(way, order, WAYS[way](order)) for way in options.ways for order in ("entropy", "linearity")]
-    cells: dict[tuple[str, str], list[list[tuple[float, float]]]] = {(way, order): [] for way, order, _ in curves}
+    cells: dict[tuple[str, str], list[list[float]]] = {(way, order): [] for way, order, _ in curves}
     starts = []
     for seed in range(options.seeds):
         everything = drawn(train, len(train), seed)
@@ -108,16 +108,14 @@ def main() -> None:
             for place in range(options.rounds):
                 gone = remove(model, sites, calibration, options.removed)
                 sites = [site for site in sites if site not in gone]
-                left = accuracy(model, test)
                 subset = drawn(train, options.images, 1000 * (seed + 1) + place)
                 tune(model, train, subset, 1, place, rate=options.rate, teacher=dense if options.distill else None)
-                cells[way, order][-1].append((left, accuracy(model, test)))
-            shown = ", ".join(f"{left:.1f} → {tuned:.1f}" for left, tuned in cells[way, order][-1])
+                cells[way, order][-1].append(accuracy(model, test))
+            shown = ", ".join(f"{score:.1f}" for score in cells[way, order][-1])
             rich.print(f"seed {seed}: {way} {order}: {starts[-1]:.1f}, {shown}")
     rows = []
     for (way, order), runs in cells.items():
-        tuned = [[after for _, after in rounds] for rounds in zip(*runs, strict=True)]
-        rows.append((way, order, *(spread(values) for values in tuned)))
+        rows.append((way, order, *(spread(scores) for scores in zip(*runs, strict=True))))
     title = (
         f"ResNet-{options.depth}, top-1 [%] after {options.images:,} images a round, "
         f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, from {spread(starts)}"
