@@ -1,11 +1,11 @@
 """Plain results that can be shown as a table, Markdown, a dict or JSON."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_easier.costs import Latency
+from lightning_easier.timing import Latency, Speedup, speed_up
 
 
 @dataclass(frozen=True)
@@ -221,11 +221,13 @@ class CollapseReport(Report):
         dropped: Operators that compute the identity in eval mode and are gone.
         refusals: What was not merged, with the reason.
         before: Cost of the model as it was given, in eval mode.
-        after: Cost of the collapsed model.
+        dense: Cost of the dense network that it comes from: all its activations are back, its batch norms folded.
+        after: Cost of the collapsed model. All three were timed in turn.
         relative_difference: Of the collapsed model's output on the example inputs, ``‖y - y₀‖ / ‖y₀‖``.
         relative_difference_float64: The same with both in float64, before the new weights were rounded; None for a
             model that does not run in float64.
         fitted: What fitted operators have taken the place of. The differences are from the model that has them.
+        notes: What else there is to know, of the calibration data for example.
     """
 
     merges: list[Merge]
@@ -233,35 +235,21 @@ class CollapseReport(Report):
     dropped: list[str]
     refusals: list[Refusal]
     before: ModelCost
+    dense: ModelCost
     after: ModelCost
     relative_difference: float
     relative_difference_float64: float | None
     fitted: list[Fitted] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times faster the collapsed model is than the dense network with its batch norms folded."""
+        return speed_up(self.dense.latency, self.after.latency)
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, what was fitted, the merges and the refusals."""
-        b, a = self.before, self.after
-        yield Table(
-            "Collapse",
-            ("", "before", "after", "ratio"),
-            [
-                ("depth", str(b.depth), str(a.depth), _ratio(b.depth, a.depth)),
-                ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
-                ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
-                (
-                    "activation memory",
-                    _bytes(b.activation_memory),
-                    _bytes(a.activation_memory),
-                    _ratio(b.activation_memory, a.activation_memory),
-                ),
-                (
-                    "latency [ms]",
-                    f"{b.latency.median * 1e3:.3f} ± {b.latency.spread * 1e3:.3f}",
-                    f"{a.latency.median * 1e3:.3f} ± {a.latency.spread * 1e3:.3f}",
-                    _ratio(b.latency.median, a.latency.median),
-                ),
-            ],
-        )
+        yield _costs("Collapse", {"as given": self.before, "collapsed": self.after}, self.dense)
         if self.fitted:
             rows = [
                 (" + ".join(f.operators), f.kind, f"{f.explained:.1%}",
@@ -278,6 +266,7 @@ class CollapseReport(Report):
             yield Table(
                 "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
             )
+        yield from _notes(self.notes)
 
 
 @dataclass
@@ -320,33 +309,38 @@ class CompressReport(Report):
         reasons: Activation -> why nothing was tried for it.
         score: Of the model as it was given; None if it was not evaluated.
         before: Cost of the model as it was given, in eval mode.
-        after: Cost of the result.
-        exact: Cost of the model as it was given, collapsed exactly: what is to be had without a fit.
+        dense: The same with its batch norms folded, and its activations back if some were linear.
+        exact: The model as it was given, collapsed exactly: what is to be had without a fit.
+        after: Cost of the result. All four were timed in turn.
+        drift: Share of the variance of the model's outputs on the calibration data that the fits have changed.
         collapse: What the final collapse merged of the fitted model.
         ended: Why nothing more was tried.
+        notes: What else there is to know, of the calibration data for example.
     """
 
     trials: list[Trial]
     reasons: dict[str, str]
     score: float | None
     before: ModelCost
-    after: ModelCost
+    dense: ModelCost
     exact: ModelCost
+    after: ModelCost
+    drift: float
     collapse: CollapseReport
     ended: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times faster the result is than the dense network with its batch norms folded."""
+        return speed_up(self.dense.latency, self.after.latency)
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""
-        costs = [("as given", self.before, self.score), ("collapsed exactly", self.exact, self.score)]
         last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
-        costs.append(("compressed", self.after, last))
-        rows = [
-            (name, str(cost.depth), f"{cost.macs:,}", f"{cost.latency.median * 1e3:.3f}",
-             _ratio(self.before.latency.median, cost.latency.median), _number(score))
-            for name, cost, score in costs
-        ]  # fmt: skip
-        title = f"Compression: {self.ended}" if self.ended else "Compression"
-        yield Table(title, ("", "depth", "MACs", "latency [ms]", "faster", "score"), rows)
+        costs = {"as given": self.before, "collapsed exactly": self.exact, "compressed": self.after}
+        scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score, "compressed": last}
+        yield _costs(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
         if self.trials:
             yield Table(
                 "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),
@@ -356,6 +350,8 @@ class CompressReport(Report):
             )  # fmt: skip
         if self.reasons:
             yield Table("Not tried", ("activation", "reason"), list(self.reasons.items()))
+        drift = f"{self.drift:.2%} of the variance of the outputs has changed on the calibration data"
+        yield from _notes([drift, *self.notes, _MODES])
 
 
 @dataclass(frozen=True)
@@ -454,6 +450,33 @@ class CandidateReport(Report):
         around = f"{shown(this.before, ', ') or '-'} → {shown(this.behind, ', ') or '-'}"
         verdict = "; ".join(part for part in (merges, this.reason and f"not: {this.reason}") if part)
         return (this.name, this.kind, _number(this.entropy), around, verdict)
+
+
+# What a user does next with `CompressResult.fitted`.
+_MODES = "`.fitted`, the model to train on, is in eval mode: call `.fitted.train()` before fine-tuning"
+
+
+def _costs(
+    title: str, costs: Mapping[str, ModelCost], dense: ModelCost, scores: Mapping[str, float | None] | None = None
+) -> Table:
+    """Return what models cost, one a row, beside the dense network that all of them come from."""
+    columns = ["", "depth", "parameters", "MACs", "fewer", "activation memory", "latency [ms]", "faster"]
+    rows = []
+    for name, cost in {"dense, batch norms folded": dense, **costs}.items():
+        row = [
+            name, str(cost.depth), f"{cost.parameters:,}", f"{cost.macs:,}", _ratio(dense.macs, cost.macs),
+            _bytes(cost.activation_memory), f"{cost.latency.median * 1e3:.3f} ± {cost.latency.spread * 1e3:.3f}",
+            "-" if cost is dense else str(speed_up(dense.latency, cost.latency)),
+        ]  # fmt: skip
+        if scores is not None:
+            row.append(_number(scores["dense" if cost is dense else name]))
+        rows.append(row)
+    return Table(title, [*columns, "score"] if scores is not None else columns, rows)
+
+
+def _notes(notes: Sequence[str]) -> Iterator[Table]:
+    if notes:
+        yield Table("Notes", ("",), [(note,) for note in notes])
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -130,9 +130,11 @@ class EntropyPruningCallback(Callback):
         candidates: ``"mergeable"``: leave out activations whose removal merges nothing, and with a ``gain`` those whose
             removal saves nothing.
         target_speedup: The run is over when the collapsed network is measured to be so many times faster than the dense
-            one as it is written, on a batch of the validation; the tolerance guards it still.
+            one with its batch norms folded, in turn, on a batch of the validation; above 1. The tolerance guards it
+            still.
         target_depth: The run is over when the collapsed network has no more operators than so many behind each other.
-            Both are asked for once in each round, in the validation that it is judged on.
+            Both are asked for once in each round, in the validation that it is judged on; a run that ends without says
+            what it has reached.
         distill: Whether the rounds with removals are trained on the logits of the dense network, too. Its weights are
             those at the end of the dense round, whose checkpoint is read. The network is the outermost module that
             holds all activations and that ``training_step`` calls, with gradients; it returns logits
@@ -453,13 +455,14 @@ class EntropyPruningCallback(Callback):
             self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         if self._asks_for_targets(trainer):
-            self._state.reached = self._targets.are_reached(trainer, self._measurement.network, self.removed)
+            self._state.attained = self._targets.attained(trainer, self._measurement.network, self.removed)
+            self._state.asked = True
         self._log_progress(trainer, pl_module)
 
     def _asks_for_targets(self, trainer: Trainer) -> bool:
         """Tell whether this validation is the one that finds out whether the structure as it is has reached them."""
         is_fitting = trainer.state.fn == TrainerFn.FITTING
-        return is_fitting and self._targets.are_given and self._state.reached is None and self._may_decide(trainer)
+        return is_fitting and self._targets.are_given and not self._state.asked and self._may_decide(trainer)
 
     def _finish_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of entropies and affines, and of the order if a decision may follow."""
@@ -725,7 +728,7 @@ class EntropyPruningCallback(Callback):
         """Decide what happens at the start of the next epoch; some activations were not called in training."""
         state = self._state
         this = state.rounds[-1]
-        is_there = bool(this.accepted and state.reached)
+        is_there = bool(this.accepted and state.attained is not None and state.attained.is_reached)
         choice = self._choose(trainer, not_called) if self.policy.settle(state) and not is_there else None
         state.finished = choice is None and not (this.accepted and state.ranked is None)
         if choice is not None or not this.accepted:
@@ -733,14 +736,25 @@ class EntropyPruningCallback(Callback):
         if self.dry_run:
             self._list(trainer, pl_module, choice)
         elif state.finished and this.accepted:
-            why = "the target is reached" if is_there else "no more may become so"
+            why = f"the target is reached ({state.attained.words})" if is_there else "no more may become so"  # type: ignore[union-attr]
             rank_zero_info(f"{len(self.removed)} activations are linear and {why}: pruning is over.")
+        if state.finished and not is_there and self._targets.are_given:
+            self._warn_of_a_missed_target()
         if state.finished or self.dry_run:
             trainer.should_stop = True
         if self.policy.on_reject == "stop":  # what was not chosen will not be
             state.forget_fits()
         if this.accepted and not self.dry_run:
             self._keep(trainer)
+
+    def _warn_of_a_missed_target(self) -> None:
+        """Say what was reached instead."""
+        attained = self._state.attained_of_last_good
+        what = attained.words if attained is not None else "no activation became linear"
+        rank_zero_warn(
+            f"Pruning is over, and its target is not reached: {what}. Raise `tolerance`, or let more activations "
+            f"become linear (`include`, `max_removals`, `on_reject='next'`, collapse='fit')."
+        )
 
     def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
         """Choose among what was measured at the end of the last good round; None if nothing is left."""

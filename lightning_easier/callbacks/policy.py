@@ -73,6 +73,7 @@ class Policy:
                 return False
             state.entropies_of_last_good, state.affines_of_last_good = dict(state.entropies), dict(state.affines)
             state.ranked_of_last_good = state.ranked
+            state.attained_of_last_good = state.attained or state.attained_of_last_good
             return True
         state.rejections += 1
         state.rejected += this.removed

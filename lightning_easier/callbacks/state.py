@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_easier.callbacks.optimizers import Place, Position
 from lightning_easier.callbacks.ranking import Ranked
+from lightning_easier.goals import Attained
 from lightning_easier.report import Round
 
 
@@ -64,7 +65,8 @@ class PruningState:
         entropies: Those of the structure as it is, in bits; None while it was not measured.
         affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
         ranked: The order in which activations would become linear; None while it was not measured.
-        reached: Whether the structure as it is has reached the targets of the run; None while that was not asked.
+        asked: Whether it was asked how far the structure as it is comes up to the targets of the run.
+        attained: The answer; None where nothing was removed.
         score: The monitored score of the structure as it is; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
@@ -81,6 +83,7 @@ class PruningState:
         entropies_of_last_good: All entropies that were measured at its end.
         affines_of_last_good: The affines that were.
         ranked_of_last_good: The order at its end.
+        attained_of_last_good: How far it came up to the targets.
         scores_of_last_good: All that was logged by then.
         plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
         rejected: Activations whose removal was taken back.
@@ -96,7 +99,8 @@ class PruningState:
     entropies: dict[str, float] | None = None
     affines: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranked: Ranked | None = None
-    reached: bool | None = None
+    asked: bool = False
+    attained: Attained | None = None
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
@@ -113,6 +117,7 @@ class PruningState:
     entropies_of_last_good: dict[str, float] = field(default_factory=dict)
     affines_of_last_good: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranked_of_last_good: Ranked = field(default_factory=Ranked)
+    attained_of_last_good: Attained | None = None
     scores_of_last_good: dict[str, float] = field(default_factory=dict)
     plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
@@ -133,6 +138,9 @@ class PruningState:
         state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
         state.ranked = None if plain["ranked"] is None else Ranked(**plain["ranked"])
         state.ranked_of_last_good = Ranked(**plain["ranked_of_last_good"])
+        for name in ("attained", "attained_of_last_good"):
+            if plain[name] is not None:
+                setattr(state, name, Attained(**plain[name]))
         if plain["decision"] is not None:
             remove = plain["decision"]["remove"]
             state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
@@ -142,7 +150,8 @@ class PruningState:
         """Forget what was known of the last structure."""
         self.rounds.append(this)
         self.epochs = 0
-        self.entropies = self.ranked = self.score = self.reached = None
+        self.entropies = self.ranked = self.score = self.attained = None
+        self.asked = False
         self.affines = {}
         self.validated = self.validated_this_epoch = False
 

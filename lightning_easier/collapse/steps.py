@@ -1,5 +1,6 @@
 """The rewriting of one captured graph, step by step, and the record of it."""
 
+from collections.abc import Hashable
 from copy import deepcopy
 from typing import Any
 
@@ -13,14 +14,14 @@ from lightning_easier.collapse.nodes import name_of
 from lightning_easier.collapse.operators import fold_batch_norm, in_float64
 from lightning_easier.collapse.planner import Planner
 from lightning_easier.collapse.plans import Plan, original_pieces
-from lightning_easier.collapse.prices import LatencyTable, Objective, Pricer
+from lightning_easier.collapse.prices import Objective, Pricer
 from lightning_easier.collapse.reading import BATCH_NORMS, uses_batch_statistics
 from lightning_easier.collapse.writing import EQUALS, Trial, Writer
-from lightning_easier.costs import is_faster, measure_latency
 from lightning_easier.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.inference import device_of, has_hooks
 from lightning_easier.report import Merge, Refusal
 from lightning_easier.stand_in import StandIn
+from lightning_easier.timing import MARGIN, LatencyTable, Speedup
 from lightning_easier.tracing import input_of
 
 _IDENTITIES = (
@@ -37,6 +38,8 @@ _QUESTIONS = (
     "getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge", "mod", "and_", "or_", "sub",
     "floordiv", "mul", "add", "sym_size",
 )  # fmt: skip
+# How many times faster a chain has to become.
+_FASTER = 1 / (1 - MARGIN)
 
 
 class Steps:
@@ -61,11 +64,16 @@ class Steps:
         self._table = table
         self._writer = Writer(captured)
         self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
-        self._timed: dict[Any, str | None] = {}
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
         self.refusals: list[Refusal] = []
+
+    def simplify(self) -> None:
+        """Drop what computes nothing, and fold batch norms."""
+        self.drop_assertions()
+        self.drop_identities()
+        self.fold_batch_norms()
 
     def drop_assertions(self) -> None:
         """Remove what the model asserts of its values, not of its inputs; what it computes is the same without."""
@@ -187,11 +195,29 @@ class Steps:
         """Whether anything was done that makes the graph another than the model."""
         return bool(self.merges or self.fused or self._stand_ins)
 
-    def round(self) -> None:
-        """Give new operators, which are in float64, the dtype of those they replace."""
+    def round(self, graph: fx.GraphModule | None = None) -> None:
+        """Give new operators, which are in float64, the dtype of those they replace.
+
+        Args:
+            graph: A :meth:`snapshot`; the graph itself by default.
+        """
+        graph = self._captured if graph is None else graph
         for name, dtype in self._writer.made.items():
-            if _has(self._captured, name):
-                self._captured.get_submodule(name).to(dtype)
+            if _has(graph, name):
+                graph.get_submodule(name).to(dtype)
+
+    def snapshot(self) -> fx.GraphModule:
+        """Return a copy of the graph as it is now; new operators are in float64 still."""
+        copied = fx.GraphModule(self._captured, deepcopy(self._graph))
+        for name in self._writer.made:  # the others are never changed
+            copied.set_submodule(name, deepcopy(self._captured.get_submodule(name)))
+        return copied
+
+    def give_up_merges(self) -> None:
+        """Say that nothing is merged, since the whole is slower."""
+        reason = "timed as a whole, the model is slower with this and the other merges than without them"
+        self.refusals += [Refusal(merge.operators, reason) for merge in self.merges]
+        self.merges = []
 
     def give_up(self, model: str) -> None:
         """Say that nothing is done, since the whole is slower.
@@ -228,14 +254,34 @@ class Steps:
             return None
         original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
         meta = chain[0].value.meta["tensor_meta"]
-        key = str(original), str(planned), tuple(meta.shape), meta.dtype
-        if key not in self._timed:
-            value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
-            latency = measure_latency({"original": original, "planned": planned}, (value,))
-            before, after = (latency[name].median * 1e6 for name in ("original", "planned"))
-            reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
-            self._timed[key] = None if is_faster(latency["original"], latency["planned"]) else reason
-        return self._timed[key]
+        key = _written(original), _written(planned), tuple(meta.shape), meta.dtype, str(device)
+        value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
+        return _why_not(self._table.compare(key, original, planned, (value,), _FASTER))
+
+
+def _written(graph: Any) -> Hashable:
+    """Return what a graph does, whatever its nodes are called: equal chains are timed once."""
+    places = {node: place for place, node in enumerate(graph.graph.nodes)}
+    parts = str([*graph.named_children()])
+    return parts, str(
+        [
+            (node.op, str(node.target), fx.map_arg((node.args, node.kwargs), lambda each: places[each]))
+            for node in places
+            if node.op != "placeholder"
+        ]
+    )
+
+
+def _why_not(faster: Speedup) -> str | None:
+    """Say why a plan that is so many times faster is not carried out; None if it is."""
+    if faster.is_above(_FASTER):
+        return None
+    if faster.is_below(_FASTER):
+        return f"does not pay: timed as a whole, the chain becomes {faster} as fast"
+    return (
+        f"the timings disagree on whether it pays: {faster} as fast, from pair to pair; objective='macs' decides by "
+        f"the work alone, alike every time"
+    )
 
 
 def _is_of_inputs(node: fx.Node) -> bool:
