@@ -56,9 +56,8 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
     sites = list(isolate_activations(model))
     inner = [name for name in sites if name.endswith("relu1")]
     if method == "compress":
-        return compress(
-            model, calibration, target_speedup=options.speedup, example_inputs=example, include=inner
-        ).fitted  # fmt: skip
+        target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
+        return compress(model, calibration, example_inputs=example, include=inner, **target).fitted
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)

@@ -123,8 +123,8 @@ def inputs_left_out(model: nn.Module, batch: Any, count: int) -> str | None:
     more = ", ".join(f"`{name}`" for name in untold)
     return (
         f"The forward of {type(model).__name__} is called with {given} alone: the batches hold {len(batch)} elements, "
-        f"and whether the others are {more}, which it would take too, or labels, can't be told. If they are inputs, pass "
-        f"`example_inputs=({', '.join(names[: count + len(untold)])})`, tensors of one batch"
+        f"and whether the others are {more}, which it would take too, or labels, can't be told. If they are inputs, "
+        f"pass `example_inputs=({', '.join(names[: count + len(untold)])})`, tensors of one batch"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Module
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
 from lightning_easier.arguments import check_integer
@@ -87,7 +88,9 @@ class EasierTrainer(Trainer):
         """
         inputs = self._example_inputs(model, datamodule, batch_size)
         if collapsed:
-            shipped = self._collapse(model, inputs, ckpt_path, objective, weights_only).model
+            result = self._collapse(model, inputs, ckpt_path, objective, weights_only)
+            rich.print(result.report)
+            shipped: Module = result.model
         else:
             shipped = self._load(model, ckpt_path, weights_only)
         rich.print(export(shipped, output, inputs))

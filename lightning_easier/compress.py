@@ -40,6 +40,8 @@ _WORTH_A_TRIAL = 0.1
 _SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 256
+# Of the time that a compression may take, what is left after this share is for trying what was found.
+_SEARCH = 0.5
 # What keeps a network usable where nobody says how good it has to be, see docs/collapse.md.
 MAX_DRIFT = 0.1
 
@@ -100,8 +102,8 @@ def compress(
         target_depth: Stop when it has no more operators than this one behind the other.
         max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
             may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
-        max_minutes: Stop after so many minutes with what is there then; no limit by default. A step that has begun and
-            the final collapse are not cut short.
+        max_minutes: Stop after so many minutes with what is there then; no limit by default. Half of them are for the
+            search at most. A step that has begun and the final collapse are not cut short.
         objective: What is to be saved: ``"latency"``, ``"macs"`` or ``"depth"``.
         include: Name globs of the activations that may go; all by default.
         exclude: Name globs of those that may not.
@@ -173,7 +175,8 @@ def compress(
         if rejections == max_rejections:
             ended = f"{rejections} in a row were taken back"
             break
-        if clock.is_over:
+        if clock.has_passed(1.0):
+            ended = f"the {max_minutes:g} minutes of `max_minutes` are over"
             break
         trial = search.take(candidate)
         if trial is None:
@@ -192,8 +195,6 @@ def compress(
                 break
     if look is None:  # whatever was estimated: what is returned is measured
         look = goal.look(search.model, search.saved)
-    if clock.is_over:
-        ended = f"the {max_minutes:g} minutes of `max_minutes` are over"
     if look.attained.is_reached:
         ended = f"the target is reached: {look.attained.words}"
     elif look.is_impossible:
@@ -216,14 +217,15 @@ def compress(
 
 
 class _Clock:
-    """Tells whether the time that a compression may take is over."""
+    """Tells how much of the time that a compression may take has gone."""
 
     def __init__(self, minutes: float | None) -> None:
-        self._end = math.inf if minutes is None else monotonic() + 60 * minutes
+        self._begin = monotonic()
+        self._seconds = math.inf if minutes is None else 60 * minutes
 
-    @property
-    def is_over(self) -> bool:
-        return monotonic() >= self._end
+    def has_passed(self, share: float) -> bool:
+        """Tell whether such a share of the time has gone."""
+        return monotonic() - self._begin >= share * self._seconds
 
 
 class _Judge:
@@ -413,7 +415,7 @@ class _Search:
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
         for chain, advance in in_steps(whole, len(self._batches) + MOST_FITS, "Looking for operators"):
-            if clock.is_over:
+            if clock.has_passed(_SEARCH):
                 for site in chain.sites:
                     chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
                 continue

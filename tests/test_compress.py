@@ -2,14 +2,19 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from lightning_easier import compress, isolate_activations, linearize
+from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
+from lightning_easier.collapse import fitting
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
+
+compress_module = sys.modules["lightning_easier.compress"]  # its name is the function's
 
 
 def mlps(count: int = 3) -> nn.Module:
@@ -346,3 +351,71 @@ def test_an_operator_that_a_forward_can_not_live_with_does_not_end_its_chain():
     trials = compress(ReadsFirst().eval(), batches, target_depth=1, **OPTIONS).report.trials
     assert trials
     assert {trial.kind for trial in trials} <= {"convolution", "pointwise"}
+
+
+def test_without_a_score_drift_bounds_what_goes(monkeypatch):
+    model = mlps(4)
+    free = compress(model, BATCHES, **OPTIONS).report
+    monkeypatch.setattr(compress_module, "MAX_DRIFT", free.drift / 2)
+    bounded = compress(model, BATCHES, objective="macs")
+    assert 0 < bounded.report.drift <= free.drift / 2
+    with torch.no_grad():
+        outputs, dense = torch.cat([bounded.fitted(x) for x in BATCHES]), torch.cat([model(x) for x in BATCHES])
+    changed = float((outputs - dense).square().sum() / (dense - dense.mean(0)).square().sum())
+    assert changed == pytest.approx(bounded.report.drift, rel=1e-3)
+    taken_back = [trial for trial in bounded.report.trials if trial.reason is not None and "max_drift" in trial.reason]
+    assert taken_back
+    assert f"{bounded.report.drift:.2%} of the variance of the outputs has changed" in str(bounded.report)
+
+
+def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(compress_module, "MAX_DRIFT", 1e-9)
+    model = mlps(4)
+    alone = compress(model, BATCHES, evaluate=lambda _: 1.0, objective="macs").report
+    assert alone.drift > 1e-9
+    bound = alone.drift / 2
+    both = compress(model, BATCHES, evaluate=lambda _: 1.0, objective="macs", max_drift=bound).report
+    assert 0 < both.drift <= bound
+    assert any(f"beyond the {bound:.2%} of `max_drift`" in str(trial.reason) for trial in both.trials)
+
+
+def test_it_ends_when_its_minutes_are_over(monkeypatch):
+    """Half of the time is for the search, so that what it finds can still be tried."""
+
+    def at_a_pace(seconds):
+        moments = iter(range(0, 10**6, seconds))
+        monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
+        return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
+
+    report = at_a_pace(20)  # two chains are looked at in the first minute, one is tried in the second
+    assert [trial.kept for trial in report.trials] == [True]
+    assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * 2
+    assert report.ended == "the 2 minutes of `max_minutes` are over"
+    assert at_a_pace(1).ended == "nothing is left to try"
+
+
+def test_what_it_will_take_is_known_from_the_start(monkeypatch):
+    """The bar over the search knows its total before the first chain."""
+    bars = []
+    monkeypatch.setattr(fitting, "tqdm", lambda *_, **options: bars.append(options) or tqdm(disable=True))
+    compress(mlps(3), BATCHES, **OPTIONS)
+    (bar,) = bars
+    assert bar["total"] == 3 * (len(BATCHES) + fitting.MOST_FITS)
+    assert bar.get("delay", 0) == 0
+
+
+def test_a_run_that_fitted_is_compared_with_its_dense_network():
+    """Two MLPs are gone, and nothing is left to merge: what that has saved is told all the same."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 64), nn.ReLU(),
+                          nn.Linear(64, 8)).eval()  # fmt: skip
+    model = copy.deepcopy(dense)
+    fits = measure_fits(model, BATCHES, include=["1", "5"])
+    linearize(model, ["1", "5"], stand_in="fitted", statistics=fits)
+    report = collapse(model, BATCHES[0], objective="macs").report
+    assert report.dense.macs == collapse(dense, BATCHES[0], objective="macs").report.before.macs == 64 * 4 * 8 * 64
+    assert report.after.macs == 64 * 2 * 8 * 8
+    assert report.dense.depth == 4
+    assert report.after.depth == 2
+    assert report.speedup.median > 2
+    assert "16.00×" in str(report)
