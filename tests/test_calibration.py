@@ -128,3 +128,16 @@ def test_labels_are_not_taken_for_inputs():
     assert inputs_left_out(Mlp(), (batches()[0], torch.rand(64, 3)), 1) is None
     assert inputs_left_out(Masked(), batches()[0], 1) is None
     assert inputs_left_out(Masked(), (batches()[0], labels > 3), 1) is not None
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-40])
+def test_inputs_too_small_to_fit_to_are_named(scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)).eval()
+    data = [scale * torch.randn(16, 4, 9, 7) for _ in range(3)]
+    example = torch.randn(2, 4, 9, 7)
+    report = compress(model, data, example_inputs=example, **FREE).report
+    assert report.trials == []
+    assert "its inputs are zero, or so small (below 1e-17)" in report.reasons["1"]
+    small = compress(model, [1e-12 * torch.randn(16, 4, 9, 7) for _ in range(3)], example_inputs=example, **FREE)
+    assert small.report.trials
