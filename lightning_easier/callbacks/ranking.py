@@ -25,6 +25,8 @@ CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
 ACTIVATIONS_IN_A_CHAIN = 2
 # An operator that explains so much less of the variance than the best one does not stand for the chain.
 _SLACK = 0.02
+# So many names are read in one line.
+_LISTED = 8
 
 
 @dataclass
@@ -132,6 +134,55 @@ class Ranking:
                 ranked.fits[name] = option.fit.to_plain()
         return ranked
 
+    def idle(self, model: nn.Module, ranked: Ranked, names: Sequence[str]) -> list[str]:
+        """Return the activations whose removal alone saves nothing, as far as that is known without further timing.
+
+        With a gain or fitted operators that was measured; else it is told from the structure what merges nothing.
+
+        Args:
+            model: The model.
+            ranked: What :meth:`rank` returned for it.
+            names: The activations that may become linear.
+        """
+        if self.gain is None and self.collapse == "exact":
+            mergeable = self._mergeable(model, names)
+            return [name for name in names if name not in mergeable]
+        together = {site for name, fit in ranked.fits.items() for site in _parts(name, fit)}
+        useful = (
+            together if self.gain is None else together | {n for n, rank in ranked.ranks.items() if rank < math.inf}
+        )
+        return [name for name in names if name not in useful]
+
+    def told(self, count: int, idle: Sequence[str], device: str) -> str:
+        """Say how many removals would save something, and which option leaves out the others.
+
+        Args:
+            count: How many activations may become linear.
+            idle: Those of them that :meth:`idle` returned.
+            device: What a latency was measured on.
+        """
+        if self.gain is not None:
+            does = f"save {'time on ' + device if self.gain == 'latency' else 'multiply-accumulates'}"
+        elif self.collapse == "fit":
+            does = "let one fitted operator that saves multiply-accumulates take the place of a chain"
+        else:
+            does = "let a collapse merge something"
+        told = f"Of {count} activations that may become linear, {count - len(idle)} would, each alone, {does}."
+        if idle:
+            listing = ", ".join(f"`{name}`" for name in idle[:_LISTED])
+            if len(idle) > _LISTED:
+                listing += f" and {len(idle) - _LISTED} more"
+            if self.candidates == "mergeable":
+                told += f" Left out: {listing}."
+            else:
+                told += (
+                    f" The others would not, and fewer layers are not less time: {listing}. Pass "
+                    f"candidates='mergeable' to leave them out."
+                )
+        if self.gain is None:
+            told += " No time was measured: pass gain='latency' to go by the time that each removal saves."
+        return told
+
     def _mergeable(self, model: nn.Module, names: Iterable[str]) -> set[str]:
         """Return those of some activations whose removal lets an exact collapse merge something."""
         if self.collapse == "fit":  # what has a chain is ranked already
@@ -199,12 +250,17 @@ def apart(names: Iterable[str], fits: Mapping[str, Mapping[str, Any]]) -> list[s
     for name in names:
         parts = {name}
         if name in fits:
-            fit = ChainFit.from_plain(fits[name])
-            parts |= {*Substitution(fit.form, fit.tensors).names(name)}
+            parts |= _parts(name, fits[name])
         if not taken & parts:
             chosen.append(name)
             taken |= parts
     return chosen
+
+
+def _parts(name: str, plain: Mapping[str, Any]) -> set[str]:
+    """Return an activation and all that goes with its chain."""
+    fit = ChainFit.from_plain(plain)
+    return {name, *Substitution(fit.form, fit.tensors).names(name)}
 
 
 def _rank(option: _Option) -> float:
