@@ -828,9 +828,9 @@ class EntropyPruningCallback(Callback):
         names = [name for name in self._state.entropies or {} if name in (self._candidates or ())]
         if not names:
             return
-        idle = self.ranking.idle(pl_module, ranked, names)
-        tell = rank_zero_info if len(idle) < len(names) else rank_zero_warn
-        tell(self.ranking.told(len(names), idle, str(pl_module.device)))
+        outlook = self.ranking.outlook(pl_module, ranked, names)
+        tell = rank_zero_info if outlook.useful or outlook.unknown else rank_zero_warn
+        tell(self.ranking.told(outlook, str(pl_module.device)))
 
     def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
         """Choose among what was measured at the end of the last good round; None if nothing is left."""
