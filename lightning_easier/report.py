@@ -74,6 +74,9 @@ class Round:
         epoch: The epoch, counted from 0, at whose start the activations became linear.
         shifts: Name -> what padding was moved when it became linear.
         fitted: Name -> the operator that took the place of the chain around it, and how well it represents it.
+        reference: The score that it was judged against; None for the dense round, and where there was no judgement.
+        reference_round: The number of the round whose score that is.
+        reason: Why it was taken back without a judgement; None otherwise.
     """
 
     removed: list[str]
@@ -84,6 +87,9 @@ class Round:
     epoch: int
     shifts: dict[str, str] = field(default_factory=dict)
     fitted: dict[str, str] = field(default_factory=dict)
+    reference: float | None = None
+    reference_round: int | None = None
+    reason: str | None = None
 
 
 @dataclass
@@ -107,22 +113,25 @@ class PruningReport(Report):
         return self._table([number]).to_markdown()
 
     def line(self, number: int, tolerance: float) -> str:
-        """Say in one line what a judged round was, and whether it was kept.
+        """Say in one line what a round was, what it was judged against, and whether it was kept.
 
         Args:
             number: Of the round, from 0.
             tolerance: The fall that was allowed.
         """
-        dense, this = self.rounds[0], self.rounds[number]
+        this = self.rounds[number]
         what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
         what += "".join(f"; {shift}" for shift in this.shifts.values())
         what += "".join(f"; fitted in place of its chain: {fit}" for fit in this.fitted.values())
-        beyond = f"beyond the tolerance {tolerance:g} of the dense {dense.score_after:.4f}"
-        verdict = "kept" if this.accepted else beyond
-        return f"Round {number}: made linear {what}; {self.monitor} {this.score_after:.4f}: {verdict}."
+        score = "no score" if this.score_after is None else f"{self.monitor} {this.score_after:.4f}"
+        if this.reference is not None:
+            score += f" against {_reference(this)}"
+        verdict = "kept" if this.accepted else this.reason or f"beyond the tolerance {tolerance:g}"
+        return f"Round {number}: made linear {what}; {score}: {verdict}."
 
     def _table(self, numbers: Iterable[int]) -> Table:
-        columns = ("round", "removed", "entropy [bit]", f"{self.monitor} before", f"{self.monitor} after", "verdict")
+        scores = f"{self.monitor} before", f"{self.monitor} after", "judged against"
+        columns = ("round", "removed", "entropy [bit]", *scores, "verdict")
         return Table("Pruning by entropy", columns, [self._row(number, self.rounds[number]) for number in numbers])
 
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
@@ -132,7 +141,9 @@ class PruningReport(Report):
             ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
             _number(this.score_before),
             _number(this.score_after),
-            {True: "kept", False: "taken back", None: "not judged"}[this.accepted],
+            _reference(this),
+            {True: "kept", False: "taken back", None: "not judged"}[this.accepted]
+            + (f": {this.reason}" if this.reason else ""),
         )
 
 
@@ -487,6 +498,12 @@ def _removed(name: str, this: Round) -> str:
     notes = [this.fitted[name]] if name in this.fitted else []
     notes += ["padding moved"] if name in this.shifts else []
     return f"{name} ({'; '.join(notes)})" if notes else name
+
+
+def _reference(this: Round) -> str:
+    if this.reference is None:
+        return "-"
+    return f"{this.reference:.4f} ({f'round {this.reference_round}' if this.reference_round else 'dense'})"
 
 
 def _number(value: float | None) -> str:

@@ -62,6 +62,7 @@ class PruningState:
         rounds: The rounds so far, the dense one first.
         epochs: Training epochs finished in the round.
         ended: Training epochs of the whole run whose end was seen.
+        dense_scores: The monitored score of each epoch of the dense round; None where it was not logged.
         entropies: Those of the structure as it is, in bits; None while it was not measured.
         affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
         ranked: The order in which activations would become linear; None while it was not measured.
@@ -71,6 +72,7 @@ class PruningState:
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
         validated_this_epoch: Whether it was in this epoch.
+        scored_this_epoch: Whether a validation of this epoch has logged the score.
         validation_due: Whether the validation that follows the last training batch is still to come.
         validated_at: The training batch before the last validation, counted over all epochs; -1 before the first.
         epoch_end_begun: Whether callbacks were being told that an epoch has ended, at the moment of a save.
@@ -105,6 +107,7 @@ class PruningState:
     score_comes_from_validation: bool = True
     validated: bool = False
     validated_this_epoch: bool = False
+    scored_this_epoch: bool = False
     validation_due: bool = False
     validated_at: int = -1
     epoch_end_begun: bool = False
@@ -125,6 +128,7 @@ class PruningState:
     best: dict[str, BestCheckpoint] = field(default_factory=dict)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
+    dense_scores: list[float | None] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, Any]:
         """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""
@@ -153,7 +157,7 @@ class PruningState:
         self.entropies = self.ranked = self.score = self.attained = None
         self.asked = False
         self.affines = {}
-        self.validated = self.validated_this_epoch = False
+        self.validated = self.validated_this_epoch = self.scored_this_epoch = False
 
     def forget_fits(self) -> None:
         """Forget the fitted operators that were not chosen: they may be as large as the model."""
