@@ -14,7 +14,7 @@ from torch.nn import Module
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
 from lightning_easier.arguments import check_integer
 from lightning_easier.candidates import candidates as list_candidates
-from lightning_easier.checkpoint import load_pruned, read_checkpoint
+from lightning_easier.checkpoint import callback_states, load_pruned, read_checkpoint
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
 from lightning_easier.inference import model_input
@@ -185,8 +185,8 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
         ValueError: If the checkpoint is not from a run with an EntropyPruningCallback.
     """
     checkpoint = read_checkpoint(checkpoint_path, weights_only=weights_only)
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and {"monitor", "rounds"} <= set(state):
+    for state in callback_states(checkpoint):
+        if {"monitor", "rounds"} <= set(state):
             return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
     linear = list(read_marks(checkpoint.get("state_dict", {})))
     raise ValueError(

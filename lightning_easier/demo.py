@@ -18,6 +18,7 @@ from torch import nn
 from lightning_easier import EntropyPruningCallback, collapse, export, isolate_activations, load_pruned
 from lightning_easier.figures import plot_entropies
 from lightning_easier.report import ModelCost, Report, Table
+from lightning_easier.storage import replacing
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
 
 
@@ -87,11 +88,13 @@ def main() -> None:
     ]
     rich.print(table, *lines, sep="\n")
     texts = [*(report.to_markdown() for report in reports.values()), table.to_markdown(), *lines]
-    (options.output / "report.md").write_text("\n\n".join(texts) + "\n")
+    with replacing(options.output / "report.md") as new:
+        new.write_text("\n\n".join(texts) + "\n")
     everything = {name: report.to_dict() for name, report in reports.items()} | {
         "test_accuracy": accuracy,
     }
-    (options.output / "report.json").write_text(json.dumps(everything, indent=2))
+    with replacing(options.output / "report.json") as new:
+        new.write_text(json.dumps(everything, indent=2))
     plot_entropies(folder, options.output / "entropy.png")
 
     print(f"\nDone in {time.monotonic() - start:.0f} s. Files:")

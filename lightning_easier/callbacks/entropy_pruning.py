@@ -56,7 +56,6 @@ from lightning_easier.substitution import ChainFit, Substitution
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
-DENSE_FILE = "round_0.ckpt"
 
 
 class EntropyPruningCallback(Callback):
@@ -282,6 +281,7 @@ class EntropyPruningCallback(Callback):
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
+        self._files = files.RunFiles()
         self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
         self._waiting = 0  # how many rounds there were when it was said that one waits for its score
 
@@ -351,11 +351,13 @@ class EntropyPruningCallback(Callback):
         if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or self._state_of != id(trainer)):
             self._state, self._taken_up = PruningState(), False  # else a Trainer goes on
             self._state_of = id(trainer)
+            self._files.release()
+            self._files = files.RunFiles()
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._discover(trainer, pl_module)
         self._load_handle = restructure_on_load(pl_module)
-        files.restructure_before_loading(trainer, pl_module)
+        self._files.watch_loading(trainer, pl_module)
         if stage == TrainerFn.FITTING:
             optimizers.build_as_the_first(pl_module, self._linear_by_now, lambda: self._state.joined)
 
@@ -388,7 +390,8 @@ class EntropyPruningCallback(Callback):
         self._distillation.stop()
         self._scores.release()
         self._remove_load_hook()
-        files.load_as_ever(trainer)
+        self._files.load_as_ever(trainer)
+        self._files.release()
         optimizers.build_as_ever(pl_module)
         self._stage = self._recipe = None
 
@@ -399,6 +402,8 @@ class EntropyPruningCallback(Callback):
         self._measurement.detach()
         self._distillation.stop()
         self._scores.release()
+        self._files.load_as_ever(trainer)
+        self._files.release()
         self._remove_load_hook()
         optimizers.build_as_ever(pl_module)
 
@@ -546,8 +551,9 @@ class EntropyPruningCallback(Callback):
         removed = len(stand_ins(pl_module))
         best = self._state.best.get(str(removed))
         if score is not None and math.isfinite(score) and (best is None or self.policy.is_better(score, best.score)):
-            self._state.best[str(removed)] = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
-            files.save(trainer, self.best_checkpoints[removed])
+            now = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
+            with self._state.told(best={**self._state.best, str(removed): now}):
+                self._files.save(trainer, self.best_checkpoints[removed])
 
     # The loop
 
@@ -556,23 +562,32 @@ class EntropyPruningCallback(Callback):
         if not self._active:
             return
         state = self._state
+        self._files.load_as_ever(trainer)
         self._dashboard = Dashboard(trainer.loggers, self.monitor)
         self._dashboard.write_layout()
         self._scores.have_early_stopping_wait(trainer)
         if self._taken_up:
             surgery.check_is_linear(pl_module, self._linear_by_now())
+            surgery.check_activations(pl_module, state.activations)
+        else:
+            state.activations = surgery.activations_of(pl_module, self.gates)
         own = {name for this in state.rounds for name in this.removed}
         given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
             rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
-        state.folder = files.folder_of(trainer, self.dirpath, state.folder, is_new=not self._taken_up)
+        state.folder = self._files.claim(
+            trainer, self.dirpath, state.folder, is_new=not self._taken_up, writes=not self.dry_run
+        )
         if self._taken_up:
-            state.best = files.still_best(trainer, state.folder, self.state_key, state.best)
+            state.best = self._files.still_best(trainer, state.folder, self.state_key, state.best)
         # Lightning knows nothing of these after an interruption
         scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
         if state.score is not None and state.score_comes_from_validation:
             scores[self.monitor] = state.score
         self._scores.put(trainer, scores)
+        is_kept = state.last_good == _file_of(len(state.rounds) - 1)
+        if self._taken_up and state.rounds[-1].accepted and not is_kept and not self.dry_run:
+            self._keep(trainer)  # that has failed, and the run was saved on the exception
         if not self._taken_up and len(state.rounds) == 1:
             goes_on = wiring.check_length(trainer, pl_module, self.policy.epochs_of_round(state))
             if not goes_on and not self.dry_run:
@@ -617,13 +632,13 @@ class EntropyPruningCallback(Callback):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count or watch training, from where an interrupted epoch has left it; distil where that is wanted."""
         if self.distill and self.removed:
-            path, dense = self._state.path_of(DENSE_FILE), self._state.rounds[:1]
+            path, dense = self._state.path_of(_file_of(0)), self._state.rounds[:1]
             use = "checkpoint of the dense round", "be distilled from it"
             self._distillation.start(
                 pl_module,
                 self._sites(pl_module),
                 self.removed,
-                lambda: files.find(trainer, path, self.state_key, dense, *use)[1],
+                lambda: self._files.find(trainer, path, self.state_key, dense, *use)[1],
             )
         elif self.distill:
             self._distillation.stop()
@@ -919,16 +934,16 @@ class EntropyPruningCallback(Callback):
         Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
         """
         state = self._state
-        state.last_good, state.scores_of_last_good = f"round_{len(state.rounds) - 1}.ckpt", self._scores.all(trainer)
-        assert self.last_good is not None
-        files.save(trainer, self.last_good)
+        with state.told(last_good=_file_of(len(state.rounds) - 1), scores_of_last_good=self._scores.all(trainer)):
+            assert self.last_good is not None
+            self._files.save(trainer, self.last_good)
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back structure, weights, optimizers and schedulers of the last good round."""
         state = self._state
         kept = state.kept
-        path, checkpoint = files.find(trainer, self.last_good, self.state_key, kept)
-        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint)
+        path, checkpoint = self._files.find(trainer, self.last_good, self.state_key, kept)
+        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint, self._files.load)
         surgery.check_is_linear(pl_module, self.removed)
         put_plateaus(trainer, state.plateaus_of_last_good)
         self._measurement.structure_changed()
@@ -988,6 +1003,11 @@ class EntropyPruningCallback(Callback):
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
         self._state = PruningState.from_plain(plain)
         self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit
+
+
+def _file_of(number: int) -> str:
+    """Return the name of a round's checkpoint."""
+    return f"round_{number}.ckpt"
 
 
 def _told(name: str, plain: Mapping[str, Any], candidates: Container[str]) -> str:

@@ -1,6 +1,7 @@
 """Where a pruning run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from lightning_easier.callbacks.optimizers import Place, Position
 from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.goals import Attained
 from lightning_easier.report import Round
+
+
+def is_plain_name(file: Any) -> bool:
+    """Tell whether something is the name of a file in a folder, on any system, and leads nowhere else."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\:\0")
 
 
 @dataclass
@@ -93,6 +99,7 @@ class PruningState:
         best: Number of linear activations, as a string -> their best checkpoint.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
+        activations: Name -> class of all activations of the module, as it was when the run began.
     """
 
     rounds: list[Round] = field(default_factory=lambda: [Round([], {}, None, None, None, 0)])
@@ -129,6 +136,7 @@ class PruningState:
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
     dense_scores: list[float | None] = field(default_factory=list)
+    activations: dict[str, str] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""
@@ -136,7 +144,30 @@ class PruningState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
-        """Rebuild the state from what :meth:`to_plain` returned."""
+        """Rebuild the state from what :meth:`to_plain` returned.
+
+        Raises:
+            ValueError: If it is something else, or names a file that is not in the folder of the run.
+        """
+        try:
+            state = cls._from_plain(plain)
+            if not isinstance(state.folder, str | None) or not all(number.isdigit() for number in state.best):
+                raise TypeError(f"folder {state.folder!r}, best {list(state.best)}")
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"Expected the checkpoint to hold the record of a pruning run, but it has another form ({error!r}): "
+                f"was it saved by another version of lightning_easier? Take another checkpoint, or start anew."
+            ) from error
+        for file in (state.last_good, *(best.file for best in state.best.values())):
+            if file is not None and not is_plain_name(file):
+                raise ValueError(
+                    f"Expected the record of a pruning run to name files in its own folder, but got {file!r}: "
+                    f"somebody has changed the checkpoint. Take another one."
+                )
+        return state
+
+    @classmethod
+    def _from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
         state = cls(**plain)
         state.rounds = [Round(**this) for this in plain["rounds"]]
         state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
@@ -149,6 +180,21 @@ class PruningState:
             remove = plain["decision"]["remove"]
             state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
         return state
+
+    @contextmanager
+    def told(self, **news: Any) -> Iterator[None]:
+        """Have the state tell of a file while that is written, since the file holds the state, and after if it was.
+
+        Args:
+            **news: Attribute -> value.
+        """
+        before = {name: getattr(self, name) for name in news}
+        vars(self).update(news)
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def begin_round(self, this: Round) -> None:
         """Forget what was known of the last structure."""
