@@ -21,6 +21,7 @@ from lightning_easier.goals import Goal
 from lightning_easier.inference import (
     arguments_wanted,
     as_arguments,
+    check_weights,
     copies,
     describe,
     device_of,
@@ -106,7 +107,8 @@ def compress(
 
     Raises:
         TypeError: If ``model`` is not a Module, or an argument is of another type.
-        ValueError: If an argument has a value out of range, ``batches`` yields none, or the score is not finite.
+        ValueError: If an argument has a value out of range, ``batches`` yields none, ``example_inputs`` hold no sample,
+            they or the model are on the meta device, or the score is not finite.
         CollapseError: As :func:`~lightning_easier.collapse`.
 
     Example:
@@ -132,7 +134,9 @@ def compress(
         raise TypeError(
             f"Expected argument `batches` to be an iterable of batches, but got {describe(batches)}. Pass `[tensor]`."
         )
-    source = deepcopy(unwrap(model)).eval()
+    model = unwrap(model)
+    check_weights(model)
+    source = deepcopy(model).eval()
     sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
     taken = list(batches)
     if not taken:
