@@ -143,15 +143,16 @@ class ModelCost:
     Attributes:
         depth: Longest chain of weight-carrying operators.
         parameters: Numbers in all parameters.
-        macs: Multiply-accumulates of one call.
-        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs.
+        macs: Multiply-accumulates of one call; None for a model that does not run while its operators are counted.
+        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs; None
+            as above.
         latency: Measured time of one call, in seconds.
     """
 
     depth: int
     parameters: int
-    macs: int
-    activation_memory: int
+    macs: int | None
+    activation_memory: int | None
     latency: Latency
 
 
@@ -226,6 +227,9 @@ class CollapseReport(Report):
         relative_difference_float64: The same with both in float64, before the new weights were rounded; None for a
             model that does not run in float64.
         fitted: What fitted operators have taken the place of. The differences are from the model that has them.
+        fixed_arguments: Arguments that were left out of the example, and their defaults: the collapsed model takes no
+            other values.
+        lost_arguments: Those that it does not take at all.
     """
 
     merges: list[Merge]
@@ -237,6 +241,8 @@ class CollapseReport(Report):
     relative_difference: float
     relative_difference_float64: float | None
     fitted: list[Fitted] = field(default_factory=list)
+    fixed_arguments: dict[str, Any] = field(default_factory=dict)
+    lost_arguments: list[str] = field(default_factory=list)
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, what was fitted, the merges and the refusals."""
@@ -247,7 +253,7 @@ class CollapseReport(Report):
             [
                 ("depth", str(b.depth), str(a.depth), _ratio(b.depth, a.depth)),
                 ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
-                ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
+                ("MACs", _count(b.macs), _count(a.macs), _ratio(b.macs, a.macs)),
                 (
                     "activation memory",
                     _bytes(b.activation_memory),
@@ -278,6 +284,10 @@ class CollapseReport(Report):
             yield Table(
                 "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
             )
+        arguments = [(name, f"only {default!r}, its default") for name, default in self.fixed_arguments.items()]
+        arguments += [(name, "no longer") for name in self.lost_arguments]
+        if arguments:
+            yield Table("Arguments that the example left out", ("argument", "is taken"), arguments)
 
 
 @dataclass
@@ -341,7 +351,7 @@ class CompressReport(Report):
         last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
         costs.append(("compressed", self.after, last))
         rows = [
-            (name, str(cost.depth), f"{cost.macs:,}", f"{cost.latency.median * 1e3:.3f}",
+            (name, str(cost.depth), _count(cost.macs), f"{cost.latency.median * 1e3:.3f}",
              _ratio(self.before.latency.median, cost.latency.median), _number(score))
             for name, cost, score in costs
         ]  # fmt: skip
@@ -470,14 +480,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "not counted"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
 
 
-def _ratio(before: float, after: float) -> str:
+def _count(count: int | None) -> str:
+    return "not counted" if count is None else f"{count:,}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "-"
     return f"{before / after:.2f}×" if after else "-"
 
 

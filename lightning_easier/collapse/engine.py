@@ -1,26 +1,30 @@
 """Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from lightning_easier.activations import isolate_activations, unwrap
 from lightning_easier.arguments import check_choice, check_non_negative
-from lightning_easier.collapse.capture import capture
+from lightning_easier.collapse.capture import capture, duplicate, note_shapes
 from lightning_easier.collapse.chains import depth
-from lightning_easier.collapse.errors import CaptureError, CollapseError
+from lightning_easier.collapse.errors import CaptureError, CollapseError, DifferenceError, Step, StepError
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice
 from lightning_easier.collapse.fitting import fit_chains
 from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
 from lightning_easier.collapse.reading import uses_batch_statistics
+from lightning_easier.collapse.signatures import fixed_arguments, lost_arguments
 from lightning_easier.collapse.steps import Steps
 from lightning_easier.collapse.verification import (
     check_comparable,
     check_repeatable,
+    differences,
     verify_in_float64,
     verify_rounded,
 )
@@ -32,9 +36,11 @@ from lightning_easier.costs import (
     measure_activation_memory,
     measure_latency,
 )
-from lightning_easier.inference import as_arguments, copies, forward, model_inputs
+from lightning_easier.inference import as_arguments, check_weights, copies, forward, model_inputs
 from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
 from lightning_easier.substitution import Absorbed
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,14 +99,22 @@ def collapse(
             for its price.
 
     Returns:
-        The collapsed model, an ordinary module in eval mode, and a report.
+        The collapsed model, an ordinary module in eval mode, and a report. Its forward takes what the model's does.
+        Of an argument that ``example_inputs`` leave out, the default was recorded, and it refuses any other value
+        (``AssertionError``); only numbers that no control flow depends on stay free.
+
+    Warns:
+        UserWarning: If the forward has arguments that the collapsed one can't take, or a step went wrong and was left
+            out.
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, the model does not
-            accept ``example_inputs`` or ``calibration``, or its outputs can't be compared.
+        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, ``example_inputs``
+            hold no sample, they or the model are on the meta device, the model does not accept ``example_inputs`` or
+            ``calibration``, or its outputs can't be compared.
         CollapseError: If the model can't be captured, or the result differs from it on the example inputs (in
-            float64, or after rounding); the message names the first operator where it does.
+            float64, or after rounding), and that can't be pinned to steps, which are left out then; the message names
+            the first operator where it does.
 
     Example:
         >>> import torch
@@ -121,6 +135,7 @@ def collapse(
     check_non_negative("slack", slack)
     arguments = as_arguments(example_inputs)
     model = unwrap(model)
+    check_weights(model)
     batches = [] if mode == "exact" else _batches(calibration, arguments)
     table = LatencyTable() if latencies is None else latencies
     device = arguments[0].device
@@ -221,19 +236,30 @@ def _collapse(
             f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
             f"torch.fx or torch.export can trace."
         ) from error
-    before = fx.GraphModule(captured, deepcopy(captured.graph))
-
-    steps = Steps(captured, objective, latencies)
-    steps.drop_assertions()
-    steps.drop_identities()
-    steps.fold_batch_norms()
-    steps.drop_stand_ins()
-    steps.merge()
-    collapsed = steps.finish()
-
-    exactly, rounding = verify_in_float64(fitted, before, collapsed, arguments, expected)
-    steps.round()
-    difference = verify_rounded(collapsed, arguments, expected, rounding, type(model).__name__)
+    before = duplicate(captured)
+    left_out: dict[Step, str] = {}
+    while True:
+        steps = Steps(captured, objective, latencies, left_out)
+        try:
+            collapsed = _rewritten(steps)
+            exactly, rounding = verify_in_float64(fitted, before, collapsed, arguments, expected)
+            steps.round()
+            difference = verify_rounded(collapsed, arguments, expected, rounding, type(model).__name__)
+            break
+        except StepError as error:
+            left_out[error.step] = str(error)
+        except DifferenceError as error:
+            blamed = steps.blamed(differences(before, collapsed, arguments, error.exactly))
+            if not blamed:  # not a step, or not one alone
+                raise
+            left_out.update(blamed)
+        captured = duplicate(before)  # it was rewritten in place
+        note_shapes(captured, copies(arguments))
+    if left_out:
+        rank_zero_warn(
+            f"{len(left_out)} of the steps by which {type(model).__name__} would have become smaller went wrong and "
+            f"were left out; the rest was verified. The report's refusals name them; please report it."
+        )
 
     timed = deepcopy(source)
     depth_before = depth(before if fitted is source else capture(deepcopy(source), copies(arguments)))
@@ -255,13 +281,30 @@ def _collapse(
     report = CollapseReport(
         steps.merges, steps.fused, steps.dropped, refusals, cost_before, cost_after, difference, exactly,
         [_record(choice, objective) for choice in fits.choices],
+        fixed_arguments(collapsed) if result is collapsed else {},
+        lost_arguments(model, len(arguments)) if result is collapsed else [],
     )  # fmt: skip
+    if report.lost_arguments:
+        rank_zero_warn(
+            f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
+            f"and computes what it does with their defaults. Make them attributes of the model, or give it those that "
+            f"it needs in `example_inputs`."
+        )
     for name, module in result.named_modules():
         if uses_batch_statistics(module):  # it has counted the runs above
             module.load_state_dict(model.get_submodule(name).state_dict())
     for node in collapsed.graph.nodes:
         node.meta.clear()  # shapes are those of the example inputs only
     return CollapseResult(result, report)
+
+
+def _rewritten(steps: Steps) -> fx.GraphModule:
+    steps.drop_assertions()
+    steps.drop_identities()
+    steps.fold_batch_norms()
+    steps.drop_stand_ins()
+    steps.merge()
+    return steps.finish()
 
 
 def _record(choice: Choice, objective: Objective) -> Fitted:
@@ -282,5 +325,16 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
 
 
 def _cost(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
-    macs, memory = count_macs(model, arguments), measure_activation_memory(model, arguments)
+    macs, memory = (_told(count, model, arguments) for count in (count_macs, measure_activation_memory))
     return ModelCost(depth, count_parameters(model), macs, memory, latency)
+
+
+def _told(
+    count: Callable[[nn.Module, Sequence[Tensor]], int], model: nn.Module, arguments: Sequence[Tensor]
+) -> int | None:
+    """Count what is only told: a forward may run, and yet fail while its operators are looked at."""
+    try:
+        return count(model, arguments)
+    except Exception as error:
+        _logger.debug("%s fails in %s: %s", type(model).__name__, count.__name__, error)
+        return None
