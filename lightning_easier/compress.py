@@ -23,6 +23,7 @@ from lightning_easier.goals import Goal, check_targets
 from lightning_easier.inference import (
     arguments_wanted,
     as_arguments,
+    check_weights,
     copies,
     describe,
     device_of,
@@ -121,7 +122,8 @@ def compress(
 
     Raises:
         TypeError: If ``model`` is not a Module, or an argument is of another type.
-        ValueError: If an argument has a value out of range, ``batches`` yields none, or the score is not finite.
+        ValueError: If an argument has a value out of range, ``batches`` yields none, ``example_inputs`` hold no sample,
+            they or the model are on the meta device, or the score is not finite.
         CollapseError: As :func:`~lightning_easier.collapse`.
 
     Example:
@@ -144,7 +146,9 @@ def compress(
         if value is not None and value != math.inf:
             check_positive(argument, value)
     clock = _Clock(max_minutes)
-    source = deepcopy(unwrap(model)).eval()
+    model = unwrap(model)
+    check_weights(model)
+    source = deepcopy(model).eval()
     sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
     given = None if example_inputs is None else as_arguments(example_inputs)
     count = arguments_wanted(source) if given is None else len(given)

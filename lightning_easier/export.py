@@ -16,6 +16,7 @@ from lightning_easier import storage
 from lightning_easier.activations import unwrap
 from lightning_easier.inference import (
     as_arguments,
+    check_weights,
     forward,
     relative_difference,
     tensors_in,
@@ -60,8 +61,8 @@ def export(
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, or the model does not
-            accept the inputs.
+        ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, ``example_inputs`` hold
+            no sample, they or the model are on the meta device, or the model does not accept them.
         ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
         ExportError: If the export fails, or the file does not compute the same.
         OSError: If the file can't be written; one that was there is as it was.
@@ -79,12 +80,14 @@ def export(
                 f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
             )
     arguments = tuple(argument.detach().cpu() for argument in as_arguments(example_inputs))
-    if dynamic_batch and any(argument.ndim == 0 or len(argument) == 0 for argument in arguments):
+    if dynamic_batch and any(argument.ndim == 0 for argument in arguments):
         raise ValueError(
-            "Expected argument `example_inputs` to have a non-empty batch axis first; pass `dynamic_batch=False` if "
-            "there is none"
+            "Expected argument `example_inputs` to have a batch axis first, but got a tensor without axes; pass "
+            "`dynamic_batch=False` if there is none"
         )
-    source = deepcopy(unwrap(model)).cpu().eval()
+    model = unwrap(model)
+    check_weights(model)
+    source = deepcopy(model).cpu().eval()
     with torch.no_grad():
         expected = forward(source, arguments, "example_inputs")
     if tolerance is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_easier.arguments import check_integer, check_positive
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.collapse.baseline import baseline_of
-from lightning_easier.collapse.engine import collapse_beside
+from lightning_easier.collapse.engine import collapse_beside, counted
 from lightning_easier.collapse.prices import Objective
 from lightning_easier.costs import count_macs
 from lightning_easier.inference import copies
@@ -107,7 +107,7 @@ class Goal:
         self._depth = depth
         self._exact = collapse(source, arguments, objective=objective, latencies=table)
         self._dense = baseline_of(source, arguments)
-        self._macs = max(count_macs(self._dense.model, arguments), 1)
+        self._macs = counted(count_macs, self._dense.model, arguments)
         self._price: float | None = None  # of the dense network, in the unit of the table
         self._last: tuple[float, float, float] | None = (
             None  # shares that were left, and the speed-up, at the last look
@@ -127,7 +127,7 @@ class Goal:
         """
         if self._speedup is None:
             return self._depth is not None
-        by_macs = count_macs(model, self._arguments) / self._macs
+        by_macs = self._share(counted(count_macs, model, self._arguments))
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         if self._last is None:
             exact = self._exact.report.speedup.median  # what was linear from the start
@@ -135,6 +135,10 @@ class Goal:
         price_then, macs_then, then = self._last
         missing = 1 / then - 1 / self._speedup  # to collapse takes its time: only half of what is missing is waited for
         return max(price_then - by_price, macs_then - by_macs) >= missing / 2
+
+    def _share(self, macs: int | None) -> float:
+        """Return what share multiply-accumulates are of the dense network's; all where they can't be counted."""
+        return 1.0 if macs is None or not self._macs else macs / self._macs
 
     def _dense_price(self) -> float:
         if self._price is None:
@@ -163,7 +167,7 @@ class Goal:
         report = dataclasses.replace(report, before=timed["before"], dense=timed["dense"], after=timed["after"])
         result = CollapseResult(result.model, report)
         attained = _attained(report, self._speedup, self._depth)
-        by_macs = report.after.macs / self._macs
+        by_macs = self._share(report.after.macs)
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         self._last = by_price, by_macs, report.speedup.median
         is_impossible = (

@@ -154,15 +154,16 @@ class ModelCost:
     Attributes:
         depth: Longest chain of weight-carrying operators.
         parameters: Numbers in all parameters.
-        macs: Multiply-accumulates of one call.
-        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs.
+        macs: Multiply-accumulates of one call; None for a model that does not run while its operators are counted.
+        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs; None
+            as above.
         latency: Measured time of one call, in seconds.
     """
 
     depth: int
     parameters: int
-    macs: int
-    activation_memory: int
+    macs: int | None
+    activation_memory: int | None
     latency: Latency
 
 
@@ -239,6 +240,9 @@ class CollapseReport(Report):
             model that does not run in float64.
         fitted: What fitted operators have taken the place of. The differences are from the model that has them.
         notes: What else there is to know, of the calibration data for example.
+        fixed_arguments: Arguments that were left out of the example, and their defaults: the collapsed model takes no
+            other values.
+        lost_arguments: Those that it does not take at all.
     """
 
     merges: list[Merge]
@@ -252,6 +256,8 @@ class CollapseReport(Report):
     relative_difference_float64: float | None
     fitted: list[Fitted] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fixed_arguments: dict[str, Any] = field(default_factory=dict)
+    lost_arguments: list[str] = field(default_factory=list)
 
     @property
     def speedup(self) -> Speedup:
@@ -277,6 +283,10 @@ class CollapseReport(Report):
             yield Table(
                 "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
             )
+        arguments = [(name, f"only {default!r}, its default") for name, default in self.fixed_arguments.items()]
+        arguments += [(name, "no longer") for name in self.lost_arguments]
+        if arguments:
+            yield Table("Arguments that the example left out", ("argument", "is taken"), arguments)
         yield from _notes(self.notes)
 
 
@@ -510,14 +520,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "not counted"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
 
 
-def _ratio(before: float, after: float) -> str:
+def _count(count: int | None) -> str:
+    return "not counted" if count is None else f"{count:,}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "-"
     return f"{before / after:.2f}×" if after else "-"
 
 

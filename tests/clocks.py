@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_easier.costs import count_macs
 
 _SECONDS_A_MAC, _SECONDS_AN_OPERATOR = 1e-9, 2e-6
 
@@ -50,14 +51,9 @@ class _Operators(TorchDispatchMode):
 def work_of(call: Callable[[], Any]) -> float:
     """Count what a call computes, in seconds of an honest clock."""
     operators = _Operators()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not know
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, operators:
-            call()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() / 2 * _SECONDS_A_MAC + (1 + operators.count) * _SECONDS_AN_OPERATOR
+    with torch.no_grad(), operators:
+        call()
+    return count_macs(call, ()) * _SECONDS_A_MAC + (1 + operators.count) * _SECONDS_AN_OPERATOR
 
 
 def honest(now: float) -> float:

@@ -202,6 +202,8 @@ def test_a_network_by_measured_time():
         ({"max_drift": 0}, ValueError, "`max_drift` to be above 0, but got 0"),
         ({"max_minutes": -1}, ValueError, "`max_minutes` to be finite and at least 0, but got -1"),
         ({"batches": None}, TypeError, "`batches` to be an iterable of batches, but got"),
+        ({"example_inputs": BATCHES[0][:0]}, ValueError, "`example_inputs` to hold at least one sample, but got"),
+        ({"example_inputs": BATCHES[0].to("meta")}, ValueError, "`example_inputs` to hold data.*meta device"),
         ({"example_inputs": 3}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
         ({"evaluate": lambda _: None}, TypeError, "`evaluate` to return the score, a number, but it returned"),
         ({"evaluate": lambda _: float("nan")}, ValueError, "`evaluate` to return a finite score .* but got nan"),
@@ -216,6 +218,11 @@ def test_a_network_by_measured_time():
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         compress(mlps(1), **({"batches": BATCHES} | options))
+
+
+def test_a_model_without_weights_is_named():
+    with pytest.raises(ValueError, match="`model` to have weights, but .* on the meta device"):
+        compress(mlps(1).to("meta"), BATCHES)
 
 
 def test_outputs_of_one_axis_and_sequences_of_several_lengths():

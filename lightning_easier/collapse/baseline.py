@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from lightning_easier.collapse.capture import capture
+from lightning_easier.collapse.capture import capture, duplicate, note_shapes
 from lightning_easier.collapse.chains import depth
 from lightning_easier.collapse.errors import CaptureError
 from lightning_easier.collapse.steps import Steps
@@ -51,7 +51,9 @@ def baseline_of(source: nn.Module, arguments: Sequence[Tensor], captured: fx.Gra
     except CaptureError:  # it can be only while its activations are linear
         captured = capture(deepcopy(source), copies(arguments)) if captured is None else captured
         return Baseline(dense, depth(captured))
-    steps = Steps(deepcopy(captured), "macs", LatencyTable())
+    twin = duplicate(captured)
+    note_shapes(twin, copies(arguments))
+    steps = Steps(twin, "macs", LatencyTable(), {})
     steps.simplify()
     if not steps.fused:  # its own forward is as good, and may be faster than what was recorded
         return Baseline(dense, depth(captured))

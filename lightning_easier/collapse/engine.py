@@ -1,39 +1,45 @@
 """Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from lightning_easier.activations import isolate_activations, unwrap
 from lightning_easier.arguments import check_choice, check_non_negative
 from lightning_easier.calibration import read_calibration
 from lightning_easier.collapse.baseline import Baseline, baseline_of
-from lightning_easier.collapse.capture import capture
+from lightning_easier.collapse.capture import capture, duplicate, note_shapes
 from lightning_easier.collapse.chains import depth
-from lightning_easier.collapse.errors import CaptureError, CollapseError
+from lightning_easier.collapse.errors import CaptureError, CollapseError, DifferenceError, Step, StepError
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice
 from lightning_easier.collapse.fitting import fit_chains
 from lightning_easier.collapse.prices import OBJECTIVES, Objective
 from lightning_easier.collapse.reading import uses_batch_statistics
+from lightning_easier.collapse.signatures import fixed_arguments, lost_arguments
 from lightning_easier.collapse.steps import Steps
 from lightning_easier.collapse.verification import (
     check_comparable,
     check_repeatable,
+    differences,
     verify_in_float64,
     verify_rounded,
 )
 from lightning_easier.costs import count_macs, count_parameters, measure_activation_memory
-from lightning_easier.inference import as_arguments, copies, forward
+from lightning_easier.inference import as_arguments, check_weights, copies, forward
 from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
 from lightning_easier.substitution import Absorbed
 from lightning_easier.timing import MARGIN, Latency, LatencyTable, compare, speed_up
 
 # How many times faster a collapsed model has to be at the least; less is slower.
 _NOT_SLOWER = 1 - MARGIN
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,22 @@ def collapse(
             for its price.
 
     Returns:
-        The collapsed model, an ordinary module in eval mode, and a report.
+        The collapsed model, an ordinary module in eval mode, and a report. Its forward takes what the model's does.
+        Of an argument that ``example_inputs`` leave out, the default was recorded, and it refuses any other value
+        (``AssertionError``); only numbers that no control flow depends on stay free.
+
+    Warns:
+        UserWarning: If the forward has arguments that the collapsed one can't take, or a step went wrong and was left
+            out.
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, the model does not
-            accept ``example_inputs`` or ``calibration``, or its outputs can't be compared.
+        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, ``example_inputs``
+            hold no sample, they or the model are on the meta device, the model does not accept ``example_inputs`` or
+            ``calibration``, or its outputs can't be compared.
         CollapseError: If the model can't be captured, or the result differs from it on the example inputs (in
-            float64, or after rounding); the message names the first operator where it does.
+            float64, or after rounding), and that can't be pinned to steps, which are left out then; the message names
+            the first operator where it does.
 
     Example:
         >>> import torch
@@ -120,6 +134,7 @@ def collapse(
     check_non_negative("slack", slack)
     arguments = as_arguments(example_inputs)
     model = unwrap(model)
+    check_weights(model)
     table = LatencyTable() if latencies is None else latencies
     device = arguments[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -227,18 +242,10 @@ def _collapse(
             f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
             f"torch.fx or torch.export can trace."
         ) from error
-    before = fx.GraphModule(captured, deepcopy(captured.graph))
-
-    steps = Steps(captured, objective, latencies)
-    steps.simplify()
-    steps.drop_stand_ins()
-    unmerged = steps.snapshot()
-    steps.merge()
-    collapsed = steps.finish()
-
-    exactly, rounding = verify_in_float64(fitted, before, collapsed, arguments, expected)
-    steps.round()
-    difference = verify_rounded(collapsed, arguments, expected, rounding, type(model).__name__)
+    before = duplicate(captured)
+    done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
+    steps, collapsed, unmerged = done.steps, done.collapsed, done.unmerged
+    difference, exactly = done.difference, done.exactly
 
     timed = deepcopy(source)
     graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
@@ -256,7 +263,7 @@ def _collapse(
     if "unmerged" in slower:
         steps.give_up_merges()
         result, latency["after"], exactly = unmerged, latency["unmerged"], without
-        difference = verify_rounded(unmerged, arguments, expected, rounding, type(model).__name__)
+        difference = verify_rounded(unmerged, arguments, expected, done.rounding, type(model).__name__)
     absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
     unchanged = not (steps.changed or absorbed)  # its own forward is as good, and may be faster than what was recorded
     if unchanged:
@@ -275,7 +282,15 @@ def _collapse(
     report = CollapseReport(
         steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"], difference,
         exactly, [_record(choice, objective) for choice in fits.choices], fits.notes,
+        fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
+        lost_arguments(model, len(arguments)) if isinstance(result, fx.GraphModule) else [],
     )  # fmt: skip
+    if report.lost_arguments:
+        rank_zero_warn(
+            f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
+            f"and computes what it does with their defaults. Make them attributes of the model, or give it those that "
+            f"it needs in `example_inputs`."
+        )
     for name, module in result.named_modules():
         if uses_batch_statistics(module):  # it has counted the runs above
             module.load_state_dict(model.get_submodule(name).state_dict())
@@ -283,6 +298,81 @@ def _collapse(
         for node in result.graph.nodes:
             node.meta.clear()  # shapes are those of the example inputs only
     return CollapseResult(result, report)
+
+
+class _Rewriting(NamedTuple):
+    """A graph that was rewritten, and verified.
+
+    Attributes:
+        steps: What was done.
+        collapsed: The graph.
+        unmerged: The same without its merges; its new operators are in float64 still.
+        difference: Of its output from the source's, relative.
+        exactly: The same in float64; None for a model that does not run in it.
+        rounding: Relative difference that the source's own rounding makes.
+    """
+
+    steps: Steps
+    collapsed: fx.GraphModule
+    unmerged: fx.GraphModule
+    difference: float
+    exactly: float | None
+    rounding: float
+
+
+def _rewrite(
+    captured: fx.GraphModule,
+    before: fx.GraphModule,
+    source: nn.Module,
+    arguments: Sequence[Tensor],
+    expected: Any,
+    objective: Objective,
+    latencies: LatencyTable,
+    name: str,
+) -> _Rewriting:
+    """Rewrite a graph step by step, and verify it; steps that turn out to be wrong are left out, and it begins anew.
+
+    Args:
+        captured: The graph.
+        before: A copy of it.
+        source: What it was captured from.
+        arguments: Example inputs.
+        expected: What the source returns.
+        objective: What is to be least.
+        latencies: Times that were measured already.
+        name: What to call the model.
+
+    Raises:
+        CollapseError: If the result is not the same function, and no step is to blame.
+    """
+    left_out: dict[Step, str] = {}
+    while True:
+        steps = Steps(captured, objective, latencies, left_out)
+        try:
+            steps.simplify()
+            steps.drop_stand_ins()
+            unmerged = steps.snapshot()
+            steps.merge()
+            collapsed = steps.finish()
+            exactly, rounding = verify_in_float64(source, before, collapsed, arguments, expected)
+            steps.round()
+            difference = verify_rounded(collapsed, arguments, expected, rounding, name)
+            break
+        except StepError as error:
+            left_out[error.step] = str(error)
+        except DifferenceError as error:
+            blamed = steps.blamed(differences(before, collapsed, arguments, error.exactly))
+            if not blamed:  # not a step, or not one alone
+                raise
+            left_out.update(blamed)
+        captured = duplicate(before)  # it was rewritten in place
+        note_shapes(captured, copies(arguments))
+    if left_out:
+        rank_zero_warn(
+            f"{len(left_out)} of the steps by which {name} would have become smaller went wrong and were left out; the "
+            f"rest was verified. The report's refusals name them; please report it."
+        )
+    return _Rewriting(steps, collapsed, unmerged, difference, exactly, rounding)
 
 
 def _record(choice: Choice, objective: Objective) -> Fitted:
@@ -304,5 +394,16 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
 
 def cost_of(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
     """Count what a model costs, beside the time that was measured."""
-    macs, memory = count_macs(model, arguments), measure_activation_memory(model, arguments)
+    macs, memory = (counted(count, model, arguments) for count in (count_macs, measure_activation_memory))
     return ModelCost(depth, count_parameters(model), macs, memory, latency)
+
+
+def counted(
+    count: Callable[[nn.Module, Sequence[Tensor]], int], model: nn.Module, arguments: Sequence[Tensor]
+) -> int | None:
+    """Count what is only told: a forward may run, and yet fail while its operators are looked at."""
+    try:
+        return count(model, arguments)
+    except Exception as error:
+        _logger.debug("%s fails in %s: %s", type(model).__name__, count.__name__, error)
+        return None
