@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 """
 _numbers = count()
+Pick = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ class _Sketch:
     """A network that is being drawn: its statements, and what they compute on an example.
 
     Args:
-        draw: Draws from a strategy.
+        pick: Draws one of several options; a shrunk case takes the first.
         values: Name -> value, to begin with.
     """
 
-    def __init__(self, draw: st.DrawFn, values: dict[str, Any]) -> None:
-        self.draw = draw
+    def __init__(self, pick: Pick, values: dict[str, Any]) -> None:
+        self.pick = pick
         self.layers: list[str] = []
         self.lines: list[str] = []
         self.values = values
@@ -139,10 +140,6 @@ class _Sketch:
         self.room: dict[str, Any] = {}
         exec(IMPORTS, self.room)
         self._drawn = 0
-
-    def pick(self, *options: Any) -> Any:
-        """Draw one of several options; a shrunk case takes the first."""
-        return self.draw(st.sampled_from(options))
 
     def tensor(self, ranks: tuple[int, ...] = (1, 2, 3, 4)) -> str | None:
         """Draw a value of some ranks; a shrunk case takes the latest."""
@@ -174,7 +171,7 @@ class _Sketch:
 
     def step(self, most: int) -> bool:
         """Draw a statement; return False where the network is to end."""
-        if len(self.lines) >= most or not self.draw(st.integers(0, 20)):
+        if len(self.lines) >= most or not self.pick(*range(21)):
             return False
         before, drawn, kept = len(self.layers), self._drawn, dict(self.values)
         name = self.tensor()
@@ -653,28 +650,32 @@ STATEMENTS: dict[int, list[_Statement]] = {
 @st.composite
 def graphs(draw: st.DrawFn, most: int = 9) -> Graph:
     """Draw a network that runs on its example."""
-    rank = draw(st.sampled_from([4, 2, 3, 4, 4]))
+    return random_graph(lambda *options: draw(st.sampled_from(options)), most)
+
+
+def random_graph(pick: Pick, most: int) -> Graph:
+    """Sketch a network of a number of statements at most."""
+    rank = pick(4, 2, 3, 4, 4)
     sizes = {2: [(4,), (3,), (1,)], 3: [(5, 4), (4, 6), (3, 8)], 4: [(3, 6, 8), (4, 5, 7), (4, 4, 4), (8, 6, 6)]}[rank]
-    samples = draw(st.sampled_from([2, 4, 1, 3]))
-    shape = (samples, *draw(st.sampled_from(sizes)))
-    channels_last = rank == 4 and draw(st.sampled_from([False, False, False, True]))
+    shape = (pick(2, 4, 1, 3), *pick(*sizes))
+    channels_last = rank == 4 and pick(False, False, False, True)
     x = torch.randn(shape, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    signature, second, extra, keywords = draw(st.sampled_from(SIGNATURES))
+    signature, second, extra, keywords = pick(*SIGNATURES)
     values: dict[str, Any] = {"x": x, **extra}
     if second:
         values["y"] = torch.randn(shape, dtype=torch.float64)
-    sketch = _Sketch(draw, values)
+    sketch = _Sketch(pick, values)
     while sketch.step(most):
         pass
-    classes, result = _result(draw, sketch)
+    classes, result = _result(sketch)
     others = [(3, *shape[1:]), (1, *shape[1:]), (5, *shape[1:])]
     if rank > 2:
         others += [(2, shape[1], *(n + 2 for n in shape[2:])), (2, shape[1], shape[2] + 1, *shape[3:])]
     return Graph(
         tuple(sketch.layers), tuple(sketch.lines), signature, result, classes,
-        draw(st.sampled_from([(True,), (True, False), (False,), (True, True, False)])), shape,
+        pick((True,), (True, False), (False,), (True, True, False)), shape,
         tuple(each for each in others if each != shape), second, tuple(keywords.items()), channels_last,
     )  # fmt: skip
 
@@ -693,21 +694,33 @@ SIGNATURES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def _result(draw: st.DrawFn, sketch: _Sketch) -> tuple[str, str]:
+def _result(sketch: _Sketch) -> tuple[str, str]:
     """Draw what is returned; the latest value is in it."""
     names = [name for name, value in sketch.values.items() if name[0] == "x" and isinstance(value, Tensor)]
-    last, other = names[-1], draw(st.sampled_from(names[::-1]))
-    form = draw(st.sampled_from(RESULTS))
+    form = sketch.pick(*RESULTS)
     classes = ""
-    if form.startswith("Output"):
-        classes = "@dataclass\nclass Output:\n    logits: Tensor\n    hidden: Tensor | None = None\n"
+    if form.startswith("Unknown"):
+        classes = "@dataclass\nclass Unknown:\n    logits: Tensor\n"
     elif form.startswith("Pair"):
         classes = "Pair = namedtuple('Pair', 'logits hidden')\n"
-    return classes, form.format(a=last, b=other)
+    elif form.startswith("Output"):
+        classes = "from tests.random_graphs import Output\n"
+    return classes, form.format(a=names[-1], b=sketch.pick(*names[::-1]))
+
+
+@dataclass
+class Output:
+    """What a network may return; torch knows of it."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+torch.export.register_dataclass(Output)
 
 
 RESULTS = (
     "{a}", "{a}", "{a}", "{a}", "{a}", "({a}, {b})", "[{a}, {b}]", '{{"a": {a}, "b": {b}}}', "Output({a}, {b})",
     "Output(hidden={b}, logits={a})", "Pair({a}, {b})", 'OrderedDict(a={a}, b=({b}, None))', "({a}, {{'b': [{b}]}})",
-    "({a}, {a}.shape[0])", "Output({a})",
+    "({a}, {a}.shape[0])", "Output({a})", "Unknown({a})",
 )  # fmt: skip
