@@ -117,7 +117,9 @@ class Graph:
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Make inputs for a call."""
         generator = torch.Generator().manual_seed(prod(shape))
-        made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(1 + bool(self.second))]
+        made = [
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(1 + bool(self.second))
+        ]
         if self.channels_last:
             made[0] = made[0].contiguous(memory_format=torch.channels_last)
         return tuple(made)
@@ -144,7 +146,9 @@ class _Sketch:
     def tensor(self, ranks: tuple[int, ...] = (1, 2, 3, 4)) -> str | None:
         """Draw a value of some ranks; a shrunk case takes the latest."""
         names = [
-            name for name, x in self.values.items() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in ranks
+            name
+            for name, x in self.values.items()
+            if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in ranks
         ]
         return self.pick(*[names[-1]] * 4, *names[::-1]) if names else None  # often the latest, so that chains arise
 
@@ -221,7 +225,7 @@ FUNCTIONS = ("F.relu({})", "{}.relu()", "F.gelu({})", "F.silu({})", "torch.relu_
 GATES = ("torch.sigmoid({})", "{}.tanh()", "F.softmax({}, dim=1)", "{}.abs()", "F.normalize({}, dim=1)")
 
 
-# ---- values of every rank ----------------------------------------------------------------------------------------------
+# ---- values of every rank ------------------------------------------------------------
 
 
 def activation(s: _Sketch, x: str, _: Tensor) -> str:
@@ -258,8 +262,9 @@ def write(s: _Sketch, x: str, value: Tensor) -> str:
 
 
 def idle(s: _Sketch, x: str, _: Tensor) -> str:
-    form = s.pick("{}.clone()", "{}.contiguous()", "self_", "F.dropout({}, 0.5, self.training)", "{}.to({}.dtype)", "{}",
-                  "{}.view_as({})", "{}.reshape({}.shape)", "{}.detach().clone()", "{}.expand_as({})")  # fmt: skip
+    form = s.pick("{}.clone()", "{}.contiguous()", "self_", "F.dropout({}, 0.5, self.training)", "{}",
+                  "{}.to({}.dtype)", "{}.view_as({})", "{}.reshape({}.shape)", "{}.detach().clone()",
+                  "{}.expand_as({})")  # fmt: skip
     if form == "self_":
         return f"{s.new()} = {s.layer(s.pick('nn.Identity()', 'nn.Dropout(0.1)'))}({x})"
     return f"{s.new()} = {form.replace('{}', x)}"
@@ -307,7 +312,8 @@ def pieces(s: _Sketch, x: str, value: Tensor) -> str | None:
         "{a} = {x}.narrow({axis}, {one}, {rest})", "{a} = torch.tensor_split({x}, 2, {axis})[0]",
         "{a} = torch.stack({x}.unbind({axis})[::-1], {axis})", "{a} = torch.cat({x}.chunk(2, {axis})[::-1], {axis})",
         "{a} = {x}.select({axis}, {one})", "{a} = {x}[:, {one}:]", "{a} = {x}[..., ::2]", "{a} = {x}[:, -{one}:]",
-        "{a} = {x}.index_select({axis}, torch.tensor([{one}, 0]))", "{a} = {x}[:, [{one}, 0]]", "{a} = {x}[..., None, 0]",
+        "{a} = {x}.index_select({axis}, torch.tensor([{one}, 0]))", "{a} = {x}[:, [{one}, 0]]",
+        "{a} = {x}[..., None, 0]",
     )  # fmt: skip
     one = s.pick(*range(1, size))
     return form.format(a=first, b=second, x=x, axis=axis, one=one, rest=size - one)
@@ -389,7 +395,7 @@ def argument(s: _Sketch, x: str, value: Tensor) -> str | None:
     return s.pick(*forms).format(new=s.new(), x=x) if forms else None
 
 
-# ---- maps: (N, C, H, W) and (N, C, L) ----------------------------------------------------------------------------------
+# ---- maps: (N, C, H, W) and (N, C, L) ------------------------------------------------------------
 
 
 def convolution(s: _Sketch, x: str, value: Tensor) -> str:
@@ -399,7 +405,8 @@ def convolution(s: _Sketch, x: str, value: Tensor) -> str:
     groups = s.pick(1, 1, 1, *_divisors(channels))
     options = {
         "stride": s.pick(1, 1, 2), "padding": s.pick(0, 1, 0, "same"), "dilation": s.pick(1, 1, 2), "groups": groups,
-        "bias": s.pick(True, False), "padding_mode": s.pick("zeros", "zeros", "zeros", "reflect", "circular", "replicate"),
+        "bias": s.pick(True, False),
+        "padding_mode": s.pick("zeros", "zeros", "zeros", "reflect", "circular", "replicate"),
     }  # fmt: skip
     layer = s.layer(f"nn.Conv{axes}d({channels}, {out * groups if out % groups else out}, {kernel}{_given(**options)})")
     if options["padding_mode"] == "zeros" and s.pick(False, False, True):
@@ -436,7 +443,11 @@ def transposed(s: _Sketch, x: str, value: Tensor) -> str:
         "groups": groups, "bias": s.pick(True, False),
     }  # fmt: skip
     layer = s.layer(f"nn.ConvTranspose{axes}d({channels}, {out}, {kernel}{_given(**options)})")
-    size = ", output_size=[{}]".format(", ".join(f"{n * 2}" for n in value.shape[2:])) if s.pick(False, False, True) else ""
+    size = (
+        ", output_size=[{}]".format(", ".join(f"{n * 2}" for n in value.shape[2:]))
+        if s.pick(False, False, True)
+        else ""
+    )
     if not size and s.pick(False, False, True):
         del options["bias"]
         return f"{s.new()} = F.conv_transpose{axes}d({x}, {layer}.weight, {layer}.bias{_given(**options)})"
@@ -476,7 +487,9 @@ def resize(s: _Sketch, x: str, value: Tensor) -> str:
         "F.interpolate({x}, scale_factor=0.5, mode='nearest')", "module",
     )  # fmt: skip
     if form == "module":
-        made = s.pick("nn.Upsample(scale_factor=2)", f"nn.Upsample(scale_factor=2, mode={linear!r})", "nn.Upsample(size=5)")
+        made = s.pick(
+            "nn.Upsample(scale_factor=2)", f"nn.Upsample(scale_factor=2, mode={linear!r})", "nn.Upsample(size=5)"
+        )
         return f"{s.new()} = {s.layer(made)}({x})"
     size = [n + 1 for n in value.shape[2:]]
     return f"{s.new()} = {form.format(x=x, linear=linear, size=size, like=s.tensor((value.ndim,)))}"
@@ -497,7 +510,7 @@ def to_vectors(s: _Sketch, x: str, value: Tensor) -> str:
 
 
 def shuffle(s: _Sketch, x: str, value: Tensor) -> str:
-    n, c, *sizes = value.shape
+    c, *sizes = value.shape[1:]
     if value.ndim == 3:
         return f"{s.new()} = nn.functional.channel_shuffle({x}, {s.pick(*_divisors(c))})"
     h, w = sizes
@@ -546,7 +559,7 @@ def self_product(s: _Sketch, x: str, value: Tensor) -> str:
     return f"{s.new()} = {form.format(x=x, y=s.like(x))}"
 
 
-# ---- tokens (N, L, C) and vectors (N, C) -------------------------------------------------------------------------------
+# ---- tokens (N, L, C) and vectors (N, C) ------------------------------------------------------------
 
 
 def linear(s: _Sketch, x: str, value: Tensor) -> str:
@@ -573,7 +586,8 @@ def attention(s: _Sketch, x: str, value: Tensor) -> str | None:
         qkv = s.layer(f"nn.Linear({width}, {3 * width})")
         split = s.pick(
             f"{a}, {b}, {c} = {qkv}({x}).chunk(3, dim=-1)",
-            f"{a}, {b}, {c} = {qkv}({x}).reshape({x}.shape[0], -1, 3, {heads}, {width // heads}).permute(2, 0, 3, 1, 4)",
+            f"{a}, {b}, {c} = {qkv}({x}).reshape({x}.shape[0], -1, 3, {heads}, {width // heads})"
+            ".permute(2, 0, 3, 1, 4)",
         )
         attend = f"F.scaled_dot_product_attention({a}, {b}, {c})"
         if "permute" in split:
