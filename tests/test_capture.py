@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import re
 from collections import OrderedDict
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import CollapseError, collapse, export, isolate_activations, linearize
+from lightning_easier.collapse.guards import SizeGuards
 from lightning_easier.inference import relative_difference
 from tests.models import randomize_batch_norms
 from tests.test_linear_steps import conv
@@ -139,6 +141,92 @@ def test_sizes_that_torch_export_can_not_reason_about_are_taken_as_they_are():
     assert relative_difference(result.model(x), model(x)) <= 1e-5
     with pytest.raises(AssertionError, match="holds where"):
         result.model(torch.randn(2, 2, 7, 9))
+
+
+class CountsSamples(nn.Module):
+    """Uses the number of samples in a way that torch.export takes for a constant, or with other sizes."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.a, self.b, self.then = nn.Linear(6, 8), nn.Linear(8, 4), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != 6:
+            raise ValueError("six features are needed")
+        return self.then(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda y: y.reshape(len(y), -1),
+        lambda y: y.view(int(y.shape[0]), -1),
+        lambda y: y / math.sqrt(y.shape[0]),
+        lambda y: y.mean(-1).chunk(4, 1)[1].relu(),  # contiguous, of a size that torch.export counts on
+        lambda y: torch.cat([y, y.new_ones(len(y), 1, 4)], 1),
+    ],
+    ids=["len", "int", "sqrt", "chunk", "token"],
+)
+def test_the_number_of_samples_stays_free_where_the_forward_leaves_it_free(then):
+    model = CountsSamples(then).eval()
+    collapsed = collapse(model, torch.randn(3, 4, 6), objective="macs").model
+    assert any(isinstance(module, SizeGuards) for module in collapsed.modules())
+    for samples in (1, 2, 3, 4, 7):
+        x = torch.randn(samples, 4, 6)
+        assert relative_difference(collapsed(x), model(x)) <= 1e-5
+
+
+def test_what_takes_each_sample_alone_is_recorded_for_their_number():
+    model = CountsSamples(lambda y: torch.stack([each * 2 for each in y])).eval()
+    collapsed = collapse(model, torch.randn(3, 4, 6), objective="macs").model
+    x = torch.randn(3, 4, 6)
+    assert relative_difference(collapsed(x), model(x)) <= 1e-5
+    with pytest.raises(AssertionError, match="holds where"):
+        collapsed(torch.randn(2, 4, 6))
+
+
+class Upsamples(nn.Module):
+    """Asks a transposed convolution for a size that is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.up = conv(2, 4), conv(4, 3), nn.ConvTranspose2d(3, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (3, 4):
+            raise ValueError("another size")
+        return self.up(self.b(self.a(x)), output_size=[7, 8])
+
+
+def test_a_transposed_convolution_keeps_the_size_that_it_is_asked_for():
+    model = Upsamples().eval()
+    result = collapse(model, torch.randn(2, 2, 3, 4), objective="depth")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    x = torch.randn(5, 2, 3, 4)
+    assert result.model(x).shape == (5, 3, 7, 8)
+    assert relative_difference(result.model(x), model(x)) <= 1e-5
+
+
+class Strides(nn.Module):
+    """Its stride depends on the size of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = conv(2, 4), conv(4, 3), conv(3, 3), conv(3, 2)
+        self.weight = nn.Parameter(torch.randn(3, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(self.b(self.a(x)), self.weight, stride=x.size(2) - 4)
+        return self.d(self.c(y))
+
+
+def test_an_operator_whose_stride_depends_on_a_size_stays_and_its_neighbours_merge():
+    model = Strides().eval()
+    result = collapse(model, torch.randn(2, 2, 6, 7), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b"), ("c", "d")]
+    for shape in ((2, 2, 6, 7), (3, 2, 7, 9)):
+        x = torch.randn(shape)
+        assert relative_difference(result.model(x), model(x)) <= 1e-5
 
 
 class Adds(nn.Module):

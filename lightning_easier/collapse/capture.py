@@ -7,7 +7,7 @@ passes stays whole, as a leaf.
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse.errors import CaptureError
-from lightning_easier.collapse.exporting import GUARDS, exported, quiet
+from lightning_easier.collapse.exporting import GUARDS, Attempt, attempts, export_layers, quiet
 from lightning_easier.collapse.guards import SizeGuards
 from lightning_easier.collapse.nodes import ALIASES, NUMBER, WRITES
 from lightning_easier.collapse.reading import uses_batch_statistics
 from lightning_easier.collapse.signatures import named_arguments, numbers, restore_arguments
-from lightning_easier.inference import has_hooks, relative_difference, tolerance_for
+from lightning_easier.inference import copies, has_hooks, relative_difference, tolerance_for
 from lightning_easier.rectifiers import is_activation
 from lightning_easier.stand_in import StandIn
 from lightning_easier.tracing import RecordingProxy, is_readable, modes
@@ -76,18 +76,81 @@ def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.
 
 
 def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """Export a model for as many sizes as possible, and return the first graph that holds at the example."""
-    reason = ""
-    for graph, constants in exported(model, arguments):
+    """Export a model for as many sizes as possible, of the number of samples above all."""
+    reason: Exception = CaptureError("torch.export can't take it")
+    for attempt in attempts(arguments):
         try:
-            with quiet():
-                captured = _with_shapes(model, graph, constants, arguments)
-                _check_sizes_of_one(captured, model, arguments)
-                return captured
-        except (RuntimeError, AssertionError) as error:  # a guard that the example does not pass
-            reason = str(error)
-            _logger.debug("what torch.export made of %s does not hold: %s", type(model).__name__, error)
-    raise CaptureError(reason)
+            captured = _exported(model, attempt, arguments)
+        except CaptureError:
+            raise
+        except Exception as error:  # sizes that it can't reason about, a guard that the example does not pass
+            _logger.debug("torch.export can't take %s with sizes %s: %s", type(model).__name__, attempt.free, error)
+            reason = error
+        else:
+            return _for_more_samples(captured, model, attempt, arguments)
+    raise reason
+
+
+def _exported(model: nn.Module, attempt: Attempt, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    graph, constants = export_layers(model, attempt)
+    with quiet():
+        captured = _with_shapes(model, graph, constants, copies(arguments))
+        _check_sizes_of_one(captured, model, arguments)
+    return captured
+
+
+def _for_more_samples(
+    captured: fx.GraphModule, model: nn.Module, attempt: Attempt, arguments: Sequence[Tensor]
+) -> fx.GraphModule:
+    """Export a model once more where what was captured refuses numbers of samples that its own forward takes."""
+    refused = _refused_samples(captured, model, arguments)
+    for again in _other_attempts(captured, attempt, refused):
+        try:
+            other = _exported(model, again, arguments)
+        except Exception as error:  # then what there is has to do
+            _logger.debug("torch.export can't take %s with sizes %s: %s", type(model).__name__, again.free, error)
+            continue
+        still = _refused_samples(other, model, arguments)
+        if len(still) < len(refused):
+            captured, refused = other, still
+        if not refused:
+            break
+    return captured
+
+
+def _other_attempts(
+    captured: fx.GraphModule, attempt: Attempt, refused: Sequence[Sequence[Tensor]]
+) -> Iterator[Attempt]:
+    """List what to try where numbers of samples are refused: what the guards tell."""
+    fail = [_guards_of(captured).axes_that_fail(*inputs) for inputs in refused]
+    others = {(place, axis) for each in fail for place, axis in each if axis > 0}
+    if others:  # an axis that is fixed is no part of a condition
+        free = [{axis for axis in axes if (place, axis) not in others} for place, axes in enumerate(attempt.free)]
+        yield attempt._replace(free=tuple(map(frozenset, free)))
+        yield attempt._replace(free=tuple(axes & {0} for axes in attempt.free))
+    if any(len(inputs[0]) > 1 for inputs in refused):
+        yield attempt._replace(reads_code=True)
+
+
+def _refused_samples(
+    captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    """List inputs with another number of samples that a model takes and what was captured of it refuses."""
+    if not arguments[0].ndim or not len(arguments[0]):
+        return []
+    samples = len(arguments[0])
+    refused = []
+    for number in {1, samples + 1} - {samples}:
+        places = torch.arange(number) % samples
+        inputs = tuple(x.index_select(0, places.to(x.device)) if x.ndim and len(x) == samples else x for x in arguments)
+        if _outputs(model, inputs) is not None and _outputs(captured, inputs) is None:
+            refused.append(inputs)
+    return refused
+
+
+def _guards_of(captured: fx.GraphModule) -> SizeGuards:
+    guards: SizeGuards = captured.get_submodule(GUARDS)  # type: ignore[assignment]
+    return guards
 
 
 def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]) -> None:
@@ -96,7 +159,7 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
     Raises:
         AssertionError: If the example itself has such a size.
     """
-    guards: SizeGuards = captured.get_submodule(GUARDS)  # type: ignore[assignment]
+    guards = _guards_of(captured)
     for axis in range(max(x.ndim for x in arguments)):
         sizes = {x.shape[axis] for x in arguments if x.ndim > axis}
         for size in sizes:  # inputs that have a size in common have it in common at one, too
@@ -110,14 +173,18 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
 
 def _is_equal(captured: nn.Module, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Tell whether a captured graph does with inputs what its model does; one that refuses them is not wrong."""
-    outputs = []
-    for each in (model, captured):
-        try:
-            with torch.no_grad():
-                outputs.append(each(*(x.clone() for x in inputs)))
-        except Exception:  # the model, or a guard, refuses this size
-            return True
-    return relative_difference(*outputs) <= tolerance_for(outputs[0])
+    expected = _outputs(model, inputs)
+    output = None if expected is None else _outputs(captured, inputs)
+    return output is None or relative_difference(output, expected) <= tolerance_for(expected)
+
+
+def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """Call a model without gradients on copies of inputs; None if it, or a guard, refuses them."""
+    try:
+        with torch.no_grad():
+            return model(*copies(inputs))
+    except Exception:  # whatever a forward raises
+        return None
 
 
 def duplicate(captured: fx.GraphModule) -> fx.GraphModule:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lightning_easier.collapse.errors import CaptureError
 from lightning_easier.collapse.guards import SizeGuards, read_guards
+from lightning_easier.collapse.nodes import bind
 from lightning_easier.collapse.reading import BATCH_NORMS
 
 GUARDS = "_guards_fn"
@@ -31,37 +32,57 @@ _LAYERS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def exported(model: nn.Module, arguments: Sequence[Tensor]) -> Iterator[tuple[fx.Graph, dict[str, Any]]]:
-    """Export a model, and call its layers again where they were called; for as many sizes as torch.export manages.
+class Attempt(NamedTuple):
+    """One way to export a model.
+
+    Attributes:
+        inputs: The example inputs to export it with.
+        free: For each input, the axes that may have any size.
+        reads_code: Whether torch.export reads the Python of the forward instead of running it (``strict``). That is
+            slower and takes fewer models, but it passes on a size that runs through ``len``, ``int`` or ``math``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    free: tuple[frozenset[int], ...]
+    reads_code: bool = False
+
+
+def attempts(arguments: Sequence[Tensor]) -> list[Attempt]:
+    """List the ways to export a model, those that leave the most sizes free first.
 
     Args:
-        model: The model, in eval mode.
         arguments: Example inputs.
-
-    Yields:
-        A graph, and what it calls and reads besides the model's own (name -> module or tensor); the first that holds at
-        the example is to be taken. Each names the sizes for which it holds.
-
-    Raises:
-        Exception: Whatever torch.export raises at last, or :class:`CaptureError`.
     """
     # A size of one is taken for a constant
     doubled = tuple(torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments)
     differ = any(x is not y for x, y in zip(doubled, arguments, strict=True))
-    for inputs in (doubled, tuple(arguments))[: 1 + differ]:
-        for axes in ([range(x.ndim) for x in inputs], [range(min(x.ndim, 1)) for x in inputs]):
-            try:
-                yield _as_layers(model, _program(model, inputs, axes))
-            except CaptureError:
-                raise
-            except Exception as error:  # sizes that it can't reason about
-                _logger.debug("torch.export can't take %s with sizes %s: %s", type(model).__name__, axes, error)
-    yield _as_layers(model, _program(model, tuple(arguments), [range(0)] * len(arguments)))
+    made = [
+        Attempt(inputs, tuple(frozenset(range(min(x.ndim, most))) for x in inputs))
+        for inputs in (doubled, tuple(arguments))[: 1 + differ]
+        for most in (max(x.ndim for x in inputs), 1)
+    ]
+    return [*made, Attempt(tuple(arguments), (frozenset(),) * len(arguments))]
 
 
-def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: Sequence[range]) -> ExportedProgram:
-    """Export a model for inputs of any size along some axes of each."""
-    sizes = [dict.fromkeys(each, Dim.AUTO) for each in axes]
+def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[str, Any]]:
+    """Export a model, and call its layers again where they were called.
+
+    Args:
+        model: The model, in eval mode.
+        attempt: With which inputs, and for which sizes.
+
+    Returns:
+        A graph, and what it calls and reads besides the model's own (name -> module or tensor). It names the sizes for
+        which it holds.
+
+    Raises:
+        Exception: Whatever torch.export raises, or :class:`CaptureError`.
+    """
+    return _as_layers(model, _program(model, attempt))
+
+
+def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
+    sizes = [dict.fromkeys(sorted(axes), Dim.AUTO) for axes in attempt.free]
     named: dict[str, Any] = {}
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL and len(named) < len(sizes):
@@ -69,7 +90,7 @@ def _program(model: nn.Module, arguments: tuple[Tensor, ...], axes: Sequence[ran
         elif len(named) < len(sizes):
             named[parameter.name] = sizes[len(named)]
     with torch.enable_grad(), quiet():  # with gradients, so that it is seen where a forward turns them off
-        return torch.export.export(model, arguments, dynamic_shapes=named)
+        return torch.export.export(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
 
 
 def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
@@ -159,6 +180,8 @@ def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
         value = node.args[0] if node.args else None
         if counts[name] > 1 or type(layer) not in _LAYERS or not isinstance(value, fx.Node):
             continue
+        if type(layer) in TRANSPOSED_CONVOLUTIONS and _asks_for_size(node, layer):
+            continue
         with graph.inserting_before(node):
             call = graph.create_node("call_module", name, (value,))
         node.replace_all_uses_with(call)
@@ -166,6 +189,13 @@ def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+
+
+def _asks_for_size(node: fx.Node, layer: Any) -> bool:
+    """Tell whether a transposed convolution was called for an output size that is not its own."""
+    own = list(layer.output_padding)
+    given = bind(node, "input weight bias stride padding output_padding groups dilation")
+    return list(given.get("output_padding", [0] * len(own))) != own
 
 
 def _drop_regions_without_gradient(unlifted: fx.GraphModule) -> None:

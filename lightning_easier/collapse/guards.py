@@ -4,6 +4,7 @@ What ``torch.export`` recorded holds for the sizes for which its questions would
 are in a function of its own, which can't be pickled; :class:`SizeGuards` says the same and can.
 """
 
+import re
 from collections.abc import Sequence
 from types import CodeType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 _SAYS = "Guard failed: "  # what the messages of torch.export's own checks begin with
+_SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\]")
 
 
 class SizeGuards(nn.Module):
@@ -35,6 +37,17 @@ class SizeGuards(nn.Module):
         """Add conditions."""
         self.conditions += tuple(conditions)
         self._check = self._compiled()
+
+    def axes_that_fail(self, *inputs: Any) -> set[tuple[int, int]]:
+        """List what the conditions are about that don't hold for a call's inputs.
+
+        Returns:
+            Places of inputs, each with an axis.
+        """
+        values = dict(zip(self.inputs, inputs, strict=True))
+        failing = [condition for condition in self.conditions if not eval(condition, _room(), values)]
+        named = [each for condition in failing for each in _SIZE.findall(condition)]
+        return {(self.inputs.index(name), int(axis)) for name, axis in named}
 
     def forward(self, *inputs: Any) -> None:
         """Check the sizes of a call's inputs.
@@ -61,9 +74,14 @@ class SizeGuards(nn.Module):
         for condition in self.conditions:
             reason = f"What was recorded of the model holds where {condition}; collapse it at this size"
             lines.append(f"    torch._assert({condition}, {reason!r})")
-        room: dict[str, Any] = {**SYMPY_INTERP, "torch": torch}
+        room = _room()
         exec("\n".join([*lines, "    return None"]), room)
         return room["check"]
+
+
+def _room() -> dict[str, Any]:
+    """Return the names that conditions are written with."""
+    return {**SYMPY_INTERP, "torch": torch}
 
 
 def read_guards(exported: nn.Module, inputs: Sequence[str]) -> SizeGuards:

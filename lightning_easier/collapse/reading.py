@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lightning_easier.collapse import convolutions
 from lightning_easier.collapse.affine import AFFINES, ChannelAffine, ElementAffine
@@ -272,6 +273,8 @@ class Reader:
         bias = self._tensor(given.pop("bias", None))
         if weight is None or weight.ndim != len(shape_of(value) or ()):
             return None
+        if any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(given)):
+            return None  # a stride, say, that depends on the size of the input
         if not transposed:
             made = convolutions.make_convolution(weight, bias, weight.dtype, **given)
         else:
