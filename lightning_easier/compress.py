@@ -19,7 +19,7 @@ from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose
 from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
 from lightning_easier.collapse.fitting import MOST_FITS, fit_chain, in_steps, put, replace
 from lightning_easier.collapse.prices import OBJECTIVES, Objective
-from lightning_easier.goals import Goal, check_targets
+from lightning_easier.goals import Goal, Look, check_targets
 from lightning_easier.inference import (
     arguments_wanted,
     as_arguments,
@@ -166,15 +166,16 @@ def compress(
         notes.append(untold)
     arguments = copies(given or data.batches[0])
 
+    judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
     table = LatencyTable()
     is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
     search = _Search(source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
+    candidates = search.candidates(sites, clock)
     goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
-    judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
-    rejections, ended, look = 0, "nothing is left to try", None
-    if goal.is_given and goal.is_due(search.model, 0.0):
-        look = goal.look(search.model, 0.0)
-    candidates = [] if look is not None and look.attained.is_reached else search.candidates(sites, clock)
+    look = goal.look(search.model, 0.0) if goal.is_given and goal.is_due(search.model, 0.0) else None
+    if look is not None and look.attained.is_reached:  # by an exact collapse alone
+        candidates = []
+    rejections, ended = 0, "nothing is left to try"
     for candidate in tqdm(candidates, desc="Fitting", leave=False, disable=None):
         if rejections == max_rejections:
             ended = f"{rejections} in a row were taken back"
@@ -199,16 +200,7 @@ def compress(
                 break
     if look is None:  # whatever was estimated: what is returned is measured
         look = goal.look(search.model, search.saved)
-    if look.attained.is_reached:
-        ended = f"the target is reached: {look.attained.words}"
-    elif look.is_impossible:
-        ended = (
-            f"of {look.dense.macs:,} multiply-accumulates {look.result.report.after.macs:,} are left, and it is no "
-            f"use to go on: the time on this device does not come from them, or something else keeps the machine busy; "
-            f"the target is not reached: {look.attained.words}"
-        )
-    elif goal.is_given:
-        ended += f", and the target is not reached: {look.attained.words}"
+    ended = _why_ended(ended, look) if goal.is_given else ended
     if goal.is_given and not look.attained.is_reached:
         rank_zero_warn(
             f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
@@ -218,6 +210,18 @@ def compress(
         search.drift, look.result.report, ended, notes,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
+
+
+def _why_ended(ended: str, look: Look) -> str:
+    """Say why a compression with a target has ended, and what it has reached."""
+    if look.attained.is_reached:
+        return f"the target is reached: {look.attained.words}"
+    if look.is_impossible:
+        ended = (
+            f"of {look.dense.macs:,} multiply-accumulates {look.result.report.after.macs:,} are left, and it is no "
+            f"use to go on: the time on this device does not come from them, or something else keeps the machine busy"
+        )
+    return f"{ended}, and the target is not reached: {look.attained.words}"
 
 
 class _Clock:
