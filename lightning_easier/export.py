@@ -135,9 +135,7 @@ def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: boo
             return torch.export.export(model, shown, dynamic_shapes=shapes)
     except Exception as error:  # torch.export has no common base for what it raises
         remedy = " `dynamic_batch=False` exports the example's batch size only." if dynamic_batch else ""
-        raise ExportError(
-            f"torch.export does not take {type(model).__name__}: {first_line(error)}.{remedy}"
-        ) from error
+        raise ExportError(f"torch.export does not take {type(model).__name__}: {first_line(error)}.{remedy}") from error
 
 
 def _takes_varargs(model: nn.Module, arguments: int) -> bool:

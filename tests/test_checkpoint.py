@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+import lightning_easier
 from lightning_easier import expect_pruned, linearize, load_pruned
 from lightning_easier.checkpoint import restructure_on_load
 from lightning_easier.linearize import stand_ins
@@ -62,8 +63,16 @@ def test_builds_a_class_from_its_hyperparameters(pruned, tmp_path):
     x = torch.randn(4, 3)
     assert type(model) is Net
     assert torch.equal(model(x), pruned(x))
-    with pytest.raises(RuntimeError, match="_extra_state"):
-        Net.load_from_checkpoint(path)
+
+
+def test_whoever_loads_a_pruned_checkpoint_as_any_other_is_told_what_to_call(pruned, tmp_path):
+    for load in (lambda: Net.load_from_checkpoint(save(pruned, tmp_path / "a.ckpt")),
+                 lambda: Net(5).load_state_dict(pruned.state_dict())):  # fmt: skip
+        with pytest.raises(RuntimeError, match="Unexpected key") as caught:
+            load()
+        for name in ("lightning_easier", "load_pruned", "expect_pruned"):
+            assert name in str(caught.value)
+            assert name == "lightning_easier" or hasattr(lightning_easier, name)  # it is one that can be called
 
 
 def test_the_modules_own_load_hook_is_obeyed(pruned, tmp_path):

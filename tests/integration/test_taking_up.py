@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier import EntropyPruningCallback, expect_pruned
 from lightning_easier.callbacks import wiring
-from lightning_easier.linearize import EXTRA_STATE, stand_ins
+from lightning_easier.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_has_lost_the_record_is_an_error(tmp_path):
     path = tmp_path / "saved.ckpt"
     run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)))
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(EXTRA_STATE)}
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(MARK_KEY)}
     torch.save(checkpoint, path)
     with pytest.raises(RuntimeError, match="were linear in the model that was saved"):
         run(tmp_path, ckpt_path=path)
