@@ -152,9 +152,9 @@ class RunFiles:
         else:
             if self._weights_only and not self._digests:
                 rank_zero_warn(
-                    f"{path} holds more than tensors and plain data ({', '.join(loading.unsafe_objects(path))}), as do "
-                    f"the hyperparameters of a module that stores any objects. This run goes back to it where need be; "
-                    f"a run that is to go on from it has to trust it: {_OPT_IN}, or allow these classes with "
+                    f"{path} holds more than tensors and plain data ({', '.join(loading.unsafe_objects(path))}): "
+                    f"objects among the hyperparameters, perhaps. This run can go back to it, since it has written it "
+                    f"itself. To resume it, {_OPT_IN}, or allow these classes with "
                     f"`torch.serialization.add_safe_globals`."
                 )
             self._digests[path] = digest

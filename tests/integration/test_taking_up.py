@@ -286,6 +286,26 @@ def test_a_lenient_module_that_expects_the_structure_is_taken_up_with_it(tmp_pat
     assert_equal_states(outcome(*resumed), outcome(*whole))
 
 
+@pytest.mark.parametrize("is_linear", [True, False])
+def test_a_module_whose_activation_is_another_one_now_is_not_taken_up(tmp_path, is_linear):
+    path = tmp_path / "saved.ckpt"
+    _, callback, _ = run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)))
+    name = next(name for name in ("layers.1", "layers.5", "layers.7") if (name in callback.removed) == is_linear)
+    model = Small()
+    model.set_submodule(name, nn.GELU())
+    with pytest.raises(ValueError, match=rf"activation.* '{name}' .*(GELU, and was ReLU|ReLU.*but got GELU)"):
+        run(tmp_path, model=model, ckpt_path=path)
+
+
+def test_a_module_that_has_lost_an_activation_is_not_taken_up(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_epoch_end", 0, None, saver(path)))
+    model = Small()
+    model.layers[5] = nn.Identity()
+    with pytest.raises(ValueError, match=r"'layers.5' is gone, and was ReLU.*start a new run"):
+        run(tmp_path, model=model, ckpt_path=path)
+
+
 def test_a_checkpoint_that_has_lost_the_record_is_an_error(tmp_path):
     path = tmp_path / "saved.ckpt"
     run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)))
