@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier import loading
 from lightning_easier.activations import unwrap
-from lightning_easier.linearize import EXTRA_STATE, read_marks, restructure, restructure_as_marked, stand_ins
+from lightning_easier.linearize import MARK_KEY, read_marks, restructure, restructure_as_marked, stand_ins
 
 
 def load_pruned(
@@ -193,7 +193,7 @@ def _restructure_for_good(module: nn.Module, state_dict: Mapping[str, Any], pref
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    stand_in_keys = {f"{name}.{EXTRA_STATE}" for name in stand_ins(module)}
+    stand_in_keys = {f"{name}.{MARK_KEY}" for name in stand_ins(module)}
     is_whole = set(module.state_dict()) - stand_in_keys <= set(own)
     if is_whole or read_marks(own):  # a part of a state without marks says nothing of the structure
         restructure_as_marked(module, own)

@@ -187,7 +187,13 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
     checkpoint = read_checkpoint(checkpoint_path, weights_only=weights_only)
     for state in callback_states(checkpoint):
         if {"monitor", "rounds"} <= set(state):
-            return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+            try:
+                return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+            except TypeError as error:
+                raise ValueError(
+                    f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run, but the rounds in "
+                    f"{checkpoint_path} have another form ({error}): was it saved by another version?"
+                ) from error
     linear = list(read_marks(checkpoint.get("state_dict", {})))
     raise ValueError(
         f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run with its callbacks' states, but "

@@ -99,7 +99,8 @@ class EntropyPruningCallback(Callback):
             where the two would meet: training goes on with the very function that a collapse merges exactly. See
             :func:`~lightning_easier.linearize`.
         dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default. All processes
-            have to reach it. A new run does not write where another has: its folder ends in ``-v1``, ``-v2``, ...
+            have to reach it. A new run does not write where another has or is about to: its folder ends in ``-v1``,
+            ``-v2``, ... What lies there is read as plain data, see `Security` in docs/supported.md.
         restart: What begins anew with every removal: nothing, the learning-rate schedules and with them the
             hyperparameters of the optimizers, or the optimizers with their moments too (EASIER).
         on_reject: Whether the run stops when a round was taken back, or tries the next candidate. What was taken back
@@ -154,6 +155,9 @@ class EntropyPruningCallback(Callback):
             distil.
         FileNotFoundError: If the checkpoint of a round that was kept is needed and gone.
         RuntimeError: After an operation, if the processes do not hold the same model.
+        OSError: If a checkpoint can't be written; those that were there before are whole.
+        ValueError: If a run is resumed from a record of another form, with a module of other activations, or needs a
+            checkpoint that can't be read safely.
 
     Source: EASIER, arXiv 2404.18949. ``distill``: Hinton et al., arXiv 1503.02531.
 

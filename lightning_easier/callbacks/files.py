@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_easier import loading, storage
 from lightning_easier.callbacks.state import BestCheckpoint
-from lightning_easier.linearize import EXTRA_STATE, restructure_as_marked
+from lightning_easier.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.report import Round
 
 _LOCK = ".in_use"
@@ -152,9 +152,9 @@ class RunFiles:
         else:
             if self._weights_only and not self._digests:
                 rank_zero_warn(
-                    f"{path} holds more than tensors and plain data ({', '.join(loading.unsafe_objects(path))}), as do "
-                    f"the hyperparameters of a module that stores any objects. This run goes back to it where need be; "
-                    f"a run that is to go on from it has to trust it: {_OPT_IN}, or allow these classes with "
+                    f"{path} holds more than tensors and plain data ({', '.join(loading.unsafe_objects(path))}): "
+                    f"objects among the hyperparameters, perhaps. This run can go back to it, since it has written it "
+                    f"itself. To resume it, {_OPT_IN}, or allow these classes with "
                     f"`torch.serialization.add_safe_globals`."
                 )
             self._digests[path] = digest
@@ -413,9 +413,9 @@ def read_marks_of(path: Path, weights_only: bool = True) -> dict[str, Any]:
     """
     if not path.is_dir():
         state_dict = _read_on_cpu(path, weights_only)["state_dict"]
-        return {key: value for key, value in state_dict.items() if key.endswith(EXTRA_STATE)}
+        return {key: value for key, value in state_dict.items() if key.endswith(MARK_KEY)}
     with explained(path):
         if weights_only:
             loading.check_folder(path)  # torch is about to unpickle the rest
-        marks = loading.read_tensors_of(path, EXTRA_STATE)
+        marks = loading.read_tensors_of(path, MARK_KEY)
     return {key.removeprefix("state_dict."): value for key, value in marks.items()}

@@ -32,7 +32,7 @@ from lightning_easier.callbacks.optimizers import (
 )
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
-from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
+from lightning_easier.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
 from lightning_easier.rectifiers import GATES
 from lightning_easier.substitution import ChainFit
 
@@ -189,7 +189,7 @@ def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> N
     if silent:
         raise MisconfigurationException(
             f"{type(pl_module).__name__}.state_dict() drops what tells that an activation is linear: of {silent[:5]} a "
-            f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{EXTRA_STATE}'."
+            f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{MARK_KEY}'."
         )
 
 
@@ -237,7 +237,7 @@ def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
         raise RuntimeError(
             f"The activations {missing} were linear in the model that was saved, but the weights were loaded without: "
             f"the checkpoint has lost what tells so. Did the module's `state_dict` or `on_save_checkpoint` drop the "
-            f"keys that end in '{EXTRA_STATE}'?"
+            f"keys that end in '{MARK_KEY}'?"
         )
 
 
