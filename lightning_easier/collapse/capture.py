@@ -7,6 +7,7 @@ passes stays whole, as a leaf.
 
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ def _for_more_samples(
 ) -> fx.GraphModule:
     """Export a model once more where what was captured refuses numbers of samples that its own forward takes."""
     refused = _refused_samples(captured, model, arguments)
-    for again in _other_attempts(captured, attempt, refused):
+    for again in _other_attempts(captured, attempt, refused, arguments):
         try:
             other = _exported(model, again, arguments)
         except Exception as error:  # then what there is has to do
@@ -102,9 +103,9 @@ def _for_more_samples(
 
 
 def _other_attempts(
-    captured: fx.GraphModule, attempt: Attempt, refused: Sequence[Sequence[Tensor]]
+    captured: fx.GraphModule, attempt: Attempt, refused: Sequence[Sequence[Tensor]], arguments: Sequence[Tensor]
 ) -> Iterator[Attempt]:
-    """List what to try where numbers of samples are refused: what the guards tell."""
+    """List what to try where numbers of samples are refused, as the guards tell."""
     fail = [_guards_of(captured).axes_that_fail(*inputs) for inputs in refused]
     others = {(place, axis) for each in fail for place, axis in each if axis > 0}
     if others:  # an axis that is fixed is no part of a condition
@@ -112,7 +113,7 @@ def _other_attempts(
         yield attempt._replace(free=tuple(map(frozenset, free)))
         yield attempt._replace(free=tuple(axes & {0} for axes in attempt.free))
     if any(len(inputs[0]) > 1 for inputs in refused):
-        yield attempt._replace(reads_code=True)
+        yield attempts(arguments)[0]._replace(reads_code=True)
 
 
 def _refused_samples(
@@ -241,6 +242,14 @@ class _ModelTracer(fx.Tracer):
         if modes() != self._modes:
             raise CaptureError("it changes the autograd or autocast mode inside its forward")
         return super().create_node(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
+            if type(a) is not OrderedDict:
+                raise CaptureError(f"it makes a {type(a).__name__}")
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self._opaque or isinstance(m, StandIn) or is_activation(m) or has_hooks(m):
