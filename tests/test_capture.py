@@ -167,9 +167,10 @@ class CountsSamples(nn.Module):
     ],
     ids=["len", "int", "sqrt", "chunk", "token"],
 )
-def test_the_number_of_samples_stays_free_where_the_forward_leaves_it_free(then):
+@pytest.mark.parametrize("samples", [3, 1])
+def test_the_number_of_samples_stays_free_where_the_forward_leaves_it_free(then, samples):
     model = CountsSamples(then).eval()
-    collapsed = collapse(model, torch.randn(3, 4, 6), objective="macs").model
+    collapsed = collapse(model, torch.randn(samples, 4, 6), objective="macs").model
     assert any(isinstance(module, SizeGuards) for module in collapsed.modules())
     for samples in (1, 2, 3, 4, 7):
         x = torch.randn(samples, 4, 6)
@@ -321,6 +322,38 @@ def test_a_result_returns_the_classes_that_the_model_returns():
         assert relative_difference(output, model(x)) <= 1e-5
         assert list(output) == ["logits", "both"]
         assert output["both"][1] is None
+
+
+class Attributes(dict):
+    """A dictionary of somebody's own; torch knows nothing of it."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Attributes,
+    lambda made: (list(made.values()), list(made)),
+    lambda values, keys: Attributes(zip(keys, values, strict=False)),
+)
+
+
+@pytest.mark.parametrize("make", [OrderedDict, Attributes])
+def test_what_torch_fx_records_returns_the_classes_that_the_model_returns(make):
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor):
+            y = self.b(self.a(x))
+            return make({"logits": y, "both": (y + 1, None)})
+
+    model = Returns()
+    x = torch.randn(2, 3)
+    result = collapse(model, x, objective="macs")
+    assert len(result.report.merges) == 1
+    output = result.model(x)
+    assert type(output) is make
+    assert list(output) == ["logits", "both"]
+    assert relative_difference(output, model(x)) <= 1e-5
 
 
 def test_a_class_of_transformers_is_returned_and_its_conv1d_is_merged():

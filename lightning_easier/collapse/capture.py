@@ -7,6 +7,7 @@ passes stays whole, as a leaf.
 
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -104,7 +105,7 @@ def _for_more_samples(
 ) -> fx.GraphModule:
     """Export a model once more where what was captured refuses numbers of samples that its own forward takes."""
     refused = _refused_samples(captured, model, arguments)
-    for again in _other_attempts(captured, attempt, refused):
+    for again in _other_attempts(captured, attempt, refused, arguments):
         try:
             other = _exported(model, again, arguments)
         except Exception as error:  # then what there is has to do
@@ -119,9 +120,9 @@ def _for_more_samples(
 
 
 def _other_attempts(
-    captured: fx.GraphModule, attempt: Attempt, refused: Sequence[Sequence[Tensor]]
+    captured: fx.GraphModule, attempt: Attempt, refused: Sequence[Sequence[Tensor]], arguments: Sequence[Tensor]
 ) -> Iterator[Attempt]:
-    """List what to try where numbers of samples are refused: what the guards tell."""
+    """List what to try where numbers of samples are refused, as the guards tell."""
     fail = [_guards_of(captured).axes_that_fail(*inputs) for inputs in refused]
     others = {(place, axis) for each in fail for place, axis in each if axis > 0}
     if others:  # an axis that is fixed is no part of a condition
@@ -129,7 +130,7 @@ def _other_attempts(
         yield attempt._replace(free=tuple(map(frozenset, free)))
         yield attempt._replace(free=tuple(axes & {0} for axes in attempt.free))
     if any(len(inputs[0]) > 1 for inputs in refused):
-        yield attempt._replace(reads_code=True)
+        yield attempts(arguments)[0]._replace(reads_code=True)
 
 
 def _refused_samples(
@@ -290,6 +291,11 @@ class _ModelTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             self._constants.append((a, a._version))
+        if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
+            if type(a) is not OrderedDict:
+                raise CaptureError(f"it makes a {type(a).__name__}")
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
         return super().create_arg(a)
 
     def writes_into_a_constant(self) -> bool:
