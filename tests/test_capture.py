@@ -327,7 +327,9 @@ class Attributes(dict):
 
 
 torch.utils._pytree.register_pytree_node(
-    Attributes, lambda made: (list(made.values()), list(made)), lambda values, keys: Attributes(zip(keys, values))
+    Attributes,
+    lambda made: (list(made.values()), list(made)),
+    lambda values, keys: Attributes(zip(keys, values, strict=True)),
 )
 
 
