@@ -331,7 +331,7 @@ class Attributes(dict):
 torch.utils._pytree.register_pytree_node(
     Attributes,
     lambda made: (list(made.values()), list(made)),
-    lambda values, keys: Attributes(zip(keys, values, strict=False)),
+    lambda values, keys: Attributes(zip(keys, values, strict=True)),
 )
 
 
