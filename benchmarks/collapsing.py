@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lightning_easier import collapse, isolate_activations, linearize
-from lightning_easier.collapse.prices import LatencyTable
-from lightning_easier.costs import measure_latency, speed_up
 from lightning_easier.inference import relative_difference
 from lightning_easier.report import Table
+from lightning_easier.timing import LatencyTable, measure_latency, speed_up
 
 NETWORKS = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet1_0",
@@ -48,7 +47,7 @@ def network(name: str) -> nn.Module:
 def ratio(before: nn.Module, after: nn.Module, x: torch.Tensor) -> str:
     """Time two models interleaved: how many times faster the second is, median and quartiles."""
     latency = measure_latency({"before": before, "after": after}, (x,), samples=25)
-    first, median, third = speed_up(latency["before"], latency["after"])
+    first, median, third = speed_up(latency["before"], latency["after"]).quartiles
     return f"{median:.2f}× ({first:.2f}–{third:.2f})"
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_easier import EntropyPruningCallback
-from lightning_easier.costs import Latency, measure_activation_memory, speed_up
+from lightning_easier.costs import measure_activation_memory
 from lightning_easier.report import Table
+from lightning_easier.timing import Latency, speed_up
 
 
 def cifar_resnet18() -> nn.Module:
@@ -128,7 +129,7 @@ def main() -> None:
         plain = _latency(taken["plain"])
         for which, seconds in taken.items():
             timed = _latency(seconds)
-            third, middle, first = (1 / ratio for ratio in speed_up(plain, timed))
+            third, middle, first = (1 / ratio for ratio in speed_up(plain, timed).quartiles)
             rows.append(
                 (
                     name if which == "plain" else "",

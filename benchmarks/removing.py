@@ -10,6 +10,7 @@ affine, or the fitted operator, explains), or of the drift of the model's output
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -51,9 +52,8 @@ def main() -> None:
     inner = [name for name, module in model.named_modules() if name.endswith("relu1")]
 
     entropies, affines = measure_entropy(model, calibration), measure_affines(model, calibration)
-    found = compress(
-        model, calibration, objective="macs", include=inner if "fitted" in options.ways else inner[:1]
-    ).report
+    sites = inner if "fitted" in options.ways else inner[:1]
+    found = compress(model, calibration, objective="macs", include=sites, max_drift=math.inf).report
     by_entropy = sorted(inner, key=entropies.__getitem__)
     of_affine = sorted(inner, key=lambda name: affines[name].explained, reverse=True)
     of_operator = [trial.sites[0] for trial in sorted(found.trials, key=lambda trial: trial.explained, reverse=True)]

@@ -42,8 +42,9 @@ from lightning_easier import (
     measure_entropy,
     measure_fits,
 )
-from lightning_easier.costs import Latency, count_macs, measure_latency, speed_up
+from lightning_easier.costs import count_macs
 from lightning_easier.report import Table
+from lightning_easier.timing import Latency, measure_latency, speed_up
 from lightning_easier.zoo import CifarResNet
 
 METHODS = ("dense", "identity", "affine", "fitted", "compress", "magnitude", "channels", "scratch")
@@ -55,9 +56,8 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
     sites = list(isolate_activations(model))
     inner = [name for name in sites if name.endswith("relu1")]
     if method == "compress":
-        return compress(
-            model, calibration, target_speedup=options.speedup, example_inputs=example, include=inner
-        ).fitted  # fmt: skip
+        target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
+        return compress(model, calibration, example_inputs=example, include=inner, **target).fitted
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)
@@ -156,8 +156,8 @@ def print_table(
         latencies[size] = measure_latency(calls, (values,), samples=25)
     rows = []
     for method, values in scores.items():
-        faster = [speed_up(times["folded"], times[method]) for times in latencies.values()]
-        whole = speed_up(latencies[64]["as given"], latencies[64][method])[1]
+        faster = [speed_up(times["folded"], times[method]).quartiles for times in latencies.values()]
+        whole = speed_up(latencies[64]["as given"], latencies[64][method]).median
         spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
         macs = count_macs(shipped[method], (test.batch(torch.arange(1)),)) / 1e6
         left = "–" if method == "scratch" else f"{mean(untuned[method]):.2f}"

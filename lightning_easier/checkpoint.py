@@ -4,7 +4,6 @@ The record of what was pruned lives in the state dict itself (see :mod:`lightnin
 a weights-only checkpoint and in a bare ``torch.save(model.state_dict())`` too.
 """
 
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_easier import loading
 from lightning_easier.activations import unwrap
-from lightning_easier.linearize import EXTRA_STATE, read_marks, restructure, restructure_as_marked, stand_ins
+from lightning_easier.linearize import MARK_KEY, read_marks, restructure, restructure_as_marked, stand_ins
 
 
 def load_pruned(
@@ -53,9 +53,8 @@ def load_pruned(
     """
     path = Path(checkpoint_path)
     checkpoint = read_checkpoint(path, map_location=map_location, weights_only=weights_only)
-    for state in checkpoint.get("callbacks", {}).values() if isinstance(checkpoint, Mapping) else ():
-        if isinstance(state, Mapping):
-            warn_if_rejected(state)
+    for state in callback_states(checkpoint):
+        warn_if_rejected(state)
     if isinstance(model, type):
         if not issubclass(model, LightningModule):
             raise TypeError(
@@ -108,28 +107,32 @@ def read_checkpoint(
     argument: str = "checkpoint_path",
     map_location: Any = "cpu",
     weights_only: bool | None = True,
-) -> Any:
+) -> dict[str, Any]:
     """Read what ``torch.save`` has written, and blame the named argument where that fails.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file can't be read.
+        ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {path} is none")
-    try:
-        return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (pickle.UnpicklingError, KeyError, EOFError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected argument `{argument}` to be a checkpoint file, but {path} can't be read. If it holds objects of "
-            f"your own and you trust it, pass `weights_only=False`."
-        ) from error
+    what, opt_in = f"argument `{argument}` to be a checkpoint file", "pass `weights_only=False`"
+    found = loading.read(Path(path), what, opt_in, map_location=map_location, weights_only=weights_only)
+    if not isinstance(found, dict):
+        raise ValueError(f"Expected {what}, but {path} holds a {type(found).__name__} and no state dict")
+    return found
+
+
+def callback_states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the states of callbacks that a checkpoint holds."""
+    states = checkpoint.get("callbacks")
+    return [state for state in states.values() if isinstance(state, Mapping)] if isinstance(states, Mapping) else []
 
 
 def warn_if_rejected(state: Mapping[str, Any]) -> None:
     """Warn if the state of a pruning callback is that of a round that was about to be taken back."""
     decision = state.get("decision")
-    if isinstance(decision, Mapping) and decision.get("go_back") and "last_good" in state:
+    if isinstance(decision, Mapping) and decision.get("go_back") and {"last_good", "folder"} <= set(state):
         rank_zero_warn(
             f"This checkpoint was saved at the end of a round whose score fell beyond the tolerance; the run went back "
             f"after it. Its last good model is {state['last_good']} in {state['folder']}."
@@ -190,14 +193,14 @@ def _restructure_for_good(module: nn.Module, state_dict: Mapping[str, Any], pref
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    stand_in_keys = {f"{name}.{EXTRA_STATE}" for name in stand_ins(module)}
+    stand_in_keys = {f"{name}.{MARK_KEY}" for name in stand_ins(module)}
     is_whole = set(module.state_dict()) - stand_in_keys <= set(own)
     if is_whole or read_marks(own):  # a part of a state without marks says nothing of the structure
         restructure_as_marked(module, own)
 
 
-def _marked_state_dict(checkpoint: Any, path: Path) -> Mapping[str, Any]:
-    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+def _marked_state_dict(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, Mapping) or not read_marks(state_dict):
         raise ValueError(
             f"Expected argument `checkpoint_path` to be a checkpoint with a record of linearized activations, but "

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Module
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
 from lightning_easier.arguments import check_integer
 from lightning_easier.candidates import candidates as list_candidates
-from lightning_easier.checkpoint import load_pruned, read_checkpoint
+from lightning_easier.checkpoint import callback_states, load_pruned, read_checkpoint
 from lightning_easier.collapse import CollapseResult, collapse
 from lightning_easier.export import export
 from lightning_easier.inference import model_input
@@ -87,7 +88,9 @@ class EasierTrainer(Trainer):
         """
         inputs = self._example_inputs(model, datamodule, batch_size)
         if collapsed:
-            shipped = self._collapse(model, inputs, ckpt_path, objective, weights_only).model
+            result = self._collapse(model, inputs, ckpt_path, objective, weights_only)
+            rich.print(result.report)
+            shipped: Module = result.model
         else:
             shipped = self._load(model, ckpt_path, weights_only)
         rich.print(export(shipped, output, inputs))
@@ -182,9 +185,15 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
         ValueError: If the checkpoint is not from a run with an EntropyPruningCallback.
     """
     checkpoint = read_checkpoint(checkpoint_path, weights_only=weights_only)
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and {"monitor", "rounds"} <= set(state):
-            return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+    for state in callback_states(checkpoint):
+        if {"monitor", "rounds"} <= set(state):
+            try:
+                return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+            except TypeError as error:
+                raise ValueError(
+                    f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run, but the rounds in "
+                    f"{checkpoint_path} have another form ({error}): was it saved by another version?"
+                ) from error
     linear = list(read_marks(checkpoint.get("state_dict", {})))
     raise ValueError(
         f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run with its callbacks' states, but "

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,22 +14,24 @@ from tqdm import tqdm
 
 from lightning_easier.activations import isolate_activations, match_names, unwrap
 from lightning_easier.arguments import as_globs, check_choice, check_integer, check_non_negative, check_positive
+from lightning_easier.calibration import inputs_left_out, read_calibration
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose
 from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
-from lightning_easier.collapse.fitting import fit_chain, put, replace
-from lightning_easier.collapse.prices import OBJECTIVES, LatencyTable, Objective
-from lightning_easier.goals import Goal
+from lightning_easier.collapse.fitting import MOST_FITS, fit_chain, in_steps, put, replace
+from lightning_easier.collapse.prices import OBJECTIVES, Objective
+from lightning_easier.goals import Goal, Look, check_targets
 from lightning_easier.inference import (
     arguments_wanted,
     as_arguments,
+    check_weights,
     copies,
     describe,
     device_of,
     forward,
-    model_inputs,
     tensors_in,
 )
 from lightning_easier.report import CompressReport, Trial
+from lightning_easier.timing import LatencyTable
 
 # Bodies of bottlenecks and inverted residuals have two.
 _ACTIVATIONS_IN_A_CHAIN = 2
@@ -38,6 +41,10 @@ _WORTH_A_TRIAL = 0.1
 _SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 256
+# Of the time that a compression may take, what is left after this share is for trying what was found.
+_SEARCH = 0.5
+# What keeps a network usable where nobody says how good it has to be, see docs/collapse.md.
+MAX_DRIFT = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class CompressResult:
 
     Attributes:
         model: A new module in eval mode, collapsed.
-        fitted: The model as it was given, with the fitted operators in their places and nothing merged, in eval mode:
-            the one to train on.
+        fitted: The model as it was given, with the fitted operators in their places and nothing merged: the one to
+            train on. It is in eval mode, too; call ``fitted.train()`` before it is fine-tuned.
         report: What was tried, kept and taken back, and the cost before and after.
     """
 
@@ -65,6 +72,8 @@ def compress(
     mode: Literal["min", "max"] = "max",
     target_speedup: float | None = None,
     target_depth: int | None = None,
+    max_drift: float | None = None,
+    max_minutes: float | None = None,
     objective: Objective = "latency",
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,
@@ -84,12 +93,18 @@ def compress(
     Args:
         model: Any module; it is not changed.
         batches: Calibration data, such as a few batches of a training loader: a tensor each, or a sequence whose first
-            elements are the forward's positional arguments.
-        evaluate: Returns the score of a model, which it gets in eval mode. Without it nothing is taken back.
+            elements are the forward's positional arguments: as many as it can't do without, or as ``example_inputs``
+            has. Batches without samples and samples that are not finite are left out.
+        evaluate: Returns the score of a model, which it gets in eval mode. Without it ``max_drift`` tells what stays.
         tolerance: By how much the score may fall below that of the model as given.
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
-        target_speedup: Stop when the collapsed model is measured to be so many times faster at ``example_inputs``.
+        target_speedup: Stop when the collapsed model is measured to be so many times faster at ``example_inputs`` than
+            the dense network with its batch norms folded, both timed in turn.
         target_depth: Stop when it has no more operators than this one behind the other.
+        max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
+            may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
+        max_minutes: Stop after so many minutes with what is there then; no limit by default. Half of them are for the
+            search at most. A step that has begun and the final collapse are not cut short.
         objective: What is to be saved: ``"latency"``, ``"macs"`` or ``"depth"``.
         include: Name globs of the activations that may go; all by default.
         exclude: Name globs of those that may not.
@@ -102,11 +117,13 @@ def compress(
         The collapsed model, the model to train on, and a report.
 
     Warns:
-        UserWarning: If there is a target and it is not reached.
+        UserWarning: If there is a target and it is not reached, something is left out of ``batches``, or they may hold
+            inputs that the forward is not given.
 
     Raises:
         TypeError: If ``model`` is not a Module, or an argument is of another type.
-        ValueError: If an argument has a value out of range, ``batches`` yields none, or the score is not finite.
+        ValueError: If an argument has a value out of range, ``batches`` yields none, ``example_inputs`` hold no sample,
+            they or the model are on the meta device, or the score is not finite.
         CollapseError: As :func:`~lightning_easier.collapse`.
 
     Example:
@@ -124,67 +141,159 @@ def compress(
     check_choice("mode", mode, ("min", "max"))
     check_choice("objective", objective, OBJECTIVES)
     check_integer("max_rejections", max_rejections, 1)
-    if target_speedup is not None:
-        check_positive("target_speedup", target_speedup)
-    if target_depth is not None:
-        check_integer("target_depth", target_depth, 1)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"Expected argument `batches` to be an iterable of batches, but got {describe(batches)}. Pass `[tensor]`."
-        )
-    source = deepcopy(unwrap(model)).eval()
+    check_targets(target_speedup, target_depth)
+    for argument, value in (("max_drift", max_drift), ("max_minutes", max_minutes)):
+        if value is not None and value != math.inf:
+            check_positive(argument, value)
+    clock = _Clock(max_minutes)
+    model = unwrap(model)
+    check_weights(model)
+    source = deepcopy(model).eval()
     sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(batches)
-    if not taken:
-        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
     given = None if example_inputs is None else as_arguments(example_inputs)
     count = arguments_wanted(source) if given is None else len(given)
     device = device_of(source)
-    calibration = [tuple(x.to(device) for x in model_inputs(batch, count)) for batch in taken]
-    arguments = copies(given or calibration[0])
-    with torch.no_grad():
-        if given is not None:
+    if given is not None:
+        with torch.no_grad():
             forward(source, copies(given), "example_inputs")
-        forward(source, copies(calibration[0]), "batches")
+    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
+        batches = list(batches)
+    data = read_calibration("batches", batches, source, count, [device] * count)
+    notes = list(data.notes)
+    untold = inputs_left_out(source, batches[0], count) if given is None else None
+    if untold is not None:
+        rank_zero_warn(untold)
+        notes.append(untold)
+    arguments = copies(given or data.batches[0])
 
+    judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
     table = LatencyTable()
     is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
-    search = _Search(source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
+    search = _Search(source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
+    candidates = search.candidates(sites, clock)
     goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
-    dense_score = None if evaluate is None else _score(evaluate, source, device)
-    if dense_score is not None and not math.isfinite(dense_score):
-        raise ValueError(f"Expected argument `evaluate` to return a finite score of the model, but got {dense_score}")
-    allowed = tolerance + _SCORE_RESOLUTION * abs(dense_score or 0.0)
-    rejections = 0
-    is_there = False
-    for candidate in tqdm(search.candidates(sites), desc="Fitting", leave=False, delay=1, disable=None):
-        is_there = goal.is_reached(search.model, search.saved)
-        if rejections == max_rejections or is_there:
+    look = goal.look(search.model, 0.0) if goal.is_given and goal.is_due(search.model, 0.0) else None
+    if look is not None and look.attained.is_reached:  # by an exact collapse alone
+        candidates = []
+    rejections, ended = 0, "nothing is left to try"
+    for candidate in tqdm(candidates, desc="Fitting", leave=False, disable=None):
+        if rejections == max_rejections:
+            ended = f"{rejections} in a row were taken back"
+            break
+        if clock.has_passed(1.0):
+            ended = f"the {max_minutes:g} minutes of `max_minutes` are over"
             break
         trial = search.take(candidate)
-        if trial is None or evaluate is None or dense_score is None:
+        if trial is None:
             continue
-        trial.score = _score(evaluate, search.model, device)
-        fall = (dense_score - trial.score) * (1 if mode == "max" else -1)
-        if fall <= allowed:  # not of NaN
-            rejections = 0
-        else:
-            search.take_back(f"beyond the tolerance {tolerance:g} of {dense_score:.4f}")
+        look = None  # of what the model was
+        trial.score = judge.score(search.model)
+        reason = judge.why_not(trial.score, search.drift)
+        if reason is not None:
+            search.take_back(reason)
             rejections += 1
-    is_there = is_there or goal.is_reached(search.model, search.saved)
-    ended = (
-        "the target is reached"
-        if is_there
-        else f"{rejections} in a row were taken back"
-        if rejections == max_rejections
-        else "nothing is left to try"
-    )
-    if not is_there and (target_speedup is not None or target_depth is not None):
-        ended += ", and the target is not reached"
-        rank_zero_warn(f"Compression ended since {ended}. Raise `tolerance`, or include more activations.")
-    result = goal.collapsed(search.model)
-    report = CompressReport(search.trials, search.reasons, dense_score, *goal.costs(result), result.report, ended)
-    return CompressResult(result.model, search.model, report)
+            continue
+        rejections = 0
+        if goal.is_given and goal.is_due(search.model, search.saved):
+            look = goal.look(search.model, search.saved)
+            if look.attained.is_reached or look.is_impossible:
+                break
+    if look is None:  # whatever was estimated: what is returned is measured
+        look = goal.look(search.model, search.saved)
+    ended = _why_ended(ended, look) if goal.is_given else ended
+    if goal.is_given and not look.attained.is_reached:
+        rank_zero_warn(
+            f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
+        )
+    report = CompressReport(
+        search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
+        search.drift, look.result.report, ended, notes,
+    )  # fmt: skip
+    return CompressResult(look.result.model, search.model, report)
+
+
+def _why_ended(ended: str, look: Look) -> str:
+    """Say why a compression with a target has ended, and what it has reached."""
+    if look.attained.is_reached:
+        return f"the target is reached: {look.attained.words}"
+    if look.is_impossible:
+        ended = (
+            f"of {look.dense.macs:,} multiply-accumulates {look.result.report.after.macs:,} are left, and it is no "
+            f"use to go on: the time on this device does not come from them, or something else keeps the machine busy"
+        )
+    return f"{ended}, and the target is not reached: {look.attained.words}"
+
+
+class _Clock:
+    """Tells how much of the time that a compression may take has gone."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._begin = monotonic()
+        self._seconds = math.inf if minutes is None else 60 * minutes
+
+    def has_passed(self, share: float) -> bool:
+        """Tell whether such a share of the time has gone."""
+        return monotonic() - self._begin >= share * self._seconds
+
+
+class _Judge:
+    """Tells whether a model is still good enough.
+
+    Args:
+        source: The model as it was given.
+        evaluate: Returns its score; None if there is none.
+        tolerance: By how much the score may fall.
+        mode: Whether a higher score is better.
+        max_drift: How much of the variance of the outputs may change; None for the default.
+        device: Where the model belongs.
+
+    Attributes:
+        dense_score: The score of the model as it was given; None if there is none.
+
+    Raises:
+        ValueError: If that is not finite.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        evaluate: Callable[[nn.Module], float] | None,
+        tolerance: float,
+        mode: Literal["min", "max"],
+        max_drift: float | None,
+        device: torch.device,
+    ) -> None:
+        self._evaluate = evaluate
+        self._tolerance = tolerance
+        self._sign = 1 if mode == "max" else -1
+        self._device = device
+        self._max_drift = max_drift if max_drift is not None else math.inf if evaluate is not None else MAX_DRIFT
+        self.dense_score = self.score(source)
+        if self.dense_score is not None and not math.isfinite(self.dense_score):
+            raise ValueError(
+                f"Expected argument `evaluate` to return a finite score of the model, but got {self.dense_score}"
+            )
+
+    def score(self, model: nn.Module) -> float | None:
+        """Return the score of a model, None if there is none; the model is in eval mode and in its place afterwards.
+
+        Raises:
+            TypeError: If what is returned is no number.
+        """
+        return None if self._evaluate is None else _score(self._evaluate, model, self._device)
+
+    def why_not(self, score: float | None, drift: float) -> str | None:
+        """Say why a model of this score and drift is not good enough; None if it is."""
+        if not drift <= self._max_drift:  # of NaN
+            return (
+                f"{drift:.2%} of the variance of the outputs changed, beyond the {self._max_drift:.2%} of `max_drift`"
+            )
+        if score is None or self.dense_score is None:
+            return None
+        allowed = self._tolerance + _SCORE_RESOLUTION * abs(self.dense_score)
+        if (self.dense_score - score) * self._sign <= allowed:  # not of NaN
+            return None
+        return f"beyond the tolerance {self._tolerance:g} of {self.dense_score:.4f}"
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
@@ -290,6 +399,7 @@ class _Search:
         self._arguments = arguments
         self._prices = prices
         self._slack = slack
+        self._dense_outputs = self._outputs()
         self._steps: list[_Step] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Trial] = []
         self._undone: list[
@@ -301,15 +411,24 @@ class _Search:
         """What is saved of the price so far."""
         return sum(step.saving for step in self._steps)
 
-    def candidates(self, sites: Sequence[str]) -> list[_Candidate]:
+    @property
+    def drift(self) -> float:
+        """Share of the variance of the outputs that all that is in place has changed."""
+        return _drift(self._outputs(), self._dense_outputs)
+
+    def candidates(self, sites: Sequence[str], clock: _Clock) -> list[_Candidate]:
         """Fit operators for every chain alone, and return those that may take its place, the best first."""
         chains = Chains(self.model, sites)
-        outputs = self._outputs()
+        outputs = self._dense_outputs
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
-        for chain in tqdm(whole, desc="Looking for chains", leave=False, delay=1, disable=None):
+        for chain, advance in in_steps(whole, len(self._batches) + MOST_FITS, "Looking for operators"):
+            if clock.has_passed(_SEARCH):
+                for site in chain.sites:
+                    chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
+                continue
             try:
-                choices = self._worthwhile(self._fit(chain))
+                choices = self._worthwhile(self._fit(chain, advance))
             except CannotFitError as error:
                 if len(chain.sites) == 1:
                     chains.reasons[chain.sites[0]] = str(error)
@@ -410,8 +529,8 @@ class _Search:
             step.trial.kept, step.trial.reason = True, None
         self._undone = []
 
-    def _fit(self, chain: FitChain) -> list[Choice]:
-        return fit_chain(self.model, chain, self._batches, self._arguments, self._prices)
+    def _fit(self, chain: FitChain, advance: Callable[[], object] = lambda: None) -> list[Choice]:
+        return fit_chain(self.model, chain, self._batches, self._arguments, self._prices, advance)
 
     def _outputs(self) -> list[Tensor]:
         """Return what the model makes of some of the calibration data: a matrix for each of its outputs."""

@@ -7,8 +7,6 @@ import argparse
 import json
 import sys
 import time
-from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 
 import rich
@@ -17,10 +15,10 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, collapse, export, isolate_activations, load_pruned, restore
-from lightning_easier.costs import Latency, measure_latency, speed_up
+from lightning_easier import EntropyPruningCallback, collapse, export, isolate_activations, load_pruned
 from lightning_easier.figures import plot_entropies
 from lightning_easier.report import ModelCost, Report, Table
+from lightning_easier.storage import replacing
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
 
 
@@ -74,38 +72,29 @@ def main() -> None:
     for report in reports.values():
         rich.print(report)
 
-    # Folding batch norms speeds up any network; what the removals have bought shows against a dense one folded too.
-    dense = collapse(restore(deepcopy(pruned)), images)
-    latency = measure_latency({"dense": dense.model, "collapsed": result.model}, (images,), samples=25)
     scores = [this.score_after or 0.0 for this in pruning.rounds if this.accepted]
     table = Table(
         "Result",
         ("", "rectifiers", "val_acc", "depth", "parameters", "MACs", "latency [ms]"),
         [
-            _row("dense, batch norms folded", rectifiers, scores[0], dense.report.after, latency["dense"]),
-            _row(
-                "pruned and collapsed",
-                rectifiers - len(pruning.removed),
-                scores[-1],
-                result.report.after,
-                latency["collapsed"],
-            ),
+            _row("dense, batch norms folded", rectifiers, scores[0], result.report.dense),
+            _row("pruned and collapsed", rectifiers - len(pruning.removed), scores[-1], result.report.after),
         ],
     )
-    first, median, third = speed_up(latency["dense"], latency["collapsed"])
     accuracy = {name: _accuracy(m, data) for name, m in (("pruned", pruned), ("collapsed", result.model))}
     lines = [
-        f"Speed-up: {median:.2f}× (quartiles {first:.2f} to {third:.2f})",
+        f"Speed-up: {result.report.speedup}, median and quartiles of the ratios of timings in turn",
         f"Test accuracy: pruned {accuracy['pruned']:.4f}, collapsed {accuracy['collapsed']:.4f}",
     ]
     rich.print(table, *lines, sep="\n")
     texts = [*(report.to_markdown() for report in reports.values()), table.to_markdown(), *lines]
-    (options.output / "report.md").write_text("\n\n".join(texts) + "\n")
+    with replacing(options.output / "report.md") as new:
+        new.write_text("\n\n".join(texts) + "\n")
     everything = {name: report.to_dict() for name, report in reports.items()} | {
-        "latency": {name: asdict(this) for name, this in latency.items()},
         "test_accuracy": accuracy,
     }
-    (options.output / "report.json").write_text(json.dumps(everything, indent=2))
+    with replacing(options.output / "report.json") as new:
+        new.write_text(json.dumps(everything, indent=2))
     plot_entropies(folder, options.output / "entropy.png")
 
     print(f"\nDone in {time.monotonic() - start:.0f} s. Files:")
@@ -115,7 +104,8 @@ def main() -> None:
     print("then http://localhost:6006/#custom_scalars")
 
 
-def _row(name: str, rectifiers: int, score: float, cost: ModelCost, latency: Latency) -> tuple[str, ...]:
+def _row(name: str, rectifiers: int, score: float, cost: ModelCost) -> tuple[str, ...]:
+    latency = cost.latency
     time = f"{latency.median * 1e3:.2f} ± {latency.spread * 1e3:.2f}"
     return name, str(rectifiers), f"{score:.4f}", str(cost.depth), f"{cost.parameters:,}", f"{cost.macs:,}", time
 

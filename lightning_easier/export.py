@@ -1,7 +1,7 @@
 """Write a model to a file that is shipped, and check that the file computes the same."""
 
 import inspect
-import os
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -12,15 +12,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_easier import storage
 from lightning_easier.activations import unwrap
 from lightning_easier.inference import (
     as_arguments,
+    check_weights,
     forward,
     relative_difference,
     tensors_in,
     tolerance_for,
 )
 from lightning_easier.report import ExportReport, Parity
+from lightning_easier.storage import first_line
 
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -58,10 +61,11 @@ def export(
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
-        ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, or the model does not
-            accept the inputs.
+        ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, ``example_inputs`` hold
+            no sample, they or the model are on the meta device, or the model does not accept them.
         ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
         ExportError: If the export fails, or the file does not compute the same.
+        OSError: If the file can't be written; one that was there is as it was.
     """
     path = Path(path)
     format = _format_of(path, format)
@@ -76,32 +80,37 @@ def export(
                 f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
             )
     arguments = tuple(argument.detach().cpu() for argument in as_arguments(example_inputs))
-    if dynamic_batch and any(argument.ndim == 0 or len(argument) == 0 for argument in arguments):
+    if dynamic_batch and any(argument.ndim == 0 for argument in arguments):
         raise ValueError(
-            "Expected argument `example_inputs` to have a non-empty batch axis first; pass `dynamic_batch=False` if "
-            "there is none"
+            "Expected argument `example_inputs` to have a batch axis first, but got a tensor without axes; pass "
+            "`dynamic_batch=False` if there is none"
         )
-    source = deepcopy(unwrap(model)).cpu().eval()
+    model = unwrap(model)
+    check_weights(model)
+    source = deepcopy(model).cpu().eval()
     with torch.no_grad():
         expected = forward(source, arguments, "example_inputs")
     if tolerance is None:
         tolerance = tolerance_for(expected)
 
     program = _capture(source, arguments, dynamic_batch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / f"model.{format}"
-        run = _WRITERS[format](program, written)
-        checks = [arguments, _larger_batch(arguments)] if dynamic_batch else [arguments]
-        parity = [_compare(source, run, inputs, path) for inputs in checks]
-        for result in parity:
-            if not result.relative_difference <= tolerance:
-                raise ExportError(
-                    f"The {format} file differs from {type(model).__name__} by {result.relative_difference:.1e} "
-                    f"(relative) at batch size {result.batch_size}, more than `tolerance` {tolerance:.0e}; {path} "
-                    f"was not written"
-                )
-        os.replace(written, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            written = Path(folder) / f"model.{format}"
+            run = _WRITERS[format](program, written)
+            checks = [arguments, _larger_batch(arguments)] if dynamic_batch else [arguments]
+            parity = [_compare(source, run, inputs, path) for inputs in checks]
+            for result in parity:
+                if not result.relative_difference <= tolerance:
+                    raise ExportError(
+                        f"The {format} file differs from {type(model).__name__} by {result.relative_difference:.1e} "
+                        f"(relative) at batch size {result.batch_size}, more than `tolerance` {tolerance:.0e}; {path} "
+                        f"was not written"
+                    )
+            storage.put_in_place(written, path)
+    except OSError as error:
+        raise storage.not_written(path, error, "Make room there, or export to another folder.") from error
     return ExportReport(str(path), format, path.stat().st_size, parity, tolerance)
 
 
@@ -129,14 +138,7 @@ def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: boo
             return torch.export.export(model, shown, dynamic_shapes=shapes)
     except Exception as error:  # torch.export has no common base for what it raises
         remedy = " `dynamic_batch=False` exports the example's batch size only." if dynamic_batch else ""
-        raise ExportError(
-            f"torch.export does not take {type(model).__name__}: {_first_line(error)}.{remedy}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Say what an exporter raised without its page of advice; the rest is in the exception's cause."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ExportError(f"torch.export does not take {type(model).__name__}: {first_line(error)}.{remedy}") from error
 
 
 def _takes_varargs(model: nn.Module, arguments: int) -> bool:
@@ -153,14 +155,16 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
 
     try:
         torch.onnx.export(program, (), path, external_data=False, verbose=False)
+    except OSError:
+        raise
     except Exception as error:
-        raise ExportError(f"torch.onnx can't translate the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.onnx can't translate the model: {first_line(error)}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has no public base for what it raises
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ExportError(f"ONNX Runtime does not take the file, so it can't be checked: {reason}") from error
     names = [node.name for node in session.get_inputs()]
 
@@ -172,7 +176,9 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> _Run:
-    torch.export.save(program, path)
+    whole = io.BytesIO()
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getbuffer())  # torch's own writer ends the process when the disk is full
     loaded = torch.export.load(path).module()
     return lambda *inputs: tensors_in(loaded(*inputs))
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lightning_easier.dashboard import ENTROPY_TAG
+from lightning_easier.storage import replacing
 
 
 def read_entropies(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -58,4 +59,5 @@ def plot_entropies(log_dir: str | Path, path: str | Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path)
+    with replacing(path) as new:
+        figure.savefig(new, format=Path(path).suffix.removeprefix(".") or "png")

@@ -12,11 +12,11 @@ from lightning_easier.activations import isolate_activations
 from lightning_easier.collapse import CollapseError, collapse
 from lightning_easier.collapse.fit_prices import ChainPrices
 from lightning_easier.collapse.fittable import Chains
-from lightning_easier.collapse.prices import LatencyTable
 from lightning_easier.hooks import HookOfOneModel
 from lightning_easier.inference import evaluation_mode, random_like
 from lightning_easier.linearize import linearize
 from lightning_easier.neighbourhood import Meeting
+from lightning_easier.timing import LatencyTable
 
 Gain = Literal["latency", "macs"]
 GAINS: tuple[Gain, ...] = ("latency", "macs")

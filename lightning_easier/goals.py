@@ -1,32 +1,93 @@
 """How fast or how shallow a model should become, and whether it is."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
+from lightning_easier.arguments import check_integer, check_positive
 from lightning_easier.collapse import CollapseResult, collapse
-from lightning_easier.collapse.prices import LatencyTable, Objective
-from lightning_easier.costs import measure_latency
-from lightning_easier.linearize import restore, stand_ins
-from lightning_easier.report import ModelCost
+from lightning_easier.collapse.baseline import baseline_of
+from lightning_easier.collapse.engine import collapse_beside, counted
+from lightning_easier.collapse.prices import Objective
+from lightning_easier.costs import count_macs
+from lightning_easier.inference import copies
+from lightning_easier.report import CollapseReport, ModelCost
+from lightning_easier.timing import LatencyTable, compare
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
+# So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
+# computed, or something else decides them.
+_IMPOSSIBLE = 3.0
+
+
+def check_targets(speedup: float | None, depth: int | None) -> None:
+    """Check the arguments ``target_speedup`` and ``target_depth``.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If a speed-up is none, or a depth is below 1.
+    """
+    if speedup is not None:
+        check_positive("target_speedup", speedup)
+        if speedup <= 1:
+            raise ValueError(
+                f"Expected argument `target_speedup` to be above 1, how many times faster than the dense network the "
+                f"result is to be, but got {speedup}"
+            )
+    if depth is not None:
+        check_integer("target_depth", depth, 1)
+
+
+@dataclass(frozen=True)
+class Attained:
+    """How fast and how shallow a model is, and whether that is enough; plain data.
+
+    Attributes:
+        is_reached: Whether it is as fast and as shallow as it should be.
+        words: What was measured, and what it should be.
+    """
+
+    is_reached: bool
+    words: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found when a model was collapsed and timed; all costs were timed in turn.
+
+    Attributes:
+        result: The collapsed model, and what was merged.
+        before: Cost of the model as it was given.
+        dense: Cost of the same with its batch norms folded.
+        exact: Cost of the model as it was given, collapsed exactly.
+        attained: Whether the model is as fast and as shallow as it should be.
+        is_impossible: Whether the work has become so much less, and the time has not, that it is no use to go on.
+    """
+
+    result: CollapseResult
+    before: ModelCost
+    dense: ModelCost
+    exact: ModelCost
+    attained: Attained
+    is_impossible: bool
 
 
 class Goal:
     """Tells whether a model has become as fast, or as shallow, as it should.
 
+    What decides is a ratio of times that were measured in turn. When it is worth measuring is estimated, in shares of
+    what the dense network costs: by the prices of what was replaced, and by the multiply-accumulates that are left.
+
     Args:
-        source: The model as it was given.
+        source: The model as it was given, in eval mode.
         arguments: Example inputs.
         objective: What a collapse makes least.
         table: Times that were measured already.
-        speedup: How many times faster; None for no matter.
-        depth: How many operators at most; None for no matter.
+        speedup: How many times faster than the dense network with its batch norms folded; None for any.
+        depth: How many operators at most; None for any.
     """
 
     def __init__(
@@ -44,64 +105,112 @@ class Goal:
         self._table = table
         self._speedup = speedup
         self._depth = depth
-        self._dense = self.collapsed(source).report
-        self._not_before = 0.0  # of what is saved: less is not worth another look
+        self._exact = collapse(source, arguments, objective=objective, latencies=table)
+        self._dense = baseline_of(source, arguments)
+        self._macs = counted(count_macs, self._dense.model, arguments)
+        self._price: float | None = None  # of the dense network, in the unit of the table
+        self._last: tuple[float, float, float] | None = (
+            None  # shares that were left, and the speed-up, at the last look
+        )
 
-    def collapsed(self, model: nn.Module) -> CollapseResult:
-        """Collapse a model exactly."""
-        return collapse(model, self._arguments, objective=self._objective, latencies=self._table)
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to reach."""
+        return self._speedup is not None or self._depth is not None
 
-    def is_reached(self, model: nn.Module, saved: float) -> bool:
-        """Tell whether a model is there.
+    def is_due(self, model: nn.Module, saved: float) -> bool:
+        """Tell whether a model may have reached the goal, so that it is worth a look.
 
         Args:
             model: The model.
             saved: Of its price, in the unit of the objective.
         """
-        if self._speedup is None and self._depth is None:
-            return False
-        if self._speedup is not None and self._objective == "latency":
-            seconds = self._dense.after.latency.median  # a first estimate; only what may be there is collapsed
-            is_far = self._dense.before.latency.median < _NEARLY * self._speedup * (seconds - saved)
-            if is_far or saved < self._not_before:
-                return False
-        result = self.collapsed(model)
-        before, after, _ = self.costs(result)
-        if self._speedup is not None:  # to collapse takes its time: only half of what is missing is waited for
-            missing = after.latency.median - before.latency.median / self._speedup
-            self._not_before = saved + missing / 2
-        is_fast = self._speedup is None or before.latency.median >= self._speedup * after.latency.median
-        return is_fast and (self._depth is None or after.depth <= self._depth)
+        if self._speedup is None:
+            return self._depth is not None
+        by_macs = self._share(counted(count_macs, model, self._arguments))
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
+        if self._last is None:
+            exact = self._exact.report.speedup.median  # what was linear from the start
+            return min(by_price / _NEARLY, by_macs) / max(exact, 1.0) <= 1 / self._speedup
+        price_then, macs_then, then = self._last
+        missing = 1 / then - 1 / self._speedup  # to collapse takes its time: only half of what is missing is waited for
+        return max(price_then - by_price, macs_then - by_macs) >= missing / 2
 
-    def costs(self, result: CollapseResult) -> tuple[ModelCost, ModelCost, ModelCost]:
-        """Return the costs of the model as given, of that collapsed exactly, and of a result, timed interleaved."""
-        latency = measure_latency({"before": self._source, "after": result.model}, self._arguments)
-        before = dataclasses.replace(self._dense.before, latency=latency["before"])
-        return before, dataclasses.replace(result.report.after, latency=latency["after"]), self._dense.after
+    def _share(self, macs: int | None) -> float:
+        """Return what share multiply-accumulates are of the dense network's; all where they can't be counted."""
+        return 1.0 if macs is None or not self._macs else macs / self._macs
+
+    def _dense_price(self) -> float:
+        if self._price is None:
+            key, (first, *_) = object(), self._arguments
+            self._table.measure({key: lambda: partial(self._dense.model, *copies(self._arguments))}, first.device)
+            self._price = self._table.seconds.pop(key)
+        return self._price
+
+    def look(self, model: nn.Module, saved: float) -> Look:
+        """Collapse a model, and time it beside what it comes from.
+
+        Args:
+            model: The model.
+            saved: Of its price, in the unit of the objective.
+        """
+        result = collapse_beside(model, self._arguments, self._objective, self._table, self._dense)
+        models = {
+            "before": self._source, "dense": self._dense.model, "exact": self._exact.model, "after": result.model,
+        }  # fmt: skip
+        bars = {} if self._speedup is None else {("dense", "after"): self._speedup}
+        arguments = copies(self._arguments)
+        latency = compare(models, arguments, bars)
+        report, exact = result.report, self._exact.report
+        costs = {"before": exact.before, "dense": exact.dense, "exact": exact.after, "after": report.after}
+        timed = {name: dataclasses.replace(cost, latency=latency[name]) for name, cost in costs.items()}
+        report = dataclasses.replace(report, before=timed["before"], dense=timed["dense"], after=timed["after"])
+        result = CollapseResult(result.model, report)
+        attained = _attained(report, self._speedup, self._depth)
+        by_macs = self._share(report.after.macs)
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
+        self._last = by_price, by_macs, report.speedup.median
+        is_impossible = (
+            self._speedup is not None
+            and report.speedup.median < self._speedup
+            and by_macs * self._speedup * _IMPOSSIBLE <= 1
+        )
+        return Look(result, timed["before"], timed["dense"], timed["exact"], attained, is_impossible)
 
 
-def is_reached(
+def _attained(report: CollapseReport, speedup: float | None, depth: int | None) -> Attained:
+    words, are_reached = [], []
+    if speedup is not None:
+        are_reached.append(report.speedup.median >= speedup)
+        words.append(f"{report.speedup} of the {speedup:g}× that was asked for")
+    if depth is not None:
+        are_reached.append(report.after.depth <= depth)
+        words.append(f"a depth of {report.after.depth}, where {depth} was asked for")
+    return Attained(all(are_reached) and bool(are_reached), " and ".join(words))
+
+
+def attained(
     network: nn.Module,
     arguments: tuple[Tensor, ...],
-    removed: Sequence[str],
     speedup: float | None,
     depth: int | None,
     objective: Objective,
     table: LatencyTable,
-) -> bool:
-    """Tell whether a network with linear activations is as fast, or as shallow, as it should be.
+) -> Attained:
+    """Tell how fast and how shallow a network with linear activations is, and whether that is enough.
 
     Args:
         network: A copy of the network.
         arguments: Example inputs.
-        removed: Names of the activations that the dense network has, as they end: it may be a part of a larger one.
-        speedup: How many times faster than the dense one, as it is written; None for no matter.
-        depth: How many operators at most; None for no matter.
+        speedup: How many times faster than the dense network with its batch norms folded; None for any.
+        depth: How many operators at most; None for any.
         objective: What a collapse makes least.
         table: Times that were measured already.
+
+    Raises:
+        CollapseError: If the network can't be collapsed.
     """
     network = network.eval()
-    arguments = tuple(value.detach().clone() for value in arguments)
-    dense = deepcopy(network)
-    restore(dense, [name for name in stand_ins(dense) if any(f".{other}".endswith(f".{name}") for other in removed)])
-    return Goal(dense, arguments, objective, table, speedup, depth).is_reached(network, math.inf)
+    arguments = copies([value.detach() for value in arguments])
+    report = collapse(network, arguments, objective=objective, latencies=table).report
+    return _attained(report, speedup, depth)

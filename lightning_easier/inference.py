@@ -17,19 +17,45 @@ def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...
 
     Raises:
         TypeError: If they are neither a tensor nor a non-empty sequence of tensors.
+        ValueError: If there is nothing in one of them to compute with: no sample, or no data (the meta device).
     """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
+    arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if (
-        isinstance(example_inputs, list | tuple)
-        and example_inputs
-        and all(isinstance(x, Tensor) for x in example_inputs)
+        not isinstance(arguments, list | tuple)
+        or not arguments
+        or not all(isinstance(each, Tensor) for each in arguments)
     ):
-        return tuple(example_inputs)
-    raise TypeError(
-        f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional arguments "
-        f"of the model's forward, but got {describe(example_inputs)}"
-    )
+        raise TypeError(
+            f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional "
+            f"arguments of the model's forward, but got {describe(example_inputs)}"
+        )
+    for each in arguments:
+        if each.ndim and not len(each):
+            raise ValueError(
+                f"Expected argument `example_inputs` to hold at least one sample, but got {describe(each)}. Pass a "
+                f"batch of one or more."
+            )
+        if each.is_meta:
+            raise ValueError(
+                f"Expected argument `example_inputs` to hold data, which the result is compared on, but got "
+                f"{describe(each)} on the meta device. Pass tensors on the device of the model."
+            )
+    return tuple(arguments)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        ValueError: If a parameter or a buffer is on the meta device.
+    """
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"Expected argument `model` to have weights, but {type(model).__name__} has `{name}` on the meta "
+                    f"device, without data. Load them first: `model.to_empty(device=...)`, then `load_state_dict`."
+                )
 
 
 def random_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:

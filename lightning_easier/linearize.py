@@ -14,7 +14,7 @@ from lightning_easier.affines import AffineFit
 from lightning_easier.arguments import check_choice
 from lightning_easier.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
 from lightning_easier.rectifiers import GATES, activation_kind
-from lightning_easier.stand_in import EXTRA_STATE, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
+from lightning_easier.stand_in import MARK_KEY, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
 from lightning_easier.substitution import Absorbed, ChainFit, Form, Substitution
 
 
@@ -287,10 +287,10 @@ def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
     """Return qualified name -> mark for every linearized activation that a state dict knows of."""
     marks = {}
     for key, value in state_dict.items():
-        if key == EXTRA_STATE or key.endswith(f".{EXTRA_STATE}"):
+        if key == MARK_KEY or key.endswith(f".{MARK_KEY}"):
             mark = Mark.decode(value)
             if mark is not None:
-                marks[key.removesuffix(EXTRA_STATE).removesuffix(".")] = mark
+                marks[key.removesuffix(MARK_KEY).removesuffix(".")] = mark
     return marks
 
 

@@ -1,11 +1,11 @@
 """Plain results that can be shown as a table, Markdown, a dict or JSON."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_easier.costs import Latency
+from lightning_easier.timing import Latency, Speedup, speed_up
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class Round:
         epoch: The epoch, counted from 0, at whose start the activations became linear.
         shifts: Name -> what padding was moved when it became linear.
         fitted: Name -> the operator that took the place of the chain around it, and how well it represents it.
+        reference: The score that it was judged against; None for the dense round, and where there was no judgement.
+        reference_round: The number of the round whose score that is.
+        reason: Why it was taken back without a judgement; None otherwise.
     """
 
     removed: list[str]
@@ -84,6 +87,9 @@ class Round:
     epoch: int
     shifts: dict[str, str] = field(default_factory=dict)
     fitted: dict[str, str] = field(default_factory=dict)
+    reference: float | None = None
+    reference_round: int | None = None
+    reason: str | None = None
 
 
 @dataclass
@@ -107,22 +113,25 @@ class PruningReport(Report):
         return self._table([number]).to_markdown()
 
     def line(self, number: int, tolerance: float) -> str:
-        """Say in one line what a judged round was, and whether it was kept.
+        """Say in one line what a round was, what it was judged against, and whether it was kept.
 
         Args:
             number: Of the round, from 0.
             tolerance: The fall that was allowed.
         """
-        dense, this = self.rounds[0], self.rounds[number]
+        this = self.rounds[number]
         what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
         what += "".join(f"; {shift}" for shift in this.shifts.values())
         what += "".join(f"; fitted in place of its chain: {fit}" for fit in this.fitted.values())
-        beyond = f"beyond the tolerance {tolerance:g} of the dense {dense.score_after:.4f}"
-        verdict = "kept" if this.accepted else beyond
-        return f"Round {number}: made linear {what}; {self.monitor} {this.score_after:.4f}: {verdict}."
+        score = "no score" if this.score_after is None else f"{self.monitor} {this.score_after:.4f}"
+        if this.reference is not None:
+            score += f" against {_reference(this)}"
+        verdict = "kept" if this.accepted else this.reason or f"beyond the tolerance {tolerance:g}"
+        return f"Round {number}: made linear {what}; {score}: {verdict}."
 
     def _table(self, numbers: Iterable[int]) -> Table:
-        columns = ("round", "removed", "entropy [bit]", f"{self.monitor} before", f"{self.monitor} after", "verdict")
+        scores = f"{self.monitor} before", f"{self.monitor} after", "judged against"
+        columns = ("round", "removed", "entropy [bit]", *scores, "verdict")
         return Table("Pruning by entropy", columns, [self._row(number, self.rounds[number]) for number in numbers])
 
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
@@ -132,7 +141,9 @@ class PruningReport(Report):
             ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
             _number(this.score_before),
             _number(this.score_after),
-            {True: "kept", False: "taken back", None: "not judged"}[this.accepted],
+            _reference(this),
+            {True: "kept", False: "taken back", None: "not judged"}[this.accepted]
+            + (f": {this.reason}" if this.reason else ""),
         )
 
 
@@ -143,15 +154,16 @@ class ModelCost:
     Attributes:
         depth: Longest chain of weight-carrying operators.
         parameters: Numbers in all parameters.
-        macs: Multiply-accumulates of one call.
-        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs.
+        macs: Multiply-accumulates of one call; None for a model that does not run while its operators are counted.
+        activation_memory: Most bytes that the values of one call take at a time, without parameters and inputs; None
+            as above.
         latency: Measured time of one call, in seconds.
     """
 
     depth: int
     parameters: int
-    macs: int
-    activation_memory: int
+    macs: int | None
+    activation_memory: int | None
     latency: Latency
 
 
@@ -221,11 +233,16 @@ class CollapseReport(Report):
         dropped: Operators that compute the identity in eval mode and are gone.
         refusals: What was not merged, with the reason.
         before: Cost of the model as it was given, in eval mode.
-        after: Cost of the collapsed model.
+        dense: Cost of the dense network that it comes from: all its activations are back, its batch norms folded.
+        after: Cost of the collapsed model. All three were timed in turn.
         relative_difference: Of the collapsed model's output on the example inputs, ``‖y - y₀‖ / ‖y₀‖``.
         relative_difference_float64: The same with both in float64, before the new weights were rounded; None for a
             model that does not run in float64.
         fitted: What fitted operators have taken the place of. The differences are from the model that has them.
+        notes: What else there is to know, of the calibration data for example.
+        fixed_arguments: Arguments that were left out of the example, and their defaults: the collapsed model takes no
+            other values.
+        lost_arguments: Those that it does not take at all.
     """
 
     merges: list[Merge]
@@ -233,35 +250,23 @@ class CollapseReport(Report):
     dropped: list[str]
     refusals: list[Refusal]
     before: ModelCost
+    dense: ModelCost
     after: ModelCost
     relative_difference: float
     relative_difference_float64: float | None
     fitted: list[Fitted] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    fixed_arguments: dict[str, Any] = field(default_factory=dict)
+    lost_arguments: list[str] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times faster the collapsed model is than the dense network with its batch norms folded."""
+        return speed_up(self.dense.latency, self.after.latency)
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, what was fitted, the merges and the refusals."""
-        b, a = self.before, self.after
-        yield Table(
-            "Collapse",
-            ("", "before", "after", "ratio"),
-            [
-                ("depth", str(b.depth), str(a.depth), _ratio(b.depth, a.depth)),
-                ("parameters", f"{b.parameters:,}", f"{a.parameters:,}", _ratio(b.parameters, a.parameters)),
-                ("MACs", f"{b.macs:,}", f"{a.macs:,}", _ratio(b.macs, a.macs)),
-                (
-                    "activation memory",
-                    _bytes(b.activation_memory),
-                    _bytes(a.activation_memory),
-                    _ratio(b.activation_memory, a.activation_memory),
-                ),
-                (
-                    "latency [ms]",
-                    f"{b.latency.median * 1e3:.3f} ± {b.latency.spread * 1e3:.3f}",
-                    f"{a.latency.median * 1e3:.3f} ± {a.latency.spread * 1e3:.3f}",
-                    _ratio(b.latency.median, a.latency.median),
-                ),
-            ],
-        )
+        yield _costs("Collapse", {"as given": self.before, "collapsed": self.after}, self.dense)
         if self.fitted:
             rows = [
                 (" + ".join(f.operators), f.kind, f"{f.explained:.1%}",
@@ -278,6 +283,11 @@ class CollapseReport(Report):
             yield Table(
                 "Not merged", ("operators", "reason"), [(" + ".join(r.operators), r.reason) for r in self.refusals]
             )
+        arguments = [(name, f"only {default!r}, its default") for name, default in self.fixed_arguments.items()]
+        arguments += [(name, "no longer") for name in self.lost_arguments]
+        if arguments:
+            yield Table("Arguments that the example left out", ("argument", "is taken"), arguments)
+        yield from _notes(self.notes)
 
 
 @dataclass
@@ -320,33 +330,38 @@ class CompressReport(Report):
         reasons: Activation -> why nothing was tried for it.
         score: Of the model as it was given; None if it was not evaluated.
         before: Cost of the model as it was given, in eval mode.
-        after: Cost of the result.
-        exact: Cost of the model as it was given, collapsed exactly: what is to be had without a fit.
+        dense: The same with its batch norms folded, and its activations back if some were linear.
+        exact: The model as it was given, collapsed exactly: what is to be had without a fit.
+        after: Cost of the result. All four were timed in turn.
+        drift: Share of the variance of the model's outputs on the calibration data that the fits have changed.
         collapse: What the final collapse merged of the fitted model.
         ended: Why nothing more was tried.
+        notes: What else there is to know, of the calibration data for example.
     """
 
     trials: list[Trial]
     reasons: dict[str, str]
     score: float | None
     before: ModelCost
-    after: ModelCost
+    dense: ModelCost
     exact: ModelCost
+    after: ModelCost
+    drift: float
     collapse: CollapseReport
     ended: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times faster the result is than the dense network with its batch norms folded."""
+        return speed_up(self.dense.latency, self.after.latency)
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""
-        costs = [("as given", self.before, self.score), ("collapsed exactly", self.exact, self.score)]
         last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
-        costs.append(("compressed", self.after, last))
-        rows = [
-            (name, str(cost.depth), f"{cost.macs:,}", f"{cost.latency.median * 1e3:.3f}",
-             _ratio(self.before.latency.median, cost.latency.median), _number(score))
-            for name, cost, score in costs
-        ]  # fmt: skip
-        title = f"Compression: {self.ended}" if self.ended else "Compression"
-        yield Table(title, ("", "depth", "MACs", "latency [ms]", "faster", "score"), rows)
+        costs = {"as given": self.before, "collapsed exactly": self.exact, "compressed": self.after}
+        scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score, "compressed": last}
+        yield _costs(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
         if self.trials:
             yield Table(
                 "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),
@@ -356,6 +371,8 @@ class CompressReport(Report):
             )  # fmt: skip
         if self.reasons:
             yield Table("Not tried", ("activation", "reason"), list(self.reasons.items()))
+        drift = f"{self.drift:.2%} of the variance of the outputs has changed on the calibration data"
+        yield from _notes([drift, *self.notes, _MODES])
 
 
 @dataclass(frozen=True)
@@ -456,6 +473,33 @@ class CandidateReport(Report):
         return (this.name, this.kind, _number(this.entropy), around, verdict)
 
 
+# What a user does next with `CompressResult.fitted`.
+_MODES = "`.fitted`, the model to train on, is in eval mode: call `.fitted.train()` before fine-tuning"
+
+
+def _costs(
+    title: str, costs: Mapping[str, ModelCost], dense: ModelCost, scores: Mapping[str, float | None] | None = None
+) -> Table:
+    """Return what models cost, one a row, beside the dense network that all of them come from."""
+    columns = ["", "depth", "parameters", "MACs", "fewer", "activation memory", "latency [ms]", "faster"]
+    rows = []
+    for name, cost in {"dense, batch norms folded": dense, **costs}.items():
+        row = [
+            name, str(cost.depth), f"{cost.parameters:,}", f"{cost.macs:,}", _ratio(dense.macs, cost.macs),
+            _bytes(cost.activation_memory), f"{cost.latency.median * 1e3:.3f} ± {cost.latency.spread * 1e3:.3f}",
+            "-" if cost is dense else str(speed_up(dense.latency, cost.latency)),
+        ]  # fmt: skip
+        if scores is not None:
+            row.append(_number(scores["dense" if cost is dense else name]))
+        rows.append(row)
+    return Table(title, [*columns, "score"] if scores is not None else columns, rows)
+
+
+def _notes(notes: Sequence[str]) -> Iterator[Table]:
+    if notes:
+        yield Table("Notes", ("",), [(note,) for note in notes])
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -466,18 +510,32 @@ def _removed(name: str, this: Round) -> str:
     return f"{name} ({'; '.join(notes)})" if notes else name
 
 
+def _reference(this: Round) -> str:
+    if this.reference is None:
+        return "-"
+    return f"{this.reference:.4f} ({f'round {this.reference_round}' if this.reference_round else 'dense'})"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "not counted"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
 
 
-def _ratio(before: float, after: float) -> str:
+def _count(count: int | None) -> str:
+    return "not counted" if count is None else f"{count:,}"
+
+
+def _ratio(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "-"
     return f"{before / after:.2f}×" if after else "-"
 
 

@@ -3,6 +3,9 @@
 An identity has no parameters, so a pruned state dict would load into the unpruned network without a word and bring the
 rectifiers back. Each stand-in therefore has an extra state, its *mark*: a strict load into another structure fails on
 it, in both directions. A mark is a tensor of bytes (JSON), because every tool that handles state dicts handles tensors.
+
+Whoever loads such a state dict may know nothing of all this, and sees nothing but the key that does not fit: so the key
+says what to do.
 """
 
 import json
@@ -18,6 +21,8 @@ from lightning_easier.substitution import Form, Substitution
 
 STAND_INS = ("identity", "affine")
 EXTRA_STATE = "_extra_state"
+HINT = "made_linear_by_lightning_easier__use_load_pruned_or_expect_pruned"
+MARK_KEY = f"{HINT}.{EXTRA_STATE}"
 _MAGIC = "lightning_easier.linear"
 
 
@@ -71,6 +76,33 @@ class Mark:
         return AffineFit(torch.ones(self.channels), torch.zeros(self.channels), self.dim, 0.0)
 
 
+class _Marked(nn.Module):
+    """Keeps the mark of a stand-in in the state dict, under a key that is told when it fits nowhere.
+
+    Args:
+        stand_in: What it is of.
+    """
+
+    def __init__(self, stand_in: "StandIn") -> None:
+        super().__init__()
+        self.training = stand_in.training
+        self._stand_in = (stand_in,)  # in a tuple, so that it does not register
+
+    def get_extra_state(self) -> Tensor:
+        """Return the mark as bytes."""
+        return self._stand_in[0].mark.encode()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Check that an incoming state is of the same structure.
+
+        Raises:
+            ValueError: If its mark is another.
+        """
+        mark, own = Mark.decode(state), self._stand_in[0].mark
+        if mark != own:
+            raise ValueError(f"Expected the state of a stand-in to carry the mark {own}, but got {mark}")
+
+
 class StandIn(nn.Module):
     """Takes the place of an activation, which it keeps to be restored.
 
@@ -85,6 +117,7 @@ class StandIn(nn.Module):
         self._activation = (activation,)  # in a tuple, so that it does not register
         self.shift = shift
         self.substitution = substitution
+        self.add_module(HINT, _Marked(self))
 
     @property
     def activation(self) -> nn.Module:
@@ -114,19 +147,8 @@ class StandIn(nn.Module):
     def _form(self) -> Form | None:
         return None if self.substitution is None else self.substitution.form
 
-    def get_extra_state(self) -> Tensor:
-        """Return the mark as bytes."""
-        return self.mark.encode()
-
-    def set_extra_state(self, state: Any) -> None:
-        """Check that an incoming state is of the same structure.
-
-        Raises:
-            ValueError: If its mark is another.
-        """
-        mark = Mark.decode(state)
-        if mark != self.mark:
-            raise ValueError(f"Expected the state of a stand-in to carry the mark {self.mark}, but got {mark}")
+    def __repr__(self) -> str:
+        return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         """Name the activation that was replaced, and what was done to the operators around it."""

@@ -1,9 +1,25 @@
-"""Every test is small: one thread each is the fastest, and leaves a busy machine its other cores."""
+"""Every test is small: one thread each is the fastest, and leaves a busy machine its other cores.
+
+What decides by time gets its times from a clock that counts work, so that it decides alike in every run. The tests that
+are marked ``real_clock`` use the machine's.
+"""
 
 import pytest
 import torch
 
+from lightning_easier import timing
+from tests.clocks import Clock, honest
+
 torch.set_num_threads(1)
+_REAL = timing.stopwatch
+
+
+@pytest.fixture(autouse=True)
+def _told_times(request):
+    """Time nothing, count instead."""
+    timing.stopwatch = _REAL if request.node.get_closest_marker("real_clock") else Clock(honest)
+    yield
+    timing.stopwatch = _REAL
 
 
 @pytest.fixture(autouse=True)

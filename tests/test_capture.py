@@ -1,8 +1,10 @@
 """What is captured of a model that torch.fx can't follow, and what its collapsed form can do."""
 
 import copy
+import inspect
 import io
 import math
+import re
 from collections import OrderedDict
 
 import pytest
@@ -418,3 +420,154 @@ def test_a_model_whose_forward_calls_its_children_in_a_row_is_left_as_it_was():
     linearize(model, list(isolate_activations(model)))
     collapse(model, torch.randn(2, 5, 8), objective="macs")
     assert [name for name, _ in model.named_children()] == ["0", "1"]
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 4)
+
+
+class ScalesAndMasks(TwoLayers):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, *, kind: str = "plain") -> Tensor:
+        y = self.b(self.a(x))
+        if mask is not None:
+            y = y + mask
+        return y * scale if kind == "plain" else y
+
+
+class AsksForItsScale(TwoLayers):
+    def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None, *, both: bool = True) -> Tensor:
+        y = self.b(self.a(x))
+        if mask is not None:
+            y = y + mask
+        return y * scale if scale != 1.0 and both else y
+
+
+class IsExported(TwoLayers):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        if x.shape[1] != 5:  # torch.fx can't follow this
+            raise ValueError("five features are needed")
+        y = self.b(self.a(x)) * scale
+        return y if mask is None else y + mask
+
+
+MASK = torch.randn(4)
+
+
+@pytest.mark.parametrize(
+    ("make", "free", "fixed", "signature"),
+    [
+        (ScalesAndMasks, {"scale": 2.0}, {"mask": MASK, "kind": "other"}, "(x, mask=None, scale=1.0, kind='plain')"),
+        (AsksForItsScale, {}, {"scale": 2.0, "mask": MASK, "both": False},
+         "(x, scale=1.0, mask=None, both=True)"),
+        (IsExported, {}, {"scale": 2.0, "mask": MASK}, "(x, mask=None, scale=1.0)"),
+    ],
+)  # fmt: skip
+def test_arguments_that_the_example_leaves_out_are_taken_or_refused(make, free, fixed, signature, tmp_path):
+    model = make().eval()
+    example = torch.randn(3, 5)
+    result = collapse(model, example, objective="macs")
+    assert len(result.report.merges) == 1
+    assert result.report.fixed_arguments == {name: inspect.signature(model.forward).parameters[name].default
+                                             for name in signature[1:-1].replace("=", ", ").split(", ") if name in fixed
+                                             }  # fmt: skip
+    assert all(f"| {name} | only" in str(result.report) for name in fixed)
+    x = torch.randn(6, 5)
+    for collapsed in (result.model, copy.deepcopy(result.model), saved_and_loaded(result.model)):
+        assert str(inspect.signature(collapsed.forward)).partition(" ->")[0] == signature
+        assert relative_difference(collapsed(x=x, mask=None), model(x)) <= 1e-5
+        for name, value in free.items():
+            assert relative_difference(collapsed(x, **{name: value}), model(x, **{name: value})) <= 1e-5
+        for name, value in fixed.items():
+            with pytest.raises(AssertionError, match=f"Expected argument `{name}` to be .*, its default"):
+                collapsed(x, **{name: value})
+    assert relative_difference(torch.compile(result.model, backend="eager")(x), model(x)) <= 1e-5
+    assert export(result.model, tmp_path / "model.onnx", example).parity
+
+
+def test_an_argument_that_the_example_gives_is_taken():
+    model = ScalesAndMasks().eval()
+    result = collapse(model, (torch.randn(3, 5), torch.randn(4)), objective="macs")
+    x = torch.randn(6, 5)
+    for arguments in ((x, MASK), (x, MASK, 2.0)):
+        assert relative_difference(result.model(*arguments), model(*arguments)) <= 1e-5
+    assert list(result.report.fixed_arguments) == ["kind"]
+
+
+class Collects(TwoLayers):
+    def forward(self, x: Tensor, *others: Tensor, scale: float = 1.0) -> Tensor:
+        return self.b(self.a(x + others[0])) * scale
+
+
+class HasAnObject(TwoLayers):
+    def forward(self, x: Tensor, sizes: object = nn.Identity(), scale: float = 1.0) -> Tensor:
+        return self.b(self.a(x)) * scale
+
+
+@pytest.mark.parametrize(("make", "inputs", "lost"), [(Collects, 2, ["scale"]), (HasAnObject, 1, ["sizes", "scale"])])
+def test_arguments_that_are_lost_are_told(make, inputs, lost):
+    model = make().eval()
+    example = (torch.randn(3, 5),) * inputs
+    with pytest.warns(UserWarning, match=f"no longer takes the arguments {', '.join(lost)}, and computes"):
+        result = collapse(model, example, objective="macs")
+    assert result.report.lost_arguments == lost
+    assert "| scale | no longer |" in str(result.report)
+    with pytest.raises(TypeError, match="positional arguments"):
+        result.model(*example, 2.0)  # not taken for another
+    with pytest.raises(TypeError, match="scale"):
+        result.model(*example, scale=2.0)
+    assert relative_difference(result.model(*example), model(*example)) <= 1e-5
+
+
+def test_a_model_in_which_nothing_merges_takes_what_it_took():
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor, *, scale: float = 1.0, flag: bool = False) -> Tensor:
+            return -self.a(x) if flag else self.a(x) * scale
+
+    model = One().eval()
+    result = collapse(model, torch.randn(3, 5), objective="macs")
+    assert result.report.fixed_arguments == {}
+    x = torch.randn(3, 5)
+    assert torch.equal(result.model(x, flag=True), model(x, flag=True))
+
+
+class AddsToNewZeros(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(3, 4)
+        out += self.b(self.a(x))
+        return out
+
+
+class WritesIntoNewZeros(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(3, 6)
+        out[:, 1:5] = self.b(self.a(x))
+        return out
+
+
+class WritesAfterItWasRead(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.zeros(4)
+        y = self.b(self.a(x)) + shift
+        shift[0] = 1
+        return y * 2 + shift
+
+
+@pytest.mark.parametrize("make", [AddsToNewZeros, WritesIntoNewZeros, WritesAfterItWasRead])
+def test_a_tensor_that_a_forward_makes_and_writes_into_is_new_in_every_call(make):
+    model = make().eval()
+    result = collapse(model, torch.randn(3, 5), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    inputs = torch.randn(3, 5), torch.randn(3, 5)
+    outputs = [result.model(x) for x in inputs]
+    for x, output in zip(inputs, outputs, strict=True):
+        assert relative_difference(output, model(x)) <= 1e-5
+    # torch.export would lose the hooks: it is named as what it is
+    model.a.register_forward_hook(lambda *_: None)
+    with pytest.raises(CollapseError, match=re.escape("its forward makes a tensor and writes into it")):
+        collapse(model, torch.randn(3, 5), objective="macs")

@@ -1,13 +1,16 @@
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+import lightning_easier
 from lightning_easier import expect_pruned, linearize, load_pruned
 from lightning_easier.checkpoint import restructure_on_load
+from lightning_easier.cli import read_pruning_report
 from lightning_easier.linearize import stand_ins
 
 
@@ -62,8 +65,16 @@ def test_builds_a_class_from_its_hyperparameters(pruned, tmp_path):
     x = torch.randn(4, 3)
     assert type(model) is Net
     assert torch.equal(model(x), pruned(x))
-    with pytest.raises(RuntimeError, match="_extra_state"):
-        Net.load_from_checkpoint(path)
+
+
+def test_whoever_loads_a_pruned_checkpoint_as_any_other_is_told_what_to_call(pruned, tmp_path):
+    for load in (lambda: Net.load_from_checkpoint(save(pruned, tmp_path / "a.ckpt")),
+                 lambda: Net(5).load_state_dict(pruned.state_dict())):  # fmt: skip
+        with pytest.raises(RuntimeError, match="Unexpected key") as caught:
+            load()
+        for name in ("lightning_easier", "load_pruned", "expect_pruned"):
+            assert name in str(caught.value)
+            assert name == "lightning_easier" or hasattr(lightning_easier, name)  # it is one that can be called
 
 
 def test_the_modules_own_load_hook_is_obeyed(pruned, tmp_path):
@@ -118,6 +129,42 @@ def test_bad_arguments_are_named(pruned, tmp_path):
         load_pruned(nn.Linear, path)
     with pytest.raises(TypeError, match=r"no arguments \['width'\] with an instance"):
         load_pruned(Net(5), path, width=5)
+
+
+@pytest.mark.parametrize("width", [5, 30, 300])  # torch raises other errors for other sizes
+def test_a_file_that_was_cut_short_is_named(tmp_path, width):
+    path = Path(save(linearize(Net(width), ["body.1"]), tmp_path / "whole.ckpt"))
+    content = path.read_bytes()
+    for missing in (1, 100, len(content) // 2, len(content) - 3, len(content)):
+        (tmp_path / "cut.ckpt").write_bytes(content[: len(content) - missing])
+        for model in (Net(width), Net):
+            with pytest.raises(
+                ValueError, match=r"`checkpoint_path` to be a checkpoint file, but .*cut\.ckpt can't be"
+            ):
+                load_pruned(model, tmp_path / "cut.ckpt")
+        with pytest.raises(ValueError, match=r"`checkpoint_path` to be a checkpoint file, but .*cut\.ckpt can't be"):
+            read_pruning_report(tmp_path / "cut.ckpt")
+
+
+def test_what_holds_objects_is_loaded_where_it_is_trusted(pruned, tmp_path):
+    checkpoint = torch.load(save(pruned, tmp_path / "a.ckpt"), weights_only=True)
+    torch.save(checkpoint | {"of": Net}, tmp_path / "objects.ckpt")
+    message = (
+        r"objects\.ckpt can't be read safely: .*test_checkpoint\.Net\).*pass `weights_only=False`.*add_safe_globals"
+    )
+    for model in (Net(5), Net):
+        with pytest.raises(ValueError, match=message):
+            load_pruned(model, tmp_path / "objects.ckpt")
+        loaded = load_pruned(model, tmp_path / "objects.ckpt", weights_only=False)
+        assert list(stand_ins(loaded)) == ["body.1"]
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(2), "text"])
+def test_what_is_no_checkpoint_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "other.ckpt")
+    for read in (lambda path: load_pruned(Net(5), path), read_pruning_report):
+        with pytest.raises(ValueError, match=r"other\.ckpt holds a (list|Tensor|str) and no state dict"):
+            read(tmp_path / "other.ckpt")
 
 
 class Expecting(Net):

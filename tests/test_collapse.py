@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_easier import CollapseError, collapse, isolate_activations, linearize
-from lightning_easier.collapse import operators
 from lightning_easier.inference import relative_difference
 from tests.models import Residual, randomize_batch_norms
 
@@ -261,27 +260,15 @@ def test_a_part_that_does_not_trace_stays_whole():
         collapse(UntraceablePart(), torch.randn(2, 3))
 
 
-def test_a_wrong_merge_does_not_get_out(monkeypatch):
-    def compose_wrongly(first, second):
-        merged = copy.deepcopy(second)
-        merged.weight.data = second.weight.data @ first.weight.data
-        return merged  # the first bias is lost
-
-    monkeypatch.setattr(operators, "compose", compose_wrongly)
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3), nn.Sigmoid())
-    head_of_zeros = nn.Linear(3, 3)
-    nn.init.zeros_(head_of_zeros.weight)
-    nn.init.zeros_(head_of_zeros.bias)
-    for each in (model, nn.Sequential(*model, head_of_zeros)):
-        with pytest.raises(CollapseError, match=r"differs from Sequential .* first difference is in `2` \(Linear\)"):
-            collapse(each, torch.randn(2, 3), objective="depth")
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
         ((nn.Linear(3, 3), torch.randn(2, 4)), {}, ValueError, r"`example_inputs`.*a tensor of shape \(2, 4\)"),
         ((nn.Linear(3, 3), "x"), {}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
+        ((nn.Linear(3, 3), torch.randn(0, 3)), {}, ValueError, r"`example_inputs` to hold at least one .*\(0, 3\)"),
+        ((nn.Bilinear(3, 3, 2), (torch.randn(2, 3), torch.randn(0, 3))), {}, ValueError, "at least one sample"),
+        ((nn.Linear(3, 3), torch.randn(2, 3).to("meta")), {}, ValueError, "`example_inputs` to hold data.*meta device"),
+        ((nn.Linear(3, 3).to("meta"), torch.randn(2, 3)), {}, ValueError, "`model` to have weights.*`weight` on the"),
         (("x", torch.randn(2, 3)), {}, TypeError, "`model` to be a torch.nn.Module, but got str"),
         ((nn.Linear(3, 3), torch.randn(2, 3)), {"objective": "size"}, ValueError, "`objective` to be one of"),
         ((nn.Linear(3, 3), torch.randn(2, 3)), {"sites": ["a"]}, ValueError, "`sites` and `calibration` to be None"),

@@ -52,6 +52,7 @@ def test_a_random_linear_network_keeps_its_function(case, objective, dtype):
     assert str(model) == description
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(refusal.reason for refusal in report.refusals)
+    assert not any("please report it" in refusal.reason for refusal in report.refusals)
     assert all(merge.price_after <= merge.price_before for merge in report.merges)
     assert report.after.macs <= report.before.macs or objective == "depth"
     assert report.after.depth <= report.before.depth

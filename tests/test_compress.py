@@ -1,14 +1,20 @@
 """Tests of compression without training."""
 
 import copy
+import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from lightning_easier import compress, isolate_activations
+from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
+from lightning_easier.collapse import fitting
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
+
+compress_module = sys.modules["lightning_easier.compress"]  # its name is the function's
 
 
 def mlps(count: int = 3) -> nn.Module:
@@ -29,7 +35,8 @@ def mlps(count: int = 3) -> nn.Module:
 
 
 BATCHES = [torch.randn(64, 8) for _ in range(4)]
-OPTIONS = {"objective": "macs"}
+# The weights are random numbers: outputs change much with all that goes.
+OPTIONS = {"objective": "macs", "max_drift": math.inf}
 
 
 def test_all_goes_that_pays_where_nothing_is_asked():
@@ -119,10 +126,13 @@ def test_a_chain_that_was_taken_further_comes_back_as_it_was():
 
 
 def test_it_stops_when_it_is_fast_enough():
-    whole = compress(mlps(4), BATCHES, target_speedup=1e6, **OPTIONS)
+    with pytest.warns(UserWarning, match="the target is not reached: .* of the 1e\\+06× that was asked for"):
+        whole = compress(mlps(4), BATCHES, target_speedup=1e6, **OPTIONS)
     assert len({trial.sites for trial in whole.report.trials}) == 4
-    least = compress(mlps(4), BATCHES, target_speedup=1e-6, **OPTIONS)
-    assert least.report.trials == []
+    linear = linearize(nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 8), Mlp()), ["1"])
+    already = compress(linear, BATCHES, target_speedup=1.2, **OPTIONS)  # an exact merge is enough
+    assert already.report.trials == []
+    assert already.report.ended.startswith("the target is reached")
 
 
 def test_only_what_is_wanted_goes():
@@ -136,7 +146,7 @@ def test_neighbouring_activations_go_one_after_the_other():
     torch.manual_seed(0)
     model = randomized(Bottleneck())
     batches = [torch.randn(16, 12, 9, 7) for _ in range(4)]
-    result = compress(model, batches, objective="depth")
+    result = compress(model, batches, objective="depth", max_drift=math.inf)
     assert {site for trial in result.report.trials if trial.kept for site in trial.sites} == {"act1", "act2"}
     assert result.report.after.depth == 1
     with torch.no_grad():
@@ -188,7 +198,12 @@ def test_a_network_by_measured_time():
         ({"objective": "size"}, ValueError, "`objective` to be one of"),
         ({"target_speedup": "2"}, TypeError, "`target_speedup` to be a number, but got '2'"),
         ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
+        ({"target_speedup": 1.0}, ValueError, "`target_speedup` to be above 1, .* but got 1.0"),
+        ({"max_drift": 0}, ValueError, "`max_drift` to be above 0, but got 0"),
+        ({"max_minutes": -1}, ValueError, "`max_minutes` to be finite and at least 0, but got -1"),
         ({"batches": None}, TypeError, "`batches` to be an iterable of batches, but got"),
+        ({"example_inputs": BATCHES[0][:0]}, ValueError, "`example_inputs` to hold at least one sample, but got"),
+        ({"example_inputs": BATCHES[0].to("meta")}, ValueError, "`example_inputs` to hold data.*meta device"),
         ({"example_inputs": 3}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
         ({"evaluate": lambda _: None}, TypeError, "`evaluate` to return the score, a number, but it returned"),
         ({"evaluate": lambda _: float("nan")}, ValueError, "`evaluate` to return a finite score .* but got nan"),
@@ -203,6 +218,11 @@ def test_a_network_by_measured_time():
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         compress(mlps(1), **({"batches": BATCHES} | options))
+
+
+def test_a_model_without_weights_is_named():
+    with pytest.raises(ValueError, match="`model` to have weights, but .* on the meta device"):
+        compress(mlps(1).to("meta"), BATCHES)
 
 
 def test_outputs_of_one_axis_and_sequences_of_several_lengths():
@@ -313,8 +333,8 @@ def test_a_fall_of_just_the_tolerance_is_kept():
 
 
 def test_a_target_that_is_not_reached_is_said():
-    with pytest.warns(UserWarning, match="nothing is left to try, and the target is not reached"):
-        result = compress(mlps(1), BATCHES, target_speedup=1e6, **OPTIONS)
+    with pytest.warns(UserWarning, match="nothing is left to try, and the target is not reached: .* of the 9×"):
+        result = compress(nn.Sequential(Mlp(), nn.Linear(8, 512)), BATCHES, target_speedup=9, **OPTIONS)
     assert "the target is not reached" in str(result.report)
     scores = iter([0.0, *[-1.0] * 9])
     with pytest.warns(UserWarning, match="2 in a row were taken back, and the target is not reached"):
@@ -338,3 +358,71 @@ def test_an_operator_that_a_forward_can_not_live_with_does_not_end_its_chain():
     trials = compress(ReadsFirst().eval(), batches, target_depth=1, **OPTIONS).report.trials
     assert trials
     assert {trial.kind for trial in trials} <= {"convolution", "pointwise"}
+
+
+def test_without_a_score_drift_bounds_what_goes(monkeypatch):
+    model = mlps(4)
+    free = compress(model, BATCHES, **OPTIONS).report
+    monkeypatch.setattr(compress_module, "MAX_DRIFT", free.drift / 2)
+    bounded = compress(model, BATCHES, objective="macs")
+    assert 0 < bounded.report.drift <= free.drift / 2
+    with torch.no_grad():
+        outputs, dense = torch.cat([bounded.fitted(x) for x in BATCHES]), torch.cat([model(x) for x in BATCHES])
+    changed = float((outputs - dense).square().sum() / (dense - dense.mean(0)).square().sum())
+    assert changed == pytest.approx(bounded.report.drift, rel=1e-3)
+    taken_back = [trial for trial in bounded.report.trials if trial.reason is not None and "max_drift" in trial.reason]
+    assert taken_back
+    assert f"{bounded.report.drift:.2%} of the variance of the outputs has changed" in str(bounded.report)
+
+
+def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(compress_module, "MAX_DRIFT", 1e-9)
+    model = mlps(4)
+    alone = compress(model, BATCHES, evaluate=lambda _: 1.0, objective="macs").report
+    assert alone.drift > 1e-9
+    bound = alone.drift / 2
+    both = compress(model, BATCHES, evaluate=lambda _: 1.0, objective="macs", max_drift=bound).report
+    assert 0 < both.drift <= bound
+    assert any(f"beyond the {bound:.2%} of `max_drift`" in str(trial.reason) for trial in both.trials)
+
+
+def test_it_ends_when_its_minutes_are_over(monkeypatch):
+    """Half of the time is for the search, so that what it finds can still be tried."""
+
+    def at_a_pace(seconds):
+        moments = iter(range(0, 10**6, seconds))
+        monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
+        return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
+
+    report = at_a_pace(20)  # two chains are looked at in the first minute, one is tried in the second
+    assert [trial.kept for trial in report.trials] == [True]
+    assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * 2
+    assert report.ended == "the 2 minutes of `max_minutes` are over"
+    assert at_a_pace(1).ended == "nothing is left to try"
+
+
+def test_what_it_will_take_is_known_from_the_start(monkeypatch):
+    """The bar over the search knows its total before the first chain."""
+    bars = []
+    monkeypatch.setattr(fitting, "tqdm", lambda *_, **options: bars.append(options) or tqdm(disable=True))
+    compress(mlps(3), BATCHES, **OPTIONS)
+    (bar,) = bars
+    assert bar["total"] == 3 * (len(BATCHES) + fitting.MOST_FITS)
+    assert bar.get("delay", 0) == 0
+
+
+def test_a_run_that_fitted_is_compared_with_its_dense_network():
+    """Two MLPs are gone, and nothing is left to merge: what that has saved is told all the same."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 64), nn.ReLU(),
+                          nn.Linear(64, 8)).eval()  # fmt: skip
+    model = copy.deepcopy(dense)
+    fits = measure_fits(model, BATCHES, include=["1", "5"])
+    linearize(model, ["1", "5"], stand_in="fitted", statistics=fits)
+    report = collapse(model, BATCHES[0], objective="macs").report
+    assert report.dense.macs == collapse(dense, BATCHES[0], objective="macs").report.before.macs == 64 * 4 * 8 * 64
+    assert report.after.macs == 64 * 2 * 8 * 8
+    assert report.dense.depth == 4
+    assert report.after.depth == 2
+    assert report.speedup.median > 2
+    assert "16.00×" in str(report)

@@ -124,7 +124,9 @@ def test_a_file_that_differs_does_not_replace_the_one_there(tmp_path, format, mo
         (("m.txt", torch.randn(2, 3)), {}, ValueError, r"one of \('onnx', 'pt2'\).*but got `path` 'm.txt'"),
         (("m", torch.randn(2, 3)), {"format": "tflite"}, ValueError, "but got `format` 'tflite'"),
         (("m.pt2", torch.randn(2, 4)), {}, ValueError, "`example_inputs` to be accepted by the forward of Linear"),
-        (("m.pt2", torch.randn(0, 3)), {}, ValueError, "a non-empty batch axis first"),
+        (("m.pt2", torch.randn(0, 3)), {}, ValueError, r"`example_inputs` to hold at least one sample.*\(0, 3\)"),
+        (("m.pt2", torch.randn(2, 3).to("meta")), {}, ValueError, "`example_inputs` to hold data.*meta device"),
+        (("m.pt2", torch.tensor(1.0)), {}, ValueError, "a batch axis first, but got a tensor without axes"),
         (("m.pt2", None), {}, TypeError, "`example_inputs` to be a tensor"),
         (("m.pt2", torch.randn(2, 3)), {"tolerance": -1.0}, ValueError, "`tolerance` to be None or at least 0"),
     ],
@@ -134,6 +136,11 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path, monkeypatch, argume
     with pytest.raises(error, match=message):
         export(nn.Linear(3, 3), *arguments, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_weights_is_named(tmp_path):
+    with pytest.raises(ValueError, match="`model` to have weights, but Linear has `weight` on the meta device"):
+        export(nn.Linear(3, 3).to("meta"), tmp_path / "m.pt2", torch.randn(2, 3))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

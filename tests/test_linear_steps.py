@@ -66,6 +66,12 @@ IMAGES = (2, 3, 8, 9)
         (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)), (2, 3), {("0", "1"): "Linear 3→4"}, [(5, 3)]),
         (Net(lambda s, x: F.batch_norm(s.a(x), s.n.running_mean, s.n.running_var, eps=0.1), a=conv(3, 4),
              n=nn.BatchNorm2d(4)), IMAGES, {("a", "batch_norm"): "Conv2d 1×1 3→4"}, []),
+        (Net(lambda s, x: torch.batch_norm(s.a(x), s.n.weight, s.n.bias, s.n.running_mean, s.n.running_var, False, 0.1,
+                                           0.2, False), a=nn.Linear(3, 4), n=nn.BatchNorm1d(4)), (2, 3),
+         {("a", "batch_norm"): "Linear 3→4"}, [(5, 3)]),
+        (Net(lambda s, x: torch.batch_norm(s.a(x), None, None, s.n.running_mean, s.n.running_var, training=False,
+                                           momentum=0.1, eps=0.1, cudnn_enabled=True), a=conv(3, 4),
+             n=nn.BatchNorm2d(4)), IMAGES, {("a", "batch_norm"): "Conv2d 1×1 3→4"}, [(1, 3, 5, 4)]),
         # layer scales
         (Net(scaled, conv=conv(3, 4, 3), gamma=nn.Parameter(torch.randn(4))), IMAGES,
          {("conv", "mul"): "Conv2d 3×3 3→4"}, []),
@@ -166,6 +172,56 @@ IMAGES = (2, 3, 8, 9)
 )  # fmt: skip
 def test_what_becomes_one_operator(model, shape, merges, others):
     assert merges_of(model, shape, "depth", *others) == merges
+
+
+def one_number_a_sample(s, x: Tensor) -> Tensor:
+    return s.head(s.a(x)).squeeze(-1)
+
+
+@pytest.mark.parametrize("objective", ["depth", "macs", "latency"])
+@pytest.mark.parametrize(
+    ("forward", "merged"),
+    [
+        (lambda s, x: one_number_a_sample(s, x) * 2.0 + 5.0, ("a", "head")),
+        (lambda s, x: s.one - one_number_a_sample(s, x) * s.zero, ("a", "head")),
+        (lambda s, x: (lambda y: 2 * y + (y + 1) - y)(one_number_a_sample(s, x)), ("a", "head")),
+        (lambda s, x: (lambda y: torch.cat([y * 2, y]))(one_number_a_sample(s, x)), ("a", "head")),
+        (lambda s, x: torch.stack([one_number_a_sample(s, x) / 3 - 1] * 2, 1) * 2, ("a", "head")),
+        (lambda s, x: (s.b(s.a(x)).view(-1) * 2 + 1) * 3, ("a", "b")),
+        (lambda s, x: s.b(s.a(x)).mean(-1) * 2 + 5, ("a", "b")),
+        (lambda s, x: s.b(s.a(x)) + (s.zero * 2 + 1) * s.one, ("a", "b")),
+        # values without axes
+        (lambda s, x: (s.b(s.a(x)).mean() * 2 + 1) / s.zero, ("a", "b")),
+        (lambda s, x: (lambda y: 2 * y + y - (y + y))(s.b(s.a(x)).mean()), ("a", "b")),
+    ],
+)
+def test_values_of_one_axis_and_of_none_stay_as_they_are(forward, merged, objective):
+    model = Net(forward, a=nn.Linear(5, 9), b=nn.Linear(9, 4), head=nn.Linear(9, 1), one=numbers(1), zero=numbers())
+    merges = list(merges_of(model, (3, 5), objective, (7, 5)))  # the one axis is that of the samples
+    assert merges == [merged] or (merges == [] and objective == "latency")
+
+
+def test_a_vector_without_samples_has_its_channels_on_its_one_axis():
+    model = Net(lambda s, x: s.b(s.a(x) * s.gamma + 1) * 2, a=nn.Linear(5, 9), b=nn.Linear(9, 4), gamma=numbers(9))
+    assert merges_of(model, (5,)) == {("a", "mul", "add", "b", "mul_1"): "Linear 5→4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("xcit_nano_12_p16_224", {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2, "cls_attn_layers": 1}),
+        ("pit_ti_224", {"img_size": 32, "base_dims": (8, 8), "depth": (1, 1), "heads": (1, 2)}),
+    ],
+)
+def test_networks_with_values_of_one_axis_or_inputs_that_no_hook_takes(name, options):
+    model = pytest.importorskip("timm").create_model(name, num_classes=3, **options).eval()
+    linearize(model, list(isolate_activations(model))[::2])
+    result = collapse(model, torch.randn(2, 3, 32, 32), objective="macs")
+    assert result.report.merges
+    assert result.report.before.macs > result.report.after.macs > 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert relative_difference(result.model(x), model(x)) <= 1e-4
 
 
 def test_an_average_goes_in_front_of_what_treats_every_position_alone():

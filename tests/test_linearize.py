@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_easier import isolate_activations, linearize, restore
-from lightning_easier.linearize import IdentityStandIn, Mark, read_marks, restructure_as_marked, stand_ins
+from lightning_easier.linearize import MARK_KEY, IdentityStandIn, Mark, read_marks, restructure_as_marked, stand_ins
 from tests.models import Functional, Residual
 
 
@@ -75,9 +75,9 @@ def test_is_idempotent_and_copies_with_the_model():
 
 def test_a_marked_state_dict_does_not_load_into_the_dense_model_nor_a_dense_one_into_the_pruned():
     pruned, dense = linearize(make_mlp(), ["3"]), make_mlp()
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*3\._extra_state"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*3\..*load_pruned_or_expect_pruned\._extra_state"):
         dense.load_state_dict(pruned.state_dict())
-    with pytest.raises(RuntimeError, match=r"Missing key.*3\._extra_state"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\..*load_pruned_or_expect_pruned\._extra_state"):
         pruned.load_state_dict(dense.state_dict())
     pruned.load_state_dict(pruned.state_dict())
 
@@ -85,7 +85,7 @@ def test_a_marked_state_dict_does_not_load_into_the_dense_model_nor_a_dense_one_
 def test_a_mark_of_another_activation_does_not_load():
     pruned = linearize(make_mlp(), ["3"])
     state_dict = pruned.state_dict()
-    state_dict["3._extra_state"] = Mark("identity", "GELU").encode()
+    state_dict[f"3.{MARK_KEY}"] = Mark("identity", "GELU").encode()
     with pytest.raises(ValueError, match="to carry the mark.*ReLU.*but got.*GELU"):
         pruned.load_state_dict(state_dict)
 
@@ -99,8 +99,9 @@ def test_marks_are_plain_tensors_that_survive_a_cast(tmp_path, dtype):
 
 
 def test_extra_states_of_others_are_no_marks():
+    keys = "_extra_state", MARK_KEY
     values = [torch.zeros(3), torch.tensor([123, 125], dtype=torch.uint8), {"a": 1}, torch.zeros(())]
-    assert read_marks({f"{i}._extra_state": value for i, value in enumerate(values)}) == {}
+    assert read_marks({f"{i}.{key}": value for i, value in enumerate(values) for key in keys}) == {}
 
 
 def test_the_structure_is_replayed_from_the_marks():

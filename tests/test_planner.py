@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easier import collapse, costs
-from lightning_easier.collapse import engine, prices, recipes, steps
+from lightning_easier import collapse, costs, timing
+from lightning_easier.collapse import engine, recipes
 from lightning_easier.collapse.affine import ChannelAffine
 from lightning_easier.collapse.operators import CannotMergeError, compose, structure
-from lightning_easier.collapse.prices import LatencyTable, count_macs, output_shape
+from lightning_easier.collapse.prices import count_macs, output_shape
+from lightning_easier.timing import LatencyTable
 
 POINTWISE = st.lists(st.integers(1, 40), min_size=3, max_size=7)
 
@@ -102,8 +103,9 @@ def test_a_table_of_latencies_is_filled_once():
     known = dict(table.seconds)
     assert known
     assert all(seconds > 0 for seconds in known.values())
+    assert len(table.speedups) == 1  # the two chains are alike
     second = collapse(model, x, latencies=table).report
-    assert table.seconds == known
+    assert (table.seconds, len(table.speedups)) == (known, 1)
     assert [(m.operators, m.price_before, m.price_after) for m in first.merges] == [
         (m.operators, m.price_before, m.price_after) for m in second.merges
     ]
@@ -113,21 +115,17 @@ def test_what_is_timed_decides(monkeypatch):
     """Both ways of one network, with times that are told instead of measured."""
 
     def told(faster):
-        def time_interleaved(calls, *, samples, progress=None):
-            times = {}
-            for name, call in calls.items():
-                weight = getattr(call.func, "weight", None)
-                merged = (weight is not None and weight.shape == (16, 16)) or name == "planned"
-                seconds = 1.0 if merged == faster else 3.0
-                times[name] = costs.Latency(seconds, 0.0, (seconds,) * 4)
-            return times
+        def stopwatch(call):
+            module = getattr(call, "func", None)
+            weights = [m.weight.shape for m in module.modules() if isinstance(m, nn.Linear)]
+            merged = weights == [(16, 16)]
+            return lambda runs: 1.0 if merged == faster else 3.0
 
-        return time_interleaved
+        return stopwatch
 
     model = nn.Sequential(nn.Linear(16, 256), nn.Linear(256, 16))
     for faster in (True, False):
-        monkeypatch.setattr(prices, "time_interleaved", told(faster))
-        monkeypatch.setattr(costs, "time_interleaved", told(faster))
+        monkeypatch.setattr(timing, "stopwatch", told(faster))
         report = collapse(model, torch.randn(4, 16)).report
         assert len(report.merges) == int(faster)
         assert len(report.refusals) == int(not faster)
@@ -142,14 +140,16 @@ def test_an_operator_passes_many_layouts():
     assert len(collapse(model, torch.randn(2, 5, 3), objective="macs").report.merges) == 1
 
 
-def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
-    def slow(candidates, arguments, **_):
-        return {
-            name: costs.Latency(t, 0.0, (t,) * 4) for name in candidates for t in [2.0 if name == "planned" else 1.0]
-        }
+def tell(monkeypatch, chain, **times):
+    """Have a chain become so many times faster, and the named models take so many seconds, one by default."""
+    monkeypatch.setattr(timing.LatencyTable, "compare", lambda *_: timing.Speedup((chain,) * 6))
+    monkeypatch.setattr(
+        engine, "compare", lambda calls, *_: {name: timing.Latency.of([times.get(name, 1.0)] * 6) for name in calls}
+    )
 
-    for module in (engine, steps):
-        monkeypatch.setattr(module, "measure_latency", slow)
+
+def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
+    tell(monkeypatch, 0.5)
     model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
     report = collapse(model, torch.randn(4, 16)).report
     assert report.merges == []
@@ -158,15 +158,7 @@ def test_a_plan_that_is_slower_as_a_whole_is_not_carried_out(monkeypatch):
 
 
 def test_a_model_that_became_slower_is_returned_as_it_was(monkeypatch):
-    def slow(candidates, arguments, **_):
-        return {
-            name: costs.Latency(t, 0.0, (t,) * 4)
-            for name in candidates
-            for t in [{"after": 2.0, "planned": 0.5}.get(name, 1.0)]
-        }
-
-    for module in (engine, steps):
-        monkeypatch.setattr(module, "measure_latency", slow)
+    tell(monkeypatch, 2.0, after=2.0, unmerged=2.0)
     model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16))
     result = collapse(model, torch.randn(4, 16))
     assert type(result.model) is nn.Sequential
@@ -174,6 +166,20 @@ def test_a_model_that_became_slower_is_returned_as_it_was(monkeypatch):
     assert result.report.merges == []
     assert "slower than the model itself" in result.report.refusals[-1].reason
     assert result.report.after.depth == result.report.before.depth == 2
+
+
+def test_merges_that_make_the_whole_slower_are_given_up_and_batch_norms_stay_folded(monkeypatch):
+    tell(monkeypatch, 2.0, before=2.0, after=1.5)
+    model = nn.Sequential(nn.Linear(16, 512), nn.BatchNorm1d(512), nn.Linear(512, 16)).eval()
+    x = torch.randn(4, 16)
+    result = collapse(model, x)
+    assert result.report.fused == ["1"]
+    assert result.report.merges == []
+    assert [refusal.operators for refusal in result.report.refusals][-1] == ("0", "2")
+    assert "slower with this" in result.report.refusals[-1].reason
+    assert result.report.speedup.median == 1.0
+    assert result.report.relative_difference_float64 < 1e-12
+    torch.testing.assert_close(result.model(x), model(x))
 
 
 def test_what_would_have_far_more_weights_than_before_stays_apart():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_easier.callbacks.policy import Policy
+from lightning_easier.callbacks.policy import Policy, mode_in_name
 from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.callbacks.state import PruningState
 from lightning_easier.report import Round
@@ -100,3 +100,94 @@ def test_the_first_round_has_the_warmup():
     assert policy.epochs_of_round(state) == 5
     state.begin_round(Round(["act1"], {}, None, None, None, 1))
     assert policy.epochs_of_round(state) == 2
+
+
+@given(
+    mode=st.sampled_from(["min", "max"]),
+    reference=st.sampled_from(["dense", "best"]),
+    scores=st.lists(st.integers(0, 20), min_size=1, max_size=8),
+    tolerance=st.integers(0, 10),
+)
+def test_a_round_is_judged_against_the_dense_score_or_the_best_that_was_kept(mode, reference, scores, tolerance):
+    """Integers, so that the test's own arithmetic is exact."""
+    sign = 1 if mode == "max" else -1
+    state = judged(Policy(mode, tolerance, on_reject="next", reference=reference), *map(float, scores))
+    kept = {0: scores[0]}  # number of the round -> its score
+    for number, score in list(enumerate(scores))[1:]:
+        best = max(sign * each for each in kept.values()) if reference == "best" else sign * scores[0]
+        this = state.rounds[number]
+        assert this.reference == sign * best
+        assert this.reference_round == min(n for n, each in kept.items() if sign * each == best)
+        assert this.accepted == (best - sign * score <= tolerance)
+        if this.accepted:
+            kept[number] = score
+    dense = state.rounds[0]
+    assert (dense.accepted, dense.reference, dense.reference_round) == (True, None, None)
+
+
+def test_a_round_without_a_score_is_no_reference():
+    policy = Policy("min", 1.0, on_reject="next", reference="best")
+    state = judged(policy, 5.0)
+    state.begin_round(Round(["act1"], {}, None, None, False, 1, reason="no score"))
+    state.begin_round(Round(["act2"], {}, None, None, None, 2))
+    policy.judge(state, 5.5)
+    assert (state.rounds[-1].reference, state.rounds[-1].reference_round) == (5.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "rise", "still_learning"),
+    [
+        ("max", [0.2, 0.5, 0.625], 0.125, True),
+        ("max", [0.2, 0.5, 0.6], 0.1, False),  # the tolerance itself
+        ("max", [0.2, 0.6, 0.5], -0.1, False),
+        ("max", [0.25, None, 0.75], 0.25, True),  # not logged in every epoch
+        ("max", [0.25, None, None, None, 0.5, None], 0.0625, False),
+        ("min", [1.0, 0.5], 0.5, True),
+        ("min", [0.5, 1.0], -0.5, False),
+        ("max", [0.5], None, False),
+        ("max", [None, 0.5], None, False),
+        ("max", [], None, False),
+    ],
+)
+def test_a_dense_network_that_still_gets_better_by_more_than_the_tolerance_an_epoch(mode, scores, rise, still_learning):
+    policy, state = Policy(mode, 0.1), PruningState(dense_scores=scores)
+    state.rounds[0].score_after = next((score for score in reversed(scores) if score is not None), None)
+    assert policy.rise_per_epoch(state) == pytest.approx(rise)
+    assert policy.is_still_learning(state) is still_learning
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "first"),
+    [
+        ("max", [0.24, 0.87, 0.9], 1),
+        ("max", [0.8, 0.85, 0.95], 2),
+        ("max", [0.8, 0.9, 0.7], None),  # by the tolerance itself
+        ("min", [2.0, 1.95, 0.5], 2),
+        ("min", [2.0, 2.1], None),
+    ],
+)
+def test_the_first_round_that_is_better_than_the_dense_one_by_more_than_the_tolerance(mode, scores, first):
+    policy = Policy(mode, 0.1)
+    told = [n for n in range(1, len(scores)) if policy.is_first_to_overtake(judged(policy, *scores[: n + 1]))]
+    assert told == ([] if first is None else [first])
+
+
+LOW = [
+    "loss", "val_loss", "valLoss", "val/loss_epoch", "valid.rmse", "BCELoss", "focalloss", "perplexity", "top1_error",
+    "val_loss/dataloader_idx_0", "cross_entropy", "WER",
+]  # fmt: skip
+HIGH = [
+    "acc", "val_acc", "val/Accuracy", "MulticlassAccuracy", "auroc", "mAP", "f1", "val_f1score", "val_top5_acc", "mIoU",
+    "val_acc/dataloader_idx_1",
+]  # fmt: skip
+UNSURE = [
+    "score", "scripted", "neg_loss", "negative_mse", "1-acc", "acc_drop", "loss_reduction", "error_of_acc", "glossy",
+    "account", "entropy/relu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "mode"), [(LOW, "min"), (HIGH, "max"), (UNSURE, None)], ids=["low", "high", "unsure"]
+)
+def test_what_the_name_of_a_score_says_of_its_mode(names, mode):
+    assert {name: mode_in_name(name) for name in names} == dict.fromkeys(names, mode)

@@ -30,7 +30,7 @@ from lightning_easier.arguments import (
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
-from lightning_easier.callbacks.policy import Policy
+from lightning_easier.callbacks.policy import Policy, mode_in_name
 from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
@@ -56,7 +56,6 @@ from lightning_easier.substitution import ChainFit, Substitution
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
-DENSE_FILE = "round_0.ckpt"
 
 
 class EntropyPruningCallback(Callback):
@@ -66,8 +65,9 @@ class EntropyPruningCallback(Callback):
     Every further round starts by making activations linear, trains for ``epochs_per_round`` epochs, and is judged on
     the validation that ends it. If the score has fallen by more than ``tolerance`` from the dense score, structure,
     weights, optimizer and schedulers go back to those of the last good round, and the run stops, or the next candidate
-    is tried. It stops as well when nothing is left to remove, or ``max_removals`` is reached. A round that the end of
-    the run cuts short is judged on its last score.
+    is tried. It stops as well when nothing is left to remove, or ``max_removals`` is reached. A round whose score is
+    not logged in its last epoch goes on until it is. A round that the end of the run cuts short is judged on its last
+    score, and taken back if it has none.
 
     A run that was killed goes on from any of its checkpoints (``ckpt_path``) as if it had not been, from the middle of
     an epoch too if the training loader can (``state_dict`` and ``load_state_dict``).
@@ -84,7 +84,7 @@ class EntropyPruningCallback(Callback):
         monitor: Name of the score, logged in a validation or training step or at the end of validation. (What is logged
             in the module's ``on_train_epoch_end`` comes too late.)
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
-        tolerance: By how much the score may fall below the dense score, in the score's own unit.
+        tolerance: By how much the score may fall below the reference, in the score's own unit.
         epochs_per_round: Training epochs between two removals.
         removals_per_round: How many activations become linear at once.
         max_removals: How many may become linear in this run; no limit by default.
@@ -99,12 +99,15 @@ class EntropyPruningCallback(Callback):
             where the two would meet: training goes on with the very function that a collapse merges exactly. See
             :func:`~lightning_easier.linearize`.
         dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default. All processes
-            have to reach it. A new run does not write where another has: its folder ends in ``-v1``, ``-v2``, ...
+            have to reach it. A new run does not write where another has or is about to: its folder ends in ``-v1``,
+            ``-v2``, ... What lies there is read as plain data, see `Security` in docs/supported.md.
         restart: What begins anew with every removal: nothing, the learning-rate schedules and with them the
             hyperparameters of the optimizers, or the optimizers with their moments too (EASIER).
         on_reject: Whether the run stops when a round was taken back, or tries the next candidate. What was taken back
             is not tried again.
         max_rejections: How many rounds in a row may be taken back before the run stops.
+        reference: What a round is judged against: the dense score, or the best score of any round that was kept, the
+            dense one among them. The latter suits a network that goes on learning after its first round.
         best_per_depth: Whether the best checkpoint for each number of linear activations is kept in ``dirpath`` as
             ``best_removed_<number>.ckpt``, see :attr:`best_checkpoints`.
         sample: Share of the samples of each batch that is counted, in (0, 1], for a smaller overhead.
@@ -130,9 +133,11 @@ class EntropyPruningCallback(Callback):
         candidates: ``"mergeable"``: leave out activations whose removal merges nothing, and with a ``gain`` those whose
             removal saves nothing.
         target_speedup: The run is over when the collapsed network is measured to be so many times faster than the dense
-            one as it is written, on a batch of the validation; the tolerance guards it still.
+            one with its batch norms folded, in turn, on a batch of the validation; above 1. The tolerance guards it
+            still.
         target_depth: The run is over when the collapsed network has no more operators than so many behind each other.
-            Both are asked for once in each round, in the validation that it is judged on.
+            Both are asked for once in each round, in the validation that it is judged on; a run that ends without says
+            what it has reached.
         distill: Whether the rounds with removals are trained on the logits of the dense network, too. Its weights are
             those at the end of the dense round, whose checkpoint is read. The network is the outermost module that
             holds all activations and that ``training_step`` calls, with gradients; it returns logits
@@ -150,6 +155,9 @@ class EntropyPruningCallback(Callback):
             distil.
         FileNotFoundError: If the checkpoint of a round that was kept is needed and gone.
         RuntimeError: After an operation, if the processes do not hold the same model.
+        OSError: If a checkpoint can't be written; those that were there before are whole.
+        ValueError: If a run is resumed from a record of another form, with a module of other activations, or needs a
+            checkpoint that can't be read safely.
 
     Source: EASIER, arXiv 2404.18949. ``distill``: Hinton et al., arXiv 1503.02531.
 
@@ -198,6 +206,7 @@ class EntropyPruningCallback(Callback):
         distill: bool = False,
         distill_weight: float = 0.5,
         distill_temperature: float = 4.0,
+        reference: Literal["dense", "best"] = "dense",
     ) -> None:
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
@@ -213,7 +222,15 @@ class EntropyPruningCallback(Callback):
             warmup_epochs=warmup_epochs,
             on_reject=on_reject,
             max_rejections=max_rejections,
+            reference=reference,
         )
+        usual = mode_in_name(monitor)
+        if usual not in (None, mode):
+            rank_zero_warn(
+                f"Argument `monitor` {monitor!r} reads as if a {'lower' if usual == 'min' else 'higher'} value were "
+                f"better, but mode={mode!r} takes a {'higher' if usual == 'min' else 'lower'} one for better: every "
+                f"round that does worse would be kept. Pass mode={usual!r} if the name is right."
+            )
         self.include = as_globs("include", include)
         self.exclude = as_globs("exclude", exclude)
         self.measure_on = measure_on
@@ -268,7 +285,9 @@ class EntropyPruningCallback(Callback):
         self._dashboard: Dashboard | None = None
         self._recipe: Recipe | None = None
         self._scores = LoggedScores()
+        self._files = files.RunFiles()
         self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
+        self._waiting = 0  # how many rounds there were when it was said that one waits for its score
 
     # What a user may ask for
 
@@ -328,6 +347,7 @@ class EntropyPruningCallback(Callback):
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._candidates = self._measured = self._listed = None
+        self._waiting = 0
         self._measurement.stop()
         self._measurement.stop_watching()
         self._measurement.structure_changed()
@@ -335,11 +355,13 @@ class EntropyPruningCallback(Callback):
         if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or self._state_of != id(trainer)):
             self._state, self._taken_up = PruningState(), False  # else a Trainer goes on
             self._state_of = id(trainer)
+            self._files.release()
+            self._files = files.RunFiles()
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._discover(trainer, pl_module)
         self._load_handle = restructure_on_load(pl_module)
-        files.restructure_before_loading(trainer, pl_module)
+        self._files.watch_loading(trainer, pl_module)
         if stage == TrainerFn.FITTING:
             optimizers.build_as_the_first(pl_module, self._linear_by_now, lambda: self._state.joined)
 
@@ -372,17 +394,34 @@ class EntropyPruningCallback(Callback):
         self._distillation.stop()
         self._scores.release()
         self._remove_load_hook()
-        files.load_as_ever(trainer)
+        self._files.load_as_ever(trainer)
+        self._files.release()
         optimizers.build_as_ever(pl_module)
         self._stage = self._recipe = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
+        if isinstance(exception, KeyboardInterrupt) and self._stage == TrainerFn.FITTING:
+            self._tell_what_is_unjudged()
         self._measurement.detach()
         self._distillation.stop()
         self._scores.release()
+        self._files.load_as_ever(trainer)
+        self._files.release()
         self._remove_load_hook()
         optimizers.build_as_ever(pl_module)
+
+    def _tell_what_is_unjudged(self) -> None:
+        """Say that the model of an interrupted run holds removals that nobody has judged, or that were rejected."""
+        this, decision = self._state.rounds[-1], self._state.decision
+        going_back = decision is not None and decision.go_back
+        if this.removed and (this.accepted is None or going_back):
+            moment = "taken back" if going_back else "judged"
+            rank_zero_warn(
+                f"Round {len(self._state.rounds) - 1} was interrupted before it was {moment}: {this.removed} are "
+                f"linear in the model as it is. The last good model is {self.last_good}; with a checkpoint of the run "
+                f"as `ckpt_path` the round goes on."
+            )
 
     def _remove_load_hook(self) -> None:
         if self._load_handle is not None:
@@ -420,7 +459,7 @@ class EntropyPruningCallback(Callback):
             return
         if self._candidates is None:  # a model that is built in `setup`, validated alone
             self._discover(trainer, pl_module)
-        self._scores.note(trainer, self.monitor)
+        self._scores.mark(trainer, self.monitor, "validation")
         if self._measurement.is_counting:  # training batches are counted, these are not
             self._measurement.pause(True)
         elif self.measure_on == "validation" or trainer.state.fn != TrainerFn.FITTING:
@@ -453,13 +492,14 @@ class EntropyPruningCallback(Callback):
             self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         if self._asks_for_targets(trainer):
-            self._state.reached = self._targets.are_reached(trainer, self._measurement.network, self.removed)
+            self._state.attained = self._targets.attained(trainer, self._measurement.network, self.removed)
+            self._state.asked = True
         self._log_progress(trainer, pl_module)
 
     def _asks_for_targets(self, trainer: Trainer) -> bool:
         """Tell whether this validation is the one that finds out whether the structure as it is has reached them."""
         is_fitting = trainer.state.fn == TrainerFn.FITTING
-        return is_fitting and self._targets.are_given and self._state.reached is None and self._may_decide(trainer)
+        return is_fitting and self._targets.are_given and not self._state.asked and self._may_decide(trainer)
 
     def _finish_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of entropies and affines, and of the order if a decision may follow."""
@@ -482,9 +522,10 @@ class EntropyPruningCallback(Callback):
                 self._list(trainer, pl_module, self._choose(trainer, []))
             return
         self._state.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
-        is_new = self._scores.is_new(trainer, self.monitor)  # perhaps it is logged by rank 0 only
+        is_new = self._scores.is_new(trainer, self.monitor, "validation")  # perhaps it is logged by rank 0 only
         self._state.score_comes_from_validation = trainer.strategy.broadcast(is_new)
         if self._state.score_comes_from_validation:
+            self._state.scored_this_epoch = True
             self._note_score(trainer)
             self._keep_best(trainer, pl_module)
 
@@ -514,8 +555,9 @@ class EntropyPruningCallback(Callback):
         removed = len(stand_ins(pl_module))
         best = self._state.best.get(str(removed))
         if score is not None and math.isfinite(score) and (best is None or self.policy.is_better(score, best.score)):
-            self._state.best[str(removed)] = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
-            files.save(trainer, self.best_checkpoints[removed])
+            now = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
+            with self._state.told(best={**self._state.best, str(removed): now}):
+                self._files.save(trainer, self.best_checkpoints[removed])
 
     # The loop
 
@@ -524,23 +566,32 @@ class EntropyPruningCallback(Callback):
         if not self._active:
             return
         state = self._state
+        self._files.load_as_ever(trainer)
         self._dashboard = Dashboard(trainer.loggers, self.monitor)
         self._dashboard.write_layout()
         self._scores.have_early_stopping_wait(trainer)
         if self._taken_up:
             surgery.check_is_linear(pl_module, self._linear_by_now())
+            surgery.check_activations(pl_module, state.activations)
+        else:
+            state.activations = surgery.activations_of(pl_module, self.gates)
         own = {name for this in state.rounds for name in this.removed}
         given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
             rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
-        state.folder = files.folder_of(trainer, self.dirpath, state.folder, is_new=not self._taken_up)
+        state.folder = self._files.claim(
+            trainer, self.dirpath, state.folder, is_new=not self._taken_up, writes=not self.dry_run
+        )
         if self._taken_up:
-            state.best = files.still_best(trainer, state.folder, self.state_key, state.best)
+            state.best = self._files.still_best(trainer, state.folder, self.state_key, state.best)
         # Lightning knows nothing of these after an interruption
         scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
         if state.score is not None and state.score_comes_from_validation:
             scores[self.monitor] = state.score
         self._scores.put(trainer, scores)
+        is_kept = state.last_good == _file_of(len(state.rounds) - 1)
+        if self._taken_up and state.rounds[-1].accepted and not is_kept and not self.dry_run:
+            self._keep(trainer)  # that has failed, and the run was saved on the exception
         if not self._taken_up and len(state.rounds) == 1:
             goes_on = wiring.check_length(trainer, pl_module, self.policy.epochs_of_round(state))
             if not goes_on and not self.dry_run:
@@ -560,12 +611,13 @@ class EntropyPruningCallback(Callback):
             if state.counts is not None:
                 self._count_on(trainer, pl_module)
                 self._finish_measuring(trainer, pl_module)
-            if not state.score_comes_from_validation:  # what an epoch of training has logged is not in a checkpoint
-                state.score = None
+            if not (state.score_comes_from_validation or state.scored_this_epoch):
+                state.score = None  # what an epoch of training has logged is not in a checkpoint
             if not state.epoch_end_begun:
                 wiring.check_early_stopping(trainer, pl_module)
-            self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch)
-            state.not_called, state.validated_this_epoch = None, False
+            is_new = state.scored_this_epoch or not trainer.enable_validation
+            self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch, is_new)
+            state.not_called, state.validated_this_epoch, state.scored_this_epoch = None, False, False
         self._resumed_inside = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else -1
         if trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.done:  # it skips the start of an epoch
             self._operate(trainer, pl_module)
@@ -575,21 +627,22 @@ class EntropyPruningCallback(Callback):
         """Carry out what was decided at the end of the last epoch."""
         if not self._active:
             return
-        self._state.validated_this_epoch = False
+        self._state.validated_this_epoch = self._state.scored_this_epoch = False
         self._state.counts = self._state.not_called = None
         self._operate(trainer, pl_module)
+        self._scores.mark(trainer, self.monitor, "epoch")
         self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count or watch training, from where an interrupted epoch has left it; distil where that is wanted."""
         if self.distill and self.removed:
-            path, dense = self._state.path_of(DENSE_FILE), self._state.rounds[:1]
+            path, dense = self._state.path_of(_file_of(0)), self._state.rounds[:1]
             use = "checkpoint of the dense round", "be distilled from it"
             self._distillation.start(
                 pl_module,
                 self._sites(pl_module),
                 self.removed,
-                lambda: files.find(trainer, path, self.state_key, dense, *use)[1],
+                lambda: self._files.find(trainer, path, self.state_key, dense, *use)[1],
             )
         elif self.distill:
             self._distillation.stop()
@@ -630,7 +683,8 @@ class EntropyPruningCallback(Callback):
             return
         if self.measure_on == "validation" and not state.validated_this_epoch:
             wiring.check_validation_ran(trainer)
-        if self._resumed_inside == trainer.current_epoch and not state.score_comes_from_validation:
+        from_validation = state.score_comes_from_validation or state.scored_this_epoch
+        if self._resumed_inside == trainer.current_epoch and not from_validation:
             state.score = None  # of an epoch that this process has not seen whole
         else:
             if state.validated or not trainer.enable_validation:
@@ -638,7 +692,8 @@ class EntropyPruningCallback(Callback):
             self._note_score(trainer)
         if not state.score_comes_from_validation or not trainer.enable_validation:
             self._keep_best(trainer, pl_module)
-        self._end_epoch(trainer, pl_module, not_called, trainer.current_epoch + 1)
+        is_new = state.scored_this_epoch or self._scores.is_new(trainer, self.monitor, "epoch")
+        self._end_epoch(trainer, pl_module, not_called, trainer.current_epoch + 1, is_new)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge a round that the end of the run has cut short, and go back if that is what was decided."""
@@ -650,9 +705,12 @@ class EntropyPruningCallback(Callback):
         if dense.accepted is None:
             rank_zero_warn(
                 f"Nothing was pruned: the run ended before its first round, "
-                f"{self.policy.epochs_of_round(self._state)} epochs with a validation at their end."
+                f"{self.policy.epochs_of_round(self._state)} epochs with a validation at their end that logs "
+                f"{self.monitor!r}."
             )
         self._conclude(trainer, pl_module)
+        if self._targets.are_given and not self.dry_run:
+            self._warn_of_a_missed_target()
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a model that was judged; a second call does nothing."""
@@ -662,8 +720,13 @@ class EntropyPruningCallback(Callback):
             self._note_score(trainer)
             score = self._agreed_score(trainer)
             if score is None:
-                this.accepted = False
-                rank_zero_info(f"Round {len(state.rounds) - 1} ended without a score.")
+                self._take_back_unjudged(trainer, f"{self.monitor} was not logged in it")
+                rank_zero_warn(
+                    f"Round {len(state.rounds) - 1} is taken back without a judgement: the run ended before "
+                    f"{self.monitor!r} was logged for the model with {this.removed} linear. Log it in every "
+                    f"validation, and have the run end with one: raise `max_epochs` or `max_steps`, or the patience "
+                    f"of EarlyStopping."
+                )
             else:
                 self._judge(trainer, score)
             self._decide(trainer, pl_module, [])
@@ -671,14 +734,19 @@ class EntropyPruningCallback(Callback):
             self._go_back(trainer, pl_module)
 
     def _end_epoch(
-        self, trainer: Trainer, pl_module: LightningModule, not_called: list[str], epochs_ended: int
+        self, trainer: Trainer, pl_module: LightningModule, not_called: list[str], epochs_ended: int, is_new: bool
     ) -> None:
-        """Count an epoch, and judge and decide if it was the last of its round."""
+        """Count an epoch, and judge and decide if it was the last of its round.
+
+        A score that was not logged in this epoch is that of other weights: the round waits for the next.
+        """
         state = self._state
         state.ended = epochs_ended
         if state.finished:
             return
         state.epochs += 1
+        if len(state.rounds) == 1 and state.rounds[0].accepted is None:
+            state.dense_scores.append(state.score if is_new else None)
         judgeable = state.validated_this_epoch or not trainer.enable_validation
         if not judgeable or state.entropies is None or state.epochs < self.policy.epochs_of_round(self._state):
             return
@@ -686,20 +754,27 @@ class EntropyPruningCallback(Callback):
             if state.decision is None:
                 self._decide(trainer, pl_module, not_called)
             return
-        score = self._agreed_score(trainer)
+        score = self._agreed_score(trainer, is_new)
         if score is not None:
             self._judge(trainer, score)
             self._decide(trainer, pl_module, not_called)
+        elif self._waiting != len(state.rounds):
+            self._waiting = len(state.rounds)
+            rank_zero_warn(
+                f"Round {len(state.rounds) - 1} goes on, since epoch {epochs_ended - 1}, which was to end it, has no "
+                f"{self.monitor!r}: it ends with the next epoch that has one. Log it in every validation, or choose "
+                f"`epochs_per_round` and `warmup_epochs` so that rounds end where it is logged."
+            )
 
-    def _agreed_score(self, trainer: Trainer) -> float | None:
+    def _agreed_score(self, trainer: Trainer, is_there: bool = True) -> float | None:
         """Return the score of the structure as it is, None if there is none; every process has to call this.
 
         Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
         """
-        score: float | None = trainer.strategy.broadcast(self._state.score)
+        score: float | None = trainer.strategy.broadcast(self._state.score if is_there else None)
         if score is not None and not math.isfinite(score):
             if self._state.last_good is not None and self._state.rounds[-1].removed:
-                self._state.rounds[-1].accepted = False
+                self._take_back_unjudged(trainer, f"{self.monitor} was {score}")
                 choice = self._choose(trainer, []) if self.policy.settle(self._state) else None
                 self._state.finished = choice is None
                 self._state.decision = Decision(True, choice)
@@ -712,20 +787,48 @@ class EntropyPruningCallback(Callback):
         return score
 
     def _judge(self, trainer: Trainer, score: float) -> None:
-        """Compare a round with the dense model, and say so."""
-        state, number = self._state, len(self._state.rounds) - 1
-        self.policy.judge(state, score)
-        report = self.report()
+        """Compare a round with the reference, and say so."""
+        self.policy.judge(self._state, score)
         if self._dashboard is not None:
             self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
+        self._tell_verdict(trainer)
+        self._warn_of_a_weak_reference()
+
+    def _take_back_unjudged(self, trainer: Trainer, reason: str) -> None:
+        """Reject a round that has no score, and say so."""
+        self._state.rounds[-1].accepted, self._state.rounds[-1].reason = False, reason
+        self._tell_verdict(trainer)
+
+    def _tell_verdict(self, trainer: Trainer) -> None:
+        report, number = self.report(), len(self._state.rounds) - 1
+        if self._dashboard is not None:
             self._dashboard.write_event(report.event(number), trainer.global_step)
         rank_zero_info(report.line(number, self.policy.tolerance))
+
+    def _warn_of_a_weak_reference(self) -> None:
+        """Warn if the dense network had not learned enough when its score became the reference."""
+        state, policy = self._state, self.policy
+        dense = state.rounds[0].score_after
+        if len(state.rounds) == 1 and policy.is_still_learning(state):
+            so = f"still got better by {policy.rise_per_epoch(state):.4f} an epoch at the end of its round"
+        elif policy.reference == "dense" and not policy.is_still_learning(state) and policy.is_first_to_overtake(state):
+            so = f"is exceeded by the {state.rounds[-1].score_after:.4f} of round {len(state.rounds) - 1}"
+        else:
+            return
+        other = " or pass reference='best'," if policy.reference == "dense" else ""
+        rank_zero_warn(
+            f"The dense score, {self.monitor} {dense:.4f}, {so}, more than the tolerance of {policy.tolerance:g}: the "
+            f"network was still learning. Judged against it, rounds may lose more than the tolerance of what the "
+            f"network can reach. Raise `warmup_epochs`,{other} or take a trained network."
+        )
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, not_called: list[str]) -> None:
         """Decide what happens at the start of the next epoch; some activations were not called in training."""
         state = self._state
         this = state.rounds[-1]
-        is_there = bool(this.accepted and state.reached)
+        is_there = bool(this.accepted and state.attained is not None and state.attained.is_reached)
+        if len(state.rounds) == 1 and state.ranked is not None:
+            self._tell_what_saves(trainer, pl_module, state.ranked)
         choice = self._choose(trainer, not_called) if self.policy.settle(state) and not is_there else None
         state.finished = choice is None and not (this.accepted and state.ranked is None)
         if choice is not None or not this.accepted:
@@ -733,7 +836,7 @@ class EntropyPruningCallback(Callback):
         if self.dry_run:
             self._list(trainer, pl_module, choice)
         elif state.finished and this.accepted:
-            why = "the target is reached" if is_there else "no more may become so"
+            why = f"the target is reached ({state.attained.words})" if is_there else "no more may become so"  # type: ignore[union-attr]
             rank_zero_info(f"{len(self.removed)} activations are linear and {why}: pruning is over.")
         if state.finished or self.dry_run:
             trainer.should_stop = True
@@ -741,6 +844,28 @@ class EntropyPruningCallback(Callback):
             state.forget_fits()
         if this.accepted and not self.dry_run:
             self._keep(trainer)
+
+    def _warn_of_a_missed_target(self) -> None:
+        """Say what the last good model has reached instead."""
+        attained = self._state.attained_of_last_good
+        if attained is not None and attained.is_reached:
+            return
+        what = attained.words if attained is not None else "no activation became linear"
+        rank_zero_warn(
+            f"The run is over, and its target is not reached: {what}. Raise `tolerance` or `max_epochs`, or let more "
+            f"activations become linear (`include`, `max_removals`, `on_reject='next'`, collapse='fit')."
+        )
+
+    def _tell_what_saves(self, trainer: Trainer, pl_module: LightningModule, ranked: Ranked) -> None:
+        """Say before the first removal how many would save something; nothing is timed for it."""
+        if not trainer.is_global_zero or not wiring.can_tell_what_merges(trainer):
+            return
+        names = [name for name in self._state.entropies or {} if name in (self._candidates or ())]
+        if not names:
+            return
+        outlook = self.ranking.outlook(pl_module, ranked, names)
+        tell = rank_zero_info if outlook.useful or outlook.unknown else rank_zero_warn
+        tell(self.ranking.told(outlook, str(pl_module.device)))
 
     def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
         """Choose among what was measured at the end of the last good round; None if nothing is left."""
@@ -813,16 +938,16 @@ class EntropyPruningCallback(Callback):
         Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
         """
         state = self._state
-        state.last_good, state.scores_of_last_good = f"round_{len(state.rounds) - 1}.ckpt", self._scores.all(trainer)
-        assert self.last_good is not None
-        files.save(trainer, self.last_good)
+        with state.told(last_good=_file_of(len(state.rounds) - 1), scores_of_last_good=self._scores.all(trainer)):
+            assert self.last_good is not None
+            self._files.save(trainer, self.last_good)
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back structure, weights, optimizers and schedulers of the last good round."""
         state = self._state
         kept = state.kept
-        path, checkpoint = files.find(trainer, self.last_good, self.state_key, kept)
-        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint)
+        path, checkpoint = self._files.find(trainer, self.last_good, self.state_key, kept)
+        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint, self._files.load)
         surgery.check_is_linear(pl_module, self.removed)
         put_plateaus(trainer, state.plateaus_of_last_good)
         self._measurement.structure_changed()
@@ -882,6 +1007,11 @@ class EntropyPruningCallback(Callback):
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
         self._state = PruningState.from_plain(plain)
         self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit
+
+
+def _file_of(number: int) -> str:
+    """Return the name of a round's checkpoint."""
+    return f"round_{number}.ckpt"
 
 
 def _told(name: str, plain: Mapping[str, Any], candidates: Container[str]) -> str:

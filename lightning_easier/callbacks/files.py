@@ -1,44 +1,298 @@
-"""The checkpoints that a run writes: one of every round that was kept, and the best for each number of removals."""
+"""The checkpoints that a run writes: one of every round that was kept, and the best for each number of removals.
 
+A file is written under another name first, and renamed when it is whole. What is read may have been replaced since: it
+is read as plain data, unless the user has passed ``weights_only=False`` to the Trainer, or it is, byte for byte, what
+this very run has written.
+"""
+
+import errno
+import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
-from shutil import rmtree
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_easier import loading, storage
 from lightning_easier.callbacks.state import BestCheckpoint
-from lightning_easier.linearize import EXTRA_STATE, restructure_as_marked
+from lightning_easier.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.report import Round
 
+_LOCK = ".in_use"
+_OPT_IN = "pass `weights_only=False` to `trainer.fit` with its `ckpt_path`"
+_REMEDY = (
+    "Make room there, or pass another `dirpath` that can be written to; the run goes on from a checkpoint that was "
+    "saved before (`ckpt_path`)."
+)
 
-def folder_of(trainer: Trainer, dirpath: str | None, known: str | None, *, is_new: bool) -> str:
-    """Return where a run keeps its checkpoints, the same on all processes.
 
-    Args:
-        trainer: The Trainer.
-        dirpath: What the user has asked for.
-        known: Where it kept them so far.
-        is_new: Whether the run has just begun; it leaves alone what another run has written.
-    """
-    folder = Path(dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
-    if known is not None and Path(known).exists():
-        folder = Path(known)
-    elif is_new:
-        free = next(each for each in _versions(folder) if not any(each.glob("*.ckpt")))
-        if free != folder:
-            rank_zero_warn(f"{folder} holds the checkpoints of another run, so those of this one go to {free}.")
-        folder = free
-    return str(trainer.strategy.broadcast(str(folder)))
+class RunFiles:
+    """The files of one run: whose folder it is, how they are written, and how they are read."""
+
+    def __init__(self) -> None:
+        self._weights_only = True  # as the Trainer was told to load the checkpoint that the run is taken up at
+        self._digests: dict[Path, str] = {}  # of what this run has written and what can't be read as plain data
+        self._lock: FileLock | None = None
+
+    # Whose folder it is
+
+    def claim(
+        self, trainer: Trainer, dirpath: str | None, known: str | None, *, is_new: bool, writes: bool = True
+    ) -> str:
+        """Return where a run keeps its checkpoints, the same on all processes, and keep other runs out of it.
+
+        Args:
+            trainer: The Trainer.
+            dirpath: What the user has asked for.
+            known: Where it kept them so far.
+            is_new: Whether the run has just begun; it leaves alone what another run has written, or is about to.
+            writes: Whether it will write there; else it keeps nobody out.
+
+        Raises:
+            MisconfigurationException: If a run that is taken up is going on somewhere else.
+            OSError: If the folder can't be written to.
+        """
+        outcome: Path | Exception = Path()
+        if trainer.is_global_zero:
+            folder = Path(dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
+            if known is not None and Path(known).exists():
+                folder, is_new = Path(known), False
+            try:
+                outcome = self._claim(folder, is_new) if writes else folder
+            except (OSError, MisconfigurationException) as error:
+                outcome = error
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    def _claim(self, folder: Path, is_new: bool) -> Path:
+        if not is_new:
+            if not self._take(folder):
+                raise MisconfigurationException(
+                    f"{folder} holds the checkpoints of the run that is resumed, and another process has taken up that "
+                    f"run, too. Wait until it is over, or end it."
+                )
+            storage.clean_up(folder)
+            return folder
+        for free in _versions(folder):
+            if any(free.glob("*.ckpt")) or not self._take(free):
+                continue
+            if any(free.glob("*.ckpt")):  # since it was looked at
+                self.release()
+                continue
+            if free != folder:
+                rank_zero_warn(f"{folder} holds the checkpoints of another run, so those of this one go to {free}.")
+            storage.clean_up(free)
+            return free
+        raise AssertionError("there are always more names")
+
+    def _take(self, folder: Path) -> bool:
+        """Lock a folder, until :meth:`release` or the end of the process; tell whether it was free."""
+        self.release()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / _LOCK, thread_local=False)
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # the file system has no locks
+                rank_zero_warn(f"{folder} can't be locked ({error}): see to it that no other run writes there.")
+                return True
+            raise storage.not_written(folder / _LOCK, error, "Pass a `dirpath` that can be written to.") from error
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let others have the folder; a second call does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    # Writing
+
+    def save(self, trainer: Trainer, path: Path) -> None:
+        """Save everything; every process has to call this, and has to be able to read what was written.
+
+        Raises:
+            OSError: On all processes, if it can't be written; what was there before is there still.
+            MisconfigurationException: If a process can't see the file.
+        """
+        new = storage.temporary(path)
+        if trainer.is_global_zero:
+            storage.remove(new)
+        trainer.strategy.barrier()
+        with _failure_of_saving(trainer) as failures:
+            trainer.save_checkpoint(new, weights_only=False)
+        self._agree(trainer, path, failures)
+        digest = None
+        if trainer.is_global_zero:
+            try:
+                digest = _digest_if_unsafe(trainer, new)
+                storage.put_in_place(new, path)
+            except (OSError, RuntimeError) as error:  # RuntimeError: it is not whole
+                failures.append(error)
+        self._agree(trainer, path, failures)
+        digest = trainer.strategy.broadcast(digest)
+        if digest is None:
+            self._digests.pop(path, None)
+        else:
+            if self._weights_only and not self._digests:
+                rank_zero_warn(
+                    f"{path} holds more than tensors and plain data ({', '.join(loading.unsafe_objects(path))}): "
+                    f"objects among the hyperparameters, perhaps. This run can go back to it, since it has written it "
+                    f"itself. To resume it, {_OPT_IN}, or allow these classes with "
+                    f"`torch.serialization.add_safe_globals`."
+                )
+            self._digests[path] = digest
+        if not trainer.strategy.reduce_boolean_decision(path.exists(), all=True):
+            raise MisconfigurationException(
+                f"EntropyPruningCallback goes back to checkpoints of its own, but not every process can read {path}. "
+                f"Pass a `dirpath` that all nodes share."
+            )
+
+    @staticmethod
+    def _agree(trainer: Trainer, path: Path, failures: Sequence[BaseException]) -> None:
+        """Raise on all processes if there was a failure on one."""
+        if trainer.strategy.reduce_boolean_decision(not failures, all=True):
+            return
+        if trainer.is_global_zero:
+            storage.remove(storage.temporary(path))
+        if not failures:
+            raise storage.not_written(path, RuntimeError("another process has failed"), _REMEDY)
+        if not isinstance(failures[0], OSError | RuntimeError | CheckpointException):  # it can't be pickled, say
+            raise failures[0]
+        raise storage.not_written(path, failures[0], _REMEDY) from failures[0]
+
+    # Reading
+
+    def find(
+        self,
+        trainer: Trainer,
+        path: Path | None,
+        state_key: str,
+        kept: Sequence[Round],
+        what: str = "last good checkpoint",
+        purpose: str = "go back to it",
+    ) -> tuple[Path, Mapping[str, Any]]:
+        """Find the checkpoint of a round that was kept, the last good one by default, and read it.
+
+        Args:
+            trainer: The Trainer.
+            path: Of the checkpoint, if it is known.
+            state_key: Of the callback.
+            kept: The rounds that it has to know.
+            what: What it is, for an error.
+            purpose: What it is needed for.
+
+        Returns:
+            The path, and all that it holds; without the weights for a strategy that loads them into the model.
+
+        Raises:
+            FileNotFoundError: If it is gone.
+            ValueError: If it can't be read, or has not the form of a checkpoint of a run.
+            RuntimeError: If it is of another run.
+        """
+        if path is None or not path.exists():
+            raise FileNotFoundError(
+                f"The {what} {path} is gone, so the model can't {purpose}. Keep the folder of argument `dirpath` until "
+                f"the run is over."
+            )
+        _check_leads_nowhere_else(path)
+        into_model = loads_into_model(trainer)
+        if path.is_dir() and self._weights_only:
+            with explained(path):
+                loading.check_folder(path)  # torch will unpickle it as it is
+        checkpoint = self._read_on_cpu(path) if into_model else self.load(trainer, path)
+        there = _check_form(path, checkpoint, state_key, with_weights=not into_model)
+        if there["rounds"] != [asdict(this) for this in kept]:
+            raise RuntimeError(
+                f"The {what} {path} is of another run, so the model can't {purpose}. Give every run a `dirpath` of its "
+                f"own."
+            )
+        return path, checkpoint
+
+    def load(self, trainer: Trainer, path: Path) -> Mapping[str, Any]:
+        """Have the strategy load a checkpoint that was found, the weights into the model if that is what it does.
+
+        Raises:
+            ValueError: If it can't be read.
+        """
+        with explained(path):
+            return trainer.strategy.load_checkpoint(path, weights_only=self._weights_only_of(path))
+
+    def still_best(
+        self, trainer: Trainer, folder: str | None, state_key: str, best: Mapping[str, BestCheckpoint]
+    ) -> dict[str, BestCheckpoint]:
+        """Return those of the best checkpoints that are on disk still, the same on all processes.
+
+        A run that is taken up at an older checkpoint may find that it has written better ones since: those are of a
+        model that it has yet to become, or never will.
+        """
+        held = {
+            number: each
+            for number, each in best.items()
+            if self._holds(Path(str(folder), each.file), state_key, number, each)
+        }
+        return dict(trainer.strategy.broadcast(held))
+
+    def _holds(self, path: Path, state_key: str, number: str, best: BestCheckpoint) -> bool:
+        if not path.exists():
+            return False
+        try:
+            _check_leads_nowhere_else(path)
+            then = _check_form(path, self._read_on_cpu(path), state_key, with_weights=False).get("best")
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"The best checkpoint of {number} removals does not count any more: {error}")
+            return False
+        return isinstance(then, Mapping) and bool(then.get(number) == asdict(best))
+
+    def _read_on_cpu(self, path: Path) -> Mapping[str, Any]:
+        """Read a checkpoint; of one that a sharding strategy has written as a folder, all but the weights."""
+        return _read_on_cpu(path, self._weights_only_of(path))
+
+    def _weights_only_of(self, path: Path) -> bool:
+        """Tell whether a file is to be read as plain data: not if the user trusts it, or this run has written it."""
+        known = self._digests.get(path)
+        return self._weights_only and (known is None or _digest(path) != known)
+
+    # The checkpoint that a run is taken up at
+
+    def watch_loading(self, trainer: Trainer, model: nn.Module) -> None:
+        """Note how the Trainer is told to load, and give the model the structure first where a strategy loads into it.
+
+        Nothing else is told either before: Lightning's hooks come when the weights are there.
+        """
+        load, is_first = type(trainer.strategy).load_checkpoint, trainer.state.fn == TrainerFn.FITTING
+
+        def note_and_load(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            nonlocal is_first
+            safely = weights_only is not False
+            if is_first:  # others are those of finders, of what they have saved themselves
+                self._weights_only, is_first = safely, False
+            if loads_into_model(trainer):
+                restructure_as_marked(model, read_marks_of(Path(path), safely))
+            return load(trainer.strategy, path, weights_only=weights_only)
+
+        trainer.strategy.load_checkpoint = note_and_load  # type: ignore[method-assign,assignment]
+
+    @staticmethod
+    def load_as_ever(trainer: Trainer) -> None:
+        """Undo :meth:`watch_loading`."""
+        vars(trainer.strategy).pop("load_checkpoint", None)
 
 
 def _versions(folder: Path) -> Iterator[Path]:
@@ -46,93 +300,87 @@ def _versions(folder: Path) -> Iterator[Path]:
     yield from (folder.with_name(f"{folder.name}-v{number}") for number in count(1))
 
 
-def save(trainer: Trainer, path: Path) -> None:
-    """Save everything; every process has to call this, and has to be able to read what was written.
+@contextmanager
+def _failure_of_saving(trainer: Trainer) -> Iterator[list[BaseException]]:
+    """Keep what goes wrong while a strategy saves, so that all processes leave the barrier after it."""
+    own, save = vars(trainer.strategy).get("save_checkpoint"), trainer.strategy.save_checkpoint
+    failures: list[BaseException] = []
+
+    def try_to_save(*args: Any, **kwargs: Any) -> None:
+        try:
+            save(*args, **kwargs)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            failures.append(error)
+
+    trainer.strategy.save_checkpoint = try_to_save  # type: ignore[method-assign]
+    try:
+        yield failures
+    finally:
+        del trainer.strategy.save_checkpoint
+        if own is not None:
+            trainer.strategy.save_checkpoint = own  # type: ignore[method-assign]
+
+
+def _digest_if_unsafe(trainer: Trainer, path: Path) -> str | None:
+    """Read back what was written, without its weights; return its digest if that is not safe for others.
 
     Raises:
-        MisconfigurationException: If a process can't see the file.
+        RuntimeError: If it is not whole.
     """
-    if trainer.is_global_zero and path.is_dir():  # a folder of shards, or else old ones would lie among the new
-        rmtree(path)
-    trainer.strategy.barrier()
-    trainer.save_checkpoint(path, weights_only=False)
-    if not trainer.strategy.reduce_boolean_decision(path.exists(), all=True):
-        raise MisconfigurationException(
-            f"EntropyPruningCallback goes back to checkpoints of its own, but not every process can read {path}. Pass "
-            f"a `dirpath` that all nodes share."
+    if not path.is_dir() and not isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
+        return None  # a format of the user's own, which is the plugin's business
+    try:
+        torch.load(_held(path), mmap=True, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return _digest(path)
+    return None
+
+
+def _held(path: Path) -> Path:
+    """Return where a checkpoint keeps what is no weight."""
+    return path / "meta.pt" if path.is_dir() else path
+
+
+def _digest(path: Path) -> str:
+    with _held(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_leads_nowhere_else(path: Path) -> None:
+    """Refuse a link that leads out of the folder.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if path.resolve().parent != path.parent.resolve():
+        raise ValueError(
+            f"Expected the checkpoint {path} to be a file in the folder of the run, but it is a link to "
+            f"{path.resolve()}. Put the file itself there."
         )
 
 
-def find(
-    trainer: Trainer,
-    path: Path | None,
-    state_key: str,
-    kept: Sequence[Round],
-    what: str = "last good checkpoint",
-    purpose: str = "go back to it",
-) -> tuple[Path, Mapping[str, Any]]:
-    """Find the checkpoint of a round that was kept, the last good one by default, and read it.
-
-    Args:
-        trainer: The Trainer.
-        path: Of the checkpoint, if it is known.
-        state_key: Of the callback.
-        kept: The rounds that it has to know.
-        what: What it is, for an error.
-        purpose: What it is needed for.
+def _check_form(path: Path, checkpoint: Any, state_key: str, with_weights: bool) -> Mapping[str, Any]:
+    """Refuse what has not the form of a checkpoint of a run with this callback.
 
     Returns:
-        The path, and all that it holds; without the weights for a strategy that loads them into the model.
+        The state of the callback.
 
     Raises:
-        FileNotFoundError: If it is gone.
-        RuntimeError: If it is of another run.
+        ValueError: If a part is missing or of another type.
     """
-    if path is None or not path.exists():
-        raise FileNotFoundError(
-            f"The {what} {path} is gone, so the model can't {purpose}. Keep the folder of argument `dirpath` until the "
-            f"run is over."
-        )
-    if loads_into_model(trainer):
-        checkpoint = _read_on_cpu(path)
-    else:
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
-    if checkpoint["callbacks"][state_key]["rounds"] != [asdict(this) for this in kept]:
-        raise RuntimeError(
-            f"The {what} {path} is of another run, so the model can't {purpose}. Give every run a `dirpath` of its own."
-        )
-    return path, checkpoint
-
-
-def still_best(
-    trainer: Trainer, folder: str | None, state_key: str, best: Mapping[str, BestCheckpoint]
-) -> dict[str, BestCheckpoint]:
-    """Return those of the best checkpoints that are on disk still, the same on all processes.
-
-    A run that is taken up at an older checkpoint may find that it has written better ones since: those are of a model
-    that it has yet to become, or never will.
-    """
-    held = {
-        number: each for number, each in best.items() if _holds(Path(str(folder), each.file), state_key, number, each)
-    }
-    return dict(trainer.strategy.broadcast(held))
-
-
-def _holds(path: Path, state_key: str, number: str, best: BestCheckpoint) -> bool:
-    if not path.exists():
-        return False
-    try:
-        then = _read_on_cpu(path)["callbacks"].get(state_key, {}).get("best", {})
-    except (OSError, RuntimeError, EOFError, UnpicklingError):  # it was being written when the run was killed
-        return False
-    return bool(then.get(number) == asdict(best))
-
-
-def _read_on_cpu(path: Path) -> Mapping[str, Any]:
-    """Read a checkpoint; of one that a sharding strategy has written as a folder, all but the weights."""
-    held = path / "meta.pt" if path.is_dir() else path
-    checkpoint: Mapping[str, Any] = torch.load(held, mmap=True, map_location="cpu", weights_only=False)
-    return checkpoint
+    parts: dict[str, type] = {"callbacks": Mapping}
+    if with_weights:
+        parts |= {"state_dict": Mapping, "optimizer_states": list, "lr_schedulers": list}
+    for key, kind in parts.items():
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"Expected {path} to be a checkpoint of this run, but it has no {key!r} that are such")
+    optimizers = checkpoint["optimizer_states"] if with_weights else []
+    if not all(isinstance(each, Mapping) and isinstance(each.get("param_groups"), list) for each in optimizers):
+        raise ValueError(f"Expected {path} to be a checkpoint of this run, but its 'optimizer_states' are no such")
+    state = checkpoint["callbacks"].get(state_key)
+    if not isinstance(state, Mapping) or not isinstance(state.get("rounds"), list):
+        raise ValueError(f"Expected {path} to be a checkpoint of this run, but it has no rounds of {state_key}")
+    return state
 
 
 def loads_into_model(trainer: Trainer) -> bool:
@@ -140,43 +388,34 @@ def loads_into_model(trainer: Trainer) -> bool:
     return trainer.strategy.restore_checkpoint_after_setup
 
 
-def restructure_before_loading(trainer: Trainer, model: nn.Module) -> None:
-    """Have a strategy that loads into the model give it the structure of the checkpoint first.
-
-    Nothing else is told the path before: Lightning's hooks come when the weights are there.
-    """
-    if not loads_into_model(trainer):
-        return
-    load = type(trainer.strategy).load_checkpoint
-
-    def restructure_and_load(path: Any, *others: Any, **more: Any) -> dict[str, Any]:
-        restructure_as_marked(model, read_marks_of(Path(path)))
-        return load(trainer.strategy, path, *others, **more)
-
-    trainer.strategy.load_checkpoint = restructure_and_load  # type: ignore[method-assign,assignment]
+def explained(path: Path) -> Any:
+    """Turn what the reading of a checkpoint of a run raises into an error that names it."""
+    return loading.explained(path, "a checkpoint of this run", _OPT_IN)
 
 
-def load_as_ever(trainer: Trainer) -> None:
-    """Undo :func:`restructure_before_loading`."""
-    vars(trainer.strategy).pop("load_checkpoint", None)
+def _read_on_cpu(path: Path, weights_only: bool) -> Mapping[str, Any]:
+    with explained(path):
+        checkpoint: Mapping[str, Any] = torch.load(
+            _held(path), mmap=True, map_location="cpu", weights_only=weights_only
+        )
+    return checkpoint
 
 
-def read_marks_of(path: Path) -> dict[str, Any]:
+def read_marks_of(path: Path, weights_only: bool = True) -> dict[str, Any]:
     """Read what a checkpoint says of linear activations, without its weights.
 
     Args:
         path: A checkpoint file, or a folder that a sharding strategy has written.
+        weights_only: As for :func:`torch.load`.
+
+    Raises:
+        ValueError: If it can't be read.
     """
     if not path.is_dir():
-        state_dict = _read_on_cpu(path)["state_dict"]
-        return {key: value for key, value in state_dict.items() if key.endswith(EXTRA_STATE)}
-    reader = FileSystemReader(path)
-    known = reader.read_metadata().state_dict_metadata
-    marks: dict[str, Any] = {
-        key: torch.empty(metadata.size, dtype=metadata.properties.dtype)
-        for key, metadata in known.items()
-        if key.endswith(EXTRA_STATE) and isinstance(metadata, TensorStorageMetadata)
-    }
-    if marks:
-        torch.distributed.checkpoint.load(marks, storage_reader=reader, no_dist=True)
+        state_dict = _read_on_cpu(path, weights_only)["state_dict"]
+        return {key: value for key, value in state_dict.items() if key.endswith(MARK_KEY)}
+    with explained(path):
+        if weights_only:
+            loading.check_folder(path)  # torch is about to unpickle the rest
+        marks = loading.read_tensors_of(path, MARK_KEY)
     return {key.removeprefix("state_dict."): value for key, value in marks.items()}

@@ -11,12 +11,16 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from lightning_easier.activations import unwrap
 from lightning_easier.arguments import check_choice
 from lightning_easier.candidates import candidates
 from lightning_easier.chain_fits import ChainProbe
 from lightning_easier.collapse.fit_prices import Choice as FitChoice
 from lightning_easier.collapse.least_squares import Fit
+from lightning_easier.discovery import Discovery
 from lightning_easier.gains import GAINS, Gain, Gains, ShapeProbe
+from lightning_easier.inference import evaluation_mode
+from lightning_easier.rectifiers import as_gates
 from lightning_easier.substitution import ChainFit, Substitution
 
 Criterion = Literal["entropy", "linearity"]
@@ -25,6 +29,8 @@ CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
 ACTIVATIONS_IN_A_CHAIN = 2
 # An operator that explains so much less of the variance than the best one does not stand for the chain.
 _SLACK = 0.02
+# So many names are read in one line.
+_LISTED = 8
 
 
 @dataclass
@@ -38,6 +44,14 @@ class Ranked:
 
     ranks: dict[str, float] = field(default_factory=dict)
     fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Outlook(NamedTuple):
+    """Which of some activations save something when they become linear, each alone."""
+
+    useful: list[str]
+    idle: list[str]
+    unknown: list[str]
 
 
 class _Option(NamedTuple):
@@ -132,6 +146,59 @@ class Ranking:
                 ranked.fits[name] = option.fit.to_plain()
         return ranked
 
+    def outlook(self, model: nn.Module, ranked: Ranked, names: Sequence[str]) -> "Outlook":
+        """Tell which removals save something, as far as that is known without further timing.
+
+        With a gain or fitted operators that was measured; else the structure tells what merges nothing.
+
+        Args:
+            model: The model.
+            ranked: What :meth:`rank` returned for it.
+            names: The activations that may become linear.
+        """
+        unknown: set[str] = set()
+        if self.gain is None and self.collapse == "exact":
+            found = candidates(model, gates=self.gates, shift_padding=self.shift_padding).candidates
+            useful = {each.name for each in found if each.merges}
+            with evaluation_mode(model):
+                unknown = {*Discovery(as_gates(self.gates)).plan(unwrap(model)).inside}
+        else:
+            useful = {part for name, fit in ranked.fits.items() for part in _parts(name, fit)}
+            if self.gain is not None:
+                useful |= {name for name, rank in ranked.ranks.items() if rank < math.inf}
+        idle = [name for name in names if name not in useful | unknown]
+        return Outlook([n for n in names if n in useful], idle, [n for n in names if n in unknown - useful])
+
+    def told(self, outlook: "Outlook", device: str) -> str:
+        """Say how many removals would save something, and which option leaves out the others.
+
+        Args:
+            outlook: What :meth:`outlook` returned.
+            device: What a latency was measured on.
+        """
+        useful, idle, unknown = outlook.useful, outlook.idle, outlook.unknown
+        if self.gain is not None:
+            does = f"save {f'time on {device}' if self.gain == 'latency' else 'multiply-accumulates'}"
+        elif self.collapse == "fit":
+            does = "let one fitted operator that saves multiply-accumulates take the place of a chain"
+        else:
+            does = "let a collapse merge something"
+        count = len(useful) + len(idle) + len(unknown)
+        told = f"Of {count} activations that may become linear, {len(useful)} would, each alone, {does}."
+        if unknown:
+            told += f" Of {_listed(unknown)} that can't be told: their forward can't be traced."
+            told += " They are left out." if self.candidates == "mergeable" else ""
+        if idle and self.candidates == "mergeable":
+            told += f" The others are left out: {_listed(idle)}."
+        elif idle:
+            told += (
+                f" The others would not, and fewer layers are not less time: {_listed(idle)}. Pass "
+                f"candidates='mergeable' to leave them out."
+            )
+        if self.gain is None:
+            told += " Whether that saves time was not measured: pass gain='latency' to go by what each removal saves."
+        return told
+
     def _mergeable(self, model: nn.Module, names: Iterable[str]) -> set[str]:
         """Return those of some activations whose removal lets an exact collapse merge something."""
         if self.collapse == "fit":  # what has a chain is ranked already
@@ -199,12 +266,22 @@ def apart(names: Iterable[str], fits: Mapping[str, Mapping[str, Any]]) -> list[s
     for name in names:
         parts = {name}
         if name in fits:
-            fit = ChainFit.from_plain(fits[name])
-            parts |= {*Substitution(fit.form, fit.tensors).names(name)}
+            parts |= _parts(name, fits[name])
         if not taken & parts:
             chosen.append(name)
             taken |= parts
     return chosen
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"`{name}`" for name in names[:_LISTED]) + more
+
+
+def _parts(name: str, plain: Mapping[str, Any]) -> set[str]:
+    """Return an activation and all that goes with its chain."""
+    fit = ChainFit.from_plain(plain)
+    return {name, *Substitution(fit.form, fit.tensors).names(name)}
 
 
 def _rank(option: _Option) -> float:

@@ -115,7 +115,7 @@ class LoggedScores:
 
     def __init__(self) -> None:
         self._unknown = torch.tensor(math.nan)
-        self._before_validation: Any = None
+        self._marked: dict[str, Any] = {}  # since when -> a score as it was then
         self._waiting: list[EarlyStopping] = []  # those that wait for a score
 
     def get(self, trainer: Trainer, name: str) -> float | None:
@@ -154,10 +154,10 @@ class LoggedScores:
         """Set scores that are known."""
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
 
-    def note(self, trainer: Trainer, name: str) -> None:
-        """Remember a score before a validation."""
-        self._before_validation = trainer.callback_metrics.get(name)
+    def mark(self, trainer: Trainer, name: str, since: Literal["validation", "epoch"]) -> None:
+        """Remember a score at the start of a validation, or of an epoch."""
+        self._marked[since] = trainer.callback_metrics.get(name)
 
-    def is_new(self, trainer: Trainer, name: str) -> bool:
-        """Tell whether the validation has logged a score: Lightning puts another tensor there."""
-        return trainer.callback_metrics.get(name) is not self._before_validation
+    def is_new(self, trainer: Trainer, name: str, since: Literal["validation", "epoch"]) -> bool:
+        """Tell whether a score was logged since then: Lightning puts another tensor there."""
+        return trainer.callback_metrics.get(name) is not self._marked.get(since)

@@ -1,13 +1,20 @@
 """Where a pruning run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_easier.callbacks.optimizers import Place, Position
 from lightning_easier.callbacks.ranking import Ranked
+from lightning_easier.goals import Attained
 from lightning_easier.report import Round
+
+
+def is_plain_name(file: Any) -> bool:
+    """Tell whether something is the name of a file in a folder, on any system, and leads nowhere else."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\:\0")
 
 
 @dataclass
@@ -61,14 +68,17 @@ class PruningState:
         rounds: The rounds so far, the dense one first.
         epochs: Training epochs finished in the round.
         ended: Training epochs of the whole run whose end was seen.
+        dense_scores: The monitored score of each epoch of the dense round; None where it was not logged.
         entropies: Those of the structure as it is, in bits; None while it was not measured.
         affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
         ranked: The order in which activations would become linear; None while it was not measured.
-        reached: Whether the structure as it is has reached the targets of the run; None while that was not asked.
+        asked: Whether it was asked how far the structure as it is comes up to the targets of the run.
+        attained: The answer; None where nothing was removed.
         score: The monitored score of the structure as it is; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
         validated_this_epoch: Whether it was in this epoch.
+        scored_this_epoch: Whether a validation of this epoch has logged the score.
         validation_due: Whether the validation that follows the last training batch is still to come.
         validated_at: The training batch before the last validation, counted over all epochs; -1 before the first.
         epoch_end_begun: Whether callbacks were being told that an epoch has ended, at the moment of a save.
@@ -81,6 +91,7 @@ class PruningState:
         entropies_of_last_good: All entropies that were measured at its end.
         affines_of_last_good: The affines that were.
         ranked_of_last_good: The order at its end.
+        attained_of_last_good: How far it came up to the targets.
         scores_of_last_good: All that was logged by then.
         plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
         rejected: Activations whose removal was taken back.
@@ -88,6 +99,7 @@ class PruningState:
         best: Number of linear activations, as a string -> their best checkpoint.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
+        activations: Name -> class of all activations of the module, as it was when the run began.
     """
 
     rounds: list[Round] = field(default_factory=lambda: [Round([], {}, None, None, None, 0)])
@@ -96,11 +108,13 @@ class PruningState:
     entropies: dict[str, float] | None = None
     affines: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranked: Ranked | None = None
-    reached: bool | None = None
+    asked: bool = False
+    attained: Attained | None = None
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
     validated_this_epoch: bool = False
+    scored_this_epoch: bool = False
     validation_due: bool = False
     validated_at: int = -1
     epoch_end_begun: bool = False
@@ -113,6 +127,7 @@ class PruningState:
     entropies_of_last_good: dict[str, float] = field(default_factory=dict)
     affines_of_last_good: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranked_of_last_good: Ranked = field(default_factory=Ranked)
+    attained_of_last_good: Attained | None = None
     scores_of_last_good: dict[str, float] = field(default_factory=dict)
     plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
@@ -120,6 +135,8 @@ class PruningState:
     best: dict[str, BestCheckpoint] = field(default_factory=dict)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
+    dense_scores: list[float | None] = field(default_factory=list)
+    activations: dict[str, str] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""
@@ -127,24 +144,66 @@ class PruningState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
-        """Rebuild the state from what :meth:`to_plain` returned."""
+        """Rebuild the state from what :meth:`to_plain` returned.
+
+        Raises:
+            ValueError: If it is something else, or names a file that is not in the folder of the run.
+        """
+        try:
+            state = cls._from_plain(plain)
+            if not isinstance(state.folder, str | None) or not all(number.isdigit() for number in state.best):
+                raise TypeError(f"folder {state.folder!r}, best {list(state.best)}")
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"Expected the checkpoint to hold the record of a pruning run, but it has another form ({error!r}): "
+                f"was it saved by another version of lightning_easier? Take another checkpoint, or start anew."
+            ) from error
+        for file in (state.last_good, *(best.file for best in state.best.values())):
+            if file is not None and not is_plain_name(file):
+                raise ValueError(
+                    f"Expected the record of a pruning run to name files in its own folder, but got {file!r}: "
+                    f"somebody has changed the checkpoint. Take another one."
+                )
+        return state
+
+    @classmethod
+    def _from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
         state = cls(**plain)
         state.rounds = [Round(**this) for this in plain["rounds"]]
         state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
         state.ranked = None if plain["ranked"] is None else Ranked(**plain["ranked"])
         state.ranked_of_last_good = Ranked(**plain["ranked_of_last_good"])
+        for name in ("attained", "attained_of_last_good"):
+            if plain[name] is not None:
+                setattr(state, name, Attained(**plain[name]))
         if plain["decision"] is not None:
             remove = plain["decision"]["remove"]
             state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
         return state
 
+    @contextmanager
+    def told(self, **news: Any) -> Iterator[None]:
+        """Have the state tell of a file while that is written, since the file holds the state, and after if it was.
+
+        Args:
+            **news: Attribute -> value.
+        """
+        before = {name: getattr(self, name) for name in news}
+        vars(self).update(news)
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
     def begin_round(self, this: Round) -> None:
         """Forget what was known of the last structure."""
         self.rounds.append(this)
         self.epochs = 0
-        self.entropies = self.ranked = self.score = self.reached = None
+        self.entropies = self.ranked = self.score = self.attained = None
+        self.asked = False
         self.affines = {}
-        self.validated = self.validated_this_epoch = False
+        self.validated = self.validated_this_epoch = self.scored_this_epoch = False
 
     def forget_fits(self) -> None:
         """Forget the fitted operators that were not chosen: they may be as large as the model."""

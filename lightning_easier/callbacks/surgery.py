@@ -5,7 +5,7 @@ and all processes compare what they have.
 """
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_easier.activations import planned_sites
 from lightning_easier.affines import AffineFit
 from lightning_easier.callbacks.files import loads_into_model
 from lightning_easier.callbacks.optimizers import (
@@ -31,7 +32,8 @@ from lightning_easier.callbacks.optimizers import (
 )
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
-from lightning_easier.linearize import EXTRA_STATE, linearize, read_marks, restore, stand_ins
+from lightning_easier.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
+from lightning_easier.rectifiers import GATES
 from lightning_easier.substitution import ChainFit
 
 
@@ -99,6 +101,7 @@ def go_back(
     dropped: Sequence[Position],
     path: Path,
     checkpoint: Mapping[str, Any],
+    load: Callable[[Trainer, Path], Mapping[str, Any]],
 ) -> None:
     """Bring back structure, weights, batch-norm statistics, optimizers, schedulers and loss scale of a checkpoint.
 
@@ -109,6 +112,7 @@ def go_back(
         dropped: Where the parameters that have gone since were in the optimizers.
         path: Of the checkpoint.
         checkpoint: What it holds, with everything on the CPU; a strategy that loads into the model will do so itself.
+        load: Has the strategy load it.
 
     Raises:
         RuntimeError: If the optimizers or schedules are not those of the checkpoint, before anything was changed; if
@@ -125,7 +129,7 @@ def go_back(
         for module in pl_module.modules():
             if isinstance(module, FSDPModule):  # a forward may have left it whole
                 module.reshard()
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        checkpoint = load(trainer, path)
     pl_module.on_load_checkpoint(dict(checkpoint))
     trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
     trainer.strategy.load_optimizer_state_dict(checkpoint)
@@ -185,7 +189,39 @@ def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> N
     if silent:
         raise MisconfigurationException(
             f"{type(pl_module).__name__}.state_dict() drops what tells that an activation is linear: of {silent[:5]} a "
-            f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{EXTRA_STATE}'."
+            f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{MARK_KEY}'."
+        )
+
+
+def activations_of(pl_module: LightningModule, gates: Collection[str]) -> dict[str, str]:
+    """Return name -> class of all activations, those that are linear among them.
+
+    Args:
+        pl_module: The model.
+        gates: Kinds of gates that count.
+    """
+    live = {site.name: type(site.module).__name__ for site in planned_sites(pl_module, gates)}
+    return live | {name: type(stand_in.activation).__name__ for name, stand_in in stand_ins(pl_module).items()}
+
+
+def check_activations(pl_module: LightningModule, known: Mapping[str, str]) -> None:
+    """Find out whether a module has the activations of the one that was saved.
+
+    Args:
+        pl_module: The model.
+        known: Name -> class of those.
+
+    Raises:
+        ValueError: If one is missing, or of another class.
+    """
+    now = activations_of(pl_module, GATES.keys())
+    others = [
+        f"{name!r} is {now.get(name, 'gone')}, and was {kind}" for name, kind in known.items() if now.get(name) != kind
+    ]
+    if others:
+        raise ValueError(
+            f"Expected {type(pl_module).__name__} to have the activations of the run that is resumed, but "
+            f"{'; '.join(others[:5])}. Build the module as the one that was saved, or start a new run."
         )
 
 
@@ -201,7 +237,7 @@ def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
         raise RuntimeError(
             f"The activations {missing} were linear in the model that was saved, but the weights were loaded without: "
             f"the checkpoint has lost what tells so. Did the module's `state_dict` or `on_save_checkpoint` drop the "
-            f"keys that end in '{EXTRA_STATE}'?"
+            f"keys that end in '{MARK_KEY}'?"
         )
 
 

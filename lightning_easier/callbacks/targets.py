@@ -7,11 +7,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_easier.arguments import check_integer, check_positive
 from lightning_easier.callbacks.network import copied
 from lightning_easier.collapse import CollapseError
-from lightning_easier.collapse.prices import LatencyTable, Objective
-from lightning_easier.goals import is_reached
+from lightning_easier.collapse.prices import Objective
+from lightning_easier.goals import Attained, attained, check_targets
+from lightning_easier.timing import LatencyTable
 
 
 @dataclass(frozen=True)
@@ -30,38 +30,36 @@ class Targets:
     _table: LatencyTable = field(default_factory=LatencyTable, repr=False)
 
     def __post_init__(self) -> None:
-        if self.speedup is not None:
-            check_positive("target_speedup", self.speedup)
-        if self.depth is not None:
-            check_integer("target_depth", self.depth, 1)
+        check_targets(self.speedup, self.depth)
 
     @property
     def are_given(self) -> bool:
         """Whether there is one."""
         return self.speedup is not None or self.depth is not None
 
-    def are_reached(
+    def attained(
         self, trainer: Trainer, found: tuple[nn.Module, tuple[Tensor, ...]] | None, removed: Sequence[str]
-    ) -> bool:
-        """Tell whether the network is as fast and as shallow as it should be; every process has to call this.
+    ) -> Attained | None:
+        """Tell how fast and how shallow the network is; every process has to call this.
 
         Args:
             trainer: The Trainer.
             found: The network and example inputs; that of rank 0 counts, None if none was called there.
             removed: Names of the activations that are linear and were not at the start.
 
+        Returns:
+            The answer; None where nothing was removed, so that there is nothing to ask.
+
         Raises:
             MisconfigurationException: If the network can't be priced.
         """
-        told: bool | str = False
+        told: Attained | str | None = None
         if trainer.is_global_zero and found is None:
             told = "no module that holds all activations was called in the validation, with tensors in their places"
         elif trainer.is_global_zero and found is not None and removed:
             network, inputs = found
             try:
-                told = is_reached(
-                    copied(network), inputs, removed, self.speedup, self.depth, self.objective, self._table
-                )
+                told = attained(copied(network), inputs, self.speedup, self.depth, self.objective, self._table)
             except Exception as error:  # whatever it is: the other processes wait for an answer
                 told = f"{type(error).__name__}: {error}" if not isinstance(error, CollapseError) else str(error)
         told = trainer.strategy.broadcast(told)

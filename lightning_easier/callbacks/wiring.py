@@ -289,6 +289,11 @@ def check_strategy_lets_parameters_change(trainer: Trainer, collapse: str, train
         )
 
 
+def can_tell_what_merges(trainer: Trainer) -> bool:
+    """Tell whether the operators are whole on this process."""
+    return not isinstance(trainer.strategy, ModelParallelStrategy)
+
+
 def check_network_can_be_priced(trainer: Trainer, with_targets: bool) -> None:
     """Refuse to price a network that is sharded, or that no validation runs.
 
@@ -299,7 +304,7 @@ def check_network_can_be_priced(trainer: Trainer, with_targets: bool) -> None:
     Raises:
         MisconfigurationException: With the reason and the remedy.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if not can_tell_what_merges(trainer):
         raise MisconfigurationException(
             f"EntropyPruningCallback can't tell what merges, or price it, under {type(trainer.strategy).__name__}, "
             f"which shards the operators. Pass candidates='all', gain=None, target_speedup=None and target_depth=None, "

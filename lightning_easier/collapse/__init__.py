@@ -2,6 +2,6 @@
 
 from lightning_easier.collapse.engine import CollapseResult, collapse
 from lightning_easier.collapse.errors import CollapseError
-from lightning_easier.collapse.prices import LatencyTable
+from lightning_easier.timing import LatencyTable
 
 __all__ = ["CollapseError", "CollapseResult", "LatencyTable", "collapse"]

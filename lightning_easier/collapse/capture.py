@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -22,12 +23,17 @@ from lightning_easier.collapse.exporting import GUARDS, Attempt, attempts, expor
 from lightning_easier.collapse.guards import SizeGuards
 from lightning_easier.collapse.nodes import ALIASES, NUMBER, WRITES
 from lightning_easier.collapse.reading import uses_batch_statistics
+from lightning_easier.collapse.signatures import named_arguments, numbers, restore_arguments
 from lightning_easier.inference import copies, has_hooks, relative_difference, tolerance_for
 from lightning_easier.rectifiers import is_activation
 from lightning_easier.stand_in import StandIn
 from lightning_easier.tracing import RecordingProxy, is_readable, modes
 
 _logger = logging.getLogger(__name__)
+_WRITES_INTO_A_CONSTANT = (
+    "its forward makes a tensor and writes into it, which torch.fx would record as one tensor for all calls; make it "
+    "of an input (`x.new_zeros(...)`), or put its parts together (`torch.cat`)"
+)
 
 
 def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -43,7 +49,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
         CaptureError: With the reason.
     """
     try:
-        return _with_shapes(model, *_trace(model, len(arguments), frozenset()), arguments)
+        return _traced(model, arguments, frozenset())
     except Exception as error:  # whatever a user's forward raises on a proxy
         reason = error
     if not any(has_hooks(module) or uses_batch_statistics(module) for module in model.modules()):
@@ -53,10 +59,21 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
-        return _with_shapes(model, *_trace(model, len(arguments), opaque), arguments)
+        return _traced(model, arguments, opaque)
     except Exception as error:
         kind = "" if isinstance(reason, CaptureError) else f"{type(reason).__name__}: "
         raise CaptureError(f"{kind}{reason}".splitlines()[0]) from error
+
+
+def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.Module]) -> fx.GraphModule:
+    """Record a model with ``torch.fx``; numbers that are left to their defaults stay arguments where they can."""
+    names = numbers(model, len(arguments))
+    if names:
+        try:
+            return _with_shapes(model, *_trace(model, len(arguments), opaque, names), arguments)
+        except Exception as error:  # its control flow depends on one, say
+            _logger.debug("%s can't be recorded for any %s: %s", type(model).__name__, names, error)
+    return _with_shapes(model, *_trace(model, len(arguments), opaque, []), arguments)
 
 
 def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -171,6 +188,22 @@ def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
         return None
 
 
+def duplicate(captured: fx.GraphModule) -> fx.GraphModule:
+    """Copy a captured graph, which shares its layers with the copy."""
+    modes_before = {module: module.training for module in captured.modules()}
+    twin = fx.GraphModule(captured, deepcopy(captured.graph), class_name=type(captured).__name__)
+    twin.eval()  # the rooms that it makes for names with dots
+    for module, training in modes_before.items():
+        module.training = training
+    return twin
+
+
+def note_shapes(captured: fx.GraphModule, arguments: Sequence[Tensor]) -> None:
+    """Note in the nodes of a graph what there is to know of their values, at these inputs."""
+    with torch.no_grad():
+        _Shapes(captured).propagate(*arguments)
+
+
 def _with_shapes(
     model: nn.Module, graph: fx.Graph, constants: dict[str, Any], arguments: Sequence[Tensor]
 ) -> fx.GraphModule:
@@ -183,13 +216,17 @@ def _with_shapes(
             root.register_buffer(name, value, persistent=False)
         else:
             setattr(root, name, value)
+    restore_arguments(graph, model, len(arguments))
     modes_before = {module: module.training for module in model.modules()}
     captured = fx.GraphModule(root, graph, class_name=type(model).__name__)
     captured.eval()  # the rooms that it makes for names with dots
     for module, training in modes_before.items():
         module.training = training
-    with torch.no_grad():
-        _Shapes(captured).propagate(*arguments)
+    made = [value for value in constants.values() if isinstance(value, Tensor)]
+    versions = [value._version for value in made]
+    note_shapes(captured, arguments)
+    if [value._version for value in made] != versions:
+        raise CaptureError(_WRITES_INTO_A_CONSTANT)
     return captured
 
 
@@ -217,14 +254,21 @@ def _memory(value: Any) -> set[int]:
 
 
 class _Root(nn.Module):
-    """Calls the model like a user would; the tracer would read the class's forward of its root, not the instance's."""
+    """Calls the model like a user would; the tracer would read the class's forward of its root, not the instance's.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        names: What the last of the arguments are called.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
+        self.names = tuple(names)
 
     def forward(self, *args: Any) -> Any:
-        return self.model(*args)
+        positional = len(args) - len(self.names)
+        return self.model(*args[:positional], **dict(zip(self.names, args[positional:], strict=True)))
 
 
 class _ModelTracer(fx.Tracer):
@@ -233,6 +277,7 @@ class _ModelTracer(fx.Tracer):
         super().__init__()
         self._opaque = opaque
         self._modes = modes()
+        self._constants: list[tuple[Tensor, int]] = []
         self.asks_for_type = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -244,12 +289,18 @@ class _ModelTracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            self._constants.append((a, a._version))
         if isinstance(a, dict) and type(a) is not dict:  # torch.fx would make it a plain one
             if type(a) is not OrderedDict:
                 raise CaptureError(f"it makes a {type(a).__name__}")
             items = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         return super().create_arg(a)
+
+    def writes_into_a_constant(self) -> bool:
+        """Tell whether a tensor was written into after it was recorded that it is read."""
+        return any(constant._version != version for constant, version in self._constants)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self._opaque or isinstance(m, StandIn) or is_activation(m) or has_hooks(m):
@@ -259,30 +310,34 @@ class _ModelTracer(fx.Tracer):
         return module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module, inputs: int, opaque: frozenset[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
-    """Trace a model through :class:`_Root` and name everything as it is named in the model."""
-    root = _Root(model)
+def _trace(
+    model: nn.Module, inputs: int, opaque: frozenset[nn.Module], numbers: Sequence[str]
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """Trace a model through :class:`_Root` and name everything as it is named in the model.
+
+    Args:
+        model: The model.
+        inputs: How many positional arguments it is given.
+        opaque: Modules that are not looked into.
+        numbers: Arguments besides that are not left to their defaults.
+    """
+    root = _Root(model, numbers)
     before = set(vars(root))
     tracer = _ModelTracer(opaque)
-    graph = tracer.trace(root, concrete_args=(PH,) * inputs)  # type: ignore[arg-type]
+    graph = tracer.trace(root, concrete_args=(PH,) * (inputs + len(numbers)))  # type: ignore[arg-type]
     if tracer.asks_for_type:  # a symbolic value is no tensor
         raise CaptureError("its control flow depends on the type of a value")
-    names = _argument_names(model, inputs)
+    if tracer.writes_into_a_constant():
+        raise CaptureError(_WRITES_INTO_A_CONSTANT)
+    names = iter([*named_arguments(model, inputs), *numbers])
+    parameters = inspect.signature(model.forward).parameters
     for node in graph.nodes:
         if node.op == "placeholder":
             node.target = next(names)
+            if node.target in numbers:
+                node.args = (parameters[node.target].default,)
         elif node.op in ("call_module", "get_attr"):
             if node.target == "model":
                 raise CaptureError(f"{type(model).__name__} itself has hooks, which a capture would lose; remove them")
             node.target = str(node.target).removeprefix("model.")
     return graph, {key: value for key, value in vars(root).items() if key not in before}
-
-
-def _argument_names(model: nn.Module, inputs: int) -> Iterator[str]:
-    names = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    yield from names[:inputs]
-    yield from (f"input_{number}" for number in range(len(names), inputs))

@@ -212,7 +212,7 @@ class Chains:
             factors = (1.0,) * len(values) if isinstance(values, list | tuple) else ()
         else:
             return None
-        if shape is None or not node.meta["tensor_meta"].dtype.is_floating_point:
+        if not shape or not node.meta["tensor_meta"].dtype.is_floating_point:  # a single number has no channels
             return None
         if not isinstance(values, list | tuple) or len(values) < 2 or "out" in node.kwargs:
             return None

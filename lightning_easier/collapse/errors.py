@@ -1,5 +1,19 @@
 """Why something is not merged, or not even read."""
 
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """A step of a collapse that can be left out.
+
+    Attributes:
+        kind: ``"fold"`` (a batch norm) or ``"merge"`` (all of one chain).
+        name: Of the node in the captured graph whose value comes out of it.
+    """
+
+    kind: str
+    name: str
+
 
 class CannotMergeError(Exception):
     """Operators that don't become one exactly; the message is the reason."""
@@ -11,3 +25,27 @@ class CaptureError(Exception):
 
 class CollapseError(RuntimeError):
     """A collapse that can't be carried out, or whose result is not the same function; nothing was changed."""
+
+
+class DifferenceError(CollapseError):
+    """A result that is not the same function.
+
+    Attributes:
+        exactly: Whether that was seen in float64, and not only after rounding.
+    """
+
+    def __init__(self, message: str, exactly: bool) -> None:
+        super().__init__(message)
+        self.exactly = exactly
+
+
+class StepError(Exception):
+    """A step of a collapse that failed; the message says how.
+
+    Attributes:
+        step: Which.
+    """
+
+    def __init__(self, step: Step, message: str) -> None:
+        super().__init__(message)
+        self.step = step

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_easier.collapse.convolutions import CONVOLUTIONS
 from lightning_easier.collapse.fittable import CannotFitError, FitChain
 from lightning_easier.collapse.least_squares import Fit
-from lightning_easier.collapse.prices import LatencyTable, Objective
+from lightning_easier.collapse.prices import Objective
 from lightning_easier.costs import count_macs
 from lightning_easier.inference import random_like
+from lightning_easier.timing import LatencyTable
 
 
 class ChainPrices:
@@ -46,7 +47,9 @@ class ChainPrices:
             name: (str(module), tuple(shape), str(like.dtype), str(like.device), torch.get_num_threads())
             for name, module in modules.items()
         }
-        self._table.measure({keys[name]: partial(partial, module, value) for name, module in modules.items()})
+        self._table.measure(
+            {keys[name]: partial(partial, module, value) for name, module in modules.items()}, like.device
+        )
         return {name: self._table.seconds[key] for name, key in keys.items()}
 
     def compared(self, after: float, before: float) -> str:

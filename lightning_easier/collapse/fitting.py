@@ -23,7 +23,7 @@ from lightning_easier.substitution import Absorbed
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
 _POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
 # Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
-_MOST_FITS = 7
+MOST_FITS = 7
 
 
 class _EndOfChainError(BaseException):
@@ -241,7 +241,7 @@ def fit_chains(
     chains = Chains(model, sites)
     choices = []
     rows = chains.in_rows()
-    for chain, advance in _in_steps(rows, len(batches) + _MOST_FITS, "Fitting"):
+    for chain, advance in in_steps(rows, len(batches) + MOST_FITS, "Fitting"):
         try:
             choice = choose(fit_chain(model, chain, batches, arguments, prices, advance), prices, slack)
             replace(model, choice, arguments)
@@ -251,14 +251,14 @@ def fit_chains(
     return choices, chains.reasons
 
 
-def _in_steps(
+def in_steps(
     chains: Sequence[FitChain], steps: int, description: str
 ) -> Iterator[tuple[FitChain, Callable[[], object]]]:
     """Yield chains with what is to be called behind each step, of which a chain has so many at most.
 
     One progress bar shows the steps of all chains; those that a chain does without are taken when it is done.
     """
-    with tqdm(total=len(chains) * steps, desc=description, leave=False, delay=1, disable=None) as bar:
+    with tqdm(total=len(chains) * steps, desc=description, leave=False, disable=None) as bar:
         for number, chain in enumerate(chains, 1):
             bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
             yield chain, bar.update

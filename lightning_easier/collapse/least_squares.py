@@ -29,6 +29,8 @@ _FIBONACCI = ((3, 5), (2, 3), (1, 2))
 HELD_OUT = 4
 """Every so-many-th position is held out."""
 _FEWEST_POSITIONS = 2
+# Of inputs that are smaller, products of two underflow in float32.
+_SMALLEST_INPUT = 1e-17
 _VALUES_AT_A_TIME = 2**24
 _ROUNDS_OF_SEPARATION = 8
 # A share of the variance.
@@ -244,7 +246,14 @@ class Moments:
         if min(self.fitted.positions, self.held_out.positions) < _FEWEST_POSITIONS:
             return "there are too few positions in the data to fit to, and to hold some out"
         parts = (tensor for sums in (self.fitted, self.held_out) for tensor in (sums.gram, sums.cross, sums.squares))
-        return None if all(bool(tensor.isfinite().all()) for tensor in parts) else "its values are not all finite"
+        if not all(bool(tensor.isfinite().all()) for tensor in parts):
+            return "its values are not all finite"
+        largest = self.fitted.gram.diagonal()[:-1].max() / self.fitted.positions
+        if largest < _SMALLEST_INPUT**2:
+            return (
+                f"its inputs are zero, or so small (below {_SMALLEST_INPUT:g}) that their products are lost; scale them"
+            )
+        return None
 
 
 def _places(
@@ -500,4 +509,7 @@ def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
 def _regular(sums: Sums) -> Tensor:
     """Solve with as little ridge as the sums need."""
     normal = _Normal(sums)
-    return next(weight for ridge in RIDGES[1:] if (weight := normal.solved(ridge)) is not None)
+    solved = (weight for ridge in RIDGES[1:] if (weight := normal.solved(ridge)) is not None)
+    weight = next(solved, None)
+    assert weight is not None  # the largest ridge makes any sums regular
+    return weight

@@ -1,7 +1,6 @@
 """What an operator or a step costs at a shape: seconds, multiply-accumulates, or one more in the depth."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from math import prod
 from typing import Any, Literal, get_args
@@ -15,7 +14,7 @@ from lightning_easier.collapse.convolutions import CONVOLUTIONS, padding_of
 from lightning_easier.collapse.nodes import shape_of
 from lightning_easier.collapse.operators import channels, of_random_numbers
 from lightning_easier.collapse.reading import Link, structure_of
-from lightning_easier.costs import time_interleaved
+from lightning_easier.timing import LatencyTable
 
 Objective = Literal["latency", "macs", "depth"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -25,7 +24,6 @@ Price = tuple[float, int]
 """The objective's figure, and the number of operations, which decides between equal figures."""
 
 FREE: Price = (0.0, 0)
-_SAMPLES = 7
 # A piece with this many times the multiply-accumulates is not even timed: no operator is that much more efficient.
 _HOPELESS = 16
 
@@ -71,27 +69,6 @@ def output_shape(operator: Any, shape: Shape) -> Shape:
     else:
         positions = tuple((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, d, p, o in geometry)
     return (shape[0], operator.out_channels, *positions)
-
-
-@dataclass
-class LatencyTable:
-    """Measured times of operators by structure, shape and device; pass one to several collapses to measure once.
-
-    Attributes:
-        seconds: The median time of a call, by what was called.
-    """
-
-    seconds: dict[Hashable, float] = field(default_factory=dict)
-
-    def measure(self, calls: Mapping[Hashable, Callable[[], Callable[[], Any]]]) -> None:
-        """Time what was not timed yet, interleaved.
-
-        Args:
-            calls: Key -> what makes the call to be timed.
-        """
-        missing = {key: make() for key, make in calls.items() if key not in self.seconds}
-        for key, latency in time_interleaved(missing, samples=_SAMPLES, progress="Timing operators").items():
-            self.seconds[key] = latency.median
 
 
 def key_of(operator: nn.Module, shape: Shape, device: torch.device) -> Hashable:
@@ -156,7 +133,7 @@ class Pricer:
                 calls[key_of(own, at, self.device)] = partial(call_of, own, at, self.device)
             elif element.counts:
                 calls[self._key_of_node(element.node)] = partial(self._call_of_node, element.node)
-        self._table.measure(calls)
+        self._table.measure(calls, self.device)
 
     def time_operators(self, wanted: Iterable[tuple[nn.Module, Shape]]) -> None:
         """Time operators at the shapes of their inputs, those that were not timed yet together."""
@@ -166,14 +143,15 @@ class Pricer:
             {
                 key_of(operator, shape, self.device): partial(call_of, operator, shape, self.device)
                 for operator, shape in wanted
-            }
+            },
+            self.device,
         )
 
     def price(self, operator: nn.Module, shape: Shape) -> Price:
         """Return the price of an operator at the shape of its input."""
         if self.objective == "latency":
             key = key_of(operator, shape, self.device)
-            self._table.measure({key: partial(call_of, operator, shape, self.device)})
+            self._table.measure({key: partial(call_of, operator, shape, self.device)}, self.device)
             return self._table.seconds[key], 1
         if self.objective == "macs":
             return float(count_macs(operator, shape)), 1
@@ -213,7 +191,7 @@ class Pricer:
 
     def _price_of_node(self, node: fx.Node) -> Price:
         if self.objective == "latency":
-            self._table.measure({self._key_of_node(node): partial(self._call_of_node, node)})
+            self._table.measure({self._key_of_node(node): partial(self._call_of_node, node)}, self.device)
             return self._table.seconds[self._key_of_node(node)], 1
         return 0.0, 1
 

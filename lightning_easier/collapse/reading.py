@@ -129,7 +129,7 @@ class Reader:
 
     def read(self, node: fx.Node) -> Link | None:
         """Return the linear step that a node is, None if it is none."""
-        if shape_of(node) is None:
+        if not shape_of(node):  # a single number has no channels
             return None
         try:
             link = self._read_module(node) if node.op == "call_module" else self._read_function(node)
@@ -137,7 +137,7 @@ class Reader:
             # an argument that is not what it is in all other calls: another library's spelling is no error of ours
             _logger.debug("%s is not read as a linear step: %s", node.format_node(), error)
             return None
-        if link is None or shape_of(link.value) is None or not _is_floating(node, link.value):
+        if link is None or not shape_of(link.value) or not _is_floating(node, link.value):
             return None
         return None if changes_its_input(self._captured, node) and is_shared(link.value) else link
 
@@ -255,7 +255,7 @@ class Reader:
         axis, vector = _as_channels(constant, shape)
         if axis is not None:
             return Link(node, value, node.name, make(axis, vector))
-        for_each = tuple(constant.shape) in (tuple(shape[1:]), (1, *shape[1:]))
+        for_each = constant.ndim > 0 and tuple(constant.shape) in (tuple(shape[1:]), (1, *shape[1:]))
         if constant.ndim > 0 and not for_each:
             return None
 
@@ -299,8 +299,10 @@ class Reader:
 
     def _batch_norm(self, node: fx.Node) -> Link | None:
         names = "input running_mean running_var weight bias training momentum eps"
-        if isinstance(node.target, torch._ops.OpOverload):
-            names = "input weight bias running_mean running_var training momentum eps"
+        if (
+            isinstance(node.target, torch._ops.OpOverload) or node.target is torch.batch_norm
+        ):  # not torch.nn.functional's
+            names = "input weight bias running_mean running_var training momentum eps cudnn_enabled"
         given = bind(node, names)
         if given.get("training", False) is not False or given.get("running_mean") is None:
             return None

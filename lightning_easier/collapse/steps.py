@@ -1,26 +1,29 @@
 """The rewriting of one captured graph, step by step, and the record of it."""
 
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lightning_easier.collapse.capture import duplicate
 from lightning_easier.collapse.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
 from lightning_easier.collapse.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapse.errors import CannotMergeError
+from lightning_easier.collapse.errors import CannotMergeError, Step, StepError
 from lightning_easier.collapse.nodes import name_of
 from lightning_easier.collapse.operators import fold_batch_norm, in_float64
 from lightning_easier.collapse.planner import Planner
 from lightning_easier.collapse.plans import Plan, original_pieces
-from lightning_easier.collapse.prices import LatencyTable, Objective, Pricer
+from lightning_easier.collapse.prices import Objective, Pricer
 from lightning_easier.collapse.reading import BATCH_NORMS, uses_batch_statistics
-from lightning_easier.collapse.writing import EQUALS, Trial, Writer
-from lightning_easier.costs import is_faster, measure_latency
+from lightning_easier.collapse.writing import EQUALS, Trial, Writer, equal_in_source
 from lightning_easier.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.inference import device_of, has_hooks
 from lightning_easier.report import Merge, Refusal
 from lightning_easier.stand_in import StandIn
+from lightning_easier.timing import MARGIN, LatencyTable, Speedup
 from lightning_easier.tracing import input_of
 
 _IDENTITIES = (
@@ -37,6 +40,8 @@ _QUESTIONS = (
     "getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge", "mod", "and_", "or_", "sub",
     "floordiv", "mul", "add", "sym_size",
 )  # fmt: skip
+# How many times faster a chain has to become.
+_FASTER = 1 / (1 - MARGIN)
 
 
 class Steps:
@@ -46,6 +51,7 @@ class Steps:
         captured: The graph.
         objective: What is to be least.
         table: Times that were measured already.
+        left_out: Steps that are not to be taken, with the reason.
 
     Attributes:
         merges: What became one operator.
@@ -54,18 +60,27 @@ class Steps:
         refusals: What was not merged, with the reason.
     """
 
-    def __init__(self, captured: fx.GraphModule, objective: Objective, table: LatencyTable) -> None:
+    def __init__(
+        self, captured: fx.GraphModule, objective: Objective, table: LatencyTable, left_out: Mapping[Step, str]
+    ) -> None:
         self._captured = captured
         self._graph = captured.graph
         self._objective: Objective = objective
         self._table = table
         self._writer = Writer(captured)
         self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
-        self._timed: dict[Any, str | None] = {}
+        self._left_out = left_out
+        self._taken: list[Step] = []
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
         self.refusals: list[Refusal] = []
+
+    def simplify(self) -> None:
+        """Drop what computes nothing, and fold batch norms."""
+        self.drop_assertions()
+        self.drop_identities()
+        self.fold_batch_norms()
 
     def drop_assertions(self) -> None:
         """Remove what the model asserts of its values, not of its inputs; what it computes is the same without."""
@@ -96,11 +111,16 @@ class Steps:
             batch_norm: Any = module_of(self._captured, node)
             if type(batch_norm) not in BATCH_NORMS:
                 continue
+            step = Step("fold", node.name)
+            if step in self._left_out:
+                self.refusals.append(Refusal((str(node.target),), self._left_out[step]))
+                continue
             before = input_of(node)
             while isinstance(before, fx.Node) and is_stand_in(self._captured, before) and len(before.users) == 1:
                 before = input_of(before)
             try:
-                fused = self._fold(before, node, batch_norm, uses)
+                with _said_of(step):
+                    fused = self._fold(before, node, batch_norm, uses)
             except CannotMergeError as error:
                 self.refusals.append(Refusal((str(node.target),), str(error)))
                 continue
@@ -109,6 +129,7 @@ class Steps:
             before.meta[EQUALS] = node.name
             self._writer.bypass(node, input_of(node))
             self.fused.append(str(node.target))
+            self._taken.append(step)
 
     def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
         if uses_batch_statistics(batch_norm):
@@ -159,23 +180,44 @@ class Steps:
         chains = Chains(self._captured)
         device = device_of(self._captured)
         planner = Planner(Pricer(self._objective, device, self._table, self._alone()))
-        plans = [(chain, planner.plan(chain)) for chain in chains]
+        plans = []
+        for chain in chains:
+            step = _step_of(chain)
+            if step in self._left_out:
+                names = tuple(element.name for element in chain if element.counts)
+                self.refusals.append(Refusal(names, self._left_out[step]))
+                continue
+            with _said_of(step):
+                plan = planner.plan(chain)
+                plans.append((chain, plan, self._why_not_faster(chain, plan, device) if plan.merges else None))
         self._explain_stand_ins(chains)
         explained = {value for _, value in self._stand_ins}
         self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
-        reasons = [self._why_not_faster(chain, plan, device) if plan.merges else None for chain, plan in plans]
-        for (chain, plan), reason in zip(plans, reasons, strict=True):
+        for chain, plan, reason in plans:
             if reason is not None:
                 self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
                 continue
             if plan.merges:
-                self._writer.replace(chain, plan.pieces, chains)
+                with _said_of(_step_of(chain)):
+                    self._writer.replace(chain, plan.pieces, chains)
+                self._taken.append(_step_of(chain))
             self.merges += plan.merges
             self.refusals += plan.refusals
         # What was said of a batch norm that could not be folded is superseded by what became of its chain
         known = {name for merge in self.merges for name in merge.operators}
         known.update(name for refusal in self.refusals if len(refusal.operators) > 1 for name in refusal.operators)
-        self.refusals = [r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known]
+        kept = self._left_out.values()
+        self.refusals = [
+            r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known or r.reason in kept
+        ]
+
+    def blamed(self, differences: Mapping[str, float]) -> dict[Step, str]:
+        """Say of the steps that were taken what is wrong with them.
+
+        Args:
+            differences: Node of the source -> the relative difference of what has taken its place.
+        """
+        return {step: _why_wrong(differences[step.name]) for step in self._taken if step.name in differences}
 
     def finish(self) -> fx.GraphModule:
         """Drop what is no longer called and compile."""
@@ -187,11 +229,29 @@ class Steps:
         """Whether anything was done that makes the graph another than the model."""
         return bool(self.merges or self.fused or self._stand_ins)
 
-    def round(self) -> None:
-        """Give new operators, which are in float64, the dtype of those they replace."""
+    def round(self, graph: fx.GraphModule | None = None) -> None:
+        """Give new operators, which are in float64, the dtype of those they replace.
+
+        Args:
+            graph: A :meth:`snapshot`; the graph itself by default.
+        """
+        graph = self._captured if graph is None else graph
         for name, dtype in self._writer.made.items():
-            if _has(self._captured, name):
-                self._captured.get_submodule(name).to(dtype)
+            if _has(graph, name):
+                graph.get_submodule(name).to(dtype)
+
+    def snapshot(self) -> fx.GraphModule:
+        """Return a copy of the graph as it is now; new operators are in float64 still."""
+        copied = duplicate(self._captured)
+        for name in self._writer.made:  # the others are never changed
+            copied.set_submodule(name, deepcopy(self._captured.get_submodule(name)))
+        return copied
+
+    def give_up_merges(self) -> None:
+        """Say that nothing is merged, since the whole is slower."""
+        reason = "timed as a whole, the model is slower with this and the other merges than without them"
+        self.refusals += [Refusal(merge.operators, reason) for merge in self.merges]
+        self.merges = []
 
     def give_up(self, model: str) -> None:
         """Say that nothing is done, since the whole is slower.
@@ -228,14 +288,56 @@ class Steps:
             return None
         original, planned = self._trial().module(original_pieces(chain)), self._trial().module(plan.pieces)
         meta = chain[0].value.meta["tensor_meta"]
-        key = str(original), str(planned), tuple(meta.shape), meta.dtype
-        if key not in self._timed:
-            value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
-            latency = measure_latency({"original": original, "planned": planned}, (value,))
-            before, after = (latency[name].median * 1e6 for name in ("original", "planned"))
-            reason = f"does not pay: timed as a whole, the chain takes {after:.1f} µs instead of {before:.1f} µs"
-            self._timed[key] = None if is_faster(latency["original"], latency["planned"]) else reason
-        return self._timed[key]
+        key = _written(original), _written(planned), tuple(meta.shape), meta.dtype, str(device)
+        value = torch.randn(meta.shape, dtype=meta.dtype, device=device)
+        return _why_not(self._table.compare(key, original, planned, (value,), _FASTER))
+
+
+def _written(graph: Any) -> Hashable:
+    """Return what a graph does, whatever its nodes are called: equal chains are timed once."""
+    places = {node: place for place, node in enumerate(graph.graph.nodes)}
+    parts = str([*graph.named_children()])
+    return parts, str(
+        [
+            (node.op, str(node.target), fx.map_arg((node.args, node.kwargs), lambda each: places[each]))
+            for node in places
+            if node.op != "placeholder"
+        ]
+    )
+
+
+def _why_not(faster: Speedup) -> str | None:
+    """Say why a plan that is so many times faster is not carried out; None if it is."""
+    if faster.is_above(_FASTER):
+        return None
+    if faster.is_below(_FASTER):
+        return f"does not pay: timed as a whole, the chain becomes {faster} as fast"
+    return (
+        f"the timings disagree on whether it pays: {faster} as fast, from pair to pair; objective='macs' decides by "
+        f"the work alone, alike every time"
+    )
+
+
+def _step_of(chain: Chain) -> Step:
+    last = chain[-1].node
+    return Step("merge", equal_in_source(last) or last.name)
+
+
+@contextmanager
+def _said_of(step: Step) -> Iterator[None]:
+    """Say of what a step raises which it was; that operators can't be merged, or memory is short, is no fault of it."""
+    try:
+        yield
+    except (CannotMergeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StepError(
+            step, f"left out, since it failed ({type(error).__name__}: {error}); please report it"
+        ) from error
+
+
+def _why_wrong(difference: float) -> str:
+    return f"left out, since it would change what is computed by {difference:.1e} (relative); please report it"
 
 
 def _is_of_inputs(node: fx.Node) -> bool:

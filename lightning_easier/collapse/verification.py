@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easier.collapse.chains import describe_node
-from lightning_easier.collapse.errors import CollapseError
+from lightning_easier.collapse.errors import CollapseError, DifferenceError
 from lightning_easier.collapse.reading import uses_batch_statistics
-from lightning_easier.collapse.writing import EQUALS
+from lightning_easier.collapse.writing import equal_in_source
 from lightning_easier.inference import TOLERANCES, copies, describe, relative_difference, tensors_in, tolerance_for
 
 # How many times the error of the source's own rounding a result may differ from it
@@ -75,7 +75,8 @@ def verify_in_float64(
         The relative difference, and that of the source's output in its own dtype from that in float64.
 
     Raises:
-        CollapseError: If they differ; it names the first operator where they do.
+        DifferenceError: If they differ; it names the first operator where they do.
+        CollapseError: If they write otherwise into their inputs.
     """
     twins = in_float64((source, before, collapsed), arguments)
     if twins is None:
@@ -91,7 +92,7 @@ def verify_in_float64(
     difference = relative_difference(output, exact)
     if not difference <= coarsest.tolerance:  # some models convert to float32 inside
         where = _why_different(before, collapsed, arguments)
-        raise CollapseError(_message(type(source).__name__, difference, coarsest.tolerance, where))
+        raise DifferenceError(_message(type(source).__name__, difference, coarsest.tolerance, where), exactly=True)
     if not relative_difference(read_too, read) <= coarsest.tolerance:
         raise CollapseError(
             f"The collapsed model writes into its inputs otherwise than {type(source).__name__}; report it"
@@ -99,7 +100,8 @@ def verify_in_float64(
     if not any(bool(tensor.any()) for tensor in tensors_in(exact)):  # a head of zeros hides what comes before it
         where = _why_different(before, collapsed, arguments)
         if where is not None:
-            raise CollapseError(_message(type(source).__name__, float("inf"), coarsest.tolerance, where))
+            message = _message(type(source).__name__, float("inf"), coarsest.tolerance, where)
+            raise DifferenceError(message, exactly=True)
     return difference, relative_difference(expected, exact)
 
 
@@ -119,17 +121,55 @@ def verify_rounded(
         The relative difference.
 
     Raises:
-        CollapseError: If they differ.
+        DifferenceError: If they differ.
     """
-    with torch.no_grad():
-        output = collapsed(*copies(arguments))
+    try:
+        with torch.no_grad():
+            output = collapsed(*copies(arguments))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise DifferenceError(
+            f"The collapsed model fails where {name} does not: {error}; please report it", exactly=False
+        ) from error
     difference = relative_difference(output, expected)
     # What the source loses by its own rounding, the result may lose, too
     tolerance = max(tolerance_for(expected), _ROUNDING_MARGIN * rounding)
     dtypes = [[tensor.dtype for tensor in tensors_in(each)] for each in (output, expected)]
     if not difference <= tolerance or dtypes[0] != dtypes[1]:
-        raise CollapseError(_message(name, difference, tolerance, None))
+        raise DifferenceError(_message(name, difference, tolerance, None), exactly=False)
     return difference
+
+
+def differences(
+    source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor], exactly: bool
+) -> dict[str, float]:
+    """Compare each operator of a collapsed graph alone with what it stands for, on the values in its source.
+
+    Args:
+        source: The graph as it was captured.
+        collapsed: The graph as it is now.
+        arguments: The inputs.
+        exactly: Whether to do so in float64.
+
+    Returns:
+        Node of the source -> the relative difference of what has its value now, where that is more than rounding
+        explains; inf where it fails.
+    """
+    if exactly:
+        twins = in_float64((source, collapsed), arguments)
+        if twins is None:
+            return {}
+        (source, collapsed), arguments = twins  # type: ignore[assignment]
+    reference = _Values(source)
+    comparison = _Alone(collapsed, reference.values)
+    try:
+        with torch.no_grad():
+            reference.run(*copies(arguments))
+            comparison.run(*copies(arguments))
+    except Exception:  # a source that asserts its own dtype, say
+        return {}
+    return comparison.differences
 
 
 def in_float64(
@@ -221,13 +261,38 @@ class _Comparison(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        name = n.meta.get(EQUALS, n.name)
-        expected = self._reference.get(name) if name is not None else None
+        expected = self._reference.get(equal_in_source(n) or "")
         if self.first is None and isinstance(result, Tensor) and expected is not None:
             with torch.no_grad():
                 if not relative_difference(result, expected) <= TOLERANCES[torch.float64]:
                     self.first = describe_node(self.module, n)  # type: ignore[arg-type]
         return result
+
+
+class _Alone(fx.Interpreter):
+    """Compares what nodes compute of the values in the source; a difference is not passed on."""
+
+    def __init__(self, module: fx.GraphModule, reference: dict[str, Tensor]) -> None:
+        super().__init__(module)
+        self._reference = reference
+        self.differences: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return None
+        name = equal_in_source(n) or ""
+        expected = self._reference.get(name)
+        try:
+            result = super().run_node(n)
+        except Exception:  # what it reads, or itself, is not what it should be
+            result = None
+        if expected is None:
+            return result
+        difference = float("inf") if result is None else relative_difference(result, expected)
+        if difference <= tolerance_for(expected):
+            return result  # it may share its memory with others
+        self.differences[name] = difference
+        return expected.clone()
 
 
 def _message(name: str, difference: float, tolerance: float, where: str | None) -> str:

@@ -28,6 +28,12 @@ EQUALS = "equals"
 """Key in a node's ``meta``: the name of the node of the source that has the same value; None where there is none."""
 
 
+def equal_in_source(node: fx.Node) -> str | None:
+    """Return the name of the node of the source that has the value of a node, None where there is none."""
+    name: str | None = node.meta.get(EQUALS, node.name)
+    return name
+
+
 class _Writing(ABC):
     """Writes pieces into a graph, one after the other."""
 
@@ -107,7 +113,7 @@ class Writer(_Writing):
                 old[0].prepend(question)
         with self._graph.inserting_before(old[0]):
             end = self.pieces(pieces, source)
-        end.meta[EQUALS] = chain[-1].node.name
+        end.meta[EQUALS] = equal_in_source(chain[-1].node)
         end.meta["tensor_meta"] = chain[-1].node.meta["tensor_meta"]
         _replace(chain[-1].node, end)
         self._now[chain[-1].node] = end

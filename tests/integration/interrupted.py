@@ -115,6 +115,7 @@ def run(
     epochs: int = 4,
     model: LightningModule | None = None,
     kind: type[EntropyPruningCallback] = EntropyPruningCallback,
+    weights_only: bool | None = None,
     **options: Any,
 ) -> tuple[Small, EntropyPruningCallback, Trainer]:
     """Train from the same seed; returns model, callback and Trainer, also of a run that was stopped."""
@@ -140,7 +141,8 @@ def run(
         | options
     )
     with suppress(Killed):
-        trainer.fit(model, ResumableLoader(dataset, 4), DataLoader(dataset, 6), ckpt_path=ckpt_path)
+        loaders = ResumableLoader(dataset, 4), DataLoader(dataset, 6)
+        trainer.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=weights_only)
     return model, callback, trainer
 
 

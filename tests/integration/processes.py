@@ -163,6 +163,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted["model"] = Borrowing()
     if "drift" in name:
         callbacks.append(Drift())
+    if "full" in name:
+        callbacks.append(At("on_train_epoch_start", 1, None, fill_the_disk))
     made: Any = DDPStrategy(process_group_backend="gloo", **strategy)
     if "sharded" in name:
         made = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint="one file" not in name)
@@ -177,6 +179,15 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted["ckpt_path"] = root / "saved.ckpt"
     model, callback, _ = run(root, *callbacks, devices=world, strategy=made, **wanted)
     return model, callback
+
+
+def fill_the_disk(trainer: Trainer) -> None:
+    """Let the next save fail, on the process that writes."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer.strategy.checkpoint_io.save_checkpoint = fail
 
 
 def save_and_stop(trainer: Trainer) -> None:
@@ -228,7 +239,7 @@ def main(folder: str, *names: str) -> None:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         try:
             result = uneven_shards(world, rank) if name == "uneven shards" else note(*scenario(name, root, world))
-        except (RuntimeError, MisconfigurationException) as error:
+        except (RuntimeError, OSError, MisconfigurationException) as error:
             result = {"error": str(error)}
         (root / f"{rank}.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():  # a process that ends while another still listens may be aborted

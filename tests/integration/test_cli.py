@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import onnxruntime
@@ -37,7 +38,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_builds_what_it_says(config):
-    cli = EasierCLI([f"--config={config}", "--trainer.accelerator=cpu"], run=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Argument `monitor`")
+        cli = EasierCLI([f"--config={config}", "--trainer.accelerator=cpu"], run=False)
     assert isinstance(cli.model, ImageClassifier)
     assert isinstance(cli.datamodule, CIFAR10DataModule | DigitsDataModule | ImageFolderDataModule)
     assert any(isinstance(callback, EntropyPruningCallback) for callback in cli.trainer.callbacks)
@@ -52,8 +55,8 @@ def test_parts_can_be_swapped_on_the_command_line():
     assert cli.model.lr == 0.5
 
 
-def test_distillation_is_asked_for_in_a_config_that_loads_again(tmp_path):
-    wanted = {"distill": True, "distill_weight": 0.25, "distill_temperature": 2.0}
+def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
+    wanted = {"distill": True, "distill_weight": 0.25, "distill_temperature": 2.0, "reference": "best"}
     given = [f"--trainer.callbacks.{name}={str(value).lower()}" for name, value in wanted.items()]
     arguments = [f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, *given, "--trainer.accelerator=cpu"]
     first = EasierCLI(arguments, run=False)
@@ -64,6 +67,7 @@ def test_distillation_is_asked_for_in_a_config_that_loads_again(tmp_path):
     assert {name: block["init_args"][name] for name in wanted} == wanted
     (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
     assert callback.distill
+    assert callback.policy.reference == "best"
 
 
 def test_the_saved_config_loads_again(run, tmp_path):
@@ -208,6 +212,7 @@ def test_the_demo_runs_from_training_to_the_verified_file(tmp_path):
     command = [sys.executable, "-m", "lightning_easier.demo", "--output", tmp_path, "--warmup-epochs=2"]
     result = subprocess.run([*command, "--epochs-per-round=1", "--tolerance=1"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "Argument `monitor`" not in result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["pruning"]["rounds"]) >= 4
     assert report["collapse"]["after"]["macs"] < report["collapse"]["before"]["macs"]

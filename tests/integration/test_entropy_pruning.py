@@ -584,6 +584,7 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"removals_per_round": 1.5}, TypeError, "`removals_per_round` to be an integer, but got 1.5"),
         ({"max_removals": 0}, ValueError, "`max_removals` to be at least 1, but got 0"),
         ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),
+        ({"reference": "last"}, ValueError, r"`reference` to be one of \('dense', 'best'\), but got 'last'"),
         ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
         ({"neuron_dim": 1}, TypeError, "`neuron_dim` to map name globs to axes, but got 1"),
         ({"neuron_dim": {"*": "last"}}, TypeError, "`neuron_dim` to map name globs to axes, but got {'\\*': 'last'}"),

@@ -54,11 +54,12 @@ def test_one_line_a_round(tmp_path, caplog):
         _, callback, _ = run(tmp_path, scores=(0.9, 0.9, 0.1), epochs=9)
     lines = [record.message for record in caplog.records if record.message.startswith("Round ")]
     (first,), (second,) = callback.rounds[1].removed, callback.rounds[2].removed
+    bits = [callback.rounds[number].entropies[name] for number, name in ((1, first), (2, second))]
     assert lines == [
         "Round 0: made linear nothing (dense); score 0.9000: kept.",
-        f"Round 1: made linear `{first}` ({callback.rounds[1].entropies[first]:.4f} bit); score 0.9000: kept.",
-        f"Round 2: made linear `{second}` ({callback.rounds[2].entropies[second]:.4f} bit); score 0.1000: beyond the "
-        f"tolerance 0.2 of the dense 0.9000.",
+        f"Round 1: made linear `{first}` ({bits[0]:.4f} bit); score 0.9000 against 0.9000 (dense): kept.",
+        f"Round 2: made linear `{second}` ({bits[1]:.4f} bit); score 0.1000 against 0.9000 (dense): beyond the "
+        f"tolerance 0.2.",
     ]
 
 

@@ -1,5 +1,6 @@
 """Rounds in which fitted operators take the places of chains, in an order that knows what is saved."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,18 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier import (
+    EntropyPruningCallback,
+    candidates,
+    collapse,
+    load_pruned,
+    measure_entropy,
+    measure_fits,
+    timing,
+)
 from lightning_easier.linearize import stand_ins
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
+from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states, pruning, train
 
@@ -248,12 +258,63 @@ def test_a_run_is_over_when_its_target_is_reached(tmp_path):
     train(model, callback, root=tmp_path, epochs=6)
     assert len(callback.removed) == 2
     assert collapse(model.model.eval(), torch.randn(4, 1, 8, 8), objective="macs").report.after.depth == 6
-    at_once = pruning(**FITTED | deep | {"target_speedup": 0.01})
+    at_once = pruning(**FITTED | deep | {"target_speedup": 1.01})
     train(Residual(), at_once, root=tmp_path / "slow", epochs=6)
     assert len(at_once.removed) == 1  # the dense network is not asked
-    never = pruning(**FITTED | deep | {"target_speedup": 1e6, "target_depth": 6})
-    train(Residual(), never, root=tmp_path / "fast", epochs=6)
-    assert len(never.removed) == 3
+
+
+def test_a_run_that_misses_its_target_says_what_it_has_reached(tmp_path):
+    callback = pruning(**FITTED | {"gain": "macs", "target_speedup": 50, "target_depth": 6})
+    model = Residual()
+    with pytest.warns(UserWarning, match="its target is not reached: 2.* of the 50× .* and a depth of 5, where 6 was"):
+        train(model, callback, root=tmp_path, epochs=6)
+    assert len(callback.removed) == 3
+    # the figure is that of the last round that was kept
+    callback = pruning(
+        **FITTED | {"gain": "macs", "monitor": "scripted", "target_depth": 1, "on_reject": "next", "tolerance": 0.1}
+    )
+    model = Residual(scores=(0.9, 0.9, 0.1))
+    with pytest.warns(UserWarning, match="its target is not reached: a depth of 7, where 1 was asked for"):
+        train(model, callback, root=tmp_path / "rejected", epochs=8)
+    assert len(callback.removed) == 1
+    # and nothing where nothing could go
+    callback = pruning(**FITTED | {"target_depth": 1, "monitor": "scripted", "tolerance": 0.1})
+    with pytest.warns(UserWarning, match="its target is not reached: no activation became linear"):
+        train(Residual(scores=(0.9, 0.1)), callback, root=tmp_path / "none", epochs=5)
+
+
+class Wider(Small):
+    """Linear layers whose merges, and whose fits, save very different times."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = []
+        for before, after in pairwise([4, 2048, 4, 512, 8, 1024, 2]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+
+LIARS = {
+    "busy from some moment on": lambda: busy_between(0.3, math.inf),
+    "busy at times": lambda: busy_at_times(0.5),
+    "drifting": lambda: drifting,
+    "jittering": lambda: jittering(0.1),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"collapse": "fit", "criterion": "linearity", "target_speedup": 1.7}])
+def test_a_run_removes_alike_under_a_clock_that_lies(tmp_path, monkeypatch, options):
+    def removed_under(slowness, name):
+        monkeypatch.setattr(timing, "stopwatch", Clock(slowness))
+        chosen = {"gain": "latency", "candidates": "mergeable"} | options
+        _, callback, _ = run(tmp_path / name, model=Wider(), pruning=chosen, epochs=6)
+        return callback.removed
+
+    expected = removed_under(honest, "honest")
+    assert len(expected) == (2 if options else 3)
+    for name, liar in LIARS.items():
+        assert removed_under(liar(), name) == expected, name
 
 
 @pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"min_epochs": 9}])
@@ -332,6 +393,7 @@ def test_entropies_are_measured_as_ever(tmp_path):
         ({"gain": "joules"}, ValueError, r"`gain` to be one of \('latency', 'macs'\), but got 'joules'"),
         ({"candidates": "some"}, ValueError, "`candidates` to be one of .*but got 'some'"),
         ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
+        ({"target_speedup": 1}, ValueError, "`target_speedup` to be above 1, .* but got 1"),
         ({"target_depth": 1.5}, TypeError, "`target_depth` to be an integer, but got 1.5"),
         ({"collapse": "fit", "measure_on": "training"}, ValueError, "`measure_on` to be 'validation' with collapse"),
     ],

@@ -19,7 +19,7 @@ from tests.integration.tiny import assert_equal_states
 RECIPES = {
     "plain": ((0.9,), {}, {}),
     "taken back": ((0.9, 0.9, 0.1), {}, {}),
-    "next": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next"}, {"epochs": 5}),
+    "next": ((0.5, 0.9, 0.6, 0.1, 0.8), {"on_reject": "next", "reference": "best"}, {"epochs": 5}),
     "next, four epochs": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next"}, {}),
     "restart": ((0.9,), {"restart": "optimizer", "removals_per_round": 2}, {}),
     "on training": ((0.9,), {"measure_on": "training"}, {}),

@@ -60,6 +60,7 @@ def test_each_round_is_a_readable_event(run, events):
     for text, this in zip(texts[1:], run[1].rounds[1:], strict=True):
         assert this.removed[0] in text
         assert f"{this.entropies[this.removed[0]]:.4f}" in text
+        assert "| 0.9000 (dense) |" in text
     assert "kept" in texts[2]
     assert "taken back" in texts[3]
 

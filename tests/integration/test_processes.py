@@ -25,7 +25,7 @@ UNDER_DDP = [
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
-    "borrowed",
+    "borrowed", "full",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -33,6 +33,7 @@ SHARDED = [
     "sharded, priced", "sharded, mergeable",
 ]  # fmt: skip
 REFUSED = {
+    "full",
     "not shared",
     "drift",
     "borrowed",
@@ -101,6 +102,14 @@ def test_processes_that_drift_apart_are_an_error_at_once_on_all_of_them(under_to
     first, second = under_torchrun["drift"]
     assert "rank 0 agrees with rank 0" in first["error"]
     assert "rank 1 differs from rank 0" in second["error"]
+
+
+def test_a_checkpoint_that_one_process_can_not_write_is_an_error_at_once_on_all_of_them(under_torchrun):
+    first, second = under_torchrun["full"]
+    for result in (first, second):
+        assert "round_1.ckpt could not be written, and is as it was before" in result["error"]
+    assert "No space left on device" in first["error"]
+    assert "another process has failed" in second["error"]
 
 
 def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):

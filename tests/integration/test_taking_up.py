@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier import EntropyPruningCallback, expect_pruned
 from lightning_easier.callbacks import wiring
-from lightning_easier.linearize import EXTRA_STATE, stand_ins
+from lightning_easier.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 
@@ -286,11 +286,31 @@ def test_a_lenient_module_that_expects_the_structure_is_taken_up_with_it(tmp_pat
     assert_equal_states(outcome(*resumed), outcome(*whole))
 
 
+@pytest.mark.parametrize("is_linear", [True, False])
+def test_a_module_whose_activation_is_another_one_now_is_not_taken_up(tmp_path, is_linear):
+    path = tmp_path / "saved.ckpt"
+    _, callback, _ = run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)))
+    name = next(name for name in ("layers.1", "layers.5", "layers.7") if (name in callback.removed) == is_linear)
+    model = Small()
+    model.set_submodule(name, nn.GELU())
+    with pytest.raises(ValueError, match=rf"activation.* '{name}' .*(GELU, and was ReLU|ReLU.*but got GELU)"):
+        run(tmp_path, model=model, ckpt_path=path)
+
+
+def test_a_module_that_has_lost_an_activation_is_not_taken_up(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_epoch_end", 0, None, saver(path)))
+    model = Small()
+    model.layers[5] = nn.Identity()
+    with pytest.raises(ValueError, match=r"'layers.5' is gone, and was ReLU.*start a new run"):
+        run(tmp_path, model=model, ckpt_path=path)
+
+
 def test_a_checkpoint_that_has_lost_the_record_is_an_error(tmp_path):
     path = tmp_path / "saved.ckpt"
     run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)))
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(EXTRA_STATE)}
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(MARK_KEY)}
     torch.save(checkpoint, path)
     with pytest.raises(RuntimeError, match="were linear in the model that was saved"):
         run(tmp_path, ckpt_path=path)

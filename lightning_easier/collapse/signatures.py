@@ -1,0 +1,107 @@
+"""What the forward of a captured graph takes: what its model takes, as far as a graph can.
+
+The arguments that the example leaves out have defaults. A number may stay an argument, if the forward can be recorded
+without asking for its value. Of any other the default was recorded: it stays an argument that takes its default only.
+"""
+
+import inspect
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+FIXED = "fixed"
+"""Key in the ``meta`` of a placeholder: its argument takes nothing but its default."""
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+
+
+def named_arguments(model: nn.Module, given: int) -> list[str]:
+    """Name the first positional arguments of a forward, those that it collects (``*args``) by a number."""
+    names = [each.name for each in _parameters(model) if each.kind in _POSITIONAL]
+    return [*names[:given], *(f"input_{number}" for number in range(len(names), given))]
+
+
+def numbers(model: nn.Module, given: int) -> list[str]:
+    """Name the arguments that have a number for a default, where so many positional ones are given."""
+    kept = [each for each in _kept(model, given) if each.kind is not each.POSITIONAL_ONLY]
+    return [each.name for each in kept if type(each.default) in (int, float)]
+
+
+def lost_arguments(model: nn.Module, given: int) -> list[str]:
+    """Name the arguments with a default that a captured graph does not take."""
+    kept = _kept(model, given)
+    return [each.name for each in _left_out(model, given) if each not in kept]
+
+
+def fixed_arguments(captured: fx.GraphModule) -> dict[str, Any]:
+    """Return the arguments that take their defaults only, with these."""
+    return {
+        str(node.target): node.args[0] for node in captured.graph.find_nodes(op="placeholder") if FIXED in node.meta
+    }
+
+
+def restore_arguments(graph: fx.Graph, model: nn.Module, given: int) -> None:
+    """Let a graph take what its model takes, in the same order; a default that was recorded is asserted.
+
+    Args:
+        graph: The graph; it takes the given arguments, and numbers that stay arguments.
+        model: The model.
+        given: How many positional arguments the example has.
+    """
+    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    last = list(placeholders.values())[given - 1]
+    fixed = []
+    for each in _kept(model, given):
+        node = placeholders.get(each.name)
+        if node is None:
+            with graph.inserting_after(last):
+                node = graph.placeholder(each.name, default_value=each.default)
+            fixed.append(node)
+        elif node is not last:
+            last.append(node)
+        last = node
+    for node in reversed(fixed):
+        node.meta[FIXED] = True
+        name, default = str(node.target), node.args[0]
+        message = (
+            f"Expected argument `{name}` to be {default!r}, its default, with which this model was collapsed. Collapse "
+            f"the model with another `{name}` among `example_inputs`, or call the model that was collapsed."
+        )
+        with graph.inserting_after(last):
+            # `is` could not be recorded again, which unpickling does
+            same = graph.call_function(operator.eq, (node, default))
+        with graph.inserting_after(same):
+            graph.call_function(torch._assert, (same, message))
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _left_out(model: nn.Module, given: int) -> list[inspect.Parameter]:
+    """List the arguments with defaults that are left out where so many positional ones are given."""
+    parameters = _parameters(model)
+    positional = [each for each in parameters if each.kind in _POSITIONAL]
+    return [*positional[given:], *(each for each in parameters if each.kind is each.KEYWORD_ONLY)]
+
+
+def _kept(model: nn.Module, given: int) -> list[inspect.Parameter]:
+    """List those of them that a graph can take, up to the first that it can't: what follows would move to its place."""
+    collects = any(each.kind is each.VAR_POSITIONAL for each in _parameters(model))
+    kept = []
+    for each in _left_out(model, given):
+        # A graph takes none by name only; where a forward collects arguments, one more of those would be taken for it
+        if not _is_plain(each.default) or (collects and each.kind is each.KEYWORD_ONLY):
+            break
+        kept.append(each)
+    return kept
+
+
+def _is_plain(default: Any) -> bool:
+    """Tell whether a graph can hold a default, and compare with it."""
+    if isinstance(default, tuple):
+        return type(default) is tuple and all(_is_plain(each) for each in default)
+    return default is None or (type(default) in _PLAIN and not (isinstance(default, float) and math.isnan(default)))

@@ -1,0 +1,116 @@
+"""Write files such that the old one or the new one is there, whole, whatever happens in between.
+
+What is new is written under a temporary name in the same folder, flushed to the disk, and renamed. Temporary names
+begin with a dot, so that nothing takes what a killed process has left behind for a result.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_NEW, _OLD = ".part", ".old"
+
+
+@contextmanager
+def replacing(path: str | Path, remedy: str = "Make room there, or write elsewhere.") -> Iterator[Path]:
+    """Give a temporary path to write to, which takes the place of a file or folder when the block is over.
+
+    Args:
+        path: What is to be written; its folder is made if need be.
+        remedy: What to do when that fails.
+
+    Yields:
+        The temporary path, in the same folder.
+
+    Raises:
+        OSError: If it can't be written. ``path`` is as it was then.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "report.md"
+        >>> with replacing(path) as new:
+        ...     _ = new.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    path = Path(path)
+    new = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(new)
+        yield new
+        put_in_place(new, path)
+    except OSError as error:
+        raise not_written(path, error, remedy) from error
+    finally:
+        with suppress(OSError):  # there may be another error, which says more
+            remove(new)
+
+
+def not_written(path: Path, error: BaseException, remedy: str) -> OSError:
+    """Say that a file could not be written; the error keeps the number of an OSError, and so its class."""
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+    return OSError(number, f"{path} could not be written, and is as it was before: {first_line(error)}. {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """Say what was raised, without pages of advice; the rest is in the exception's cause."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+
+
+def temporary(path: Path) -> Path:
+    """Return the name under which a file or folder is written first."""
+    return path.with_name(f".{path.name}{_NEW}")
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Flush a file or folder to the disk, and rename it; of a folder the old one goes when the new one is there.
+
+    Raises:
+        OSError: If that fails; ``path`` is as it was then.
+    """
+    for each in [*new.rglob("*")] if new.is_dir() else [new]:
+        if each.is_file():
+            with each.open("r+b") as file:
+                os.fsync(file.fileno())
+    if not path.is_dir() and not (new.is_dir() and path.exists()):
+        os.replace(new, path)
+    else:  # a folder is not replaced in one step
+        old = path.with_name(f".{path.name}{_OLD}")
+        remove(old)
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+        remove(old)
+    with suppress(OSError):  # not every system can flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process has left behind in a folder; what it had put aside and not replaced comes back."""
+    for old in folder.glob(f".*{_OLD}"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+        if path.exists():
+            remove(old)
+        else:
+            os.replace(old, path)
+    for new in folder.glob(f".*{_NEW}"):
+        remove(new)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

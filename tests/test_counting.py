@@ -1,0 +1,85 @@
+"""What is only counted: multiply-accumulates and memory, also of forwards that can't be looked at."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from lightning_easier import collapse
+from lightning_easier.costs import count_macs
+from lightning_easier.inference import relative_difference
+
+
+class Attends(nn.Module):
+    """Reads the output of its attention in an order that only the fused path gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return self.b(self.a(y.view(-1, 8)))
+
+
+ATTENTION = 3 * 5 * (4 * 8 * 8) + 2 * 3 * 5 * 5 * 8
+
+
+def test_attention_whose_fused_path_is_needed_is_collapsed_and_counted():
+    model = Attends().eval()
+    result = collapse(model, torch.randn(3, 5, 8), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    assert result.report.before.macs == ATTENTION + 15 * (8 * 16 + 16 * 4)
+    assert result.report.after.macs == ATTENTION + 15 * 8 * 4
+    x = torch.randn(2, 7, 8)
+    with torch.no_grad():
+        assert relative_difference(result.model(x), model(x)) <= 1e-5
+
+
+class Padded(nn.Module):
+    """Calls a transformer whose padding makes it a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=torch.arange(5).expand(3, 5) > 3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("model", "macs"),
+    [
+        (nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), ATTENTION + 2 * 15 * 8 * 12),
+        (Padded(), 2 * (ATTENTION + 2 * 15 * 8 * 12)),
+    ],
+)
+def test_fused_layers_are_counted_as_they_are_written_out(model, macs):
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    assert count_macs(model.eval(), (torch.randn(3, 5, 8),)) == macs
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+
+
+class NotLookedAt(nn.Module):
+    """Fails while something looks at its operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _get_current_dispatch_mode_stack():
+            raise RuntimeError("it is looked at")
+        return x + self.offset
+
+
+def test_what_can_not_be_counted_is_collapsed_all_the_same():
+    model = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 4), NotLookedAt())
+    model[2].register_forward_hook(lambda *_: None)  # so that it is a leaf
+    result = collapse(model, torch.randn(2, 3), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("0", "1")]
+    assert result.report.before.macs is result.report.after.macs is None
+    assert result.report.after.activation_memory is None
+    assert "| MACs | not counted | not counted | - |" in str(result.report)

@@ -1,0 +1,207 @@
+"""Tests of what decides by time: under a clock that lies it decides alike, or says why it can't."""
+
+import math
+import pickle
+import random
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_easier import collapse, compress, timing
+from lightning_easier.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
+from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
+from tests.test_collapse_fit import Mlp
+
+LIARS = {
+    "busy at the start": lambda: busy_between(0.0, 0.6),
+    "busy later": lambda: busy_between(0.7, 3.0),
+    "busy from some moment on": lambda: busy_between(1.1, math.inf),
+    "busy at times": lambda: busy_at_times(0.9, 0.3),
+    "busy at long times": lambda: busy_at_times(4.0),
+    "drifting": lambda: drifting,
+    "jittering": lambda: jittering(0.15),
+}
+
+
+@pytest.fixture(params=LIARS)
+def liar(request):
+    return LIARS[request.param]()
+
+
+def under(monkeypatch, slowness):
+    clock = Clock(slowness)
+    monkeypatch.setattr(timing, "stopwatch", clock)
+    return clock
+
+
+class Residual(nn.Module):
+    """MLPs of different widths, of which the later ones say less."""
+
+    def __init__(self, widths=(256, 128, 512, 192, 384)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)) for width in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, mlp in enumerate(self.mlps):
+            x = x + mlp(x) / (1 + 2 * number)
+        return x
+
+
+def batches(count=4):
+    torch.manual_seed(1)
+    return [torch.randn(64, 32) for _ in range(count)]
+
+
+def chosen(result):
+    return [(trial.sites, trial.kind, trial.kept) for trial in result.report.trials]
+
+
+@pytest.fixture(scope="module", params=[1.5, 3.0, None])
+def honestly(request):
+    """What is compressed to a target while nothing else runs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        under(monkeypatch, honest)
+        result = compress(Residual(), batches(), target_speedup=request.param, max_drift=math.inf)
+    return request.param, result
+
+
+def test_compress_chooses_alike_under_a_clock_that_lies(monkeypatch, liar, honestly):
+    target, expected = honestly
+    assert target is None or expected.report.speedup.median >= target
+    assert target is None or 0 < len(chosen(expected)) < 5, "the target is reached on the way"
+    under(monkeypatch, liar)
+    found = compress(Residual(), batches(), target_speedup=target, max_drift=math.inf)
+    assert chosen(found) == chosen(expected)
+    assert found.report.speedup.median == pytest.approx(expected.report.speedup.median, rel=0.2)
+
+
+def test_a_collapse_merges_alike_under_a_clock_that_lies(monkeypatch, liar):
+    torch.manual_seed(0)
+    model = nn.Sequential(  # one pair that pays, one that does not, one that nearly does
+        nn.Conv2d(8, 64, 1), nn.Conv2d(64, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    x = torch.randn(4, 8, 20, 24)
+    under(monkeypatch, honest)
+    expected = collapse(model, x).report
+    assert [merge.operators for merge in expected.merges] == [("0", "1"), ("6", "7")]
+    under(monkeypatch, liar)
+    found = collapse(model, x).report
+    assert [merge.operators for merge in found.merges] == [merge.operators for merge in expected.merges]
+    assert found.speedup.median == pytest.approx(expected.speedup.median, rel=0.2)
+
+
+def test_a_table_holds_times_that_can_be_compared_whenever_they_were_measured(monkeypatch, liar):
+    under(monkeypatch, liar)
+    table = LatencyTable()
+    layers = {width: nn.Linear(64, width) for width in (16, 64, 256, 1024)}
+    x = torch.randn(256, 64)
+    for width, layer in layers.items():  # one at a time: the machine is another one at each
+        table.measure({width: lambda layer=layer: lambda: layer(x)}, x.device)
+    true = {width: work_of(lambda layer=layer: layer(x)) for width, layer in layers.items()}
+    for width in layers:
+        assert table.seconds[width] / table.seconds[16] == pytest.approx(true[width] / true[16], rel=0.12)
+
+
+def test_a_table_can_be_pickled_once_it_has_measured():
+    table = LatencyTable()
+    collapse(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)), torch.randn(4, 8), latencies=table)
+    again = pickle.loads(pickle.dumps(table))
+    assert again.seconds == table.seconds
+
+
+def test_where_the_timings_disagree_nothing_is_merged_and_the_reason_says_so(monkeypatch):
+    under(monkeypatch, honest)
+
+    def compare_amid_noise(*arguments):
+        with monkeypatch.context() as inside:
+            under(inside, jittering(2.0))
+            return compare(*arguments)
+
+    monkeypatch.setattr(timing, "compare", compare_amid_noise)
+    report = collapse(nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 64)), torch.randn(64, 64)).report
+    assert report.merges == []
+    assert "the timings disagree on whether it pays" in report.refusals[0].reason
+    assert "objective='macs'" in report.refusals[0].reason
+
+
+def test_a_target_that_the_work_has_passed_by_far_ends_the_compression_and_says_why(monkeypatch):
+    """A clock by which every call takes as long as any other: nothing is ever faster."""
+    monkeypatch.setattr(timing, "stopwatch", lambda call: lambda runs: 1e-3)
+    prices = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(LatencyTable, "measure", lambda self, calls, device: self.seconds.update(
+        (key, work_of(make())) for key, make in calls.items() if key not in self.seconds and next(prices)
+    ))  # fmt: skip
+    with pytest.warns(UserWarning, match="it is no use to go on"):
+        result = compress(Residual(), batches(), target_speedup=1.5, max_drift=math.inf)
+    assert "the target is not reached: 1.00×" in result.report.ended
+    assert sum(trial.kept for trial in result.report.trials) < 5
+
+
+def test_the_figure_that_ends_a_compression_is_that_of_its_table(monkeypatch):
+    under(monkeypatch, jittering(0.1))
+    report = compress(Residual(), batches(), target_speedup=1.5, max_drift=math.inf).report
+    assert report.ended == f"the target is reached: {report.speedup} of the 1.5× that was asked for"
+    assert str(report.speedup) in str(report).split("compressed")[1]
+    assert report.speedup == report.collapse.speedup
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0.1, 10), min_size=5, max_size=70))
+def test_bounds_hold_the_median_and_grow_narrower(ratios):
+    speedup = Speedup(tuple(ratios))
+    low, high = speedup.bounds
+    assert low <= median(ratios) <= high
+    assert speedup.is_above(low) is False
+    assert speedup.is_above(low * 0.99)
+    assert speedup.is_below(high * 1.01)
+    assert speedup.leaves_open(median(ratios))
+
+
+def test_bounds_miss_the_true_median_as_seldom_as_is_said():
+    numbers = random.Random(0)
+    for n in (5, 7, 15, 40):
+        missed = 0
+        for _ in range(2000):
+            low, high = Speedup(tuple(numbers.lognormvariate(0, 1) for _ in range(n))).bounds
+            missed += not low <= 1.0 <= high
+        assert missed / 2000 < (0.08 if n == 5 else 0.06)
+        assert n == 5 or missed / 2000 > 0.002, "they are not wider than need be"
+
+
+def test_a_comparison_goes_on_while_it_is_open(monkeypatch):
+    def samples_for(bar):
+        under(monkeypatch, jittering(0.2))
+        calls = {"before": nn.Linear(64, 512), "after": nn.Linear(64, 256)}
+        latency = compare(calls, (torch.randn(512, 64),), {("before", "after"): bar})
+        return len(latency["before"].samples)
+
+    assert samples_for(1.2) < samples_for(1.98)
+
+
+def test_calls_are_timed_in_turn_and_in_both_orders(monkeypatch):
+    order = []
+
+    def stopwatch(call):
+        return lambda runs: order.append(call.func) or 1.0
+
+    monkeypatch.setattr(timing, "stopwatch", stopwatch)
+    calls = {"a": min, "b": max}
+    measure_latency(calls, (), samples=4)
+    assert [function.__name__ for function in order[4:]] == ["min", "max", "max", "min", "min", "max", "max", "min"]
+
+
+def test_a_ratio_does_not_notice_what_slows_both(monkeypatch, liar):
+    under(monkeypatch, liar)
+    calls = {"before": Mlp(), "after": nn.Linear(8, 8)}
+    x = torch.randn(4096, 8)
+    latency = measure_latency(calls, (x,))
+    before, after = (work_of(lambda call=call: call(x)) for call in calls.values())
+    assert speed_up(latency["before"], latency["after"]).median == pytest.approx(before / after, rel=0.15)
