@@ -61,6 +61,9 @@ IMAGES = (2, 3, 8, 9)
 @pytest.mark.parametrize(
     ("model", "shape", "merges", "others"),
     [
+        # a padding that is not even stays, and its neighbours merge
+        (Net(lambda s, x: F.conv2d(s.b(s.a(x)), s.weight, padding="same"), a=conv(3, 4), b=conv(4, 2),
+             weight=numbers(5, 2, 2, 2)), IMAGES, {("a", "b"): "Conv2d 1×1 3→2"}, [(1, 3, 5, 4)]),
         # batch norms before an operator
         (nn.Sequential(nn.BatchNorm2d(3), conv(3, 4, 3)), IMAGES, {("0", "1"): "Conv2d 3×3 3→4"}, [(1, 3, 5, 4)]),
         (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)), (2, 3), {("0", "1"): "Linear 3→4"}, [(5, 3)]),

@@ -277,6 +277,7 @@ class Reader:
             return None  # a stride, say, that depends on the size of the input
         if not transposed:
             made = convolutions.make_convolution(weight, bias, weight.dtype, **given)
+            convolutions.padding_of(made)  # or it is not read
         else:
             made = convolutions.make_transposed_convolution(weight, bias, weight.dtype, **given)
         return Link(node, value, node.name, made.eval().requires_grad_(weight.requires_grad))
