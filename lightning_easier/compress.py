@@ -142,9 +142,11 @@ def compress(
     check_choice("objective", objective, OBJECTIVES)
     check_integer("max_rejections", max_rejections, 1)
     check_targets(target_speedup, target_depth)
-    for argument, value in (("max_drift", max_drift), ("max_minutes", max_minutes)):
+    for argument, value, check in (
+        ("max_drift", max_drift, check_non_negative), ("max_minutes", max_minutes, check_positive),
+    ):  # fmt: skip
         if value is not None and value != math.inf:
-            check_positive(argument, value)
+            check(argument, value)
     clock = _Clock(max_minutes)
     model = unwrap(model)
     check_weights(model)
@@ -175,7 +177,7 @@ def compress(
     look = goal.look(search.model, 0.0) if goal.is_given and goal.is_due(search.model, 0.0) else None
     if look is not None and look.attained.is_reached:  # by an exact collapse alone
         candidates = []
-    rejections, ended = 0, "nothing is left to try"
+    rejections, ended = 0, ""
     for candidate in tqdm(candidates, desc="Fitting", leave=False, disable=None):
         if rejections == max_rejections:
             ended = f"{rejections} in a row were taken back"
@@ -198,6 +200,8 @@ def compress(
             look = goal.look(search.model, search.saved)
             if look.attained.is_reached or look.is_impossible:
                 break
+    else:
+        ended = judge.why_nothing_is_left(search.was_cut)
     if look is None:  # whatever was estimated: what is returned is measured
         look = goal.look(search.model, search.saved)
     ended = _why_ended(ended, look) if goal.is_given else ended
@@ -268,6 +272,7 @@ class _Judge:
         self._sign = 1 if mode == "max" else -1
         self._device = device
         self._max_drift = max_drift if max_drift is not None else math.inf if evaluate is not None else MAX_DRIFT
+        self._went_beyond = False
         self.dense_score = self.score(source)
         if self.dense_score is not None and not math.isfinite(self.dense_score):
             raise ValueError(
@@ -285,6 +290,7 @@ class _Judge:
     def why_not(self, score: float | None, drift: float) -> str | None:
         """Say why a model of this score and drift is not good enough; None if it is."""
         if not drift <= self._max_drift:  # of NaN
+            self._went_beyond = True
             return (
                 f"{drift:.2%} of the variance of the outputs changed, beyond the {self._max_drift:.2%} of `max_drift`"
             )
@@ -294,6 +300,19 @@ class _Judge:
         if (self.dense_score - score) * self._sign <= allowed:  # not of NaN
             return None
         return f"beyond the tolerance {self._tolerance:g} of {self.dense_score:.4f}"
+
+    def why_nothing_is_left(self, was_cut: bool) -> str:
+        """Say why nothing is left to try.
+
+        Args:
+            was_cut: Whether the time was over before all was looked at.
+        """
+        ended = "nothing is left to try"
+        if was_cut:
+            ended += " of what was found in half of the time of `max_minutes`"
+        if self._went_beyond:
+            ended += f" within the {self._max_drift:.0%} of `max_drift`; pass `evaluate` or a larger one to go on"
+        return ended
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
@@ -382,6 +401,7 @@ class _Search:
         model: What it has become.
         trials: What was tried.
         reasons: Site -> why nothing was tried.
+        was_cut: Whether the time was over before all chains were looked at.
     """
 
     def __init__(
@@ -395,6 +415,7 @@ class _Search:
         self.model = deepcopy(source)
         self.trials: list[Trial] = []
         self.reasons: dict[str, str] = {}
+        self.was_cut = False
         self._batches = batches
         self._arguments = arguments
         self._prices = prices
@@ -424,6 +445,7 @@ class _Search:
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
         for chain, advance in in_steps(whole, len(self._batches) + MOST_FITS, "Looking for operators"):
             if clock.has_passed(_SEARCH):
+                self.was_cut = True
                 for site in chain.sites:
                     chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
                 continue

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,7 +40,13 @@ def count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
 def _count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     counter.mod_tracker = _Untracked()
-    with counter, torch.no_grad():
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    with ExitStack() as stack:
+        if any(isinstance(part, nn.RNNBase) for part in parts):  # fused, they have no formula; step by step they do
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(counter)
+        stack.enter_context(torch.no_grad())
         model(*arguments)
     return int(counter.get_total_flops()) // 2
 

@@ -1,7 +1,7 @@
 """Run a model without training it: inputs, mode, device, and errors that say which argument was at fault."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,9 +73,15 @@ def model_input(batch: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise TypeError(
             f"Expected argument `batches` to hold tensors, or sequences whose first element is the input tensor, but "
-            f"got {describe(batch)}"
+            f"got {describe(batch)}{_remedy(batch)}"
         )
     return first
+
+
+def _remedy(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return ""
+    return f". Pass the forward's arguments in their order, such as `[(batch[{next(iter(batch), '...')!r}],) for ...]`"
 
 
 def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
@@ -94,7 +100,7 @@ def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
     if len(first) < count or not all(isinstance(x, Tensor) for x in first):
         raise TypeError(
             f"Expected argument `batches` to hold sequences whose first {count} elements are the input tensors, but "
-            f"got {describe(batch)}"
+            f"got {describe(batch)}{_remedy(batch)}"
         )
     return tuple(first)
 

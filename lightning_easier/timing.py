@@ -32,6 +32,8 @@ _FEWEST_SAMPLES = 5
 _SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 4.0
 # Of the table of operators: as many at first, and more where they differ from each other by more than this share.
 _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD = 7, 28, 0.05
+# Quartiles that are so many times apart, with 1 between them, tell nothing.
+_WIDE = 1.5
 # So many operators are timed in turn with one yardstick.
 _GROUP = 8
 
@@ -116,6 +118,8 @@ class Speedup:
 
     def __str__(self) -> str:
         first, middle, third = self.quartiles
+        if self.leaves_open(1.0) and third > _WIDE * first:  # a median of that would be no figure
+            return f"unclear ({first:.2f}–{third:.2f}×: the timings disagree)"
         return f"{middle:.2f}× ({first:.2f}–{third:.2f})"
 
 

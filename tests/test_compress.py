@@ -199,7 +199,12 @@ def test_a_network_by_measured_time():
         ({"target_speedup": "2"}, TypeError, "`target_speedup` to be a number, but got '2'"),
         ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
         ({"target_speedup": 1.0}, ValueError, "`target_speedup` to be above 1, .* but got 1.0"),
-        ({"max_drift": 0}, ValueError, "`max_drift` to be above 0, but got 0"),
+        ({"max_drift": -0.1}, ValueError, "`max_drift` to be finite and at least 0, but got -0.1"),
+        (
+            {"batches": [{"x": BATCHES[0]}]},
+            TypeError,
+            r"a value of type dict. Pass the forward's .* `\[\(batch\['x'\],\)",
+        ),
         ({"max_minutes": -1}, ValueError, "`max_minutes` to be finite and at least 0, but got -1"),
         ({"batches": None}, TypeError, "`batches` to be an iterable of batches, but got"),
         ({"example_inputs": BATCHES[0][:0]}, ValueError, "`example_inputs` to hold at least one sample, but got"),
@@ -372,6 +377,7 @@ def test_without_a_score_drift_bounds_what_goes(monkeypatch):
     assert changed == pytest.approx(bounded.report.drift, rel=1e-3)
     taken_back = [trial for trial in bounded.report.trials if trial.reason is not None and "max_drift" in trial.reason]
     assert taken_back
+    assert bounded.report.ended.startswith("nothing is left to try within the 0% of `max_drift`; pass `evaluate`")
     assert f"{bounded.report.drift:.2%} of the variance of the outputs has changed" in str(bounded.report)
 
 
@@ -398,6 +404,7 @@ def test_it_ends_when_its_minutes_are_over(monkeypatch):
     assert [trial.kept for trial in report.trials] == [True]
     assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * 2
     assert report.ended == "the 2 minutes of `max_minutes` are over"
+    assert at_a_pace(70).ended == "nothing is left to try of what was found in half of the time of `max_minutes`"
     assert at_a_pace(1).ended == "nothing is left to try"
 
 

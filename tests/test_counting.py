@@ -83,3 +83,9 @@ def test_what_can_not_be_counted_is_collapsed_all_the_same():
     assert result.report.before.macs is result.report.after.macs is None
     assert result.report.after.activation_memory is None
     assert "| not counted | - |" in str(result.report)
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_are_counted(kind, gates):
+    model = nn.Sequential(kind(8, 16, batch_first=True))
+    assert count_macs(model, (torch.randn(4, 5, 8),)) == 4 * 5 * gates * 16 * (8 + 16)

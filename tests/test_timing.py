@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_easier import collapse, compress, timing
+from lightning_easier import collapse, compress, goals, timing
 from lightning_easier.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
 from tests.test_collapse_fit import Mlp
@@ -205,3 +206,40 @@ def test_a_ratio_does_not_notice_what_slows_both(monkeypatch, liar):
     latency = measure_latency(calls, (x,))
     before, after = (work_of(lambda call=call: call(x)) for call in calls.values())
     assert speed_up(latency["before"], latency["after"]).median == pytest.approx(before / after, rel=0.15)
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("objective", ["macs", "latency"])
+def test_what_was_not_changed_is_never_faster(monkeypatch, spread, objective):
+    model = nn.Sequential(nn.Linear(32, 64), nn.Sigmoid(), nn.Linear(64, 8))
+    for _ in range(4):
+        under(monkeypatch, jittering(spread))
+        with pytest.warns(UserWarning, match="the target is not reached"):
+            report = compress(model, batches(1), target_speedup=1.15, objective=objective, include=[]).report
+        assert report.trials == []
+
+
+def test_a_target_that_the_timings_leave_open_is_not_reached():
+    wide, close = Speedup((0.4, 0.6, 1.9, 2.4, 3.1, 4.0, 5.0)), Speedup((1.45, 1.5, 1.5, 1.5, 1.51, 1.52, 1.55))
+    assert not _attained_at(wide, 1.5).is_reached
+    assert "leave it open" in _attained_at(wide, 1.5).words
+    assert str(wide) == "unclear (0.60–4.00×: the timings disagree)"
+    assert _attained_at(close, 1.47).is_reached
+    assert str(close) == "1.50× (1.50–1.52)"
+
+
+def _attained_at(speedup, target):
+    model = nn.Sequential(nn.Linear(8, 4))
+    report = collapse(model, torch.randn(2, 8)).report
+    before, after = (list(speedup.ratios), [1.0] * len(speedup.ratios))
+    report.dense = replace(report.dense, latency=timing.Latency.of(before))
+    report.after = replace(report.after, latency=timing.Latency.of(after))
+    return goals._attained(report, target, None)
+
+
+def test_a_target_is_asked_for_where_nothing_can_be_counted(monkeypatch):
+    under(monkeypatch, honest)
+    monkeypatch.setattr(goals, "counted", lambda *_: None)
+    report = compress(Residual(), batches(), target_speedup=1.5, objective="macs", max_drift=math.inf).report
+    assert report.ended.startswith("the target is reached")
+    assert 0 < len(report.trials) < 5

@@ -258,7 +258,7 @@ def _collapse(
         steps.round(unmerged)
         models["unmerged"], bars["unmerged", "after"] = unmerged, _NOT_SLOWER
     latency = compare(models, arguments, bars)
-    slower = {first for first, _ in bars if speed_up(latency[first], latency["after"]).median < _NOT_SLOWER}
+    slower = {first for first, _ in bars if speed_up(latency[first], latency["after"]).is_below(_NOT_SLOWER)}
     result: nn.Module = collapsed
     if "unmerged" in slower:
         steps.give_up_merges()
@@ -268,7 +268,7 @@ def _collapse(
     unchanged = not (steps.changed or absorbed)  # its own forward is as good, and may be faster than what was recorded
     if unchanged:
         steps.dropped = []
-    elif "before" in slower and speed_up(latency["before"], latency["after"]).median < _NOT_SLOWER:
+    elif "before" in slower and speed_up(latency["before"], latency["after"]).is_below(_NOT_SLOWER):
         steps.give_up(type(model).__name__)
         fits, unchanged = _Fits([], {}, []), True
     if unchanged:
