@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -65,6 +65,10 @@ _TRANSFORMERS = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )  # fmt: skip
+
+
+# What instances of our own classes do, all alike: class, and whether its activation is one that is looked for -> steps
+_steps_of_class: dict[tuple[type[nn.Module], bool], Sequence[Step]] = {}
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,53 @@ class _Inputs:
         return self._positional.pop(0) if self._positional else None
 
 
-class Discovery:
-    """Follow the values through a model and note the sites, and the edits that would isolate them."""
+class _Found(NamedTuple):
+    """What was found out of one forward: what it does, what would isolate its activations, why some are left alone."""
 
-    def __init__(self, gates: frozenset[str]) -> None:
+    steps: Sequence[Step]
+    edits: Sequence[Edit]
+    added: dict[str, nn.Module] | None
+    left_alone: str | None
+
+
+class KnownForwards:
+    """Remembers what forwards do from one look at a model to the next: what is still as it was is not traced again.
+
+    A module is as it was if all the modules inside are the same objects in the same modes, under the same names.
+    Nothing else of them may change between two looks.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[nn.Module, frozenset[str]], tuple[list[tuple[object, ...]], _Found]] = {}
+
+    def recall(self, module: nn.Module, gates: frozenset[str]) -> _Found | None:
+        """Return what was found out of a module's forward; None if it is new, or another by now."""
+        parts, found = self._known.get((module, gates), (None, None))
+        return found if parts == self._parts(module) else None
+
+    def note(self, module: nn.Module, gates: frozenset[str], found: _Found) -> None:
+        """Remember what was found out."""
+        self._known[module, gates] = self._parts(module), found
+
+    @staticmethod
+    def _parts(module: nn.Module) -> list[tuple[object, ...]]:
+        return [
+            (name, part, part.training, vars(part).get("forward"))
+            for name, part in module.named_modules(remove_duplicate=False)
+        ]
+
+
+class Discovery:
+    """Follow the values through a model and note the sites, and the edits that would isolate them.
+
+    Args:
+        gates: The gates that count.
+        known: What earlier looks at the same model have found out.
+    """
+
+    def __init__(self, gates: frozenset[str], known: KnownForwards | None = None) -> None:
         self._gates = gates
+        self._known = KnownForwards() if known is None else known
         self._plan = Plan()
         self._flow = self._plan.flow
         self._names: dict[nn.Module, str] = {}  # of the modules met so far; the first name of each counts
@@ -161,7 +207,7 @@ class Discovery:
             return self._flow.add_leaf(module, name, inputs.values)
         first_time = module not in self._steps
         if first_time:
-            self._steps[module] = self._steps_of(module, name)
+            self._steps[module] = self._recall(module, name)
         steps = self._steps[module]
         if not steps:
             return self._run_untraceable(module, name, inputs.values)
@@ -246,6 +292,27 @@ class Discovery:
             return False
         plan = Discovery(self._gates).plan(module)
         return bool(plan.found) and not plan.is_guessed
+
+    def _recall(self, module: nn.Module, name: str) -> Sequence[Step]:
+        """Return what the forward of a module does, and plan its rewriting, as an earlier look did if there was one."""
+        if getattr(type(module), "forward_is_alike", False):
+            key = type(module), _names_an_activation(module, self._gates)
+            if key not in _steps_of_class:
+                _steps_of_class[key] = self._steps_of(module, name)
+            return _steps_of_class[key]
+        found = self._known.recall(module, self._gates)
+        if found is None:
+            edits = len(self._plan.edits)
+            steps = self._steps_of(module, name)
+            added, left_alone = self._added.get(module), self._plan.left_alone.get(name)
+            self._known.note(module, self._gates, _Found(steps, self._plan.edits[edits:], added, left_alone))
+            return steps
+        self._plan.edits += found.edits
+        if found.added is not None:
+            self._added[module] = found.added
+        if found.left_alone is not None:
+            self._plan.left_alone[name] = found.left_alone
+        return found.steps
 
     def _steps_of(self, module: nn.Module, name: str) -> Sequence[Step]:
         """Return what the forward of a module does; plan its rewriting where that is needed."""

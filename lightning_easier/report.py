@@ -485,7 +485,7 @@ def _costs(
     rows = []
     for name, cost in {"dense, batch norms folded": dense, **costs}.items():
         row = [
-            name, str(cost.depth), f"{cost.parameters:,}", f"{cost.macs:,}", _ratio(dense.macs, cost.macs),
+            name, str(cost.depth), f"{cost.parameters:,}", _count(cost.macs), _ratio(dense.macs, cost.macs),
             _bytes(cost.activation_memory), f"{cost.latency.median * 1e3:.3f} ± {cost.latency.spread * 1e3:.3f}",
             "-" if cost is dense else str(speed_up(dense.latency, cost.latency)),
         ]  # fmt: skip

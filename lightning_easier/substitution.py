@@ -29,6 +29,8 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
 class Absorbed(nn.Identity):
     """What was behind the first operator of a chain that one fitted operator has taken the place of."""
 
+    forward_is_alike = True  # as in stand-ins
+
     @classmethod
     def of(cls, module: nn.Module) -> "Absorbed":
         """Return one in the place of a module, with its plain attributes: a forward may read ``fc2.out_features``."""

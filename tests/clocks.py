@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easier.costs import count_macs
 
-_SECONDS_A_MAC, _SECONDS_AN_OPERATOR = 1e-9, 2e-6
+_SECONDS_A_MAC, _SECONDS_AN_OPERATOR, _SECONDS_OF_ANY = 1e-9, 2e-6, 1e-3
 
 Slowness = Callable[[float], float]
 """The moment in seconds -> how many times slower than it should be the machine is."""
@@ -51,9 +51,13 @@ class _Operators(TorchDispatchMode):
 def work_of(call: Callable[[], Any]) -> float:
     """Count what a call computes, in seconds of an honest clock."""
     operators = _Operators()
-    with torch.no_grad(), operators:
-        call()
-    return count_macs(call, ()) * _SECONDS_A_MAC + (1 + operators.count) * _SECONDS_AN_OPERATOR
+    try:
+        with torch.no_grad(), operators:
+            call()
+        macs = count_macs(call, ())
+    except Exception:  # what can't be looked at takes as long as any other
+        return _SECONDS_OF_ANY
+    return macs * _SECONDS_A_MAC + (1 + operators.count) * _SECONDS_AN_OPERATOR
 
 
 def honest(now: float) -> float:

@@ -73,14 +73,15 @@ def make_linear(
     kinds: tuple[tuple[str, Any], ...] = (("fitted", fits), ("affine", affines), ("identity", None))
     for stand_in, statistics in kinds:
         these = [name for name in names if _kind_of(name, fits, affines) == stand_in]
-        linearize(
-            pl_module,
-            these,
-            stand_in=stand_in,
-            statistics=statistics,
-            shift_padding=shift_padding,
-            trainable=trainable,
-        )
+        if these:  # each call looks through the whole model
+            linearize(
+                pl_module,
+                these,
+                stand_in=stand_in,
+                statistics=statistics,
+                shift_padding=shift_padding,
+                trainable=trainable,
+            )
     linear = stand_ins(pl_module)
     shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
     gone = _lost(pl_module, [part for name in names for part in (modules[name], *linear[name].absorbed)])

@@ -1,0 +1,159 @@
+"""How much is done, counted, as models and runs grow: nothing grows with the square of their size."""
+
+from collections import Counter
+from importlib import import_module
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_easier import EntropyPruningCallback, isolate_activations, linearize, measure_affines, measure_fits
+from lightning_easier.discovery import Discovery, KnownForwards
+from lightning_easier.rectifiers import GATES
+from lightning_easier.substitution import Absorbed
+
+TRACERS = [
+    (room, name) for room in ("discovery", "rectifiers", "tracing") for name in ("read_forward", "trace_forward")
+]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[str, str]) -> Counter[str]:
+    """Count the calls of functions of the package, each by the room that calls it and its name there."""
+    counts: Counter[str] = Counter()
+    for room, name in functions:
+        module = import_module(f"lightning_easier.{room}")
+        original = getattr(module, name, None)
+        if original is None:
+            continue
+
+        def count(*args, original=original, name=name, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+    return counts
+
+
+def mlp(depth: int, width: int = 6) -> nn.Sequential:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, 3))
+
+
+def linear_mlp(depth: int, kind: str) -> nn.Sequential:
+    model = mlp(depth).eval()
+    batches = [torch.randn(64, 6)]
+    sites = list(isolate_activations(model))
+    if kind == "fitted":
+        for site in sites:
+            linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+        return model
+    statistics = measure_affines(model, batches) if kind == "affine" else None
+    return linearize(model, sites, stand_in=kind, statistics=statistics)
+
+
+@pytest.mark.parametrize("kind", ["identity", "affine", "fitted"])
+def test_a_look_at_a_model_traces_no_stand_in_again(monkeypatch, kind):
+    model = linear_mlp(4, kind)
+    isolate_activations(model, gates=True)
+    counts = counted(monkeypatch, *TRACERS)
+    for gates in (False, True):
+        isolate_activations(model, gates=gates)
+    assert not counts
+
+
+class Classifier(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(6)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class PerRound(Callback):
+    """Notes what was counted in each epoch, and how many hooks there are when it ends."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self.counts, self.rounds = counts, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.rounds.append(sum(self.counts.values()))
+        self.counts.clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"collapse": "fit", "gain": "macs"}, {"stand_in": "affine"}], ids=str)
+def test_a_round_does_no_more_than_the_one_before(monkeypatch, tmp_path, options):
+    counts = counted(monkeypatch, *TRACERS, ("discovery", "activation_kind"))
+    rounds = PerRound(counts)
+    data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,))), batch_size=16)
+    pruning = EntropyPruningCallback("val_acc", tolerance=2.0, dirpath=str(tmp_path / "rounds"), **options)
+    trainer = Trainer(
+        max_epochs=7, callbacks=[pruning, rounds], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(Classifier(), data, data)
+    assert len(pruning.removed) == 6
+    _, _, third, *_, last = rounds.rounds  # the first round with removals meets stand-ins for the first time
+    assert last <= third
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.act, self.down = (
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(self.norm(x)))) * torch.softmax(x, -1)
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(4) for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return x
+
+
+def described(plan) -> list:
+    flow = [(node.kind, node.name, [each.name for each in node.inputs], node.axis) for node in plan.flow.nodes]
+    sites = [(site.name, site.neuron_dim, site.neighbourhood.reason, len(site.neighbourhood.meetings))
+             for site in plan.sites]  # fmt: skip
+    return [flow, sites, plan.left_alone, [type(edit).__name__ for edit in plan.edits]]
+
+
+@pytest.mark.parametrize("is_isolated", [False, True])
+def test_what_is_known_of_forwards_is_what_would_be_found(monkeypatch, is_isolated):
+    model, gates, known = Stack(5).eval(), frozenset(GATES), KnownForwards()
+    if is_isolated:
+        isolate_activations(model)
+    first = described(Discovery(gates, known).plan(model))
+    assert first == described(Discovery(gates).plan(model))
+    counts = counted(monkeypatch, *TRACERS)
+    assert described(Discovery(gates, known).plan(model)) == first
+    assert not counts
+
+    model.blocks[1].act, model.blocks[1].down = Absorbed(), nn.Linear(8, 4)
+    again = described(Discovery(gates, known).plan(model))
+    of_one_block = sum(counts.values())
+    assert again != first
+    assert again == described(Discovery(gates).plan(model))
+    assert of_one_block < (sum(counts.values()) - of_one_block) / 2
+
+    model.train()
+    assert described(Discovery(gates, known).plan(model)) == described(Discovery(gates).plan(model))
