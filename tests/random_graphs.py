@@ -311,12 +311,22 @@ def pieces(s: _Sketch, x: str, value: Tensor) -> str | None:
         "{a}, *_, {b} = {x}.unbind({axis})", "{a} = {x}.split({one}, {axis})[-1]", "{a} = {x}.chunk(3, {axis})[1]",
         "{a} = {x}.narrow({axis}, {one}, {rest})", "{a} = torch.tensor_split({x}, 2, {axis})[0]",
         "{a} = torch.stack({x}.unbind({axis})[::-1], {axis})", "{a} = torch.cat({x}.chunk(2, {axis})[::-1], {axis})",
-        "{a} = {x}.select({axis}, {one})", "{a} = {x}[:, {one}:]", "{a} = {x}[..., ::2]", "{a} = {x}[:, -{one}:]",
+        "{a} = {x}.select({axis}, {one})",
         "{a} = {x}.index_select({axis}, torch.tensor([{one}, 0]))", "{a} = {x}[:, [{one}, 0]]",
         "{a} = {x}[..., None, 0]",
     )  # fmt: skip
     one = s.pick(*range(1, size))
     return form.format(a=first, b=second, x=x, axis=axis, one=one, rest=size - one)
+
+
+def slices(s: _Sketch, x: str, value: Tensor) -> str | None:
+    """Take a part of a value."""
+    if value.ndim < 2:
+        return None
+    form = s.pick("{x}[:, {one}:]", "{x}[..., ::2]", "{x}[..., {one}:]", "{x}[:, :-{one}]",
+                  "{x}[:, -{one}:]", "{x}[{all}, ::2]", "{x}[{all}, {one}:]", "{x}[{all}, {one}:-{one}]",
+                  "{x}[..., :{one}, :]")  # fmt: skip
+    return f"{s.new()} = {form.format(x=x, one=s.pick(1, 2), all=', '.join([':'] * (value.ndim - 1)))}"
 
 
 def roll(s: _Sketch, x: str, value: Tensor) -> str | None:
@@ -372,8 +382,13 @@ def pad(s: _Sketch, x: str, value: Tensor) -> str | None:
     spread = [a, b] * axes
     forms = ["F.pad({x}, ({a}, {b}))", "F.pad({x}, ({a}, {b}), value=0.5)", "F.pad({x}, [{zeros}{a}, {b}])"]
     if axes:
-        forms += [f"F.pad({{x}}, {spread}, mode={mode!r})" for mode in ("constant", "reflect", "replicate", "circular")]
-    module = s.pick(None, "ReflectionPad", "ReplicationPad", "CircularPad", "ZeroPad", "ConstantPad") if axes else None
+        modes = ("constant", "constant", "constant", "reflect", "replicate", "circular")
+        forms += [f"F.pad({{x}}, {spread}, mode={mode!r})" for mode in modes]
+    module = (
+        s.pick(None, None, None, "ReflectionPad", "ReplicationPad", "CircularPad", "ZeroPad", "ConstantPad")
+        if axes
+        else None
+    )
     if module:
         made = f"nn.{module}{axes}d({spread if axes > 1 else (a, b)}{', 0.5' if module == 'ConstantPad' else ''})"
         return f"{s.new()} = {s.layer(made)}({x})"
@@ -643,20 +658,19 @@ def from_numbers(s: _Sketch, x: str, _: Tensor) -> str:
 
 _Statement = Callable[[_Sketch, str, Tensor], str | None]
 EVERYWHERE: list[_Statement] = [
-    activation, activation, number, join, affine, pieces, argument, write, idle, again, ask, roll, gate, pad,
+    activation, activation, number, join, affine, pieces, slices, argument, write, idle, again, ask, roll, gate, pad,
+    batch_norm, layer_norm, einsum,
 ]  # fmt: skip
 STATEMENTS: dict[int, list[_Statement]] = {
     1: [from_numbers, number, activation, join, write, idle],
-    2: [linear, linear, linear, perceptron, from_vectors, *EVERYWHERE, batch_norm, layer_norm, einsum],
+    2: [*[linear] * 5, *[perceptron] * 2, *EVERYWHERE, from_vectors],
     3: [
-        linear, linear, perceptron, pointwise, convolution, block, attention, attention, recurrent, from_tokens,
-        *EVERYWHERE, move, to_vectors, batch_norm, layer_norm, normalize, pool, resize, transposed, einsum, shuffle,
-        self_product,
+        *[linear] * 4, *[perceptron] * 2, *[pointwise] * 2, *[convolution] * 2, block, *[attention] * 2, recurrent,
+        *EVERYWHERE, from_tokens, move, to_vectors, normalize, pool, resize, transposed, shuffle, self_product,
     ],
     4: [
-        convolution, convolution, convolution, pointwise, pointwise, block, block, *EVERYWHERE, batch_norm, batch_norm,
-        move, to_vectors, pool, resize, transposed, transposed, shuffle, normalize, layer_norm, einsum, linear,
-        self_product,
+        *[convolution] * 4, *[pointwise] * 5, *[block] * 3, *[transposed] * 2, *EVERYWHERE, move, to_vectors, pool,
+        slices, pad, resize, shuffle, normalize, linear, self_product,
     ],
 }  # fmt: skip
 
