@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier.collapse.fittable import Chains
 from lightning_easier.collapse.fitting import with_statistics
 from lightning_easier.zoo import CifarResNet
 
@@ -347,3 +348,87 @@ def test_a_batch_norm_of_other_statistics_computes_the_same(offset):
         torch.testing.assert_close(other(lacking), norm(x))
     assert torch.equal(other.running_mean, mean)
     assert torch.equal(other.running_var, variance)
+
+
+class Rows(nn.Module):
+    """Residual MLPs one after the other, and blocks that count how often each was run."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(Mlp() for _ in range(depth))
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mlp in self.mlps:
+            self.runs += 1
+            x = x + mlp(x)
+        return x
+
+
+def gathered(model: nn.Module, chains, batches, arguments=None, **options):
+    return dict(fitting.gather(model, chains, batches, arguments or batches[0], **options))
+
+
+def tensors_of(one) -> list[Tensor]:
+    return [t for sums in (one.moments.fitted, one.moments.held_out) for t in (sums.gram, sums.cross, sums.squares)]
+
+
+@pytest.mark.parametrize("model", [Rows(4), nn.Sequential(Bottleneck(), nn.ReLU(), Bottleneck())], ids=["mlp", "conv"])
+def test_one_run_sums_up_for_all_chains_what_a_run_for_each_does(monkeypatch, model):
+    model = randomized(model)
+    sites = list(isolate_activations(model))
+    shape = (9, 5, 8) if isinstance(model, Rows) else (9, 12, 5, 4)
+    batches = [(torch.randn(shape),) for _ in range(3)]
+    chains = Chains(model, sites).in_windows(2)
+    together = gathered(model, chains, batches)
+    apart = [gathered(model, [chain], batches)[chain] for chain in chains]
+    monkeypatch.setattr(fitting, "_MOST_BYTES", 0)  # each in a run of its own
+    assert len(chains) > 3
+    for other in (apart, [*gathered(model, chains, batches).values()]):
+        for chain, one in zip(chains, other, strict=True):
+            assert together[chain].shape == one.shape
+            assert all(torch.equal(*pair) for pair in zip(tensors_of(together[chain]), tensors_of(one), strict=True))
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_the_sums_of_all_chains_take_one_run_over_the_data(monkeypatch, depth):
+    model = Rows(depth).eval()
+    chains = Chains(model, list(isolate_activations(model))).in_windows(2)
+    assert len(chains) == depth
+    model.runs = 0
+    gathered(model, chains, [(torch.randn(9, 8),)] * 3)
+    assert model.runs == 3 * depth
+    model.runs = 0
+    gathered(model, chains, [(torch.randn(9, 8),)] * 3, [torch.randn(1, 8)])  # examples of another shape besides
+    assert model.runs == 4 * depth
+    model.runs = 0
+    gathered(model, chains[:2], [(torch.randn(9, 8),)] * 3)  # no further than the last of them
+    assert model.runs == 3 * 2
+    monkeypatch.setattr(fitting, "_MOST_BYTES", 2 * 2 * 8 * 9 * (9 + 8))  # two at a time
+    model.runs = 0
+    gathered(model, chains, [(torch.randn(9, 8),)] * 3)
+    assert model.runs == 3 * sum(range(2, depth + 1, 2))
+
+
+def test_a_chain_that_is_not_reached_leaves_the_others_their_sums():
+    class Second(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mlps[0](x)
+            return self.mlps[2](x if x.shape[0] > 4 else self.mlps[1](x))
+
+    model = Second(3).eval()
+    chains = Chains(Rows(3), [f"mlps.{i}.1" for i in range(3)]).in_windows(1)
+    batches = [(torch.randn(4, 8),), (torch.randn(8, 8),), (torch.randn(4, 8),)]
+    first, second, third = (gathered(model, chains, batches)[chain] for chain in chains)
+    assert second is None
+    assert first.moments.fitted.positions + first.moments.held_out.positions == 16
+    assert third.moments.fitted.positions + third.moments.held_out.positions == 16
+
+
+def test_what_ran_before_a_chain_had_ended_is_told():
+    model = Rows(3).eval()
+    chains = Chains(model, list(isolate_activations(model))).in_windows(1)
+    watched = ["mlps.0.0", "mlps.1.0", "mlps.1.3", "mlps.2.1"]
+    ran = [one.ran for one in gathered(model, chains, [(torch.randn(9, 8),)] * 2, watched=watched).values()]
+    assert ran == [{"mlps.0.0"}, {"mlps.0.0", "mlps.1.0", "mlps.1.3"}, {*watched}]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

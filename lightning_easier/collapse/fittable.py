@@ -15,7 +15,7 @@ from lightning_easier.adjacency import Adjacency
 from lightning_easier.collapse.convolutions import CONVOLUTIONS
 from lightning_easier.collapse.least_squares import Geometry
 from lightning_easier.dataflow import FlowNode, Kind
-from lightning_easier.discovery import Discovery
+from lightning_easier.discovery import Discovery, KnownForwards
 from lightning_easier.neighbourhood import Meeting
 from lightning_easier.padding import numeric_padding
 from lightning_easier.rectifiers import GATES, FunctionalPReLU
@@ -44,6 +44,11 @@ class FitChain:
         """Names of all but the first operator, which become identities."""
         return (*self.sites, *self.between, *self.operators[1:])
 
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of all that something else takes the place of when an operator is put in the place of the chain."""
+        return (self.operators[0], *self.behind, *([] if self.norm is None else [self.norm]))
+
 
 class CannotFitError(Exception):
     """No operator can take the place of a chain; the message is the reason."""
@@ -55,13 +60,14 @@ class Chains:
     Args:
         model: A model in eval mode, its activations isolated.
         sites: Names of the activations.
+        known: What earlier looks at the same model have found out.
 
     Attributes:
         reasons: Site -> why it is in no chain.
     """
 
-    def __init__(self, model: nn.Module, sites: Collection[str]) -> None:
-        plan = Discovery(frozenset(GATES)).plan(model)
+    def __init__(self, model: nn.Module, sites: Collection[str], known: KnownForwards | None = None) -> None:
+        plan = Discovery(frozenset(GATES), known).plan(model)
         adjacency = Adjacency(model, plan)
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}

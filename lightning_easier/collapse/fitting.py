@@ -7,7 +7,7 @@ forward of the model stays as it is written, and an exact collapse takes the ide
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from lightning_easier.substitution import Absorbed
 _POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
 # Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
 MOST_FITS = 7
+# Of the sums that are gathered in one run over the data.
+_MOST_BYTES = 2**30
+
+_T = TypeVar("_T")
 
 
 class _EndOfChainError(BaseException):
@@ -39,81 +43,161 @@ def positions_wanted(chain: FitChain) -> int:
 def _nothing() -> None: ...
 
 
+class Gathered(NamedTuple):
+    """What was summed up of one chain.
+
+    Attributes:
+        moments: The sums.
+        shape: Of what goes into the chain at the example inputs.
+        ran: Which of the watched modules ran before the chain had ended, in any batch: where they are still what they
+            were, so are the sums.
+    """
+
+    moments: Moments
+    shape: torch.Size
+    ran: frozenset[str]
+
+
 def gather(
     model: nn.Module,
-    chain: FitChain,
+    chains: Iterable[FitChain],
     batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    watched: Iterable[str] = (),
     advance: Callable[[], object] = _nothing,
-) -> tuple[Moments, torch.Size]:
-    """Run a model up to the end of a chain, and sum up what goes in and what comes out.
+) -> Iterator[tuple[FitChain, Gathered | None]]:
+    """Sum up what goes into each of some chains and what comes out, in one run over the data for as many as fit.
 
     Args:
-        model: The model, in eval mode.
-        chain: The chain.
+        model: The model, in eval mode; whatever is done to it between two chains has to be undone before the next.
+        chains: The chains.
         batches: The forward's positional arguments, for each batch.
-        advance: What is called behind each batch.
+        arguments: Example inputs.
+        watched: Names of modules of which is said whether they ran.
+        advance: What is called after each batch, for each chain.
 
-    Returns:
-        The sums, and the shape of what goes in, of the first batch.
-
-    Raises:
-        CannotFitError: If the forward does not get there.
+    Yields:
+        Each chain, and its sums; None if the forward does not get there.
     """
-    moments: list[Moments] = []
-    shapes: list[torch.Size] = []
-    positions = -(-positions_wanted(chain) // len(batches))
+    watched = tuple(watched)
+    for group in _groups(model, chains):
+        moments: dict[FitChain, Moments] = {}
+        shapes: dict[FitChain, torch.Size] = {}
 
-    def add(value: Tensor, output: Tensor) -> None:
-        if not moments:
-            axis = 1 if chain.geometry.kernel else -1
-            moments.append(Moments.of(chain.geometry, output.shape[axis], output.device))
-            shapes.append(value.shape)
-        moments[0].add(value, output, positions)
-        advance()
+        def add(
+            chain: FitChain,
+            value: Tensor,
+            output: Tensor,
+            moments: dict[FitChain, Moments] = moments,
+            shapes: dict[FitChain, torch.Size] = shapes,
+        ) -> None:
+            if chain not in moments:
+                axis = 1 if chain.geometry.kernel else -1
+                moments[chain] = Moments.of(chain.geometry, output.shape[axis], output.device)
+                shapes[chain] = value.shape
+            moments[chain].add(value, output, -(-positions_wanted(chain) // len(batches)))
+            advance()
 
-    _run_up_to(model, chain, batches, add)
-    return moments[0], shapes[0]
+        reached = _run_up_to(model, group, batches, add, watched)
+        if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
+            shapes = _shapes_of_inputs(model, list(reached), arguments)
+        for chain in group:
+            is_there = chain in reached and chain in shapes
+            sums = moments.pop(chain, None)  # not kept beside those of the next
+            yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_there and sums is not None else None
 
 
-def _shape_of_input(model: nn.Module, chain: FitChain, arguments: Sequence[Tensor]) -> torch.Size:
-    """Return the shape of what goes into a chain."""
-    shapes: list[torch.Size] = []
-    _run_up_to(model, chain, [tuple(arguments)], lambda value, _: shapes.append(value.shape))
-    return shapes[0]
+def _groups(model: nn.Module, chains: Iterable[FitChain]) -> Iterator[list[FitChain]]:
+    """Put chains together whose sums fit into memory beside each other; each is in a group, however large it is."""
+    group: list[FitChain] = []
+    taken = 0
+    for chain in chains:
+        columns = chain.geometry.unknowns
+        outputs: Tensor = model.get_submodule(chain.operators[-1]).weight  # type: ignore[assignment]
+        needed = 2 * 8 * columns * (columns + len(outputs))  # what is fitted and what is held out, in float64
+        if group and taken + needed > _MOST_BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(chain)
+        taken += needed
+    if group:
+        yield group
+
+
+def _shapes_of_inputs(
+    model: nn.Module, chains: Sequence[FitChain], arguments: Sequence[Tensor]
+) -> dict[FitChain, torch.Size]:
+    """Return the shapes of what goes into chains."""
+    shapes: dict[FitChain, torch.Size] = {}
+
+    def note(chain: FitChain, value: Tensor, _: Tensor) -> None:
+        shapes[chain] = value.shape
+
+    _run_up_to(model, chains, [tuple(arguments)], note)
+    return shapes
 
 
 def _run_up_to(
     model: nn.Module,
-    chain: FitChain,
+    chains: Sequence[FitChain],
     batches: Iterable[tuple[Tensor, ...]],
-    see: Callable[[Tensor, Tensor], None],
-) -> None:
-    """Run a model up to the end of a chain, and show what goes in and what comes out.
+    see: Callable[[FitChain, Tensor, Tensor], None],
+    watched: Iterable[str] = (),
+) -> dict[FitChain, frozenset[str]]:
+    """Run a model up to the end of the last of some chains, and show what goes into each and what comes out.
 
-    Raises:
-        CannotFitError: If the forward does not get there.
+    Returns:
+        For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
-    inputs: list[Tensor] = []
+    inputs: dict[FitChain, Tensor] = {}
+    running: set[str] = set()  # and what ran, in this batch
+    ran: dict[FitChain, set[str]] = {chain: set() for chain in chains}
+    missing: set[FitChain] = set()
 
-    def begin(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-        inputs[:] = [*arguments, *keywords.values()][:1]
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, arguments: running.add(name)
 
-    def end(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        (value,) = inputs
-        see(value, output)
-        raise _EndOfChainError
+    def begin(chain: FitChain) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            for value in [*arguments, *keywords.values()][:1]:
+                inputs[chain] = value
+
+        return hook
+
+    def end(chain: FitChain) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if chain not in missing or chain not in inputs:  # it was called before
+                return
+            missing.remove(chain)
+            ran[chain] |= running
+            see(chain, inputs.pop(chain), output)
+            if not missing:
+                raise _EndOfChainError
+
+        return hook
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
-        first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
-        stack.callback(first.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        stack.callback(last.register_forward_hook(end).remove)
+        for name in watched:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+        for chain in chains:
+            first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
+            stack.callback(first.register_forward_pre_hook(begin(chain), with_kwargs=True).remove)
+            stack.callback(last.register_forward_hook(end(chain)).remove)
         for arguments in batches:
+            missing.update(ran)
+            running.clear()
+            inputs.clear()
             try:
                 model(*copies(arguments))
             except _EndOfChainError:
                 continue
-            raise CannotFitError("the model's forward does not call it")
+            for chain in missing:
+                del ran[chain]
+            missing.clear()
+            if not ran:
+                break
+    return {chain: frozenset(names) for chain, names in ran.items()}
 
 
 def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
@@ -131,6 +215,39 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
         CannotFitError: If it does not, since its forward reads more of the operators than what they compute; the model
             is as it was.
     """
+    old = _put_fitted(model, choice)
+    try:
+        with torch.no_grad():
+            model(*copies(arguments))
+    except Exception as error:  # whatever the user's forward raises
+        put(model, old)
+        raise _does_not_run(error) from error
+    return old
+
+
+def try_out(model: nn.Module, choice: Choice, run: Callable[[], _T]) -> _T:
+    """Run something while an operator is in the place of a chain; the model is as it was afterwards.
+
+    Args:
+        model: The model, in eval mode.
+        choice: The operator.
+        run: Runs the model; what it returns is returned.
+
+    Raises:
+        CannotFitError: As for :func:`replace`.
+    """
+    old = _put_fitted(model, choice)
+    try:
+        with torch.no_grad():
+            return run()
+    except Exception as error:  # whatever the user's forward raises
+        raise _does_not_run(error) from error
+    finally:
+        put(model, old)
+
+
+def _put_fitted(model: nn.Module, choice: Choice) -> dict[str, nn.Module]:
+    """Put an operator in the place of a chain, in place; return what was there before, by name."""
     chain = choice.chain
     first: Any = model.get_submodule(chain.operators[0])
     new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(first.weight).eval()}
@@ -139,13 +256,11 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
         new[chain.norm] = with_statistics(model.get_submodule(chain.norm), choice.fit.mean, choice.fit.variance)
     old = {name: model.get_submodule(name) for name in new}
     put(model, new)
-    try:
-        with torch.no_grad():
-            model(*copies(arguments))
-    except Exception as error:  # whatever the user's forward raises
-        put(model, old)
-        raise CannotFitError(f"the model does not run with an operator in its place: {error}") from error
     return old
+
+
+def _does_not_run(error: Exception) -> CannotFitError:
+    return CannotFitError(f"the model does not run with an operator in its place: {error}")
 
 
 def is_adjustable(norm: Any) -> bool:
@@ -206,15 +321,39 @@ def fit_chain(
     Raises:
         CannotFitError: If the forward does not get there.
     """
-    moments, _ = gather(model, chain, batches, advance)
-    reason = moments.why_no_fit()
+    ((_, gathered),) = gather(model, [chain], batches, arguments, advance=advance)
+    return fit_to(model, chain, gathered, prices, advance)
+
+
+def fit_to(
+    model: nn.Module,
+    chain: FitChain,
+    gathered: Gathered | None,
+    prices: ChainPrices,
+    advance: Callable[[], object] = _nothing,
+) -> list[Choice]:
+    """Fit and price every operator that may take the place of a chain whose sums are known.
+
+    Args:
+        model: As for :func:`fit_chain`.
+        chain: The chain.
+        gathered: Its sums, as :func:`gather` yields them.
+        prices: As for :func:`fit_chain`.
+        advance: What is called after each fit.
+
+    Raises:
+        CannotFitError: If there are none, or too few values went into them.
+    """
+    if gathered is None:
+        raise CannotFitError("the model's forward does not call it")
+    reason = gathered.moments.why_no_fit()
     if reason is not None:
         raise CannotFitError(reason)
     fitted = []
-    for fit in fits(moments):
+    for fit in fits(gathered.moments):
         fitted.append(fit)
         advance()
-    return priced(model, chain, fitted, _shape_of_input(model, chain, arguments), prices)
+    return priced(model, chain, fitted, gathered.shape, prices)
 
 
 def fit_chains(
