@@ -150,6 +150,11 @@ class _Found(NamedTuple):
     left_alone: str | None
 
 
+def _is_alike(module: nn.Module) -> bool:
+    """Tell whether a module is one of ours, whose forward is alike in every instance; what it holds is never called."""
+    return getattr(type(module), "forward_is_alike", False)
+
+
 class KnownForwards:
     """Remembers what forwards do from one look at a model to the next: what is still as it was is not traced again.
 
@@ -216,7 +221,7 @@ class Discovery:
             nodes.append(self._take(module, name, step, nodes, inputs))
         for unread in inputs.values:  # optional arguments, whose way is not followed
             self._flow.add(Kind.UNKNOWN, f"an optional argument of `{name}`", [unread])
-        if first_time:
+        if first_time and not _is_alike(module):
             self._run_uncalled(module, name, steps)
         return nodes[-1]
 
@@ -295,7 +300,7 @@ class Discovery:
 
     def _recall(self, module: nn.Module, name: str) -> Sequence[Step]:
         """Return what the forward of a module does, and plan its rewriting, as an earlier look did if there was one."""
-        if getattr(type(module), "forward_is_alike", False):
+        if _is_alike(module):
             key = type(module), _names_an_activation(module, self._gates)
             if key not in _steps_of_class:
                 _steps_of_class[key] = self._steps_of(module, name)
