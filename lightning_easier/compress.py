@@ -1,7 +1,7 @@
 """Make a trained model shallower and faster without training it: fit, check, keep or take back, in minutes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from time import monotonic
@@ -17,8 +17,9 @@ from lightning_easier.arguments import as_globs, check_choice, check_integer, ch
 from lightning_easier.calibration import inputs_left_out, read_calibration
 from lightning_easier.collapse.fit_prices import ChainPrices, Choice, choose
 from lightning_easier.collapse.fittable import CannotFitError, Chains, FitChain
-from lightning_easier.collapse.fitting import MOST_FITS, fit_chain, in_steps, put, replace
+from lightning_easier.collapse.fitting import MOST_FITS, Gathered, Progress, fit_to, gather, put, replace, try_out
 from lightning_easier.collapse.prices import OBJECTIVES, Objective
+from lightning_easier.discovery import KnownForwards
 from lightning_easier.goals import Goal, Look, check_targets
 from lightning_easier.inference import (
     arguments_wanted,
@@ -387,6 +388,22 @@ class _Step(NamedTuple):
     new: dict[str, nn.Module]
 
 
+class _Fitted(NamedTuple):
+    """What was fitted to a chain, and what that depends on.
+
+    Attributes:
+        chain: The chain.
+        choices: The operators that save something.
+        ran: Which of the modules that may be replaced ran before the chain had ended.
+        beside: What had taken the place of those by then, by name.
+    """
+
+    chain: FitChain
+    choices: list[Choice]
+    ran: frozenset[str]
+    beside: dict[str, nn.Module]
+
+
 class _Search:
     """Tries operators in the places of chains.
 
@@ -421,6 +438,9 @@ class _Search:
         self._prices = prices
         self._slack = slack
         self._dense_outputs = self._outputs()
+        self._known = KnownForwards()
+        self._replaceable: list[str] = []
+        self._fitted: dict[tuple[str, ...], _Fitted] = {}
         self._steps: list[_Step] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Trial] = []
         self._undone: list[
@@ -439,30 +459,22 @@ class _Search:
 
     def candidates(self, sites: Sequence[str], clock: _Clock) -> list[_Candidate]:
         """Fit operators for every chain alone, and return those that may take its place, the best first."""
-        chains = Chains(self.model, sites)
-        outputs = self._dense_outputs
+        chains = Chains(self.model, sites, self._known)
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
-        for chain, advance in in_steps(whole, len(self._batches) + MOST_FITS, "Looking for operators"):
-            if clock.has_passed(_SEARCH):
-                self.was_cut = True
-                for site in chain.sites:
-                    chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
-                continue
-            try:
-                choices = self._worthwhile(self._fit(chain, advance))
-            except CannotFitError as error:
-                if len(chain.sites) == 1:
-                    chains.reasons[chain.sites[0]] = str(error)
-                continue
-            for choice in choices:
-                try:
-                    old = replace(self.model, choice, self._arguments)
-                except CannotFitError as error:  # the forward reads what only an operator of another kind has
-                    chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
-                    continue
-                found.append(_Candidate(choice, _drift(self._outputs(), outputs)))
-                put(self.model, old)
+        self._replaceable = sorted({name for chain in whole for name in chain.replaced})
+        looked_at = 0
+        with Progress(len(whole), len(self._batches) + MOST_FITS, "Looking for operators") as progress:
+            sums = self._gather(whole, progress.advance)
+            while looked_at < len(whole) and not clock.has_passed(_SEARCH):
+                chain, gathered = next(sums)
+                progress.name(chain)
+                found += self._candidates_for(chain, gathered, chains.reasons, progress.advance)
+                progress.finish()
+                looked_at += 1
+        self.was_cut = looked_at < len(whole)
+        for site in (site for chain in whole[looked_at:] for site in chain.sites):
+            chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
         tried = {site for each in found for site in each.choice.chain.sites}
         self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
         of_chain: dict[tuple[str, ...], list[_Candidate]] = {}
@@ -474,6 +486,26 @@ class _Search:
             return max([candidate.rank, *(candidate.rank_behind(o) for o in best if candidate.follows(o))])
 
         return sorted(best, key=rank)
+
+    def _candidates_for(
+        self, chain: FitChain, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+    ) -> list[_Candidate]:
+        """Return what may take the place of one chain; add why nothing may, by site."""
+        try:
+            choices = self._worthwhile(self._fit_to(chain, gathered, advance))
+        except CannotFitError as error:
+            if len(chain.sites) == 1:
+                reasons[chain.sites[0]] = str(error)
+            return []
+        found = []
+        for choice in choices:
+            try:
+                outputs = try_out(self.model, choice, self._outputs)
+            except CannotFitError as error:  # the forward reads what only an operator of another kind has
+                reasons.update(dict.fromkeys(chain.sites, str(error)))
+                continue
+            found.append(_Candidate(choice, _drift(outputs, self._dense_outputs)))
+        return found
 
     def _worthwhile(self, choices: Sequence[Choice]) -> list[Choice]:
         """Return what saves something and has no equal that saves more.
@@ -503,8 +535,8 @@ class _Search:
             self._steps.remove(step)
         try:
             # a neighbour may have gone, and one of its ends with it
-            chain = Chains(self.model, chain.sites).around(chain.sites)
-            choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind and choice.saving > 0]
+            chain = Chains(self.model, chain.sites, self._known).around(chain.sites)
+            choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind]
             if not choices:
                 raise CannotFitError("does not pay any more beside its neighbours")
             choice = next((each for each in choices if str(each.fit.operator) == str(wanted.operator)), choices[0])
@@ -551,8 +583,35 @@ class _Search:
             step.trial.kept, step.trial.reason = True, None
         self._undone = []
 
-    def _fit(self, chain: FitChain, advance: Callable[[], object] = lambda: None) -> list[Choice]:
-        return fit_chain(self.model, chain, self._batches, self._arguments, self._prices, advance)
+    def _fit(self, chain: FitChain) -> list[Choice]:
+        """Return the operators for a chain that save something, those of the last time where nothing before it changed.
+
+        Raises:
+            CannotFitError: If there are none.
+        """
+        known = self._fitted.get(chain.sites)
+        if known is None or known.chain != chain or known.beside != self._in_place(known.ran):
+            ((_, gathered),) = self._gather([chain])
+            self._fit_to(chain, gathered)
+        return self._fitted[chain.sites].choices
+
+    def _gather(
+        self, chains: Sequence[FitChain], advance: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[FitChain, Gathered | None]]:
+        return gather(self.model, chains, self._batches, self._arguments, self._replaceable, advance)
+
+    def _fit_to(
+        self, chain: FitChain, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
+    ) -> list[Choice]:
+        choices = fit_to(self.model, chain, gathered, self._prices, advance)
+        ran = frozenset() if gathered is None else gathered.ran
+        saving = [choice for choice in choices if choice.saving > 0]
+        self._fitted[chain.sites] = _Fitted(chain, saving, ran, self._in_place(ran))
+        return choices
+
+    def _in_place(self, names: Container[str]) -> dict[str, nn.Module]:
+        """Return what has taken the place of modules of these names."""
+        return {name: module for step in self._steps for name, module in step.new.items() if name in names}
 
     def _outputs(self) -> list[Tensor]:
         """Return what the model makes of some of the calibration data: a matrix for each of its outputs."""

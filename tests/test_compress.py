@@ -400,7 +400,7 @@ def test_it_ends_when_its_minutes_are_over(monkeypatch):
         monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
         return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
 
-    report = at_a_pace(20)  # two chains are looked at in the first minute, one is tried in the second
+    report = at_a_pace(24)  # two chains are looked at in the first minute, one is tried in the second
     assert [trial.kept for trial in report.trials] == [True]
     assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * 2
     assert report.ended == "the 2 minutes of `max_minutes` are over"
@@ -416,6 +416,50 @@ def test_what_it_will_take_is_known_from_the_start(monkeypatch):
     (bar,) = bars
     assert bar["total"] == 3 * (len(BATCHES) + fitting.MOST_FITS)
     assert bar.get("delay", 0) == 0
+
+
+def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before_has_changed(monkeypatch):
+    runs, looks = [], []
+    gather, around = compress_module.gather, compress_module.Chains.around
+
+    def counted(model, chains, *args):
+        runs.append([chain.sites for chain in chains])
+        yield from gather(model, chains, *args)
+
+    monkeypatch.setattr(compress_module, "gather", counted)
+    monkeypatch.setattr(compress_module.Chains, "around", lambda *args: looks.append(args[1]) or around(*args))
+    report = compress(mlps(4), BATCHES, **OPTIONS).report
+    chains = [(f"mlps.{number}.1",) for number in range(4)]
+    assert [trial.sites for trial in report.trials] == chains[::-1]  # nothing that goes lies before the next
+    assert runs == [chains]
+
+    runs.clear()
+    model = mlps(4)
+    for number, mlp in enumerate(model.mlps):  # now the first says least
+        mlp[3].weight.data *= 0.1 ** (3 - number)
+    report = compress(model, BATCHES, **OPTIONS).report
+    assert [trial.sites for trial in report.trials] == chains
+    assert runs == [chains, *([chain] for chain in chains[1:])]
+
+
+def test_a_fit_that_is_used_again_is_the_one_that_would_be_made(monkeypatch):
+    torch.manual_seed(1)
+    model = randomized(CifarResNet(20))
+    images = [torch.randn(24, 3, 12, 12) for _ in range(3)]
+    options = {
+        **OPTIONS,
+        "evaluate": lambda model: float(model(images[0]).detach().mean()),
+        "tolerance": 1e-2,
+        "max_rejections": 5,
+    }
+    once = compress(model, images, **options)
+    search = compress_module._Search
+    monkeypatch.setattr(search, "_in_place", lambda self, names: {"": nn.Identity()})  # nothing is what it was
+    again = compress(model, images, **options)
+    assert len({trial.kept for trial in once.report.trials}) == 2
+    assert [vars(trial) for trial in once.report.trials] == [vars(trial) for trial in again.report.trials]
+    for key, value in once.fitted.state_dict().items():
+        assert torch.equal(value, again.fitted.state_dict()[key])
 
 
 def test_a_run_that_fitted_is_compared_with_its_dense_network():

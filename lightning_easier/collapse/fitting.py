@@ -380,25 +380,48 @@ def fit_chains(
     chains = Chains(model, sites)
     choices = []
     rows = chains.in_rows()
-    for chain, advance in in_steps(rows, len(batches) + MOST_FITS, "Fitting"):
-        try:
-            choice = choose(fit_chain(model, chain, batches, arguments, prices, advance), prices, slack)
-            replace(model, choice, arguments)
-            choices.append(choice)
-        except CannotFitError as error:
-            chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
+    with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
+        for chain in rows:
+            progress.name(chain)
+            try:
+                choice = choose(fit_chain(model, chain, batches, arguments, prices, progress.advance), prices, slack)
+                replace(model, choice, arguments)
+                choices.append(choice)
+            except CannotFitError as error:
+                chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
+            progress.finish()
     return choices, chains.reasons
 
 
-def in_steps(
-    chains: Sequence[FitChain], steps: int, description: str
-) -> Iterator[tuple[FitChain, Callable[[], object]]]:
-    """Yield chains with what is to be called behind each step, of which a chain has so many at most.
+class Progress:
+    """One progress bar for all chains, whose total is known from the start.
 
-    One progress bar shows the steps of all chains; those that a chain does without are taken when it is done.
+    Args:
+        chains: How many chains there are.
+        steps: How many steps each takes at most: a batch, a fit.
+        description: What is done.
     """
-    with tqdm(total=len(chains) * steps, desc=description, leave=False, disable=None) as bar:
-        for number, chain in enumerate(chains, 1):
-            bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
-            yield chain, bar.update
-            bar.update(number * steps - bar.n)
+
+    def __init__(self, chains: int, steps: int, description: str) -> None:
+        self._bar = tqdm(total=chains * steps, desc=description, leave=False, disable=None)
+        self._steps = steps
+        self._done = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Tell of a step, of whichever chain."""
+        self._bar.update()
+
+    def name(self, chain: FitChain) -> None:
+        """Show which chain it is at."""
+        self._bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
+
+    def finish(self) -> None:
+        """Tell that a chain is done; the steps that it did without are taken."""
+        self._done += 1
+        self._bar.update(max(0, self._done * self._steps - self._bar.n))
