@@ -34,7 +34,7 @@ from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
 from lightning_easier.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
 from lightning_easier.rectifiers import GATES
-from lightning_easier.substitution import ChainFit
+from lightning_easier.substitution import Absorbed, ChainFit
 
 
 class Operation(NamedTuple):
@@ -216,8 +216,13 @@ def check_activations(pl_module: LightningModule, known: Mapping[str, str]) -> N
         ValueError: If one is missing, or of another class.
     """
     now = activations_of(pl_module, GATES.keys())
+    absorbed = {
+        name for name, part in pl_module.named_modules() if isinstance(part, Absorbed)
+    }  # by a fit, with another
     others = [
-        f"{name!r} is {now.get(name, 'gone')}, and was {kind}" for name, kind in known.items() if now.get(name) != kind
+        f"{name!r} is {now.get(name, 'gone')}, and was {kind}"
+        for name, kind in known.items()
+        if now.get(name) != kind and name not in absorbed
     ]
     if others:
         raise ValueError(
