@@ -131,7 +131,7 @@ def compress(
         >>> import torch
         >>> from torch import nn
         >>> mlp = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
-        >>> result = compress(mlp, [torch.randn(64, 8) for _ in range(4)], objective="macs")
+        >>> result = compress(mlp, [torch.randn(64, 8) for _ in range(4)], objective="macs", max_drift=0.5)
         >>> result.model
         Sequential(
           (0): Linear(in_features=8, out_features=8, bias=True)
