@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
 from lightning_easier.bytecode import ExecutedCode, why_unfaithful
@@ -39,6 +40,13 @@ class InPlaceProxy(fx.Proxy):
         if is_foreign_frame(1):
             raise UntraceableError(f"it sets the attribute `{name}` of a value")
         super().__setattr__(name, value)
+
+    def __getattr__(self, k: str) -> Attribute:
+        return _InPlaceAttribute(self, k)
+
+
+class _InPlaceAttribute(Attribute, InPlaceProxy):
+    """An attribute of a value that may be another view of it: ``x.mT``."""
 
 
 class RecordingProxy(InPlaceProxy):

@@ -318,7 +318,14 @@ def the_input_of_a_fork(s, x):
     return left + y
 
 
-@pytest.mark.parametrize("forward", [through_a_view, through_an_alias, the_input_of_a_fork])
+def through_an_attribute(s, x):
+    y = s.a(x)
+    turned = y.mT
+    turned += 1
+    return s.b(y)
+
+
+@pytest.mark.parametrize("forward", [through_a_view, through_an_alias, the_input_of_a_fork, through_an_attribute])
 def test_values_that_are_written_to_under_another_name_keep_their_function(forward):
     merges_of(WritesIntoAShared(forward), IMAGES)
 

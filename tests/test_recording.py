@@ -64,6 +64,14 @@ def in_place_power(s, x):
     return F.relu(z - 1) + skip
 
 
+def in_place_on_a_transpose(s, x):
+    z = s.fc(x)
+    turned = z.mT
+    turned += 1
+    turned[0] = 0.5
+    return F.relu(z - 1)
+
+
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
@@ -97,6 +105,7 @@ def append_identity(model):
         (lambda: Net(averages, average=torch.ones(4)), None),
         (lambda: Net(initializes, average=torch.zeros(4), ready=torch.tensor(False)), None),
         (lambda: Net(in_place_power), None),
+        (lambda: Net(in_place_on_a_transpose), None),
         (lambda: Net(lambda s, x: s.fc(s.inner.features(x)), inner=Backbone()), None),
         (lambda: Net(lambda s, x: F.dropout(F.relu(s.fc(x)), s.drop.p, s.drop.training), drop=dropout()), None),
         (lambda: Net(lambda s, x: F.dropout(F.relu(s.fc(x)), s.drop.p, s.training), drop=dropout()), set_rate),
