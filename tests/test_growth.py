@@ -1,6 +1,7 @@
 """How much is done, counted, as models and runs grow: nothing grows with the square of their size."""
 
 from collections import Counter
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -157,3 +158,44 @@ def test_what_is_known_of_forwards_is_what_would_be_found(monkeypatch, is_isolat
 
     model.train()
     assert described(Discovery(gates, known).plan(model)) == described(Discovery(gates).plan(model))
+
+
+class Unfolds(nn.Module):
+    """Asks of maps, which grow on the way, whether they are made of patches, as MobileViT does."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+
+    def forward(self, x):
+        for number in range(self.depth):
+            x = nn.functional.pad(x, (0, 2 * number, 0, 2))
+            n, height, width = x.shape
+            x = x.reshape(n * (height // 2), 2, width // 2, 2).transpose(1, 2).reshape(n, height, width)
+        return x
+
+
+def test_what_is_known_of_sizes_is_not_simplified_again_with_every_question(monkeypatch):
+    """torch would, with the square of the questions; the conditions of the graph are the same."""
+    exporting = import_module("lightning_easier.collapse.exporting")
+    symbolic = import_module("torch.fx.experimental.symbolic_shapes")
+    expand, calls = symbolic.safe_expand, Counter()
+
+    def counted_expand(expression):
+        calls["expand"] += 1
+        return expand(expression)
+
+    monkeypatch.setattr(symbolic, "safe_expand", counted_expand)
+    update = symbolic.ShapeEnv._update_version_counter
+
+    def conditions(depth: int) -> tuple[int, tuple[str, ...]]:
+        calls.clear()
+        attempt = exporting.Attempt((torch.randn(2, 8, 8),), (frozenset(range(3)),))
+        _, constants = exporting.export_layers(Unfolds(depth).eval(), attempt)
+        assert symbolic.ShapeEnv._update_version_counter is update
+        return calls["expand"], constants[exporting.GUARDS].conditions
+
+    (once, _), (twice, found) = conditions(1), conditions(2)
+    assert twice < 2.5 * once
+    monkeypatch.setattr(exporting, "_simplified_once", nullcontext)
+    assert conditions(2)[1] == found

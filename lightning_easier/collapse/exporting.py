@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -89,7 +90,8 @@ def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
             named[parameter.name] = tuple(sizes[len(named) :])
         elif len(named) < len(sizes):
             named[parameter.name] = sizes[len(named)]
-    with torch.enable_grad(), quiet():  # with gradients, so that it is seen where a forward turns them off
+    # with gradients, so that it is seen where a forward turns them off
+    with torch.enable_grad(), quiet(), _simplified_once():
         return torch.export.export(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
 
 
@@ -116,6 +118,29 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
         guards.inputs, [*(f"{name}.ndim == {x.ndim}" for name, x in inputs.items()), *guards.conditions]
     )
     return graph, constants
+
+
+@contextmanager
+def _simplified_once() -> Iterator[None]:
+    """Keep torch from simplifying all that it knows of sizes again whenever it learns that one divides another.
+
+    That takes time that grows with the square of the questions that a forward asks. What torch can't tell without it
+    becomes one more condition of the graph: it is never wrong. A torch that has no such step is left as it is.
+    """
+    original = getattr(ShapeEnv, "_update_version_counter", None)
+    if original is None:
+        yield
+        return
+
+    def update(self: ShapeEnv) -> None:
+        original(self)
+        self._resimplify_floor_div_axioms = False
+
+    setattr(ShapeEnv, "_update_version_counter", update)  # noqa: B010  # mypy knows no other way
+    try:
+        yield
+    finally:
+        setattr(ShapeEnv, "_update_version_counter", original)  # noqa: B010
 
 
 @contextmanager
