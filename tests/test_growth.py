@@ -1,7 +1,7 @@
 """How much is done, counted, as models and runs grow: nothing grows with the square of their size."""
 
+import math
 from collections import Counter
-from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, isolate_activations, linearize, measure_affines, measure_fits
+from lightning_easier.collapse.capture import capture
 from lightning_easier.discovery import Discovery, KnownForwards
 from lightning_easier.rectifiers import GATES
 from lightning_easier.substitution import Absorbed
@@ -160,42 +161,41 @@ def test_what_is_known_of_forwards_is_what_would_be_found(monkeypatch, is_isolat
     assert described(Discovery(gates, known).plan(model)) == described(Discovery(gates).plan(model))
 
 
-class Unfolds(nn.Module):
-    """Asks of maps, which grow on the way, whether they are made of patches, as MobileViT does."""
+class RoundsUp(nn.Module):
+    """Makes whole patches of its maps again and again, as MobileViT does: sizes are roundings of roundings."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.depth = depth
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, stride=2, padding=1) for _ in range(depth))
 
     def forward(self, x):
-        for number in range(self.depth):
-            x = nn.functional.pad(x, (0, 2 * number, 0, 2))
-            n, height, width = x.shape
-            x = x.reshape(n * (height // 2), 2, width // 2, 2).transpose(1, 2).reshape(n, height, width)
+        for conv in self.convs:
+            x = conv(x)
+            n, c, height, width = x.shape
+            rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+            if (height, width) != (2 * rows, 2 * columns):
+                x = nn.functional.interpolate(x, (2 * rows, 2 * columns))
+            x = x.reshape(n, c, rows, 2, columns, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, c, 4, rows * columns)
+            x = x.softmax(-1).reshape(n, c, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3)
+            x = x.reshape(n, c, 2 * rows, 2 * columns)
         return x
 
 
-def test_what_is_known_of_sizes_is_not_simplified_again_with_every_question(monkeypatch):
-    """torch would, with the square of the questions; the conditions of the graph are the same."""
+def test_a_forward_that_rounds_sizes_again_and_again_is_captured_with_fewer_free_axes(monkeypatch):
+    """sympy takes minutes for sizes that are such expressions; what a size may cost is told by its length."""
     exporting = import_module("lightning_easier.collapse.exporting")
-    symbolic = import_module("torch.fx.experimental.symbolic_shapes")
-    expand, calls = symbolic.safe_expand, Counter()
+    asked = exporting.ShapeEnv.evaluate_expr
+    model, x = RoundsUp(2).eval(), torch.randn(2, 3, 64, 48)
 
-    def counted_expand(expression):
-        calls["expand"] += 1
-        return expand(expression)
+    whole, samples, *_ = exporting.attempts((x,))
+    assert whole.free == (frozenset(range(4)),)
+    assert samples.free == (frozenset({0}),)
+    with pytest.raises(RuntimeError, match=r"expression of more than \d+ terms"):
+        exporting.export_layers(model, whole)
+    assert exporting.ShapeEnv.evaluate_expr is asked
 
-    monkeypatch.setattr(symbolic, "safe_expand", counted_expand)
-    update = symbolic.ShapeEnv._update_version_counter
-
-    def conditions(depth: int) -> tuple[int, tuple[str, ...]]:
-        calls.clear()
-        attempt = exporting.Attempt((torch.randn(2, 8, 8),), (frozenset(range(3)),))
-        _, constants = exporting.export_layers(Unfolds(depth).eval(), attempt)
-        assert symbolic.ShapeEnv._update_version_counter is update
-        return calls["expand"], constants[exporting.GUARDS].conditions
-
-    (once, _), (twice, found) = conditions(1), conditions(2)
-    assert twice < 2.5 * once
-    monkeypatch.setattr(exporting, "_simplified_once", nullcontext)
-    assert conditions(2)[1] == found
+    captured = capture(model, (x,))
+    more = torch.randn(5, 3, 64, 48)
+    torch.testing.assert_close(captured(more), model(more))
+    with pytest.raises(AssertionError, match=r"x.size\(\)\[2\] == 64"):
+        captured(torch.randn(2, 3, 32, 48))

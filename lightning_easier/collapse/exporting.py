@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from itertools import islice
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -24,6 +26,8 @@ from lightning_easier.collapse.reading import BATCH_NORMS
 GUARDS = "_guards_fn"
 """The name that torch.export gives to what checks sizes."""
 _OUTPUT = "_output"
+_LONGEST_SIZE = 256
+"""Terms of a size, in numbers, symbols and operations. Networks of plain strides stay below 200."""
 _logger = logging.getLogger(__name__)
 # Layers that are called again in the place of the one ATen operator that they became
 _LAYERS: tuple[Any, ...] = (
@@ -91,7 +95,7 @@ def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
         elif len(named) < len(sizes):
             named[parameter.name] = sizes[len(named)]
     # with gradients, so that it is seen where a forward turns them off
-    with torch.enable_grad(), quiet(), _simplified_once():
+    with torch.enable_grad(), quiet(), _short_sizes():
         return torch.export.export(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
 
 
@@ -121,26 +125,30 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
 
 
 @contextmanager
-def _simplified_once() -> Iterator[None]:
-    """Keep torch from simplifying all that it knows of sizes again whenever it learns that one divides another.
+def _short_sizes() -> Iterator[None]:
+    """Give up an export whose sizes are long expressions of the free ones.
 
-    That takes time that grows with the square of the questions that a forward asks. What torch can't tell without it
-    becomes one more condition of the graph: it is never wrong. A torch that has no such step is left as it is.
+    A patch embedding inside a network rounds a size up, and the next one rounds what it gets up again: sympy then takes
+    minutes for what is asked of such a size, and seconds with fewer free axes.
+
+    Raises:
+        RuntimeError: Where torch asks for a size of more than :data:`_LONGEST_SIZE` terms.
     """
-    original = getattr(ShapeEnv, "_update_version_counter", None)
-    if original is None:
-        yield
-        return
+    original = ShapeEnv.evaluate_expr
+    short: set[sympy.Basic] = set()
 
-    def update(self: ShapeEnv) -> None:
-        original(self)
-        self._resimplify_floor_div_axioms = False
+    def evaluate(self: ShapeEnv, size: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
+        if size not in short:
+            if sum(1 for _ in islice(sympy.preorder_traversal(size), _LONGEST_SIZE + 1)) > _LONGEST_SIZE:
+                raise RuntimeError(f"a size inside it is an expression of more than {_LONGEST_SIZE} terms")
+            short.add(size)
+        return original(self, size, *args, **kwargs)
 
-    setattr(ShapeEnv, "_update_version_counter", update)  # noqa: B010  # mypy knows no other way
+    setattr(ShapeEnv, "evaluate_expr", evaluate)  # noqa: B010  # mypy takes no other function for a method
     try:
         yield
     finally:
-        setattr(ShapeEnv, "_update_version_counter", original)  # noqa: B010
+        setattr(ShapeEnv, "evaluate_expr", original)  # noqa: B010
 
 
 @contextmanager
