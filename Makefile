@@ -19,7 +19,7 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 demo: $(VENV)/.demo  ## Train, prune, collapse, export and verify on handwritten digits; under three minutes.
-	$(BIN)/python -m lightning_easier.demo --output demo_output
+	$(BIN)/python -m lightning_easier.zoo.demo --output demo_output
 
 test: $(VENV)/.dev lint  ## Lint, then run all tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -31,6 +31,7 @@ lint: $(VENV)/.dev  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff check --fix .

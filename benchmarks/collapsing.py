@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lightning_easier import collapse, isolate_activations, linearize
-from lightning_easier.inference import relative_difference
 from lightning_easier.report import Table
-from lightning_easier.timing import LatencyTable, measure_latency, speed_up
+from lightning_easier.support.inference import relative_difference
+from lightning_easier.support.timing import LatencyTable, measure_latency, speed_up
 
 NETWORKS = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet1_0",

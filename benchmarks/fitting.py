@@ -14,7 +14,7 @@ import rich
 import torch
 from torch import nn
 
-from lightning_easier.collapse.least_squares import Geometry, Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, fits
 from lightning_easier.report import Table
 
 CHANNELS = (64, 128, 256, 512)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_easier import EntropyPruningCallback
-from lightning_easier.costs import measure_activation_memory
 from lightning_easier.report import Table
-from lightning_easier.timing import Latency, speed_up
+from lightning_easier.support.costs import measure_activation_memory
+from lightning_easier.support.timing import Latency, speed_up
 
 
 def cifar_resnet18() -> nn.Module:

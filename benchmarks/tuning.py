@@ -42,9 +42,9 @@ from lightning_easier import (
     measure_entropy,
     measure_fits,
 )
-from lightning_easier.costs import count_macs
 from lightning_easier.report import Table
-from lightning_easier.timing import Latency, measure_latency, speed_up
+from lightning_easier.support.costs import count_macs
+from lightning_easier.support.timing import Latency, measure_latency, speed_up
 from lightning_easier.zoo import CifarResNet
 
 METHODS = ("dense", "identity", "affine", "fitted", "compress", "magnitude", "channels", "scratch")

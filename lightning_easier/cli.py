@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import Module
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
-from lightning_easier.arguments import check_integer
-from lightning_easier.candidates import candidates as list_candidates
-from lightning_easier.checkpoint import callback_states, load_pruned, read_checkpoint
-from lightning_easier.collapse import CollapseResult, collapse
-from lightning_easier.export import export
-from lightning_easier.inference import model_input
-from lightning_easier.linearize import read_marks
-from lightning_easier.probe import measure_entropy
+from lightning_easier.collapsing import CollapseResult, collapse
+from lightning_easier.exporting import export
+from lightning_easier.measure.probe import measure_entropy
+from lightning_easier.pruning.candidates import candidates as list_candidates
 from lightning_easier.report import PruningReport, Round
+from lightning_easier.structure.checkpoint import callback_states, load_pruned, read_checkpoint
+from lightning_easier.structure.linearize import read_marks
+from lightning_easier.support.arguments import check_integer
+from lightning_easier.support.inference import model_input
 
 try:
     import rich

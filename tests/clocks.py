@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_easier.costs import count_macs
+from lightning_easier.support.costs import count_macs
 
 _SECONDS_A_MAC, _SECONDS_AN_OPERATOR, _SECONDS_OF_ANY = 1e-9, 2e-6, 1e-3
 
@@ -17,7 +17,7 @@ Slowness = Callable[[float], float]
 
 
 class Clock:
-    """Stands in for :func:`lightning_easier.timing.stopwatch`: a call takes what its work costs, times the slowness.
+    """Stands in for :func:`~lightning_easier.support.timing.stopwatch`: a call takes its work, times slowness.
 
     Args:
         slowness: The slowness of the machine.

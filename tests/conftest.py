@@ -7,7 +7,7 @@ are marked ``real_clock`` use the machine's.
 import pytest
 import torch
 
-from lightning_easier import timing
+from lightning_easier.support import timing
 from tests.clocks import Clock, honest
 
 torch.set_num_threads(1)

@@ -132,8 +132,13 @@ def processes(root: Path) -> dict[str, Any]:
     """Run scenarios of the tests on two processes."""
     script = Path(__file__).parent / "integration" / "processes.py"
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(root)]
-        + list(PROCESSES),
+        [
+            sys.executable,
+            *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            script,
+            root,
+            *PROCESSES,
+        ],
         check=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )

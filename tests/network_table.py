@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_easier import EntropyProbe
-from lightning_easier.activations import isolated_sites
+from lightning_easier.sites.activations import isolated_sites
 from tests.networks import NETWORKS, Network
 
 PATH = Path(__file__).parents[1] / "docs" / "networks.md"

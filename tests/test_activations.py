@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_easier import EntropyProbe, isolate_activations, linearize, measure_entropy, restore
-from lightning_easier.activations import isolated_sites, match_names, planned_sites, unwrap
+from lightning_easier.sites.activations import isolated_sites, match_names, planned_sites, unwrap
 from tests.models import Functional, OptionalArgument, Residual
 
 

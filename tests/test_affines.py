@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_easier import collapse, linearize, load_pruned, measure_affines, measure_entropy, restore
-from lightning_easier.affines import AffineFit, AffineStatistics
-from lightning_easier.linearize import stand_ins
+from lightning_easier.measure.affines import AffineFit, AffineStatistics
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
 from tests.test_collapse_fit import randomized
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
-from lightning_easier.calibration import inputs_left_out, read_calibration
+from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from tests.test_collapse_fit import Mlp
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import CollapseError, collapse, export, isolate_activations, linearize
-from lightning_easier.collapse.guards import SizeGuards
-from lightning_easier.inference import relative_difference
+from lightning_easier.collapsing.exact.guards import SizeGuards
+from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
 from tests.test_linear_steps import conv
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lightning_easier import (
-    chain_fits,
     collapse,
     compress,
     expect_pruned,
@@ -17,8 +16,9 @@ from lightning_easier import (
     measure_fits,
     restore,
 )
-from lightning_easier.collapse.least_squares import Geometry, Moments
-from lightning_easier.linearize import read_marks, stand_ins
+from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
+from lightning_easier.collapsing.fit import chain_fits
+from lightning_easier.structure.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import lightning_easier
 from lightning_easier import expect_pruned, linearize, load_pruned
-from lightning_easier.checkpoint import restructure_on_load
 from lightning_easier.cli import read_pruning_report
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.checkpoint import restructure_on_load
+from lightning_easier.structure.linearize import stand_ins
 
 
 class Net(LightningModule):

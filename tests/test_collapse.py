@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_easier import CollapseError, collapse, isolate_activations, linearize
-from lightning_easier.inference import relative_difference
+from lightning_easier.support.inference import relative_difference
 from tests.models import Residual, randomize_batch_norms
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import sys
 
 import pytest
 import torch
@@ -10,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
-from lightning_easier.collapse.fittable import Chains
-from lightning_easier.collapse.fitting import with_statistics
+from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit.fittable import Chains
+from lightning_easier.collapsing.fit.fitting import with_statistics
 from lightning_easier.zoo import CifarResNet
-
-# ``lightning_easier.collapse`` is also a function, which an import of the module would find first
-fitting = sys.modules["lightning_easier.collapse.fitting"]
 
 
 class Block(nn.Module):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_easier import CollapseError, collapse, isolate_activations
-from lightning_easier.collapse.guards import SizeGuards
-from lightning_easier.inference import relative_difference, tensors_in
+from lightning_easier.collapsing.exact.guards import SizeGuards
+from lightning_easier.support.inference import relative_difference, tensors_in
 from tests.random_graphs import Graph, graphs
 
 ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time

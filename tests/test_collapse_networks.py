@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.models.maxvit import MaxVit
 
 from lightning_easier import collapse, isolate_activations, linearize
-from lightning_easier.inference import relative_difference
-from lightning_easier.timing import LatencyTable
+from lightning_easier.support.inference import relative_difference
+from lightning_easier.support.timing import LatencyTable
 from tests.models import randomize_batch_norms
 
 # Name -> the sizes of an image that is collapsed at, and of another

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 
 from lightning_easier import collapse
-from lightning_easier.collapse.guards import SizeGuards
-from lightning_easier.collapse.verification import in_float64
-from lightning_easier.inference import relative_difference
+from lightning_easier.collapsing.exact.guards import SizeGuards
+from lightning_easier.collapsing.exact.verification import in_float64
+from lightning_easier.support.inference import relative_difference
 from tests.linear_networks import networks
 
 ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time

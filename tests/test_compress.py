@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
-from lightning_easier.collapse import fitting
+from lightning_easier.collapsing.fit import fitting
+from lightning_easier.pruning import compress as compress_module
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
-
-compress_module = sys.modules["lightning_easier.compress"]  # its name is the function's
 
 
 def mlps(count: int = 3) -> nn.Module:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
-from lightning_easier.costs import count_macs
-from lightning_easier.inference import relative_difference
+from lightning_easier.support.costs import count_macs
+from lightning_easier.support.inference import relative_difference
 
 
 class Attends(nn.Module):

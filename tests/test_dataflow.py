@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from lightning_easier import measure_entropy
-from lightning_easier.activations import isolated_sites
+from lightning_easier.sites.activations import isolated_sites
 
 
 class MatrixProduct(nn.Module):

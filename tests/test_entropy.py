@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_easier import ActivationEntropy, activation_entropy, entropy
+from lightning_easier import ActivationEntropy, activation_entropy
+from lightning_easier.measure import entropy
 
 
 def entropy_by_definition(neurons: list[list[float]]) -> list[float]:

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, isolate_activations, linearize, measure_affines, measure_fits
-from lightning_easier.collapse.capture import capture
-from lightning_easier.discovery import Discovery, KnownForwards
-from lightning_easier.rectifiers import GATES
-from lightning_easier.substitution import Absorbed
+from lightning_easier.collapsing.exact import torch_export
+from lightning_easier.collapsing.exact.capture import capture
+from lightning_easier.sites.discovery import Discovery, KnownForwards
+from lightning_easier.sites.rectifiers import GATES
+from lightning_easier.structure.substitution import Absorbed
 
 TRACERS = [
     (room, name) for room in ("discovery", "rectifiers", "tracing") for name in ("read_forward", "trace_forward")
@@ -25,7 +26,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[str, str]) -> Cou
     """Count the calls of functions of the package, each by the room that calls it and its name there."""
     counts: Counter[str] = Counter()
     for room, name in functions:
-        module = import_module(f"lightning_easier.{room}")
+        module = import_module(f"lightning_easier.sites.{room}")
         original = getattr(module, name, None)
         if original is None:
             continue
@@ -183,16 +184,15 @@ class RoundsUp(nn.Module):
 
 def test_a_forward_that_rounds_sizes_again_and_again_is_captured_with_fewer_free_axes(monkeypatch):
     """sympy takes minutes for sizes that are such expressions; what a size may cost is told by its length."""
-    exporting = import_module("lightning_easier.collapse.exporting")
-    asked = exporting.ShapeEnv.evaluate_expr
+    asked = torch_export.ShapeEnv.evaluate_expr
     model, x = RoundsUp(2).eval(), torch.randn(2, 3, 64, 48)
 
-    whole, samples, *_ = exporting.attempts((x,))
+    whole, samples, *_ = torch_export.attempts((x,))
     assert whole.free == (frozenset(range(4)),)
     assert samples.free == (frozenset({0}),)
     with pytest.raises(RuntimeError, match=r"expression of more than \d+ terms"):
-        exporting.export_layers(model, whole)
-    assert exporting.ShapeEnv.evaluate_expr is asked
+        torch_export.export_layers(model, whole)
+    assert torch_export.ShapeEnv.evaluate_expr is asked
 
     captured = capture(model, (x,))
     more = torch.randn(5, 3, 64, 48)

@@ -6,8 +6,8 @@ import io
 import torch
 from torch import nn
 
-from lightning_easier.activations import isolated_sites
-from lightning_easier.probe import EntropyProbe
+from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.sites.activations import isolated_sites
 
 
 def test_what_a_copy_or_a_pickle_computes_is_not_counted():

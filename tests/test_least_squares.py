@@ -1,20 +1,17 @@
 """Tests of operators fitted by least squares: against what they are fitted to, and against the data themselves."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_easier.collapse.affine import ChannelAffine
-from lightning_easier.collapse.least_squares import RIDGES, Fit, Geometry, Moments, Sums, fits
+from lightning_easier.collapsing.algebra import least_squares
+from lightning_easier.collapsing.algebra.affine import ChannelAffine
+from lightning_easier.collapsing.algebra.least_squares import RIDGES, Fit, Geometry, Moments, Sums, fits
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EVERYTHING = 10**9
-# ``lightning_easier.collapse`` is also a function, which an import of the module would find first
-MODULE = sys.modules["lightning_easier.collapse.least_squares"]
 
 
 def moments_of(
@@ -247,8 +244,8 @@ def with_ones(x: Tensor) -> Tensor:
 def test_sums_by_panels_and_parts_are_those_of_all_values(monkeypatch, dtype, accuracy, panel, rows):
     """Means far from zero, parts of unequal sizes, and a panel that is not full."""
     torch.manual_seed(0)
-    monkeypatch.setattr(MODULE, "_PANEL", panel)
-    monkeypatch.setattr(MODULE, "_VALUES_AT_A_TIME", rows * 11)
+    monkeypatch.setattr(least_squares, "_PANEL", panel)
+    monkeypatch.setattr(least_squares, "_VALUES_AT_A_TIME", rows * 11)
     batches = [torch.randn(size, 10) * torch.logspace(-1, 1, 10) + 30 for size in (64, 3, 37)]
     batches = [x.to(dtype) for x in batches]
     targets = [x[:, :5].square().to(dtype) for x in batches]
@@ -271,9 +268,9 @@ def test_sums_by_panels_and_parts_are_those_of_all_values(monkeypatch, dtype, ac
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-8), (torch.float32, 1e-3), (torch.bfloat16, 1e-3)])
 def test_a_solution_is_that_of_least_squares_on_the_values(monkeypatch, dtype, accuracy):
     torch.manual_seed(0)
-    monkeypatch.setattr(MODULE, "RIDGES", (0.0,) * len(RIDGES))
-    monkeypatch.setattr(MODULE, "_PANEL", 5)
-    monkeypatch.setattr(MODULE, "_VALUES_AT_A_TIME", 17 * 13)
+    monkeypatch.setattr(least_squares, "RIDGES", (0.0,) * len(RIDGES))
+    monkeypatch.setattr(least_squares, "_PANEL", 5)
+    monkeypatch.setattr(least_squares, "_VALUES_AT_A_TIME", 17 * 13)
     x = (torch.randn(400, 12) @ torch.randn(12, 12) + 20).to(dtype)
     target = (x.float().relu() - x.float().square() / 40 + torch.randn(400, 12)).to(dtype)
     _, found = moments_of(Geometry(12), [(x, target)])
@@ -341,7 +338,7 @@ def test_kernels_are_those_of_least_squares_given_the_rest(channels):
     sums = Sums(u.T @ u, u.T @ target, target.square().sum(0))
     kernels = torch.randn(channels, taps, dtype=torch.float64)
     for _ in range(8):  # each improves on the last
-        kernels = MODULE._kernels_given(sums, pointwise, kernels)
+        kernels = least_squares._kernels_given(sums, pointwise, kernels)
     # every position and output is an equation in all taps of the kernels
     equations = torch.einsum("pct,co->poct", patches.view(300, channels, taps), pointwise[:-1])
     right = (target - pointwise[-1]).reshape(-1, 1)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lightning_easier import CollapseError, collapse
-from lightning_easier.collapse import operators, steps
-from lightning_easier.inference import relative_difference
+from lightning_easier.collapsing.algebra import operators
+from lightning_easier.collapsing.exact import steps
+from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
 
 compose = operators.compose

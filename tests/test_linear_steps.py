@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 
 from lightning_easier import CollapseError, collapse, isolate_activations, linearize
-from lightning_easier.inference import relative_difference
+from lightning_easier.support.inference import relative_difference
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from tests.models import randomize_batch_norms
 

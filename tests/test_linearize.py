@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from lightning_easier import isolate_activations, linearize, restore
-from lightning_easier.linearize import MARK_KEY, IdentityStandIn, Mark, read_marks, restructure_as_marked, stand_ins
+from lightning_easier.structure.linearize import (
+    MARK_KEY,
+    IdentityStandIn,
+    Mark,
+    read_marks,
+    restructure_as_marked,
+    stand_ins,
+)
 from tests.models import Functional, Residual
 
 

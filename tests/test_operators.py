@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easier.collapse.errors import CannotMergeError
-from lightning_easier.collapse.operators import compose
+from lightning_easier.collapsing.algebra.operators import compose
+from lightning_easier.collapsing.errors import CannotMergeError
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

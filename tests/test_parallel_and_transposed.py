@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_easier import collapse
-from lightning_easier.collapse.affine import ChannelAffine
-from lightning_easier.collapse.errors import CannotMergeError
-from lightning_easier.collapse.operators import add, as_affine, compose, concatenate, fold_batch_norm, on_axis
-from lightning_easier.inference import relative_difference
+from lightning_easier.collapsing.algebra.affine import ChannelAffine
+from lightning_easier.collapsing.algebra.operators import add, as_affine, compose, concatenate, fold_batch_norm, on_axis
+from lightning_easier.collapsing.errors import CannotMergeError
+from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

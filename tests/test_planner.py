@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easier import collapse, costs, timing
-from lightning_easier.collapse import engine, recipes
-from lightning_easier.collapse.affine import ChannelAffine
-from lightning_easier.collapse.operators import CannotMergeError, compose, structure
-from lightning_easier.collapse.prices import count_macs, output_shape
-from lightning_easier.timing import LatencyTable
+from lightning_easier import collapse
+from lightning_easier.collapsing import engine
+from lightning_easier.collapsing.algebra.affine import ChannelAffine
+from lightning_easier.collapsing.algebra.operators import CannotMergeError, compose, structure
+from lightning_easier.collapsing.exact import recipes
+from lightning_easier.collapsing.exact.prices import count_macs, output_shape
+from lightning_easier.support import costs, timing
+from lightning_easier.support.timing import LatencyTable
 
 POINTWISE = st.lists(st.integers(1, 40), min_size=3, max_size=7)
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_easier.callbacks.policy import Policy, mode_in_name
-from lightning_easier.callbacks.ranking import Ranked
 from lightning_easier.callbacks.state import PruningState
+from lightning_easier.pruning.ranking import Ranked
 from lightning_easier.report import Round
 
 

@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import ActivationEntropy, EntropyProbe, linearize, measure_entropy
-from lightning_easier.activations import isolated_sites
+from lightning_easier.sites.activations import isolated_sites
 from tests.models import Functional, Residual
 
 

@@ -15,12 +15,12 @@ from lightning_easier import (
     measure_fits,
     restore,
 )
-from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
-from lightning_easier.chain_fits import ChainProbe
-from lightning_easier.costs import count_macs
-from lightning_easier.gains import Gains, ShapeProbe
-from lightning_easier.stand_in import StandIn
-from lightning_easier.substitution import ChainFit, Substitution
+from lightning_easier.collapsing.fit.chain_fits import ChainProbe
+from lightning_easier.pruning.gains import Gains, ShapeProbe
+from lightning_easier.pruning.ranking import Ranked, Ranking, apart
+from lightning_easier.structure.stand_in import StandIn
+from lightning_easier.structure.substitution import ChainFit, Substitution
+from lightning_easier.support.costs import count_macs
 from tests.test_collapse_fit import Bottleneck, randomized
 
 

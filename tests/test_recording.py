@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easier import candidates, collapse, isolate_activations, linearize
-from lightning_easier.activations import isolated_sites
+from lightning_easier.sites.activations import isolated_sites
 
 
 class Net(nn.Module):

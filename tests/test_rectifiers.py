@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_easier import isolate_activations, linearize, measure_entropy, restore
-from lightning_easier.activations import isolated_sites
-from lightning_easier.rectifiers import GATES, RECTIFIERS, activation_kind
+from lightning_easier.sites.activations import isolated_sites
+from lightning_easier.sites.rectifiers import GATES, RECTIFIERS, activation_kind
 
 
 class Formula(nn.Module):

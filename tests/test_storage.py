@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lightning_easier.storage import clean_up, replacing, temporary
+from lightning_easier.support.storage import clean_up, replacing, temporary
 
 
 def fill(path, text, is_folder):

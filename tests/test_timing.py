@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_easier import collapse, compress, goals, timing
-from lightning_easier.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
+from lightning_easier import collapse, compress
+from lightning_easier.pruning import goals
+from lightning_easier.support import timing
+from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
 from tests.test_collapse_fit import Mlp
 

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.network import copied, holders, notice_calls
-from lightning_easier.linearize import restore
+from lightning_easier.structure.linearize import restore
 
 LOSS_KEY = "distill_loss"
 

@@ -18,20 +18,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.activations import planned_sites
-from lightning_easier.arguments import (
-    as_axes,
-    as_globs,
-    check_bool,
-    check_choice,
-    check_positive,
-    check_share,
-)
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.policy import Policy, mode_in_name
-from lightning_easier.callbacks.ranking import Ranked, Ranking, apart
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
     LoggedScores,
@@ -43,15 +33,25 @@ from lightning_easier.callbacks.recipe import (
 )
 from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
 from lightning_easier.callbacks.targets import Targets
-from lightning_easier.candidates import candidates
-from lightning_easier.checkpoint import restructure_on_load, warn_if_rejected
-from lightning_easier.criteria import lowest_entropy
-from lightning_easier.dashboard import Dashboard, entropy_key
-from lightning_easier.linearize import stand_ins
-from lightning_easier.rectifiers import as_gates
+from lightning_easier.pruning.candidates import candidates
+from lightning_easier.pruning.criteria import lowest_entropy
+from lightning_easier.pruning.ranking import Ranked, Ranking, apart
 from lightning_easier.report import CandidateReport, PruningReport, Round
-from lightning_easier.stand_in import STAND_INS
-from lightning_easier.substitution import ChainFit, Substitution
+from lightning_easier.report.dashboard import Dashboard, entropy_key
+from lightning_easier.sites.activations import planned_sites
+from lightning_easier.sites.rectifiers import as_gates
+from lightning_easier.structure.checkpoint import restructure_on_load, warn_if_rejected
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.stand_in import STAND_INS
+from lightning_easier.structure.substitution import ChainFit, Substitution
+from lightning_easier.support.arguments import (
+    as_axes,
+    as_globs,
+    check_bool,
+    check_choice,
+    check_positive,
+    check_share,
+)
 
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"

@@ -25,10 +25,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_easier import loading, storage
 from lightning_easier.callbacks.state import BestCheckpoint
-from lightning_easier.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.report import Round
+from lightning_easier.structure.linearize import MARK_KEY, restructure_as_marked
+from lightning_easier.support import loading, storage
 
 _LOCK = ".in_use"
 _OPT_IN = "pass `weights_only=False` to `trainer.fit` with its `ckpt_path`"

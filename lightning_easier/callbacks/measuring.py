@@ -10,16 +10,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.activations import ActivationSite, isolated_sites
 from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.network import FirstCall
-from lightning_easier.callbacks.ranking import ACTIVATIONS_IN_A_CHAIN, Ranked, Ranking
-from lightning_easier.chain_fits import ChainProbe
-from lightning_easier.gains import Gains, ShapeProbe
-from lightning_easier.hooks import HookOfOneModel
-from lightning_easier.inference import evaluation_mode
-from lightning_easier.linearize import stand_ins
-from lightning_easier.probe import EntropyProbe
+from lightning_easier.collapsing.fit.chain_fits import ChainProbe
+from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.pruning.gains import Gains, ShapeProbe
+from lightning_easier.pruning.ranking import ACTIVATIONS_IN_A_CHAIN, Ranked, Ranking
+from lightning_easier.sites.activations import ActivationSite, isolated_sites
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.inference import evaluation_mode
 
 
 class Measurement:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.hooks import HookOfOneModel
+from lightning_easier.support.hooks import HookOfOneModel
 
 _OF_A_RUN = ("training_step", "configure_optimizers")
 Noticed = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]

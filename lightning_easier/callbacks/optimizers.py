@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
 
 Position = list[Any]
 """Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""

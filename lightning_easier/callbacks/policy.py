@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from lightning_easier.arguments import check_choice, check_integer, check_non_negative
 from lightning_easier.callbacks.state import PruningState
+from lightning_easier.support.arguments import check_choice, check_integer, check_non_negative
 
 # Words in the name of a score that tell whether less or more of it is better, and those that may turn it round.
 _LESS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_easier.callbacks.optimizers import Place, Position
-from lightning_easier.callbacks.ranking import Ranked
-from lightning_easier.goals import Attained
+from lightning_easier.pruning.goals import Attained
+from lightning_easier.pruning.ranking import Ranked
 from lightning_easier.report import Round
 
 

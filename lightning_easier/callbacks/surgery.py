@@ -18,8 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_easier.activations import planned_sites
-from lightning_easier.affines import AffineFit
 from lightning_easier.callbacks.files import loads_into_model
 from lightning_easier.callbacks.optimizers import (
     Place,
@@ -32,9 +30,11 @@ from lightning_easier.callbacks.optimizers import (
 )
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.callbacks.state import Choice
-from lightning_easier.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
-from lightning_easier.rectifiers import GATES
-from lightning_easier.substitution import Absorbed, ChainFit
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.sites.activations import planned_sites
+from lightning_easier.sites.rectifiers import GATES
+from lightning_easier.structure.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
+from lightning_easier.structure.substitution import Absorbed, ChainFit
 
 
 class Operation(NamedTuple):

@@ -8,10 +8,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_easier.callbacks.network import copied
-from lightning_easier.collapse import CollapseError
-from lightning_easier.collapse.prices import Objective
-from lightning_easier.goals import Attained, attained, check_targets
-from lightning_easier.timing import LatencyTable
+from lightning_easier.collapsing import CollapseError
+from lightning_easier.collapsing.exact.prices import Objective
+from lightning_easier.pruning.goals import Attained, attained, check_targets
+from lightning_easier.support.timing import LatencyTable
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from torch import nn
 from torch.optim import LBFGS
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_easier.activations import match_names
-from lightning_easier.checkpoint import expects_pruned
-from lightning_easier.rectifiers import FunctionalPReLU
+from lightning_easier.sites.activations import match_names
+from lightning_easier.sites.rectifiers import FunctionalPReLU
+from lightning_easier.structure.checkpoint import expects_pruned
 
 # Where a validation loader does not tell its length.
 _BATCHES_OF_ENDLESS_LOADERS = 16

@@ -209,7 +209,7 @@ def test_the_installed_command_says_what_it_can_do():
 
 
 def test_the_demo_runs_from_training_to_the_verified_file(tmp_path):
-    command = [sys.executable, "-m", "lightning_easier.demo", "--output", tmp_path, "--warmup-epochs=2"]
+    command = [sys.executable, "-m", "lightning_easier.zoo.demo", "--output", tmp_path, "--warmup-epochs=2"]
     result = subprocess.run([*command, "--epochs-per-round=1", "--tolerance=1"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Argument `monitor`" not in result.stderr

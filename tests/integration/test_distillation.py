@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easier.callbacks.distillation import Distillation, divergence
-from lightning_easier.linearize import linearize, restore
+from lightning_easier.structure.linearize import linearize, restore
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, collapse, isolate_activations, load_pruned, measure_entropy
-from lightning_easier.inference import has_hooks
-from lightning_easier.linearize import linearize, stand_ins
+from lightning_easier.structure.linearize import linearize, stand_ins
+from lightning_easier.support.inference import has_hooks
 from lightning_easier.zoo import DigitsDataModule
 from tests.integration.tiny import NAMES, Tiny, assert_equal_states, pruning, train, weights_of
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, measure_entropy
-from lightning_easier.inference import has_hooks
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.inference import has_hooks
 from tests.integration.interrupted import At, Small, run, stop
 
 

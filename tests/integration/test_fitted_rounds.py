@@ -10,16 +10,9 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import (
-    EntropyPruningCallback,
-    candidates,
-    collapse,
-    load_pruned,
-    measure_entropy,
-    measure_fits,
-    timing,
-)
-from lightning_easier.linearize import stand_ins
+from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support import timing
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering
 from tests.integration.interrupted import At, Small, outcome, run, stop

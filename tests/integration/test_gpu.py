@@ -6,8 +6,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyProbe, collapse, compress, measure_entropy, measure_fits
-from lightning_easier.activations import isolated_sites
-from lightning_easier.linearize import stand_ins
+from lightning_easier.sites.activations import isolated_sites
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.processes import SLOPE
 from tests.integration.test_recipes import Slope

@@ -11,7 +11,7 @@ import torch
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import BATCHES, HOOKS, At, Small, kill, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 

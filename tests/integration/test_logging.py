@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_easier.figures import plot_entropies, read_entropies
+from lightning_easier.report.figures import plot_entropies, read_entropies
 from tests.integration.tiny import NAMES, Tiny, pruning, train
 
 

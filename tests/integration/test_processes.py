@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_easier import expect_pruned
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
 from tests.integration.processes import SLOPE
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, load_pruned
 from lightning_easier.callbacks import wiring
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, run
 from tests.integration.tiny import assert_equal_states
 

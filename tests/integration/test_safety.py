@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import save as save_folder
 
 from lightning_easier.callbacks.files import RunFiles, read_marks_of
 from lightning_easier.callbacks.state import PruningState
-from lightning_easier.linearize import linearize
+from lightning_easier.structure.linearize import linearize
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier import EntropyPruningCallback, expect_pruned
 from lightning_easier.callbacks import wiring
-from lightning_easier.linearize import MARK_KEY, stand_ins
+from lightning_easier.structure.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_easier import EntropyPruningCallback, load_pruned
-from lightning_easier.linearize import stand_ins
+from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
 from tests.integration.tiny import assert_equal_states
 

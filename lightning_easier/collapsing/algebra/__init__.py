@@ -1,0 +1,1 @@
+"""Pure functions on operators: composition and least squares. No graph, no model."""

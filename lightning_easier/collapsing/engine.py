@@ -1,0 +1,409 @@
+"""Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, fx, nn
+
+from lightning_easier.collapsing.baseline import Baseline, baseline_of
+from lightning_easier.collapsing.errors import CaptureError, CollapseError, DifferenceError, Step, StepError
+from lightning_easier.collapsing.exact.capture import capture, duplicate, note_shapes
+from lightning_easier.collapsing.exact.chains import depth
+from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
+from lightning_easier.collapsing.exact.reading import uses_batch_statistics
+from lightning_easier.collapsing.exact.signatures import fixed_arguments, lost_arguments
+from lightning_easier.collapsing.exact.steps import Steps
+from lightning_easier.collapsing.exact.verification import (
+    check_comparable,
+    check_repeatable,
+    differences,
+    verify_in_float64,
+    verify_rounded,
+)
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice
+from lightning_easier.collapsing.fit.fitting import fit_chains
+from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
+from lightning_easier.sites.activations import isolate_activations, unwrap
+from lightning_easier.structure.substitution import Absorbed
+from lightning_easier.support.arguments import check_choice, check_non_negative
+from lightning_easier.support.calibration import read_calibration
+from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
+from lightning_easier.support.inference import as_arguments, check_weights, copies, forward
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
+
+# How many times faster a collapsed model has to be at the least; less is slower.
+_NOT_SLOWER = 1 - MARGIN
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CollapseResult:
+    """A collapsed model and what was done.
+
+    Attributes:
+        model: A new module in eval mode, with parameters of its own.
+        report: What was merged, what was not and why, and the cost before and after.
+    """
+
+    model: nn.Module
+    report: CollapseReport
+
+
+def collapse(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    mode: Literal["exact", "fit"] = "exact",
+    objective: Objective = "latency",
+    sites: Sequence[str] | None = None,
+    calibration: Iterable[Any] | None = None,
+    latencies: LatencyTable | None = None,
+    slack: float = 0.02,
+) -> CollapseResult:
+    """Turn what is linear in a row into the cheapest equal operators, exactly.
+
+    The model is taken as in eval mode: identities and dropouts go, batch norms are folded into the operator before
+    them. Only a batch norm that is in training mode inside a model in eval mode stays as it is. Chains of linear steps
+    (operators, affines, average pooling, layouts; additions, differences and concatenations of linear branches of one
+    value) are cut into pieces, each of which becomes one operator, so that the total price is least. A plan that does
+    not beat what is there is not carried out.
+
+    With ``mode="fit"``, first the chain around each activation in ``sites`` (operator, activation, operator; several in
+    a row where they share operators) is replaced by one operator, fitted by least squares to what the chain computes on
+    the calibration data. The cheapest is taken of those that represent it well: a convolution of the size of the
+    largest in the chain, a 1×1 or a depthwise and a pointwise one, a Linear, a product of two smaller ones, or an
+    affine. Chains are fitted in execution order, each on what the last has left, with a quarter of the samples held
+    out; the report tells the share of variance that is explained there.
+
+    Args:
+        model: Any module that ``torch.fx`` or ``torch.export`` can trace, in part at least; it is not changed.
+        example_inputs: A tensor, or the tuple of the forward's positional arguments, on the model's device. Prices and
+            costs are those at this shape.
+        mode: ``"exact"``: the same function. ``"fit"``: besides, chains around activations are replaced.
+        objective: ``"latency"`` (measured on the inputs' device), ``"macs"`` (between equals, fewer operations), or
+            ``"depth"`` (fewer operations). What does not improve it is not done.
+        sites: For ``mode="fit"``: names of the activations, as :func:`~lightning_easier.isolate_activations` returns
+            them.
+        calibration: For ``mode="fit"``: batches, such as a DataLoader's; a tensor each, or a sequence whose first
+            elements are the forward's positional arguments.
+        latencies: Times of operators; pass one table to several calls, and what was timed once is not timed again.
+
+        slack: For ``mode="fit"``: how much less of the variance than the best operator one may explain to be taken
+            for its price.
+
+    Returns:
+        The collapsed model, an ordinary module in eval mode, and a report. Its forward takes what the model's does.
+        Of an argument that ``example_inputs`` leave out, the default was recorded, and it refuses any other value
+        (``AssertionError``); only numbers that no control flow depends on stay free.
+
+    Warns:
+        UserWarning: If the forward has arguments that the collapsed one can't take, or a step went wrong and was left
+            out.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
+        ValueError: If ``mode``, ``objective`` or another argument has a value that is not supported, ``example_inputs``
+            hold no sample, they or the model are on the meta device, the model does not accept ``example_inputs`` or
+            ``calibration``, or its outputs can't be compared.
+        CollapseError: If the model can't be captured, or the result differs from it on the example inputs (in
+            float64, or after rounding), and that can't be pinned to steps, which are left out then; the message names
+            the first operator where it does.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_easier import linearize
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+        >>> result = collapse(linearize(model, ["1"]), torch.randn(4, 8), objective="macs")
+        >>> result.model
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+        )
+    """
+    check_choice("mode", mode, ("exact", "fit"))
+    if mode == "exact" and (sites is not None or calibration is not None):
+        raise ValueError("Expected arguments `sites` and `calibration` to be None: they belong to mode='fit'")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"Expected argument `objective` to be one of {OBJECTIVES}, but got {objective!r}")
+    check_non_negative("slack", slack)
+    arguments = as_arguments(example_inputs)
+    model = unwrap(model)
+    check_weights(model)
+    table = LatencyTable() if latencies is None else latencies
+    device = arguments[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        source = _source(model, arguments)
+        fits = _Fits([], {}, [])
+        fitted = source
+        if mode == "fit":
+            fitted = deepcopy(source)
+            fits = _fit(fitted, sites, calibration, arguments, ChainPrices(objective, table), slack)
+        return _collapse(model, source, fitted, arguments, objective, table, fits)
+
+
+def collapse_beside(
+    model: nn.Module, arguments: Sequence[Tensor], objective: Objective, table: LatencyTable, baseline: Baseline
+) -> CollapseResult:
+    """Collapse a model exactly, and compare it with a dense network that is known already.
+
+    Args:
+        model: The model; it is not changed.
+        arguments: Example inputs.
+        objective: What is to be least.
+        table: Times that were measured already.
+        baseline: The dense network.
+
+    Raises:
+        CollapseError: As :func:`collapse`.
+    """
+    device = arguments[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        source = _source(model, arguments)
+        return _collapse(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
+
+
+class _Fits(NamedTuple):
+    """What was fitted, why other sites were not, and what was left out of the calibration data."""
+
+    choices: list[Choice]
+    reasons: dict[str, str]
+    notes: list[str]
+
+
+def _source(model: nn.Module, arguments: Sequence[Tensor]) -> nn.Module:
+    """Copy a model for eval mode; everything runs on the copy."""
+    source = _in_eval_mode(model)
+    with torch.no_grad():
+        expected = forward(source, copies(arguments), "example_inputs")
+        check_comparable(expected, source)
+        check_repeatable(model, source, expected, arguments)
+    return source
+
+
+def _fit(
+    fitted: nn.Module,
+    sites: Sequence[str] | None,
+    calibration: Iterable[Any] | None,
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    slack: float,
+) -> _Fits:
+    """Replace the chains around activations in place."""
+    if calibration is None:
+        raise ValueError("Expected argument `calibration` to hold batches, which mode='fit' fits to, but got None")
+    if sites is None or isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
+        raise TypeError(f"Expected argument `sites` to be a sequence of names of activations, but got {sites!r}")
+    known = isolate_activations(fitted, gates=True)
+    for name in sites:
+        if name not in known:
+            raise ValueError(
+                f"Expected argument `sites` to hold names of activations that are not linear, but got {name!r}, not "
+                f"one of {list(known)}"
+            )
+    devices = [x.device for x in arguments]
+    data = read_calibration("calibration", calibration, fitted, len(arguments), devices)
+    return _Fits(*fit_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
+
+
+def _collapse(
+    model: nn.Module,
+    source: nn.Module,
+    fitted: nn.Module,
+    arguments: Sequence[Tensor],
+    objective: Objective,
+    latencies: LatencyTable,
+    fits: _Fits,
+    baseline: Baseline | None = None,
+) -> CollapseResult:
+    """Collapse a copy of a model after its arguments were checked.
+
+    Args:
+        model: The model as it was given.
+        source: A copy of it in eval mode.
+        fitted: What is collapsed exactly: the same, or a copy with fitted operators.
+        arguments: Example inputs.
+        objective: What is to be least.
+        latencies: Times that were measured already.
+        fits: What was fitted.
+        baseline: The dense network to compare the result with; that of the model by default.
+    """
+    with torch.no_grad():
+        expected = fitted(*copies(arguments))
+    try:
+        captured = capture(fitted, copies(arguments))
+    except CaptureError as error:
+        raise CollapseError(
+            f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
+            f"torch.fx or torch.export can trace."
+        ) from error
+    before = duplicate(captured)
+    done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
+    steps, collapsed, unmerged = done.steps, done.collapsed, done.unmerged
+    difference, exactly = done.difference, done.exactly
+
+    timed = deepcopy(source)
+    graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
+    dense = baseline_of(source, arguments, graph) if baseline is None else baseline
+    arguments = copies(arguments)  # timing may write into them again and again
+    models = {"before": timed, "dense": dense.model, "after": collapsed}
+    bars = {("before", "after"): _NOT_SLOWER} if objective == "latency" else {}
+    if bars and steps.merges:
+        without, _ = verify_in_float64(fitted, before, unmerged, arguments, expected)
+        steps.round(unmerged)
+        models["unmerged"], bars["unmerged", "after"] = unmerged, _NOT_SLOWER
+    latency = compare(models, arguments, bars)
+    slower = {first for first, _ in bars if speed_up(latency[first], latency["after"]).is_below(_NOT_SLOWER)}
+    result: nn.Module = collapsed
+    if "unmerged" in slower:
+        steps.give_up_merges()
+        result, latency["after"], exactly = unmerged, latency["unmerged"], without
+        difference = verify_rounded(unmerged, arguments, expected, done.rounding, type(model).__name__)
+    absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
+    unchanged = not (steps.changed or absorbed)  # its own forward is as good, and may be faster than what was recorded
+    if unchanged:
+        steps.dropped = []
+    elif "before" in slower and speed_up(latency["before"], latency["after"]).is_below(_NOT_SLOWER):
+        steps.give_up(type(model).__name__)
+        fits, unchanged = _Fits([], {}, []), True
+    if unchanged:
+        result, latency["after"], difference, exactly = timed, latency["before"], 0.0, 0.0
+    depths = {"before": depth(graph), "dense": dense.depth}
+    depths["after"] = depths["before"] if unchanged else depth(result)  # type: ignore[arg-type]
+    models["after"] = result
+    with torch.no_grad():
+        cost = {name: cost_of(models[name], arguments, depths[name], latency[name]) for name in depths}
+    refusals = [*(Refusal((site,), reason) for site, reason in fits.reasons.items()), *steps.refusals]
+    report = CollapseReport(
+        steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"], difference,
+        exactly, [_record(choice, objective) for choice in fits.choices], fits.notes,
+        fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
+        lost_arguments(model, len(arguments)) if isinstance(result, fx.GraphModule) else [],
+    )  # fmt: skip
+    if report.lost_arguments:
+        rank_zero_warn(
+            f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
+            f"and computes what it does with their defaults. Make them attributes of the model, or give it those that "
+            f"it needs in `example_inputs`."
+        )
+    for name, module in result.named_modules():
+        if uses_batch_statistics(module):  # it has counted the runs above
+            module.load_state_dict(model.get_submodule(name).state_dict())
+    if isinstance(result, fx.GraphModule):
+        for node in result.graph.nodes:
+            node.meta.clear()  # shapes are those of the example inputs only
+    return CollapseResult(result, report)
+
+
+class _Rewriting(NamedTuple):
+    """A graph that was rewritten, and verified.
+
+    Attributes:
+        steps: What was done.
+        collapsed: The graph.
+        unmerged: The same without its merges; its new operators are in float64 still.
+        difference: Of its output from the source's, relative.
+        exactly: The same in float64; None for a model that does not run in it.
+        rounding: Relative difference that the source's own rounding makes.
+    """
+
+    steps: Steps
+    collapsed: fx.GraphModule
+    unmerged: fx.GraphModule
+    difference: float
+    exactly: float | None
+    rounding: float
+
+
+def _rewrite(
+    captured: fx.GraphModule,
+    before: fx.GraphModule,
+    source: nn.Module,
+    arguments: Sequence[Tensor],
+    expected: Any,
+    objective: Objective,
+    latencies: LatencyTable,
+    name: str,
+) -> _Rewriting:
+    """Rewrite a graph step by step, and verify it; steps that turn out to be wrong are left out, and it begins anew.
+
+    Args:
+        captured: The graph.
+        before: A copy of it.
+        source: What it was captured from.
+        arguments: Example inputs.
+        expected: What the source returns.
+        objective: What is to be least.
+        latencies: Times that were measured already.
+        name: What to call the model.
+
+    Raises:
+        CollapseError: If the result is not the same function, and no step is to blame.
+    """
+    left_out: dict[Step, str] = {}
+    while True:
+        steps = Steps(captured, objective, latencies, left_out)
+        try:
+            steps.simplify()
+            steps.drop_stand_ins()
+            unmerged = steps.snapshot()
+            steps.merge()
+            collapsed = steps.finish()
+            exactly, rounding = verify_in_float64(source, before, collapsed, arguments, expected)
+            steps.round()
+            difference = verify_rounded(collapsed, arguments, expected, rounding, name)
+            break
+        except StepError as error:
+            left_out[error.step] = str(error)
+        except DifferenceError as error:
+            blamed = steps.blamed(differences(before, collapsed, arguments, error.exactly))
+            if not blamed:  # not a step, or not one alone
+                raise
+            left_out.update(blamed)
+        captured = duplicate(before)  # it was rewritten in place
+        note_shapes(captured, copies(arguments))
+    if left_out:
+        rank_zero_warn(
+            f"{len(left_out)} of the steps by which {name} would have become smaller went wrong and were left out; the "
+            f"rest was verified. The report's refusals name them; please report it."
+        )
+    return _Rewriting(steps, collapsed, unmerged, difference, exactly, rounding)
+
+
+def _record(choice: Choice, objective: Objective) -> Fitted:
+    chain, fit = choice.chain, choice.fit
+    return Fitted(
+        chain.sites, chain.operators, fit.kind, fit.explained, choice.price_before, choice.price_after, objective
+    )
+
+
+def _in_eval_mode(model: nn.Module) -> nn.Module:
+    """Copy a model for eval mode; batch norms that were left in training mode in a model in eval mode stay in it."""
+    source = deepcopy(model)
+    kept = [module for module in source.modules() if uses_batch_statistics(module) and not model.training]
+    source.eval()
+    for module in kept:
+        module.train()
+    return source
+
+
+def cost_of(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
+    """Count what a model costs, beside the time that was measured."""
+    macs, memory = (counted(count, model, arguments) for count in (count_macs, measure_activation_memory))
+    return ModelCost(depth, count_parameters(model), macs, memory, latency)
+
+
+def counted(
+    count: Callable[[nn.Module, Sequence[Tensor]], int], model: nn.Module, arguments: Sequence[Tensor]
+) -> int | None:
+    """Count what is only told: a forward may run, and yet fail while its operators are looked at."""
+    try:
+        return count(model, arguments)
+    except Exception as error:
+        _logger.debug("%s fails in %s: %s", type(model).__name__, count.__name__, error)
+        return None

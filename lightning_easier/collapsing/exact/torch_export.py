@@ -1,0 +1,279 @@
+"""The torch.export way of capturing a model: its ATen operators become calls of the layers that they came from."""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from itertools import islice
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_easier.collapsing.errors import CaptureError
+from lightning_easier.collapsing.exact.guards import SizeGuards, read_guards
+from lightning_easier.collapsing.exact.nodes import bind
+from lightning_easier.collapsing.exact.reading import BATCH_NORMS
+
+GUARDS = "_guards_fn"
+"""The name that torch.export gives to what checks sizes."""
+_OUTPUT = "_output"
+_LONGEST_SIZE = 256
+"""Terms of a size, in numbers, symbols and operations. Networks of plain strides stay below 200."""
+_logger = logging.getLogger(__name__)
+# Layers that are called again in the place of the one ATen operator that they became
+_LAYERS: tuple[Any, ...] = (
+    nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten, nn.Dropout, nn.Dropout1d,
+    nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+
+
+class Attempt(NamedTuple):
+    """One way to export a model.
+
+    Attributes:
+        inputs: The example inputs to export it with.
+        free: For each input, the axes that may have any size.
+        reads_code: Whether torch.export reads the Python of the forward instead of running it (``strict``). That is
+            slower and takes fewer models, but it passes on a size that runs through ``len``, ``int`` or ``math``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    free: tuple[frozenset[int], ...]
+    reads_code: bool = False
+
+
+def attempts(arguments: Sequence[Tensor]) -> list[Attempt]:
+    """List the ways to export a model, those that leave the most sizes free first.
+
+    Args:
+        arguments: Example inputs.
+    """
+    # A size of one is taken for a constant
+    doubled = tuple(torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments)
+    differ = any(x is not y for x, y in zip(doubled, arguments, strict=True))
+    made = [
+        Attempt(inputs, tuple(frozenset(range(min(x.ndim, most))) for x in inputs))
+        for inputs in (doubled, tuple(arguments))[: 1 + differ]
+        for most in (max(x.ndim for x in inputs), 1)
+    ]
+    return [*made, Attempt(tuple(arguments), (frozenset(),) * len(arguments))]
+
+
+def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[str, Any]]:
+    """Export a model, and call its layers again where they were called.
+
+    Args:
+        model: The model, in eval mode.
+        attempt: With which inputs, and for which sizes.
+
+    Returns:
+        A graph, and what it calls and reads besides the model's own (name -> module or tensor). It names the sizes for
+        which it holds.
+
+    Raises:
+        Exception: Whatever torch.export raises, or :class:`CaptureError`.
+    """
+    return _as_layers(model, _program(model, attempt))
+
+
+def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
+    sizes = [dict.fromkeys(sorted(axes), Dim.AUTO) for axes in attempt.free]
+    named: dict[str, Any] = {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL and len(named) < len(sizes):
+            named[parameter.name] = tuple(sizes[len(named) :])
+        elif len(named) < len(sizes):
+            named[parameter.name] = sizes[len(named)]
+    # with gradients, so that it is seen where a forward turns them off
+    with torch.enable_grad(), quiet(), _short_sizes():
+        return torch.export.export(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
+
+
+def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
+    unlifted: Any = program.module()  # with a check that sizes are those for which what was traced holds
+    graph: fx.Graph = unlifted.graph
+    constants: dict[str, Any] = {}
+    structure = _restore_structure(graph)
+    if structure is not None:
+        constants[_OUTPUT] = structure
+    _drop_regions_without_gradient(unlifted)
+    _call_layers(model, graph)
+    _follow_device(graph)
+    own = {name for kind in (model.named_parameters, model.named_buffers) for name, _ in kind(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in own:
+            if "." in str(node.target) or not isinstance(getattr(unlifted, str(node.target)), Tensor):
+                raise CaptureError(f"torch.export makes {node.target}")
+            constants[str(node.target)] = getattr(unlifted, str(node.target))
+    (checking,) = graph.find_nodes(op="call_module", target=GUARDS)  # or it is not known for which sizes this holds
+    inputs = {str(node.target): node.meta["val"] for node in checking.all_input_nodes}
+    guards = read_guards(unlifted.get_submodule(GUARDS), list(inputs))
+    constants[GUARDS] = SizeGuards(
+        guards.inputs, [*(f"{name}.ndim == {x.ndim}" for name, x in inputs.items()), *guards.conditions]
+    )
+    return graph, constants
+
+
+@contextmanager
+def _short_sizes() -> Iterator[None]:
+    """Give up an export whose sizes are long expressions of the free ones.
+
+    A patch embedding inside a network rounds a size up, and the next one rounds what it gets up again: sympy then takes
+    minutes for what is asked of such a size, and seconds with fewer free axes.
+
+    Raises:
+        RuntimeError: Where torch asks for a size of more than :data:`_LONGEST_SIZE` terms.
+    """
+    original = ShapeEnv.evaluate_expr
+    short: set[sympy.Basic] = set()
+
+    def evaluate(self: ShapeEnv, size: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
+        if size not in short:
+            if sum(1 for _ in islice(sympy.preorder_traversal(size), _LONGEST_SIZE + 1)) > _LONGEST_SIZE:
+                raise RuntimeError(f"a size inside it is an expression of more than {_LONGEST_SIZE} terms")
+            short.add(size)
+        return original(self, size, *args, **kwargs)
+
+    setattr(ShapeEnv, "evaluate_expr", evaluate)  # noqa: B010  # mypy takes no other function for a method
+    try:
+        yield
+    finally:
+        setattr(ShapeEnv, "evaluate_expr", original)  # noqa: B010
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to ourselves what torch says of sizes of one, and of graphs that don't run."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _restore_structure(graph: fx.Graph) -> nn.Module | None:
+    """Take plain arguments, and return what the model returns, without the flattening of an exported program.
+
+    Returns:
+        What the graph calls to make an OrderedDict, say, or a class of transformers; a graph knows plain ones only.
+    """
+    specification: Any = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node) or leaf is None)
+    graph.set_codegen(CodeGen())
+    if _is_plain(specification):
+        output.args = (pytree.tree_unflatten(values, specification),)
+        return None
+    with graph.inserting_before(output):
+        output.args = (graph.create_node("call_module", _OUTPUT, tuple(values)),)
+    return _Output(specification)
+
+
+class _Output(nn.Module):
+    """Puts values into the structure that a model returns."""
+
+    def __init__(self, specification: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.specification = specification
+
+    def forward(self, *values: Any) -> Any:
+        return pytree.tree_unflatten(values, self.specification)
+
+
+def _is_plain(specification: Any) -> bool:
+    if specification.is_leaf():
+        return True
+    return specification.type in (tuple, list, dict) and all(map(_is_plain, specification.children()))
+
+
+def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
+    """Call a layer in the place of the one operator that it became."""
+    came_from = {node: _layer_of(node) for node in graph.nodes if node.op == "call_function"}
+    counts = Counter(came_from.values())
+    for node, name in came_from.items():
+        try:
+            layer = model.get_submodule(name) if name else None
+        except AttributeError:  # the second call of a layer goes by another name
+            continue
+        value = node.args[0] if node.args else None
+        if counts[name] > 1 or type(layer) not in _LAYERS or not isinstance(value, fx.Node):
+            continue
+        if type(layer) in TRANSPOSED_CONVOLUTIONS and _asks_for_size(node, layer):
+            continue
+        with graph.inserting_before(node):
+            call = graph.create_node("call_module", name, (value,))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _asks_for_size(node: fx.Node, layer: Any) -> bool:
+    """Tell whether a transposed convolution was called for an output size that is not its own."""
+    own = list(layer.output_padding)
+    given = bind(node, "input weight bias stride padding output_padding groups dilation")
+    return list(given.get("output_padding", [0] * len(own))) != own
+
+
+def _drop_regions_without_gradient(unlifted: fx.GraphModule) -> None:
+    """Write out what runs without gradients, where nothing in it has one: positions, masks.
+
+    Raises:
+        CaptureError: If something in it would have one; the result would train it.
+    """
+    graph = unlifted.graph
+    regions = [node for node in graph.nodes if "set_grad_enabled" in getattr(node.target, "__name__", "")]
+    depends: set[fx.Node] = set()  # on a parameter or an input
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if node.op == "placeholder" or value.requires_grad or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+    for node in regions:
+        _, inside, *values = node.args
+        if not isinstance(inside, fx.Node) or not depends.isdisjoint(node.all_input_nodes):
+            raise CaptureError("it turns gradients off inside its forward")
+        region: Any = getattr(unlifted, str(inside.target)).graph
+        places = dict(zip(region.find_nodes(op="placeholder"), values, strict=True))
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(region, places)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        graph.erase_node(inside)
+
+
+def _follow_device(graph: fx.Graph) -> None:
+    """Make new tensors where the input is, and not on the device that was written out."""
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    if first is None or not isinstance(first.meta.get("val"), Tensor):
+        return
+    made = [node for node in graph.nodes if node.kwargs.get("device") == first.meta["val"].device]
+    if made:
+        with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+            device = graph.call_function(getattr, (first, "device"))
+        for node in made:
+            node.kwargs = {**node.kwargs, "device": device}
+
+
+def _layer_of(node: fx.Node) -> str:
+    stack: Any = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""

@@ -1,0 +1,300 @@
+"""Fit an operator to the chain around each activation while a model runs, by hooks, in the pass that counts.
+
+What a chain reads and what it computes are summed up on the spot (see
+:mod:`lightning_easier.collapsing.algebra.least_squares`): nothing is kept, and the sums of all chains come from one
+pass over the data.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_reduce, is_available, is_initialized
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from lightning_easier.collapsing.algebra.affine import ChannelAffine
+from lightning_easier.collapsing.algebra.least_squares import Fit, Moments, fits
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, priced
+from lightning_easier.collapsing.fit.fittable import Chains, FitChain
+from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
+from lightning_easier.sites.rectifiers import GATES, activation_kind
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.stand_in import StandIn
+from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
+from lightning_easier.support.arguments import as_globs
+from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.inference import device_of, evaluation_mode, forward, model_input
+
+# Of the sums of all chains together.
+_MOST_BYTES = 2**32
+
+
+@dataclass
+class _Seen:
+    """What the hooks have seen of one chain."""
+
+    moments: Moments
+    shape: torch.Size | None = None
+    calls: int = 0
+
+
+class ChainProbe:
+    """Own the hooks that sum up what the chains around activations read and compute.
+
+    Args:
+        model: A model whose activations are isolated.
+        sites: Names of the activations.
+        batches: How many batches there will be on this process and the others together, which bounds how many positions
+            of each are used.
+        most: How many activations in a row a chain may have. Of those with several, as in the bodies of bottlenecks and
+            inverted residuals, only what a smaller operator could take the place of is looked at.
+
+    Attributes:
+        chains: The chains.
+        reasons: Site -> why it is in none.
+        paused: Whether what runs now is left out.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[str], batches: int, most: int = 1) -> None:
+        with evaluation_mode(model):
+            found = Chains(model, sites)
+            self.chains = [chain for chain in found.in_windows(most) if _may_pay(model, chain)]
+        self.reasons = found.reasons
+        self._leave_out(model)
+        self.paused = False
+        self._model = model
+        self._batches = max(batches, 1)
+        self._seen: list[_Seen] = []  # of each chain
+        self._handles: list[RemovableHandle] = []
+        for chain in self.chains:
+            last: Any = model.get_submodule(chain.operators[-1])
+            outputs = last.out_channels if chain.geometry.kernel else last.out_features
+            self._seen.append(_Seen(Moments.of(chain.geometry, outputs, last.weight.device)))
+
+    def _leave_out(self, model: nn.Module) -> None:
+        """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
+        moved = {name for stand_in in stand_ins(model).values() if stand_in.shift is not None
+                 for name in (stand_in.shift.first, stand_in.shift.second)}  # fmt: skip
+        taken = 0
+        kept = []
+        for chain in sorted(self.chains, key=lambda chain: (len(chain.sites), chain.geometry.unknowns)):
+            needed = 2 * 8 * chain.geometry.unknowns**2
+            if moved & {*chain.operators}:
+                reason = "the padding of its operators was moved, for an exact merge"
+            elif taken + needed > _MOST_BYTES:
+                reason = f"its sums would take {needed / 2**30:.1f} GiB more; `compress` takes one at a time"
+            else:
+                taken += needed
+                kept.append(chain)
+                continue
+            if len(chain.sites) == 1:
+                self.reasons[chain.sites[0]] = reason
+        self.chains = [chain for chain in self.chains if chain in kept]
+
+    def __enter__(self) -> "ChainProbe":
+        self.attach()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks; a second call does nothing."""
+        if self._handles:
+            return
+        for chain, seen in zip(self.chains, self._seen, strict=True):
+            first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
+            begin, end = self._hooks(chain, seen)
+            self._handles += [
+                first.register_forward_pre_hook(HookOfOneModel(begin), with_kwargs=True),
+                last.register_forward_hook(HookOfOneModel(end)),
+            ]
+
+    def detach(self) -> None:
+        """Remove the hooks; the sums stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hooks(self, chain: FitChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
+        inputs: list[Tensor] = []
+        positions = -(-positions_wanted(chain) // self._batches)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.paused:
+                inputs[:] = [*args, *kwargs.values()][:1]
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.paused or not inputs:
+                return
+            seen.shape = seen.shape or inputs[0].shape
+            seen.calls += 1
+            seen.moments.add(inputs.pop().detach(), output.detach(), positions)
+
+        return begin, end
+
+    def reduce(self) -> None:
+        """Sum up over all processes, each of which has to call this once."""
+        if not (is_available() and is_initialized()):
+            return
+        for seen in self._seen:
+            calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
+            for tensor in (calls, *_tensors_of(seen.moments)):
+                all_reduce(tensor)
+            seen.calls = int(calls)
+
+    def fitted(self) -> Iterator[tuple[FitChain, list[Fit], torch.Size | None]]:
+        """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
+        both = list(zip(self.chains, self._seen, strict=True))
+        for chain, seen in tqdm(both, desc="Fitting", leave=False, delay=1, disable=None):
+            reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
+            if reason is None:
+                yield chain, list(fits(seen.moments)), seen.shape
+            elif len(chain.sites) == 1:
+                self.reasons[chain.sites[0]] = reason
+
+    def price(self, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
+        """Tell what each operator would save in the place of a chain."""
+        return priced(self._model, chain, candidates, shape, prices)
+
+    def chain_fit(self, chain: FitChain, fit: Fit) -> ChainFit | None:
+        """Tell how an operator moves into the modules of a chain; None if it is of another kind than the first."""
+        return as_chain_fit(self._model, chain, fit)
+
+
+def _may_pay(model: nn.Module, chain: FitChain) -> bool:
+    """Tell whether a chain is worth its sums: around one activation, or with more weights than a 1×1 in its place."""
+    if len(chain.sites) == 1:
+        return True
+    if any(activation_kind(model.get_submodule(site)) in GATES for site in chain.sites):
+        return False  # what a checkpoint names as absorbed has to be found without being told of gates
+    operators: list[Any] = [model.get_submodule(name) for name in chain.operators]
+    return chain.geometry.channels * len(operators[-1].weight) < sum(each.weight.numel() for each in operators)
+
+
+def _tensors_of(moments: Moments) -> Iterator[Tensor]:
+    for sums in (moments.fitted, moments.held_out):
+        yield from (sums.gram, sums.cross, sums.squares)
+
+
+def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None:
+    """Tell how an operator moves into the modules of a chain.
+
+    Args:
+        model: The model.
+        chain: The chain. The operator takes the place of its first activation; the others become identities.
+        fit: The operator.
+
+    Returns:
+        None if the operator is of another kind than the first of the chain, so that it can't move in.
+    """
+    site, *others = chain.sites
+    first: Any = model.get_submodule(chain.operators[0])
+    operator: Any = fit.operator
+    host: str | None = None
+    attributes: dict[str, Any] = {}
+    behind = [*others, *chain.between, *chain.operators[1:]]
+    norm: Any = None if chain.norm is None else model.get_submodule(chain.norm)
+    if norm is not None and not is_adjustable(norm):
+        norm = None
+    bias = operator.bias.detach() if type(operator) in (type(first), ChannelAffine) else None
+    affine: AffineFit | None = None
+    missing = torch.zeros_like(fit.mean)  # what the batch norm makes up for
+    tensors: dict[str, Tensor] = {}
+    if bias is None:
+        return None
+    if type(operator) is ChannelAffine:
+        behind.insert(0, chain.operators[0])
+        affine = AffineFit(operator.weight.detach(), bias, operator.dim, fit.explained)
+    else:
+        host, attributes = chain.operators[0], attributes_of(operator)
+        tensors[f"{host}.weight"] = operator.weight.detach()
+        if first.bias is not None:
+            tensors[f"{host}.bias"] = bias
+        elif norm is not None:
+            missing = bias
+        else:
+            affine = AffineFit(torch.ones_like(bias), bias, 1 if chain.geometry.kernel else -1, fit.explained)
+    if norm is not None:
+        adjusted: Any = with_statistics(norm, fit.mean - missing, fit.variance, missing)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensors[f"{chain.norm}.{name}"] = getattr(adjusted, name).detach()
+    absorbed = [name for name in behind if not isinstance(model.get_submodule(name), StandIn | Absorbed)]
+    form = Form(
+        None if host is None else seen_from(site, host), attributes, tuple(seen_from(site, name) for name in absorbed)
+    )
+    of_model = {seen_from(site, name): value.to(first.weight) for name, value in tensors.items()}
+    return ChainFit(fit.kind, fit.explained, form, of_model, affine)
+
+
+def measure_fits(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
+) -> dict[str, ChainFit]:
+    """Fit the best single operator to the chain around each activation, over all batches together.
+
+    A chain is operator, activation, operator, with batch norms and dropouts between. ``linearize(model, names,
+    stand_in="fitted", statistics=...)`` puts the fitted operators in their places. The model runs in eval mode, without
+    gradients, and is left as it was found.
+
+    Args:
+        model: Any module.
+        batches: A tensor each, or a sequence whose first element is the input.
+        include: Name globs of the activations; all by default.
+        exclude: Name globs of those to leave out.
+
+    Returns:
+        Qualified name -> fit, in execution order. Activations that no operator can take the place of, with one before
+        and one behind them, are left out.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or ``batches`` do not hold tensors.
+        ValueError: If a glob matches nothing, there is no batch, or an input does not fit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_easier import linearize
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> fits = measure_fits(model, [torch.randn(64, 4) for _ in range(4)])
+        >>> linearize(model, ["1"], stand_in="fitted", statistics=fits)
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): IdentityStandIn(in place of ReLU(), with a fitted operator in place of its chain)
+          (2): Absorbed()
+        )
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be taken "
+            "for batches. Pass `[tensor]`."
+        )
+    inner = unwrap(model)
+    sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
+    taken = list(batches)
+    if not taken:
+        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+    device = device_of(inner)
+    with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
+        for batch in taken:
+            forward(inner, (model_input(batch).to(device),), "batches")
+    best: dict[str, ChainFit] = {}
+    for chain, candidates, _ in probe.fitted():
+        possible = [fit for each in candidates if (fit := probe.chain_fit(chain, each)) is not None]
+        best[chain.sites[0]] = max(possible, key=lambda fit: fit.explained)
+    return best
+
+
+def plain_fits(fits: Mapping[str, ChainFit]) -> dict[str, dict[str, Any]]:
+    """Return fits as plain data by name."""
+    return {name: fit.to_plain() for name, fit in fits.items()}

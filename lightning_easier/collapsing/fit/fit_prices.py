@@ -1,0 +1,127 @@
+"""What chains and the operators fitted to them cost, and which operator is worth its place."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
+from lightning_easier.collapsing.algebra.least_squares import Fit
+from lightning_easier.collapsing.exact.prices import Objective
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FitChain
+from lightning_easier.support.costs import count_macs
+from lightning_easier.support.inference import random_like
+from lightning_easier.support.timing import LatencyTable
+
+
+class ChainPrices:
+    """Tells what chains and fitted operators cost.
+
+    Args:
+        objective: What is to be least.
+        table: Times that were measured already.
+    """
+
+    def __init__(self, objective: Objective, table: LatencyTable) -> None:
+        self.objective: Objective = objective
+        self._table = table
+
+    def of(self, modules: dict[str, nn.Module], shape: torch.Size, like: Tensor) -> dict[str, float]:
+        """Return what modules cost at the shape of their input, those that were not timed yet timed together.
+
+        Args:
+            modules: The modules by name.
+            shape: Of the input.
+            like: A tensor of the dtype, on the device.
+        """
+        value = random_like(like, shape)
+        modules = {name: deepcopy(module).to(value).eval() for name, module in modules.items()}
+        if self.objective == "depth":
+            return {name: float(_depth(module)) for name, module in modules.items()}
+        if self.objective == "macs":
+            return {name: float(count_macs(module, (value,))) for name, module in modules.items()}
+        keys: dict[str, Hashable] = {
+            name: (str(module), tuple(shape), str(like.dtype), str(like.device), torch.get_num_threads())
+            for name, module in modules.items()
+        }
+        self._table.measure(
+            {keys[name]: partial(partial, module, value) for name, module in modules.items()}, like.device
+        )
+        return {name: self._table.seconds[key] for name, key in keys.items()}
+
+    def compared(self, after: float, before: float) -> str:
+        """Say in words what something would cost beside what it costs."""
+        if self.objective == "latency":
+            return f"{after * 1e6:.1f} µs instead of {before * 1e6:.1f} µs"
+        return f"{after:,.0f} {'MACs' if self.objective == 'macs' else 'operators'} instead of {before:,.0f}"
+
+
+def _depth(module: nn.Module) -> int:
+    return sum(type(part) in (nn.Linear, *CONVOLUTIONS) for part in module.modules())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An operator that may take the place of a chain.
+
+    Attributes:
+        chain: The chain.
+        fit: The operator, and how well it represents the chain.
+        shortfall: How much less of the variance it explains than the operator that explains most.
+        price_before: Of the chain, in the unit of the objective.
+        price_after: Of the operator.
+    """
+
+    chain: FitChain
+    fit: Fit
+    shortfall: float
+    price_before: float
+    price_after: float
+
+    @property
+    def saving(self) -> float:
+        """What it saves, in the unit of the objective."""
+        return self.price_before - self.price_after
+
+
+def priced(
+    model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
+) -> list[Choice]:
+    """Tell what each operator would cost in the place of a chain whose input has a shape."""
+    most = max(fit.explained for fit in candidates)
+    # in a collapse the batch norms between are folded
+    parts = [model.get_submodule(name) for name in _in_a_row(chain)]
+    weight: Tensor = parts[0].weight  # type: ignore[assignment]
+    wanted = {"": nn.Sequential(*parts), **{str(number): fit.operator for number, fit in enumerate(candidates)}}
+    costs = prices.of(wanted, shape, weight)
+    return [
+        Choice(chain, fit, most - fit.explained, costs[""], costs[str(number)]) for number, fit in enumerate(candidates)
+    ]
+
+
+def choose(choices: Sequence[Choice], prices: ChainPrices, slack: float) -> Choice:
+    """Choose the cheapest operator that represents a chain nearly as well as the best.
+
+    Args:
+        choices: What may take the place of the chain.
+        prices: Tells what modules cost.
+        slack: How much less of the variance than the best it may explain.
+
+    Raises:
+        CannotFitError: If it is not cheaper than the chain.
+    """
+    best = min((each for each in choices if each.shortfall <= slack), key=lambda each: each.price_after)
+    if best.saving <= 0:
+        compared = prices.compared(best.price_after, best.price_before)
+        raise CannotFitError(f"does not pay: the cheapest takes {compared}")
+    return best
+
+
+def _in_a_row(chain: FitChain) -> Iterator[str]:
+    for operator, site in zip(chain.operators, chain.sites, strict=False):
+        yield operator
+        yield site
+    yield chain.operators[-1]

@@ -1,0 +1,427 @@
+"""Replace chains around activations that are not linear by single operators, fitted to what the chains compute.
+
+The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity, so that the
+forward of the model stays as it is written, and an exact collapse takes the identities out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_easier.collapsing.algebra.least_squares import Moments, fits
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choose, priced
+from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
+from lightning_easier.sites.activations import replace_activation
+from lightning_easier.structure.substitution import Absorbed
+from lightning_easier.support.inference import copies, evaluation_mode
+
+# Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
+_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
+# Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
+MOST_FITS = 7
+# Of the sums that are gathered in one run over the data.
+_MOST_BYTES = 2**30
+
+_T = TypeVar("_T")
+
+
+class _EndOfChainError(BaseException):
+    """Ends a forward of which all that is wanted has been seen; no forward catches it."""
+
+
+def positions_wanted(chain: FitChain) -> int:
+    """Return how many positions of the calibration data are enough for a fit."""
+    unknowns = chain.geometry.unknowns
+    return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
+
+
+def _nothing() -> None: ...
+
+
+class Gathered(NamedTuple):
+    """What was summed up of one chain.
+
+    Attributes:
+        moments: The sums.
+        shape: Of what goes into the chain at the example inputs.
+        ran: Which of the watched modules ran before the chain had ended, in any batch: where they are still what they
+            were, so are the sums.
+    """
+
+    moments: Moments
+    shape: torch.Size
+    ran: frozenset[str]
+
+
+def gather(
+    model: nn.Module,
+    chains: Iterable[FitChain],
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    watched: Iterable[str] = (),
+    advance: Callable[[], object] = _nothing,
+) -> Iterator[tuple[FitChain, Gathered | None]]:
+    """Sum up what goes into each of some chains and what comes out, in one run over the data for as many as fit.
+
+    Args:
+        model: The model, in eval mode; whatever is done to it between two chains has to be undone before the next.
+        chains: The chains.
+        batches: The forward's positional arguments, for each batch.
+        arguments: Example inputs.
+        watched: Names of modules of which is said whether they ran.
+        advance: What is called after each batch, for each chain.
+
+    Yields:
+        Each chain, and its sums; None if the forward does not get there.
+    """
+    watched = tuple(watched)
+    for group in _groups(model, chains):
+        moments: dict[FitChain, Moments] = {}
+        shapes: dict[FitChain, torch.Size] = {}
+
+        def add(
+            chain: FitChain,
+            value: Tensor,
+            output: Tensor,
+            moments: dict[FitChain, Moments] = moments,
+            shapes: dict[FitChain, torch.Size] = shapes,
+        ) -> None:
+            if chain not in moments:
+                axis = 1 if chain.geometry.kernel else -1
+                moments[chain] = Moments.of(chain.geometry, output.shape[axis], output.device)
+                shapes[chain] = value.shape
+            moments[chain].add(value, output, -(-positions_wanted(chain) // len(batches)))
+            advance()
+
+        reached = _run_up_to(model, group, batches, add, watched)
+        if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
+            shapes = _shapes_of_inputs(model, list(reached), arguments)
+        for chain in group:
+            is_there = chain in reached and chain in shapes
+            sums = moments.pop(chain, None)  # not kept beside those of the next
+            yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_there and sums is not None else None
+
+
+def _groups(model: nn.Module, chains: Iterable[FitChain]) -> Iterator[list[FitChain]]:
+    """Put chains together whose sums fit into memory beside each other; each is in a group, however large it is."""
+    group: list[FitChain] = []
+    taken = 0
+    for chain in chains:
+        columns = chain.geometry.unknowns
+        outputs: Tensor = model.get_submodule(chain.operators[-1]).weight  # type: ignore[assignment]
+        needed = 2 * 8 * columns * (columns + len(outputs))  # what is fitted and what is held out, in float64
+        if group and taken + needed > _MOST_BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(chain)
+        taken += needed
+    if group:
+        yield group
+
+
+def _shapes_of_inputs(
+    model: nn.Module, chains: Sequence[FitChain], arguments: Sequence[Tensor]
+) -> dict[FitChain, torch.Size]:
+    """Return the shapes of what goes into chains."""
+    shapes: dict[FitChain, torch.Size] = {}
+
+    def note(chain: FitChain, value: Tensor, _: Tensor) -> None:
+        shapes[chain] = value.shape
+
+    _run_up_to(model, chains, [tuple(arguments)], note)
+    return shapes
+
+
+def _run_up_to(
+    model: nn.Module,
+    chains: Sequence[FitChain],
+    batches: Iterable[tuple[Tensor, ...]],
+    see: Callable[[FitChain, Tensor, Tensor], None],
+    watched: Iterable[str] = (),
+) -> dict[FitChain, frozenset[str]]:
+    """Run a model up to the end of the last of some chains, and show what goes into each and what comes out.
+
+    Returns:
+        For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
+    """
+    inputs: dict[FitChain, Tensor] = {}
+    running: set[str] = set()  # and what ran, in this batch
+    ran: dict[FitChain, set[str]] = {chain: set() for chain in chains}
+    missing: set[FitChain] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, arguments: running.add(name)
+
+    def begin(chain: FitChain) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            for value in [*arguments, *keywords.values()][:1]:
+                inputs[chain] = value
+
+        return hook
+
+    def end(chain: FitChain) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if chain not in missing or chain not in inputs:  # it was called before
+                return
+            missing.remove(chain)
+            ran[chain] |= running
+            see(chain, inputs.pop(chain), output)
+            if not missing:
+                raise _EndOfChainError
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        for name in watched:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+        for chain in chains:
+            first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
+            stack.callback(first.register_forward_pre_hook(begin(chain), with_kwargs=True).remove)
+            stack.callback(last.register_forward_hook(end(chain)).remove)
+        for arguments in batches:
+            missing.update(ran)
+            running.clear()
+            inputs.clear()
+            try:
+                model(*copies(arguments))
+            except _EndOfChainError:
+                continue
+            for chain in missing:
+                del ran[chain]
+            missing.clear()
+            if not ran:
+                break
+    return {chain: frozenset(names) for chain, names in ran.items()}
+
+
+def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """Put an operator in the place of a chain, in place.
+
+    Args:
+        model: The model, in eval mode.
+        choice: The operator.
+        arguments: Example inputs, for a forward that shows whether the model still runs.
+
+    Returns:
+        What was there before, by name; :func:`put` brings it back.
+
+    Raises:
+        CannotFitError: If it does not, since its forward reads more of the operators than what they compute; the model
+            is as it was.
+    """
+    old = _put_fitted(model, choice)
+    try:
+        with torch.no_grad():
+            model(*copies(arguments))
+    except Exception as error:  # whatever the user's forward raises
+        put(model, old)
+        raise _does_not_run(error) from error
+    return old
+
+
+def try_out(model: nn.Module, choice: Choice, run: Callable[[], _T]) -> _T:
+    """Run something while an operator is in the place of a chain; the model is as it was afterwards.
+
+    Args:
+        model: The model, in eval mode.
+        choice: The operator.
+        run: Runs the model; what it returns is returned.
+
+    Raises:
+        CannotFitError: As for :func:`replace`.
+    """
+    old = _put_fitted(model, choice)
+    try:
+        with torch.no_grad():
+            return run()
+    except Exception as error:  # whatever the user's forward raises
+        raise _does_not_run(error) from error
+    finally:
+        put(model, old)
+
+
+def _put_fitted(model: nn.Module, choice: Choice) -> dict[str, nn.Module]:
+    """Put an operator in the place of a chain, in place; return what was there before, by name."""
+    chain = choice.chain
+    first: Any = model.get_submodule(chain.operators[0])
+    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(first.weight).eval()}
+    new.update({name: Absorbed().eval() for name in chain.behind})
+    if chain.norm is not None:
+        new[chain.norm] = with_statistics(model.get_submodule(chain.norm), choice.fit.mean, choice.fit.variance)
+    old = {name: model.get_submodule(name) for name in new}
+    put(model, new)
+    return old
+
+
+def _does_not_run(error: Exception) -> CannotFitError:
+    return CannotFitError(f"the model does not run with an operator in its place: {error}")
+
+
+def is_adjustable(norm: Any) -> bool:
+    """Tell whether a batch norm has statistics, and a scale and an offset that can make up for others."""
+    return norm.running_mean is not None and norm.weight is not None and norm.bias is not None
+
+
+def with_statistics(norm: Any, mean: Tensor, variance: Tensor, offset: Tensor | None = None) -> nn.Module:
+    """Copy a batch norm for values of other statistics; in eval mode it computes the same.
+
+    What is fitted varies less than what it was fitted to. In training mode a batch norm would scale that up again, and
+    training would begin with another function than the one that was fitted.
+
+    Args:
+        norm: The batch norm.
+        mean: Of its input from now on, shape ``(C,)``.
+        variance: Of its input from now on, shape ``(C,)``.
+        offset: What its input lacks from now on, shape ``(C,)``; the batch norm makes up for it.
+    """
+    copied = deepcopy(norm)
+    if not is_adjustable(norm):
+        return copied
+    mean, variance = mean.to(norm.running_mean), variance.to(norm.running_var)
+    shift = torch.zeros_like(mean) if offset is None else offset.to(mean)
+    with torch.no_grad():
+        before, after = (value + norm.eps for value in (norm.running_var, variance))
+        copied.bias += norm.weight * (mean + shift - norm.running_mean) / before.sqrt()
+        copied.weight *= (after / before).sqrt()
+        copied.running_mean.copy_(mean)
+        copied.running_var.copy_(variance)
+    return copied
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules under their names."""
+    for name, module in modules.items():
+        replace_activation(model, name, module)
+
+
+def fit_chain(
+    model: nn.Module,
+    chain: FitChain,
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    advance: Callable[[], object] = _nothing,
+) -> list[Choice]:
+    """Fit and price every operator that may take the place of a chain; the model is not changed.
+
+    Args:
+        model: A model in eval mode, its activations isolated.
+        chain: The chain.
+        batches: Calibration data: the forward's positional arguments, for each batch.
+        arguments: Example inputs, at whose shapes operators are priced.
+        prices: Tells what modules cost.
+        advance: What is called behind each batch, and behind each fit.
+
+    Raises:
+        CannotFitError: If the forward does not get there.
+    """
+    ((_, gathered),) = gather(model, [chain], batches, arguments, advance=advance)
+    return fit_to(model, chain, gathered, prices, advance)
+
+
+def fit_to(
+    model: nn.Module,
+    chain: FitChain,
+    gathered: Gathered | None,
+    prices: ChainPrices,
+    advance: Callable[[], object] = _nothing,
+) -> list[Choice]:
+    """Fit and price every operator that may take the place of a chain whose sums are known.
+
+    Args:
+        model: As for :func:`fit_chain`.
+        chain: The chain.
+        gathered: Its sums, as :func:`gather` yields them.
+        prices: As for :func:`fit_chain`.
+        advance: What is called after each fit.
+
+    Raises:
+        CannotFitError: If there are none, or too few values went into them.
+    """
+    if gathered is None:
+        raise CannotFitError("the model's forward does not call it")
+    reason = gathered.moments.why_no_fit()
+    if reason is not None:
+        raise CannotFitError(reason)
+    fitted = []
+    for fit in fits(gathered.moments):
+        fitted.append(fit)
+        advance()
+    return priced(model, chain, fitted, gathered.shape, prices)
+
+
+def fit_chains(
+    model: nn.Module,
+    sites: Sequence[str],
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    prices: ChainPrices,
+    slack: float,
+) -> tuple[list[Choice], dict[str, str]]:
+    """Replace the chains around activations in place, one after the other: each is fitted to what the last has left.
+
+    Args:
+        model: A model in eval mode, its activations isolated.
+        sites: Names of the activations.
+        batches: As for :func:`fit_chain`.
+        arguments: As for :func:`fit_chain`.
+        prices: As for :func:`fit_chain`.
+        slack: How much less of the variance than the best an operator may explain to be chosen.
+
+    Returns:
+        What was chosen, and site -> why nothing takes the place of its chain.
+    """
+    chains = Chains(model, sites)
+    choices = []
+    rows = chains.in_rows()
+    with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
+        for chain in rows:
+            progress.name(chain)
+            try:
+                choice = choose(fit_chain(model, chain, batches, arguments, prices, progress.advance), prices, slack)
+                replace(model, choice, arguments)
+                choices.append(choice)
+            except CannotFitError as error:
+                chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
+            progress.finish()
+    return choices, chains.reasons
+
+
+class Progress:
+    """One progress bar for all chains, whose total is known from the start.
+
+    Args:
+        chains: How many chains there are.
+        steps: How many steps each takes at most: a batch, a fit.
+        description: What is done.
+    """
+
+    def __init__(self, chains: int, steps: int, description: str) -> None:
+        self._bar = tqdm(total=chains * steps, desc=description, leave=False, disable=None)
+        self._steps = steps
+        self._done = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Tell of a step, of whichever chain."""
+        self._bar.update()
+
+    def name(self, chain: FitChain) -> None:
+        """Show which chain it is at."""
+        self._bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
+
+    def finish(self) -> None:
+        """Tell that a chain is done; the steps that it did without are taken."""
+        self._done += 1
+        self._bar.update(max(0, self._done * self._steps - self._bar.n))

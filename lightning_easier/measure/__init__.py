@@ -1,0 +1,1 @@
+"""Measure activations on real data: entropies, and the affines that come closest."""

@@ -1,0 +1,307 @@
+"""Measure entropies with forward pre-hooks that leave nothing behind.
+
+A pre-hook sees the pre-activation even where the rectifier works in place. It reduces the tensor to counts on the spot:
+nothing is kept alive and no value is read back to the host until the entropies are asked for.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.measure.affines import AffineFit, AffineStatistics
+from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
+from lightning_easier.sites.activations import ActivationSite, isolated_sites, unwrap
+from lightning_easier.support.arguments import check_share
+from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.inference import device_of, evaluation_mode, forward, model_input
+
+
+class EntropyProbe:
+    """Own the hooks that count the states of activations, as a context manager.
+
+    Args:
+        sites: The activations to look at.
+        neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        sample: Share of the samples of each batch that is counted, in (0, 1]; they are drawn pseudo-randomly, by the
+            number of the batch, so that every run draws the same.
+        affines: Whether the sums for the affine that comes closest to each activation are taken as well.
+
+    Raises:
+        ValueError: If a glob of ``neuron_dim`` matches no activation, or ``sample`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_easier.sites.activations import isolated_sites
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with EntropyProbe(isolated_sites(model)) as probe:
+        ...     _ = model(torch.randn(8, 2))
+        >>> list(probe.entropies())
+        ['1']
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[ActivationSite],
+        neuron_dim: Mapping[str, int] | None = None,
+        *,
+        sample: float = 1.0,
+        affines: bool = False,
+    ) -> None:
+        check_share("sample", sample)
+        self.paused = False
+        self._sites = list(sites)
+        self._handles: list[RemovableHandle] = []
+        self._sampler = None if sample == 1 else Sampler(sample)
+        self._calls = dict.fromkeys((site.name for site in sites), 0)
+        for glob in neuron_dim or {}:
+            if not any(fnmatchcase(site.name, glob) for site in sites):
+                raise ValueError(
+                    f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none "
+                    f"of {[site.name for site in sites]}"
+                )
+        self._metrics: dict[str, ActivationEntropy] = {}
+        for site in sites:
+            axes = [axis for glob, axis in (neuron_dim or {}).items() if fnmatchcase(site.name, glob)]
+            self._metrics[site.name] = ActivationEntropy(neuron_dim=axes[-1] if axes else site.neuron_dim)
+        self._affines = {name: AffineStatistics(metric.neuron_dim) for name, metric in self._metrics.items() if affines}
+
+    def __enter__(self) -> "EntropyProbe":
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def names(self) -> list[str]:
+        """The activations that are looked at, in execution order."""
+        return list(self._metrics)
+
+    def attach(self) -> None:
+        """Register the hooks; a second call does nothing."""
+        if not self._handles:
+            for site in self._sites:
+                hook = HookOfOneModel(self._hook(site.name, self._metrics[site.name]))
+                self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove the hooks; the counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self._calls = dict.fromkeys(self._calls, 0)
+        for metric in (*self._metrics.values(), *self._affines.values()):
+            metric.reset()
+
+    def to(self, device: torch.device) -> "EntropyProbe":
+        """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
+        for metric in (*self._metrics.values(), *self._affines.values()):
+            metric.to(device)
+        return self
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Return the counts over all processes, with one communication for all activations together.
+
+        Every process has to call this.
+
+        Returns:
+            Name -> ``on`` and ``off``, int64 tensors of shape ``(neurons,)`` on the CPU, and ``calls``, how often the
+            activation was called, on the process where that was most often. What was not called has no neurons. With
+            ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
+        """
+        counts = reduced_counts(list(self._metrics.values()), self._calls.values())
+        by_name = dict(zip(self._metrics, counts, strict=True))
+        for name, statistics in self._affines.items():
+            by_name[name]["affine"] = statistics.merged()
+        return by_name
+
+    def resume(self, counts: Mapping[str, Mapping[str, Any]], is_global_zero: bool = True) -> None:
+        """Go on from what :meth:`counts` returned; one process takes all counts, since they will be summed."""
+        for name, count in counts.items():
+            self._calls[name] = count["calls"]
+            if is_global_zero and count["on"].numel():
+                self._metrics[name].add(count["on"], count["off"])
+                if name in self._affines and "affine" in count:
+                    self._affines[name].add(count["affine"])
+
+    def entropies(self) -> dict[str, float]:
+        """Compute the entropy of each activation in bits, over all batches and processes, in execution order.
+
+        Every process has to call this. Activations that were not called (auxiliary heads in eval mode) are left out.
+
+        Raises:
+            RuntimeError: If none was called.
+        """
+        entropies = {
+            name: float(entropy_of_counts(count["on"], count["off"]).mean())
+            for name, count in self.counts().items()
+            if count["on"].numel()
+        }
+        if self._metrics and not entropies:
+            raise RuntimeError(
+                f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
+                f"entropy was measured. Their model's forward has to run as it is now: code compiled earlier does "
+                f"not see them (call `torch._dynamo.reset()`), nor does a step that calls other methods than forward."
+            )
+        return entropies
+
+    def affines(self) -> dict[str, AffineFit]:
+        """Compute the affine that comes closest to each activation, over all batches and processes.
+
+        Every process has to call this. Activations that were not called are left out.
+        """
+        called = [name for name, count in self.counts().items() if count["on"].numel()]
+        return {name: self._affines[name].fit() for name in called}
+
+    def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.paused:
+                return
+            pre_activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
+                pre_activation = pre_activation.to_padded_tensor(0.0)
+            if metric.device != pre_activation.device:
+                self.to(pre_activation.device)
+            call = self._calls[name]
+            self._calls[name] += 1
+            try:
+                if self._sampler is not None:
+                    pre_activation = self._sampler(pre_activation, call, metric.neuron_dim)
+                metric.update(pre_activation)
+                if name in self._affines:
+                    # a copy, which one that works in place may write into
+                    activation = module.forward(pre_activation.clone(), *args[1:])
+                    self._affines[name].update(pre_activation, activation)
+            except (TypeError, ValueError) as error:
+                raise type(error)(
+                    f"The entropy of activation `{name}` can't be measured: {error}. Exclude it, or override its "
+                    f"`neuron_dim`."
+                ) from error
+
+        return count
+
+
+def measure_entropy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    neuron_dim: Mapping[str, int] | None = None,
+    gates: bool | Iterable[str] = False,
+) -> dict[str, float]:
+    """Measure the entropy of every activation over all batches together.
+
+    The activations are isolated first, see :func:`~lightning_easier.isolate_activations`. The model runs in eval mode
+    without gradients; modes, hooks and weights are left as found.
+
+    Args:
+        model: Any module.
+        batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input.
+        max_batches: How many batches to use; all by default.
+        neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        gates: Whether bounded activations are measured too, see :func:`~lightning_easier.isolate_activations`.
+
+    Returns:
+        Qualified name -> entropy in bits, in execution order. Activations that are not called are left out.
+
+    Raises:
+        TypeError: If ``model`` is not a Module or ``batches`` do not hold tensors.
+        ValueError: If there is no activation or no batch, an input does not fit, or ``max_batches`` is not positive.
+        RuntimeError: If no activation was called.
+
+    Source: EASIER, arXiv 2404.18949.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
+        >>> measure_entropy(model, [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]])])
+        {'1': 1.0}
+    """
+    return _measured(model, batches, max_batches, neuron_dim, gates, affines=False).entropies()
+
+
+def measure_affines(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    neuron_dim: Mapping[str, int] | None = None,
+    gates: bool | Iterable[str] = False,
+) -> dict[str, AffineFit]:
+    """Measure the affine that comes closest to each activation, over all batches together.
+
+    Scale and offset of each channel are those of least squares: ``linearize(model, names, stand_in="affine",
+    statistics=...)`` puts them in the place of the activations. The model is left as :func:`measure_entropy` leaves it.
+
+    Args:
+        model: Any module.
+        batches: As for :func:`measure_entropy`.
+        neuron_dim: As for :func:`measure_entropy`.
+        gates: As for :func:`measure_entropy`.
+
+    Returns:
+        Qualified name -> scale, offset, axis of the channels and the share of variance explained, in execution order.
+        Activations that are not called are left out.
+
+    Raises:
+        TypeError: As :func:`measure_entropy`.
+        ValueError: As :func:`measure_entropy`.
+        RuntimeError: If no activation was called.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+        >>> list(measure_affines(model, [torch.randn(8, 1)]))
+        ['1']
+    """
+    probe = _measured(model, batches, None, neuron_dim, gates, affines=True)
+    return probe.affines()
+
+
+def _measured(
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_batches: int | None,
+    neuron_dim: Mapping[str, int] | None,
+    gates: bool | Iterable[str],
+    *,
+    affines: bool,
+) -> EntropyProbe:
+    """Run a model over batches with its activations measured."""
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be "
+            "taken for batches. Pass `[tensor]`."
+        )
+    inner = unwrap(model)
+    sites = isolated_sites(inner, gates)
+    if not sites:
+        raise ValueError(
+            f"Expected argument `model` to call at least one rectifier, but none was found in {type(inner).__name__}"
+        )
+    device = device_of(inner)
+    seen = 0
+    with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
+        for batch in batches:
+            forward(inner, (model_input(batch).to(device),), "batches")
+            seen += 1
+            if seen == max_batches:
+                break
+    if seen == 0:
+        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+    return probe

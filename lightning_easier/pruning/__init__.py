@@ -1,0 +1,1 @@
+"""Which activation goes next, and whether it was worth it. No Trainer."""

@@ -1,0 +1,233 @@
+"""How fast or how shallow a model should become, and whether it is."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from lightning_easier.collapsing import CollapseResult, collapse
+from lightning_easier.collapsing.baseline import baseline_of
+from lightning_easier.collapsing.engine import collapse_beside, counted
+from lightning_easier.collapsing.exact.prices import Objective
+from lightning_easier.report import CollapseReport, ModelCost
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.arguments import check_integer, check_positive
+from lightning_easier.support.costs import count_macs
+from lightning_easier.support.inference import copies
+from lightning_easier.support.timing import MARGIN, LatencyTable, compare
+
+# A model whose estimated time is so near to the target is collapsed and timed.
+_NEARLY = 1.1
+# So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
+# computed, or something else decides them.
+_IMPOSSIBLE = 3.0
+# Said of a target that the timings leave open.
+_DOUBT = " (the timings leave it open whether it is that; objective='macs' and `target_depth` go by the work alone)"
+
+
+def check_targets(speedup: float | None, depth: int | None) -> None:
+    """Check the arguments ``target_speedup`` and ``target_depth``.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If a speed-up is none, or a depth is below 1.
+    """
+    if speedup is not None:
+        check_positive("target_speedup", speedup)
+        if speedup <= 1:
+            raise ValueError(
+                f"Expected argument `target_speedup` to be above 1, how many times faster than the dense network the "
+                f"result is to be, but got {speedup}"
+            )
+    if depth is not None:
+        check_integer("target_depth", depth, 1)
+
+
+@dataclass(frozen=True)
+class Attained:
+    """How fast and how shallow a model is, and whether that is enough; plain data.
+
+    Attributes:
+        is_reached: Whether it is as fast and as shallow as it should be.
+        words: What was measured, and what it should be.
+    """
+
+    is_reached: bool
+    words: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found when a model was collapsed and timed; all costs were timed in turn.
+
+    Attributes:
+        result: The collapsed model, and what was merged.
+        before: Cost of the model as it was given.
+        dense: Cost of the same with its batch norms folded.
+        exact: Cost of the model as it was given, collapsed exactly.
+        attained: Whether the model is as fast and as shallow as it should be.
+        is_impossible: Whether the work has become so much less, and the time has not, that it is no use to go on.
+    """
+
+    result: CollapseResult
+    before: ModelCost
+    dense: ModelCost
+    exact: ModelCost
+    attained: Attained
+    is_impossible: bool
+
+
+class Goal:
+    """Tells whether a model has become as fast, or as shallow, as it should.
+
+    What decides is a ratio of times that were measured in turn. When it is worth measuring is estimated, in shares of
+    what the dense network costs: by the prices of what was replaced, and by the multiply-accumulates that are left.
+
+    Args:
+        source: The model as it was given, in eval mode.
+        arguments: Example inputs.
+        objective: What a collapse makes least.
+        table: Times that were measured already.
+        speedup: How many times faster than the dense network with its batch norms folded; None for any.
+        depth: How many operators at most; None for any.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        arguments: tuple[Tensor, ...],
+        objective: Objective,
+        table: LatencyTable,
+        speedup: float | None,
+        depth: int | None,
+    ) -> None:
+        self._source = source
+        self._arguments = arguments
+        self._objective: Objective = objective
+        self._table = table
+        self._speedup = speedup
+        self._depth = depth
+        self._exact = collapse(source, arguments, objective=objective, latencies=table)
+        self._dense = baseline_of(source, arguments)
+        self._macs = counted(count_macs, self._dense.model, arguments)
+        self._price: float | None = None  # of the dense network, in the unit of the table
+        self._last: tuple[float, float, float] | None = (
+            None  # shares that were left, and the speed-up, at the last look
+        )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to reach."""
+        return self._speedup is not None or self._depth is not None
+
+    def is_due(self, model: nn.Module, saved: float) -> bool:
+        """Tell whether a model may have reached the goal, so that it is worth a look.
+
+        Args:
+            model: The model.
+            saved: Of its price, in the unit of the objective.
+        """
+        if saved == 0 and not self._merges_exactly:  # it is the dense network still
+            return False
+        if self._speedup is None:
+            return self._depth is not None
+        by_macs = self._share(counted(count_macs, model, self._arguments))
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
+        if by_price is None:  # nothing tells but the clock
+            return True
+        by_macs = 1.0 if by_macs is None else by_macs
+        if self._last is None:
+            exact = self._exact.report.speedup.bounds[0] if self._merges_exactly else 1.0
+            return min(by_price / _NEARLY, by_macs) / max(exact, 1.0) <= 1 / self._speedup
+        price_then, macs_then, then = self._last
+        missing = 1 / then - 1 / self._speedup  # to collapse takes its time: only half of what is missing is waited for
+        return max(price_then - by_price, macs_then - by_macs) >= missing / 2
+
+    @property
+    def _merges_exactly(self) -> bool:
+        """Whether there was something to merge from the start, or linear activations."""
+        report = self._exact.report
+        return bool(report.merges) or bool(stand_ins(self._source))
+
+    def _share(self, macs: int | None) -> float | None:
+        """Return what share multiply-accumulates are of the dense network's; None where they can't be counted."""
+        return None if macs is None or not self._macs else macs / self._macs
+
+    def _dense_price(self) -> float:
+        if self._price is None:
+            key, (first, *_) = object(), self._arguments
+            self._table.measure({key: lambda: partial(self._dense.model, *copies(self._arguments))}, first.device)
+            self._price = self._table.seconds.pop(key)
+        return self._price
+
+    def look(self, model: nn.Module, saved: float) -> Look:
+        """Collapse a model, and time it beside what it comes from.
+
+        Args:
+            model: The model.
+            saved: Of its price, in the unit of the objective.
+        """
+        result = collapse_beside(model, self._arguments, self._objective, self._table, self._dense)
+        models = {
+            "before": self._source, "dense": self._dense.model, "exact": self._exact.model, "after": result.model,
+        }  # fmt: skip
+        bars = {} if self._speedup is None else {("dense", "after"): self._speedup}
+        arguments = copies(self._arguments)
+        latency = compare(models, arguments, bars)
+        report, exact = result.report, self._exact.report
+        costs = {"before": exact.before, "dense": exact.dense, "exact": exact.after, "after": report.after}
+        timed = {name: dataclasses.replace(cost, latency=latency[name]) for name, cost in costs.items()}
+        report = dataclasses.replace(report, before=timed["before"], dense=timed["dense"], after=timed["after"])
+        result = CollapseResult(result.model, report)
+        attained = _attained(report, self._speedup, self._depth)
+        by_macs = self._share(report.after.macs)
+        known = 1.0 if by_macs is None else by_macs
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else known
+        self._last = by_price, known, report.speedup.median
+        is_impossible = (
+            self._speedup is not None
+            and not attained.is_reached
+            and by_macs is not None
+            and by_macs * self._speedup * _IMPOSSIBLE <= 1
+        )
+        return Look(result, timed["before"], timed["dense"], timed["exact"], attained, is_impossible)
+
+
+def _attained(report: CollapseReport, speedup: float | None, depth: int | None) -> Attained:
+    words, are_reached = [], []
+    if speedup is not None:
+        are_reached.append(report.speedup.is_above(speedup * (1 - MARGIN)))
+        doubt = "" if not report.speedup.leaves_open(speedup) else _DOUBT
+        words.append(f"{report.speedup} of the {speedup:g}× that was asked for{doubt}")
+    if depth is not None:
+        are_reached.append(report.after.depth <= depth)
+        words.append(f"a depth of {report.after.depth}, where {depth} was asked for")
+    return Attained(all(are_reached) and bool(are_reached), " and ".join(words))
+
+
+def attained(
+    network: nn.Module,
+    arguments: tuple[Tensor, ...],
+    speedup: float | None,
+    depth: int | None,
+    objective: Objective,
+    table: LatencyTable,
+) -> Attained:
+    """Tell how fast and how shallow a network with linear activations is, and whether that is enough.
+
+    Args:
+        network: A copy of the network.
+        arguments: Example inputs.
+        speedup: How many times faster than the dense network with its batch norms folded; None for any.
+        depth: How many operators at most; None for any.
+        objective: What a collapse makes least.
+        table: Times that were measured already.
+
+    Raises:
+        CollapseError: If the network can't be collapsed.
+    """
+    network = network.eval()
+    arguments = copies([value.detach() for value in arguments])
+    report = collapse(network, arguments, objective=objective, latencies=table).report
+    return _attained(report, speedup, depth)

@@ -1,0 +1,1 @@
+"""Find every call of an activation, and what lies around it."""

@@ -1,0 +1,202 @@
+"""Watch what a forward reads from Python while it is traced, and refuse what it writes.
+
+A recording holds the values that its forward read from attributes. Each of them becomes a *guard*: where one has
+changed since, the recording no longer speaks for the forward. What can't be guarded is refused.
+"""
+
+import enum
+import functools
+import random
+import sys
+from collections.abc import Callable
+from copy import copy
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Guard = tuple[nn.Module, str, str, Any]
+"""A module, the name of an attribute, how it is compared, and what it was."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
+_BY_IDENTITY = (
+    FunctionType, BuiltinFunctionType, MethodType, ModuleType, functools.partial, type, Tensor, nn.Module,
+)  # fmt: skip
+_CONTAINERS = (list, tuple, set, dict)
+_KEYED = ("_modules", "_parameters", "_buffers")
+_INTERNAL = frozenset(vars(nn.Module())) - {"training", *_KEYED} | {"forward"}
+_OWN_FRAMES = (
+    "torch.fx", "torch.nn.modules.module", "torch._", "torch.overrides", "contextlib", "lightning_easier.sites.tracing",
+    "lightning_easier.sites.watching",
+)  # fmt: skip
+_MISSING = object()
+
+
+class UntraceableError(Exception):
+    """A forward that can't be recorded without losing something; the message is the reason."""
+
+
+def is_user_frame(depth: int) -> bool:
+    """Tell whether the code that many frames up is a forward's, rather than the tracer's or the module system's."""
+    name = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return not name.startswith(_OWN_FRAMES)
+
+
+def is_foreign_frame(depth: int) -> bool:
+    """Tell whether the code that many frames up is neither torch's, nor Python's, nor ours."""
+    package = sys._getframe(depth + 1).f_globals.get("__name__", "").partition(".")[0]
+    return package not in ("torch", "lightning_easier") and package not in sys.stdlib_module_names
+
+
+class Watch:
+    """Note the attributes that are read in this context on any module, and refuse to write any.
+
+    Args:
+        root: The module that is traced.
+        training: What ``training`` is to be for every module.
+
+    Attributes:
+        reads_training: Whether the mode was asked for.
+    """
+
+    def __init__(self, root: nn.Module, training: bool) -> None:
+        self.reads_training = False
+        self._root = root
+        self._training = training
+        self._guards: dict[tuple[int, str], Guard] = {}
+        self._containers: dict[int, tuple[str, Any, Any]] = {}
+
+    def __enter__(self) -> "Watch":
+        read, write = self.read, self.write
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            return read(module, name, value) if name[:2] != "__" and is_user_frame(1) else value
+
+        def setattribute(module: nn.Module, name: str, value: Any) -> None:
+            constructing = sys._getframe(1).f_code.co_name == "__init__"  # a module that is made in the forward
+            if constructing or not is_user_frame(1) or not write(module, name, value):
+                original(module, name, value)
+
+        self._original: Callable[..., None] = nn.Module.__setattr__
+        original = self._original
+        setattr(nn.Module, "__getattribute__", getattribute)  # noqa: B010  # mypy knows no other way
+        setattr(nn.Module, "__setattr__", setattribute)  # noqa: B010
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del nn.Module.__getattribute__
+        setattr(nn.Module, "__setattr__", self._original)  # noqa: B010
+
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Note a read; return what the reader gets."""
+        if name == "training":
+            self.reads_training = True
+            if module is not self._root:
+                self._note(module, name, "value", self._training)
+            return self._training
+        if name in _INTERNAL:
+            return value
+        if name in _KEYED:
+            self._note(module, name, "keys", tuple(value))
+        elif name in vars(module):
+            self._note(module, name, *_snapshot(name, value))
+            if isinstance(value, _CONTAINERS) and id(value) not in self._containers:
+                self._containers[id(value)] = (name, value, copy(value))
+        elif isinstance(value, _PLAIN) and isinstance(getattr(type(module), name, None), _PLAIN):
+            self._note(module, name, "value", value)
+        return value
+
+    def write(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Refuse a write; true would say that it was taken care of."""
+        raise UntraceableError(f"its forward changes `self.{name}`")
+
+    def _note(self, module: nn.Module, name: str, how: str, value: Any) -> None:
+        self._guards.setdefault((id(module), name), (module, name, how, value))
+
+    def guards(self) -> list[Guard]:
+        """What was read."""
+        return list(self._guards.values())
+
+    def undo(self) -> list[str]:
+        """Put back the contents of containers that were read; name those that had changed."""
+        changed = []
+        for name, container, before in self._containers.values():
+            if not same_items(container, before):
+                changed.append(name)
+                container.clear()
+                container.extend(before) if isinstance(container, list) else container.update(before)
+        return changed
+
+
+class LooseWatch(Watch):
+    """For a look only: what is written is kept aside, and every attribute may be read."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(root, training=False)
+        self._written: dict[tuple[int, str], Any] = {}
+
+    def read(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Return what was written, or else what is there."""
+        if name == "training":
+            return False
+        if name in vars(module) and name not in _INTERNAL:
+            _snapshot(name, value)  # what can't be watched is not touched either
+        if isinstance(value, _CONTAINERS) and name not in _INTERNAL and name not in _KEYED:
+            self._containers.setdefault(id(value), (name, value, copy(value)))
+        return self._written.get((id(module), name), value)
+
+    def write(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Keep the value aside."""
+        self._written[id(module), name] = value
+        return True
+
+
+def holds(guard: Guard) -> bool:
+    """Tell whether an attribute still is what it was when a forward read it."""
+    module, name, how, expected = guard
+    own = vars(module)
+    value: Any = own[name] if name in own else getattr(type(module), name, _MISSING)
+    if how == "keys":
+        return tuple(value) == expected
+    if how == "value":
+        return type(value) is type(expected) and bool(value == expected)
+    if how == "items":
+        return isinstance(value, _CONTAINERS) and same_items(value, expected)
+    if how == "vars":
+        return _plain_vars(value) == expected
+    return value is expected
+
+
+def _snapshot(name: str, value: Any) -> tuple[str, Any]:
+    if isinstance(value, _PLAIN):
+        return "value", value
+    if isinstance(value, _CONTAINERS):
+        return "items", copy(value)
+    if isinstance(value, _BY_IDENTITY):
+        return "is", value
+    if name in ("_trainer", "_fabric") or isinstance(value, random.Random) or not hasattr(value, "__dict__"):
+        raise UntraceableError(f"it reads `self.{name}`, a {type(value).__name__} that can't be watched for changes")
+    return "vars", _plain_vars(value)
+
+
+def _plain_vars(value: Any) -> dict[str, Any]:
+    return {key: item for key, item in getattr(value, "__dict__", {}).items() if isinstance(item, _PLAIN)}
+
+
+def same_items(a: Any, b: Any) -> bool:
+    """Compare containers item by item: plain ones by value, others (a tensor, a proxy) by identity."""
+    if type(a) is not type(b) or len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, set):
+        return {id(item) for item in a} == {id(item) for item in b}
+    return all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and bool(a == b))

@@ -1,0 +1,1 @@
+"""Change a model reversibly: stand-ins, fitted operators, paddings, and the marks that tell a checkpoint."""

@@ -1,0 +1,359 @@
+"""Make activations linear, reversibly, and give a model the structure that a state dict is marked with."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.sites.activations import (
+    ActivationSite,
+    isolate_activations,
+    planned_sites,
+    replace_activation,
+    unwrap,
+)
+from lightning_easier.sites.rectifiers import GATES, activation_kind
+from lightning_easier.structure.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
+from lightning_easier.structure.stand_in import MARK_KEY, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
+from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, Substitution
+from lightning_easier.support.arguments import check_choice
+
+
+def linearize(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    stand_in: str = "identity",
+    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None = None,
+    shift_padding: bool = False,
+    trainable: bool = False,
+) -> nn.Module:
+    """Make the named activations linear, in place.
+
+    Args:
+        model: Any module; its activations are isolated first.
+        names: Qualified names as :func:`~lightning_easier.isolate_activations` returns them, those of gates among
+            them. Names that are linear already stay so.
+        stand_in: What takes the place of an activation: ``"identity"``, or ``"affine"``, a scale and an offset for each
+            channel. Both are linear, and an exact collapse folds them into their neighbours. Or ``"fitted"``: one
+            operator takes the place of the operators around it, too. It moves into the first of them, whose parameters
+            stay the same objects; the others become identities.
+        statistics: For ``"affine"``: name -> scale and offset, as :func:`~lightning_easier.measure_affines` returns
+            them. For ``"fitted"``: name -> operator, as :func:`~lightning_easier.measure_fits` returns them for the
+            model as it is.
+        shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
+            second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
+            nothing. The function changes at the borders, and the two can be merged exactly. Operators of other kinds,
+            with other padding modes or with a second reader keep theirs.
+        trainable: Whether scale and offset of ``"affine"`` are parameters, which an optimizer that is made afterwards
+            trains; by default they are buffers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``names`` is a string, or ``model`` is not a Module.
+        ValueError: If a name or ``stand_in`` is unknown, or ``statistics`` do not go with it.
+
+    Source: EASIER, arXiv 2404.18949, for the identity. Moving the padding:
+        Kim et al., Efficient Latency-Aware CNN Depth Compression (ICML 2023).
+
+    Example:
+        >>> from torch import nn
+        >>> linearize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"])
+        Sequential(
+          (0): Linear(in_features=2, out_features=2, bias=True)
+          (1): IdentityStandIn(in place of ReLU())
+        )
+    """
+    check_choice("stand_in", stand_in, (*STAND_INS, "fitted"))
+    inner = unwrap(model)
+    linear = stand_ins(inner)
+    names = [name for name in _as_names(names) if name not in linear]
+    fits = _checked(statistics, stand_in, names)
+    wanted: dict[str, _Wanted] = {}
+    taken: set[str] = set()
+    for name in names:
+        fit = fits.get(name)
+        if isinstance(fit, ChainFit):
+            taken |= _check_fit(inner, name, fit, taken)
+            order = len(wanted) + max((each.form.order + 1 for each in _substitutions(inner).values()), default=0)
+            form = replace(fit.form, order=order)
+            wanted[name] = _Wanted(fit.affine, trainable, form, fit.tensors)
+        else:
+            wanted[name] = _Wanted(fit, trainable)
+    _make_linear(inner, wanted, shift_padding and stand_in != "fitted")
+    return model
+
+
+class _Wanted(NamedTuple):
+    """What is to take the place of an activation.
+
+    Attributes:
+        affine: The affine; None for an identity.
+        trainable: Whether it is trained.
+        form: What becomes of the chain around the activation, if anything does.
+        tensors: The values that belong to it; None while they are to be loaded.
+    """
+
+    affine: AffineFit | None = None
+    trainable: bool = False
+    form: Form | None = None
+    tensors: Mapping[str, torch.Tensor] | None = None
+
+    def substitution(self, model: nn.Module, site: str) -> Substitution | None:
+        """Return what carries out its form; None if it has none."""
+        if self.form is None:
+            return None
+        if self.tensors is None:
+            return Substitution.blank(self.form, model, site)
+        return Substitution(self.form, self.tensors)
+
+
+def _check_fit(model: nn.Module, site: str, fit: ChainFit, taken: Collection[str]) -> set[str]:
+    """Refuse a fit to a chain that is not there as it was; return the names of its operators.
+
+    Args:
+        model: The model.
+        site: Name of the activation.
+        fit: The fit.
+        taken: The operators that other fits of the same call take.
+
+    Raises:
+        ValueError: If an operator is missing, or another fit takes it.
+    """
+    modules = dict(model.named_modules())
+    names = Substitution(fit.form, fit.tensors).names(site)
+    gone = [name for name in names if name not in modules or isinstance(modules[name], Absorbed) or name in taken]
+    if gone:
+        raise ValueError(
+            f"Expected argument `statistics` to hold operators fitted to the model as it is, but that of {site!r} "
+            f"needs {gone}, which are not there, or gone into another operator. Linearize one of the two, and measure "
+            f"again with `measure_fits`."
+        )
+    return set(names)
+
+
+def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding: bool) -> None:
+    """Put stand-ins in the place of activations that are not linear yet.
+
+    Args:
+        model: The model.
+        wanted: Name -> what takes its place.
+        shift_padding: As for :func:`linearize`.
+    """
+    known, gates = _activations_for(model, wanted)
+    for name in wanted:
+        if name not in known:
+            close = get_close_matches(name, known, n=3) or list(known)[:5]
+            raise ValueError(
+                f"Expected argument `names` to hold names of activations, but got {name!r}. Did you mean one of "
+                f"{close}? `isolate_activations(model)` lists all {len(known)}."
+            )
+    shifts = {name: possible_shift(known[name].neighbourhood) for name in wanted} if shift_padding else {}
+    fitted = {name for site, each in _substitutions(model).items() for name in each.names(site)}
+    for name, shift in shifts.items():
+        if shift is not None and {shift.first, shift.second} & fitted:  # a fit has a padding of its own
+            shifts[name] = None
+    activations = isolate_activations(model, gates=gates)
+    like = _floating(model)
+    with _operators_as_built(model):
+        for name, want in wanted.items():
+            made: StandIn
+            around = shifts.get(name), want.substitution(model, name)
+            if want.affine is None:
+                made = IdentityStandIn(activations[name], *around)
+            else:
+                made = AffineStandIn(activations[name], want.affine, want.trainable, *around).to(like)
+            replace_activation(model, name, made)
+
+
+def _checked(
+    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None, stand_in: str, names: Iterable[str]
+) -> Mapping[str, AffineFit | ChainFit]:
+    """Return what was measured for each name; nothing for identities."""
+    if stand_in == "identity":
+        if statistics is not None:
+            raise ValueError("Expected argument `statistics` to be None: the identity stand-in takes no statistics")
+        return {}
+    what, measured, kind = {
+        "affine": ("affine", "measure_affines", AffineFit),
+        "fitted": ("operator", "measure_fits", ChainFit),
+    }[stand_in]
+    for name in names:
+        if not isinstance((statistics or {}).get(name), kind):
+            raise ValueError(
+                f"Expected argument `statistics` to hold the {what} of {name!r}, as `{measured}(model, batches)` "
+                f"returns it, but got {(statistics or {}).get(name)!r}"
+            )
+    return statistics or {}
+
+
+def _floating(model: nn.Module) -> torch.Tensor:
+    """Return a tensor of the model's dtype, on its device."""
+    return next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+
+
+def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
+    """Bring back activations that were made linear, in place.
+
+    Args:
+        model: A model that :func:`linearize` has changed.
+        names: Which ones; all of them by default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``names`` is a string, or ``model`` is not a Module.
+        ValueError: If a name is not that of a linearized activation.
+
+    Example:
+        >>> from torch import nn
+        >>> restore(linearize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"]))
+        Sequential(
+          (0): Linear(in_features=2, out_features=2, bias=True)
+          (1): ReLU()
+        )
+    """
+    inner = unwrap(model)
+    linear = stand_ins(inner)
+    names = list(linear) if names is None else _as_names(names)
+    for name in names:
+        if name not in linear:
+            raise ValueError(
+                f"Expected argument `names` to hold names of linearized activations, but got {name!r}; linear are "
+                f"{list(linear)}"
+            )
+    _check_nothing_builds_on(inner, names)
+    with _operators_as_built(inner):
+        for name in names:
+            activation = linear[name].activation
+            activation.train(linear[name].training)
+            if next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
+                activation.to(_floating(inner))
+            replace_activation(inner, name, activation)
+    return model
+
+
+def _check_nothing_builds_on(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to restore what a later fit, which stays, was made on top of."""
+    substitutions = _substitutions(model)
+    for name in names:
+        if name not in substitutions:
+            continue
+        mine = substitutions[name]
+        for other, later in substitutions.items():
+            if (
+                later.form.order > mine.form.order
+                and other not in names
+                and {*later.names(other)} & {*mine.names(name)}
+            ):
+                raise ValueError(
+                    f"Expected argument `names` to hold {other!r} besides {name!r}: the operator in its place was "
+                    f"fitted to the one in the place of {name!r}"
+                )
+
+
+@contextmanager
+def _operators_as_built(model: nn.Module) -> Iterator[None]:
+    """Take fitted operators and shifts of padding back, and carry out those of the stand-ins that are there then."""
+    for name, substitution in reversed(_substitutions(model).items()):
+        substitution.undo(model, name)
+    undo_shifts(model, _shifts(model))
+    try:
+        yield
+    finally:
+        apply_shifts(model, _shifts(model))
+        for name, substitution in _substitutions(model).items():
+            substitution.apply(model, name)
+
+
+def _substitutions(model: nn.Module) -> dict[str, Substitution]:
+    """Return name -> substitution, in the order in which they were made."""
+    found = {name: each.substitution for name, each in stand_ins(model).items() if each.substitution is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1].form.order))
+
+
+def _shifts(model: nn.Module) -> list[PaddingShift]:
+    return [stand_in.shift for stand_in in stand_ins(model).values() if stand_in.shift is not None]
+
+
+def stand_ins(model: nn.Module) -> dict[str, StandIn]:
+    """Return qualified name -> stand-in for every linearized activation."""
+    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, StandIn)}
+
+
+def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
+    """Return qualified name -> mark for every linearized activation that a state dict knows of."""
+    marks = {}
+    for key, value in state_dict.items():
+        if key == MARK_KEY or key.endswith(f".{MARK_KEY}"):
+            mark = Mark.decode(value)
+            if mark is not None:
+                marks[key.removesuffix(MARK_KEY).removesuffix(".")] = mark
+    return marks
+
+
+def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, Mark], dict[str, Mark]]:
+    """Give a model the structure that a state dict is marked with, in place: what is marked is linear, the rest is not.
+
+    Returns:
+        The marks of the names that were made linear, and of those that were restored, by this call.
+
+    Raises:
+        ValueError: If a mark names an activation that the model does not have, or another kind of it.
+    """
+    marks = read_marks(state_dict)
+    inner = unwrap(model)
+    linear = stand_ins(inner)
+    if marks == {name: stand_in.mark for name, stand_in in linear.items()}:
+        return {}, {}
+    known, _ = _activations_for(inner, [name for name in marks if name not in linear])
+    sites = {name: site.module for name, site in known.items()}
+    for name, mark in marks.items():
+        found = linear[name].activation if name in linear else sites.get(name)
+        if found is None or type(found).__name__ != mark.activation or mark.stand_in not in STAND_INS:
+            raise ValueError(
+                f"Expected the model to have an activation {name!r} of class {mark.activation}, which the checkpoint "
+                f"marks as linear ({mark.stand_in}), but got {found}. The model has {list(sites) + list(linear)}: load "
+                f"the checkpoint into a model built as the one that was saved."
+            )
+    restored = {name: stand_in.mark for name, stand_in in linear.items() if marks.get(name) != stand_in.mark}
+    linearized = {name: mark for name, mark in marks.items() if name not in linear or name in restored}
+    restructure(inner, restored, linearized)
+    return linearized, restored
+
+
+def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[str, Mark]) -> None:
+    """Restore some activations and make others linear as they are marked."""
+    restore(model, restored)
+    # What shifts a padding saw the others linear when it did.
+    for shifts in (False, True):
+        wanted = {name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts}
+        _make_linear(
+            unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
+        )
+
+
+def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, ActivationSite], frozenset[str]]:
+    """Return the activations of a model that names can stand for, and the gates among those named."""
+    sites = {site.name: site for site in planned_sites(model)}
+    if all(name in sites for name in names):
+        return sites, frozenset()
+    sites = {site.name: site for site in planned_sites(model, gates=True)}
+    kinds = {activation_kind(sites[name].module) for name in names if name in sites}
+    return sites, frozenset(GATES.keys() & kinds)
+
+
+def _as_names(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"Expected argument `names` to be an iterable of names, but got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"Expected argument `names` to be an iterable of names, but got {names!r}")
+    return list(names)

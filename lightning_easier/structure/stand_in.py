@@ -1,0 +1,218 @@
+"""What takes the place of an activation that was made linear, and the mark by which a checkpoint tells of it.
+
+An identity has no parameters, so a pruned state dict would load into the unpruned network without a word and bring the
+rectifiers back. Each stand-in therefore has an extra state, its *mark*: a strict load into another structure fails on
+it, in both directions. A mark is a tensor of bytes (JSON), because every tool that handles state dicts handles tensors.
+
+Whoever loads such a state dict may know nothing of all this, and sees nothing but the key that does not fit: so the key
+says what to do.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.structure.padding import PaddingShift
+from lightning_easier.structure.substitution import Form, Substitution
+
+STAND_INS = ("identity", "affine")
+EXTRA_STATE = "_extra_state"
+HINT = "made_linear_by_lightning_easier__use_load_pruned_or_expect_pruned"
+MARK_KEY = f"{HINT}.{EXTRA_STATE}"
+_MAGIC = "lightning_easier.linear"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a state dict says of one linearized activation.
+
+    Attributes:
+        stand_in: The kind of stand-in: ``"identity"`` or ``"affine"``.
+        activation: Class name of the activation it replaces.
+        shifts_padding: Whether the padding of the convolution behind it was moved to the one before it.
+        channels: Of an affine; 0 for an identity.
+        dim: The axis of an affine's channels.
+        trainable: Whether an affine's scale and offset are trained.
+        form: What became of the chain around it, if a fitted operator has taken its place.
+    """
+
+    stand_in: str
+    activation: str
+    shifts_padding: bool = False
+    channels: int = 0
+    dim: int = 1
+    trainable: bool = False
+    form: Form | None = None
+
+    def encode(self) -> Tensor:
+        """Return the mark as a uint8 tensor."""
+        return torch.tensor(list(json.dumps({_MAGIC: 1, **asdict(self)}).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def decode(cls, value: Any) -> "Mark | None":
+        """Read a mark; None for the extra state of something else."""
+        if not isinstance(value, Tensor) or value.ndim != 1:
+            return None
+        try:  # a state dict that was cast as a whole (.half()) still holds the bytes exactly
+            data = json.loads(bytes(value.to("cpu", torch.uint8).tolist()))
+            if _MAGIC not in data:
+                return None
+            return cls(
+                data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)),
+                int(data.get("channels", 0)), int(data.get("dim", 1)), bool(data.get("trainable", False)),
+                None if data.get("form") is None else Form.from_plain(data["form"]),
+            )  # fmt: skip
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def blank(self) -> AffineFit | None:
+        """Return an affine of its shape, whose numbers are still to be loaded; None for an identity."""
+        if self.stand_in != "affine":
+            return None
+        return AffineFit(torch.ones(self.channels), torch.zeros(self.channels), self.dim, 0.0)
+
+
+class _Marked(nn.Module):
+    """Keeps the mark of a stand-in in the state dict, under a key that is told when it fits nowhere.
+
+    Args:
+        stand_in: What it is of.
+    """
+
+    def __init__(self, stand_in: "StandIn") -> None:
+        super().__init__()
+        self.training = stand_in.training
+        self._stand_in = (stand_in,)  # in a tuple, so that it does not register
+
+    def get_extra_state(self) -> Tensor:
+        """Return the mark as bytes."""
+        return self._stand_in[0].mark.encode()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Check that an incoming state is of the same structure.
+
+        Raises:
+            ValueError: If its mark is another.
+        """
+        mark, own = Mark.decode(state), self._stand_in[0].mark
+        if mark != own:
+            raise ValueError(f"Expected the state of a stand-in to carry the mark {own}, but got {mark}")
+
+
+class StandIn(nn.Module):
+    """Takes the place of an activation, which it keeps to be restored.
+
+    The activation is not a submodule: its parameters, if any, are no longer the model's.
+    """
+
+    forward_is_alike = True  # in every instance of a class, for who looks at what forwards do
+
+    def __init__(
+        self, activation: nn.Module, shift: PaddingShift | None = None, substitution: Substitution | None = None
+    ) -> None:
+        super().__init__()
+        self.training = activation.training
+        self._activation = (activation,)  # in a tuple, so that it does not register
+        self.shift = shift
+        self.substitution = substitution
+        self.add_module(HINT, _Marked(self))
+
+    @property
+    def activation(self) -> nn.Module:
+        """The activation that was replaced."""
+        return self._activation[0]
+
+    @property
+    def absorbed(self) -> list[nn.Module]:
+        """The modules of its chain that are identities now."""
+        return [] if self.substitution is None else self.substitution.absorbed
+
+    def absorbed_by_name(self, name: str) -> dict[str, nn.Module]:
+        """Return qualified name -> module for the same, given the name of this stand-in."""
+        return {} if self.substitution is None else self.substitution.absorbed_by_name(name)
+
+    @property
+    def moves_padding(self) -> bool:
+        """Whether there was a padding to move."""
+        return self.shift is not None and self.shift.moves_padding
+
+    @property
+    def mark(self) -> Mark:
+        """What the state dict says of this stand-in."""
+        return Mark("identity", type(self.activation).__name__, self.shift is not None, form=self._form)
+
+    @property
+    def _form(self) -> Form | None:
+        return None if self.substitution is None else self.substitution.form
+
+    def __repr__(self) -> str:
+        return f"{self._get_name()}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        """Name the activation that was replaced, and what was done to the operators around it."""
+        fitted = "" if self._form is None else ", with a fitted operator in place of its chain"
+        return f"in place of {self.activation}" + ("" if self.shift is None else f", {self.shift}") + fitted
+
+
+class IdentityStandIn(StandIn):
+    """The identity in the place of an activation."""
+
+    computes_identity = True  # for who looks at what lies between operators
+
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
+        return input
+
+
+class AffineStandIn(StandIn):
+    """A scale and an offset for each channel in the place of an activation.
+
+    Args:
+        activation: The activation.
+        fit: Scale and offset of each channel.
+        trainable: Whether they are parameters; buffers otherwise.
+        shift: The padding that moves.
+        substitution: What becomes of the chain around the activation.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        fit: AffineFit,
+        trainable: bool = False,
+        shift: PaddingShift | None = None,
+        substitution: Substitution | None = None,
+    ) -> None:
+        super().__init__(activation, shift, substitution)
+        self.dim = fit.dim
+        for name, value in (("weight", fit.scale), ("bias", fit.offset)):
+            value = value.detach().clone()
+            if trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    @property
+    def mark(self) -> Mark:
+        """What the state dict says of this stand-in."""
+        of_activation = type(self.activation).__name__, self.shift is not None
+        trainable = isinstance(self.weight, nn.Parameter)
+        return Mark("affine", *of_activation, len(self.weight), self.dim, trainable, self._form)
+
+    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Scale and offset each channel, in the dtype of the input; the shape stays."""
+        shape = [1] * input.ndim
+        shape[self.dim] = -1
+        scale, offset = (each.view(shape).to(input.dtype) for each in (self.weight, self.bias))
+        return torch.addcmul(offset, input, scale)
+
+    def extra_repr(self) -> str:
+        """Name the channels and their axis, too."""
+        return f"{len(self.weight)}, dim={self.dim}, {super().extra_repr()}"

@@ -1,0 +1,1 @@
+"""What every wing may use: checks of arguments, running a model, costs and times, files."""

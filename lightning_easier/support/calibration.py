@@ -1,0 +1,132 @@
+"""Read calibration data: what a model is called with, batch by batch, and what has to be left out of it."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_easier.support.inference import copies, describe, evaluation_mode, forward, model_inputs, tensors_in
+
+Arguments = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data.
+
+    Attributes:
+        batches: The forward's positional arguments, for each batch.
+        notes: What was left out.
+    """
+
+    batches: list[Arguments]
+    notes: list[str]
+
+
+def read_calibration(
+    argument: str, data: Iterable[Any], model: nn.Module, count: int, devices: Sequence[torch.device]
+) -> Calibration:
+    """Read batches, and leave out those without samples, and samples whose values are not all finite.
+
+    One sample that is not finite would make every sum over the data so.
+
+    Args:
+        argument: Name of the argument that holds the data, for errors.
+        data: A tensor each, or a sequence whose first elements are the forward's positional arguments.
+        model: The model; it is called on every batch.
+        count: How many arguments its forward is called with.
+        devices: Where each of them goes.
+
+    Raises:
+        TypeError: If the data is no iterable of batches, or a batch holds no tensors.
+        ValueError: If nothing is left, or the model does not accept a batch.
+
+    Warns:
+        UserWarning: If something is left out.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"Expected argument `{argument}` to be an iterable of batches, but got {describe(data)}"
+            f"{', whose samples would be taken for batches' if isinstance(data, Tensor) else ''}. Pass `[tensor]`."
+        )
+    read, empty, samples, strange = [], 0, 0, 0
+    for batch in data:
+        arguments = tuple(x.to(device) for x, device in zip(model_inputs(batch, count), devices, strict=True))
+        if any(x.ndim and len(x) == 0 for x in arguments):
+            empty += 1
+            continue
+        kept = _finite_samples(model, arguments, argument)
+        samples += len(kept)
+        strange += int((~kept).sum())
+        if bool(kept.all()):
+            read.append(arguments)
+        elif bool(kept.any()):
+            read.append(tuple(x[kept.to(x.device)] if _has_samples(x, len(kept)) else x for x in arguments))
+    notes = [f"{empty} of the batches in `{argument}` hold no sample and were left out"] if empty else []
+    if strange:
+        notes.append(
+            f"{strange} of the {samples} samples in `{argument}` were left out: their values, or what the model makes "
+            f"of them, are not all finite"
+        )
+    if not read:
+        why = "; ".join(notes) or "it yielded none"
+        raise ValueError(f"Expected argument `{argument}` to yield at least one batch that can be used, but {why}")
+    for note in notes:
+        rank_zero_warn(note)
+    return Calibration(read, notes)
+
+
+def _finite_samples(model: nn.Module, arguments: Arguments, argument: str) -> Tensor:
+    """Tell of each sample whether all its values, and those that the model makes of it, are finite; on the CPU."""
+    first = arguments[0]
+    samples = len(first) if first.ndim else 1
+    with evaluation_mode(model):
+        outputs = tensors_in(forward(model, copies(arguments), argument))
+    kept = torch.ones(samples, dtype=torch.bool)
+    for value in (*arguments, *outputs):
+        if value.is_floating_point() and _has_samples(value, samples):
+            kept &= value.isfinite().reshape(samples, -1).all(1).cpu()
+    return kept
+
+
+def _has_samples(value: Tensor, samples: int) -> bool:
+    return value.ndim > 0 and len(value) == samples
+
+
+def inputs_left_out(model: nn.Module, batch: Any, count: int) -> str | None:
+    """Say which inputs a batch may hold that the forward would take and is not given; None if there are none.
+
+    Args:
+        model: The model.
+        batch: A batch. What follows the inputs in it may as well be labels, which can't be told.
+        count: How many of its elements are taken for inputs.
+    """
+    beyond = batch[count:] if isinstance(batch, list | tuple) else ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in positional
+    ]
+    untold = [
+        name
+        for name, value in zip(names[count:], beyond, strict=False)
+        if isinstance(value, Tensor) and not _may_be_classes(value)
+    ]
+    if not untold:
+        return None
+    given = ", ".join(f"`{name}`" for name in names[:count])
+    more = ", ".join(f"`{name}`" for name in untold)
+    return (
+        f"The forward of {type(model).__name__} is called with {given} alone: the batches hold {len(batch)} elements, "
+        f"and whether the others are {more}, which it would take too, or labels, can't be told. If they are inputs, "
+        f"pass `example_inputs=({', '.join(names[: count + len(untold)])})`, tensors of one batch"
+    )
+
+
+def _may_be_classes(value: Tensor) -> bool:
+    return value.ndim <= 1 and not value.is_floating_point() and value.dtype != torch.bool

@@ -1,0 +1,204 @@
+"""Run a model without training it: inputs, mode, device, and errors that say which argument was at fault."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_easier.support.hooks import is_of_one_model
+
+
+def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Turn example inputs into the positional arguments of a forward.
+
+    Raises:
+        TypeError: If they are neither a tensor nor a non-empty sequence of tensors.
+        ValueError: If there is nothing in one of them to compute with: no sample, or no data (the meta device).
+    """
+    arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if (
+        not isinstance(arguments, list | tuple)
+        or not arguments
+        or not all(isinstance(each, Tensor) for each in arguments)
+    ):
+        raise TypeError(
+            f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional "
+            f"arguments of the model's forward, but got {describe(example_inputs)}"
+        )
+    for each in arguments:
+        if each.ndim and not len(each):
+            raise ValueError(
+                f"Expected argument `example_inputs` to hold at least one sample, but got {describe(each)}. Pass a "
+                f"batch of one or more."
+            )
+        if each.is_meta:
+            raise ValueError(
+                f"Expected argument `example_inputs` to hold data, which the result is compared on, but got "
+                f"{describe(each)} on the meta device. Pass tensors on the device of the model."
+            )
+    return tuple(arguments)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        ValueError: If a parameter or a buffer is on the meta device.
+    """
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"Expected argument `model` to have weights, but {type(model).__name__} has `{name}` on the meta "
+                    f"device, without data. Load them first: `model.to_empty(device=...)`, then `load_state_dict`."
+                )
+
+
+def random_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return random numbers of a tensor's dtype on its device; the generators of the run stay where they are."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(tensor)
+
+
+def model_input(batch: Any) -> Tensor:
+    """Return the input in a batch: a tensor, or a sequence whose first element is the input.
+
+    Raises:
+        TypeError: If there is no tensor in that place.
+    """
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(
+            f"Expected argument `batches` to hold tensors, or sequences whose first element is the input tensor, but "
+            f"got {describe(batch)}{_remedy(batch)}"
+        )
+    return first
+
+
+def _remedy(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return ""
+    return f". Pass the forward's arguments in their order, such as `[(batch[{next(iter(batch), '...')!r}],) for ...]`"
+
+
+def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
+    """Return the positional arguments of the forward in a batch: a tensor, or the first elements of a sequence.
+
+    Args:
+        batch: The batch.
+        count: How many arguments the forward takes.
+
+    Raises:
+        TypeError: If there are not so many tensors.
+    """
+    if count == 1:
+        return (model_input(batch),)
+    first = batch[:count] if isinstance(batch, list | tuple) else ()
+    if len(first) < count or not all(isinstance(x, Tensor) for x in first):
+        raise TypeError(
+            f"Expected argument `batches` to hold sequences whose first {count} elements are the input tensors, but "
+            f"got {describe(batch)}{_remedy(batch)}"
+        )
+    return tuple(first)
+
+
+def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy arguments for a forward that may write into them."""
+    return tuple(argument.clone() for argument in arguments)
+
+
+def arguments_wanted(model: nn.Module) -> int:
+    """Return how many positional arguments a model's forward can't do without, 1 at least."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(each.kind in kinds and each.default is inspect.Parameter.empty for each in parameters))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer, the CPU if it has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether calling a module runs anything besides its forward that may matter; what only counts does not."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    return any(not is_of_one_model(hook) for each in hooks for hook in each.values())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients; every module's own mode comes back, also after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def forward(model: nn.Module, arguments: Sequence[Any], argument: str) -> Any:
+    """Call a model and blame the named argument where its forward doesn't accept it.
+
+    Raises:
+        ValueError: If the forward fails on these inputs; running out of memory is not their fault and passes through.
+    """
+    try:
+        return model(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"Expected argument `{argument}` to be accepted by the forward of {type(model).__name__}, but "
+            f"{describe(arguments)} made it fail: {error}. Pass inputs of the shape, dtype and number that it is "
+            f"trained on."
+        ) from error
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """List the tensors in a forward's output, whatever its structure."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def relative_difference(output: Any, reference: Any) -> float:
+    """Largest ``‖output - reference‖ / ‖reference‖`` over the tensors of two outputs, taken over what is finite.
+
+    It is inf where structure, shapes or the places of what is not finite differ.
+    """
+    pairs = tensors_in(output), tensors_in(reference)
+    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs, strict=True)):
+        return float("inf")
+    largest = 0.0
+    for a, b in zip(*pairs, strict=True):
+        a, b = a.detach().cpu().double(), b.detach().cpu().double()
+        finite = b.isfinite()
+        if not torch.equal(a.isfinite(), finite):
+            return float("inf")
+        difference, norm = float((a - b)[finite].norm()), float(b[finite].norm())
+        largest = max(largest, difference / norm if norm > 0 else difference)
+    return largest
+
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Relative differences that rounding explains."""
+
+
+def tolerance_for(outputs: Any) -> float:
+    """Relative difference that rounding explains at the coarsest dtype among the outputs."""
+    return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in tensors_in(outputs)), default=0.0)
+
+
+def describe(value: Any) -> str:
+    """Describe a value by type and, for tensors, shape and dtype, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(describe(item) for item in value[:4]) or 'nothing'}"
+    return f"a value of type {type(value).__name__}"
