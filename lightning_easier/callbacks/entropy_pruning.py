@@ -6,8 +6,8 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping
-from copy import copy
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
-from lightning_easier.callbacks.policy import Policy, mode_in_name
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
     LoggedScores,
@@ -31,11 +30,26 @@ from lightning_easier.callbacks.recipe import (
     put_plateaus,
     reset_patience,
 )
-from lightning_easier.callbacks.state import BestCheckpoint, Choice, Decision, PruningState
 from lightning_easier.callbacks.targets import Targets
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.criteria import lowest_entropy
+from lightning_easier.pruning.loop import (
+    Apply,
+    Ask,
+    Command,
+    CutShort,
+    Decided,
+    Diverged,
+    GoBack,
+    Keep,
+    PruningLoop,
+    Stop,
+    Verdict,
+    Wait,
+)
 from lightning_easier.pruning.ranking import Ranked, Ranking, apart
+from lightning_easier.pruning.rules import Rejections, Rules, Tolerance, mode_in_name
+from lightning_easier.pruning.state import BestCheckpoint, Choice, Interruption, Measured, RunState
 from lightning_easier.report import CandidateReport, PruningReport, Round
 from lightning_easier.report.dashboard import Dashboard, entropy_key
 from lightning_easier.sites.activations import planned_sites
@@ -52,6 +66,7 @@ from lightning_easier.support.arguments import (
     check_positive,
     check_share,
 )
+from lightning_easier.support.hooks import Remembered
 
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
@@ -213,15 +228,15 @@ class EntropyPruningCallback(Callback):
             raise ValueError(f"Expected argument `monitor` to be the name of a logged score, but got {monitor!r}")
         check_choice("measure_on", measure_on, ("validation", "training"))
         self.monitor = monitor
-        self.policy = Policy(
-            mode=mode,
-            tolerance=tolerance,
+        check_choice("on_reject", on_reject, ("stop", "next"))
+        rejections = Rejections(max_rejections)
+        self.rules = Rules(
+            Tolerance(tolerance, mode),
+            rejections if on_reject == "next" else Rejections(1),
             epochs_per_round=epochs_per_round,
             removals_per_round=removals_per_round,
             max_removals=max_removals,
             warmup_epochs=warmup_epochs,
-            on_reject=on_reject,
-            max_rejections=max_rejections,
             reference=reference,
         )
         usual = mode_in_name(monitor)
@@ -270,9 +285,9 @@ class EntropyPruningCallback(Callback):
         check_positive("distill_temperature", distill_temperature)
         self.distill = distill
 
-        self._state = PruningState()
+        self._loop = PruningLoop(self.rules, monitor)
         self._taken_up = False  # whether the state is that of a checkpoint
-        self._state_of = 0  # the Trainer that it is of, by its id
+        self._state_of = Remembered[Trainer]()  # the Trainer that it is of
         self._candidates: list[str] | None = None  # None: the activations were not looked for yet
         self._measured: dict[str, float] | None = None  # the entropies, whatever was validated
         self._ranked = Ranked()  # and the order
@@ -287,7 +302,11 @@ class EntropyPruningCallback(Callback):
         self._scores = LoggedScores()
         self._files = files.RunFiles()
         self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
-        self._waiting = 0  # how many rounds there were when it was said that one waits for its score
+
+    @property
+    def _state(self) -> RunState:
+        """Where the run stands."""
+        return self._loop.state
 
     # What a user may ask for
 
@@ -299,7 +318,7 @@ class EntropyPruningCallback(Callback):
     @property
     def removed(self) -> list[str]:
         """The activations that are linear by now, in the order of their removal."""
-        return [name for this in self._state.rounds if this.accepted is not False for name in this.removed]
+        return self._state.removed
 
     @property
     def entropies(self) -> dict[str, float] | None:
@@ -309,7 +328,7 @@ class EntropyPruningCallback(Callback):
     @property
     def last_good(self) -> Path | None:
         """Checkpoint of the last round that was kept; None before the first was judged."""
-        return self._state.path_of(self._state.last_good)
+        return self._state.path_of(self._state.snapshot.file)
 
     @property
     def best_checkpoints(self) -> dict[int, Path]:
@@ -347,14 +366,13 @@ class EntropyPruningCallback(Callback):
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._candidates = self._measured = self._listed = None
-        self._waiting = 0
         self._measurement.stop()
         self._measurement.stop_watching()
         self._measurement.structure_changed()
         self._stage = stage
-        if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or self._state_of != id(trainer)):
-            self._state, self._taken_up = PruningState(), False  # else a Trainer goes on
-            self._state_of = id(trainer)
+        if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or not self._state_of.is_(trainer)):
+            self._loop, self._taken_up = PruningLoop(self.rules, self.monitor), False  # else a Trainer goes on
+            self._state_of = Remembered(trainer)
             self._files.release()
             self._files = files.RunFiles()
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
@@ -363,7 +381,7 @@ class EntropyPruningCallback(Callback):
         self._load_handle = restructure_on_load(pl_module)
         self._files.watch_loading(trainer, pl_module)
         if stage == TrainerFn.FITTING:
-            optimizers.build_as_the_first(pl_module, self._linear_by_now, lambda: self._state.joined)
+            optimizers.build_as_the_first(pl_module, lambda: self._state.linear_by_now, lambda: self._state.joined)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
@@ -413,10 +431,9 @@ class EntropyPruningCallback(Callback):
 
     def _tell_what_is_unjudged(self) -> None:
         """Say that the model of an interrupted run holds removals that nobody has judged, or that were rejected."""
-        this, decision = self._state.rounds[-1], self._state.decision
-        going_back = decision is not None and decision.go_back
-        if this.removed and (this.accepted is None or going_back):
-            moment = "taken back" if going_back else "judged"
+        this = self._state.rounds[-1]
+        if this.removed and (this.accepted is None or self._state.is_going_back):
+            moment = "taken back" if self._state.is_going_back else "judged"
             rank_zero_warn(
                 f"Round {len(self._state.rounds) - 1} was interrupted before it was {moment}: {this.removed} are "
                 f"linear in the model as it is. The last good model is {self.last_good}; with a checkpoint of the run "
@@ -445,12 +462,6 @@ class EntropyPruningCallback(Callback):
             if trainer.state.fn == TrainerFn.FITTING:
                 surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in sites])
 
-    def _linear_by_now(self) -> list[str]:
-        """Return what this run has made linear and not restored yet."""
-        decision = self._state.decision
-        taken_back = self._state.rounds[-1].removed if decision is not None and decision.go_back else []
-        return [*self.removed, *taken_back]
-
     # Measuring
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -476,11 +487,7 @@ class EntropyPruningCallback(Callback):
 
     def _may_decide(self, trainer: Trainer) -> bool:
         """Tell whether a decision may follow this validation."""
-        state = self._state
-        if trainer.state.fn != TrainerFn.FITTING:
-            return self.dry_run
-        is_last = state.epochs + 1 >= self.policy.epochs_of_round(state)
-        return not state.finished and (is_last or state.rounds[-1].accepted is not None)
+        return self._loop.may_decide if trainer.state.fn == TrainerFn.FITTING else self.dry_run
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the entropies, the number removed, and the round."""
@@ -492,25 +499,26 @@ class EntropyPruningCallback(Callback):
             self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         if self._asks_for_targets(trainer):
-            self._state.attained = self._targets.attained(trainer, self._measurement.network, self.removed)
-            self._state.asked = True
+            attained = self._targets.attained(trainer, self._measurement.network, self.removed)
+            self._state.now = replace(self._state.now, asked=True, attained=attained)
         self._log_progress(trainer, pl_module)
 
     def _asks_for_targets(self, trainer: Trainer) -> bool:
         """Tell whether this validation is the one that finds out whether the structure as it is has reached them."""
         is_fitting = trainer.state.fn == TrainerFn.FITTING
-        return is_fitting and self._targets.are_given and not self._state.asked and self._may_decide(trainer)
+        return is_fitting and self._targets.are_given and not self._state.now.asked and self._may_decide(trainer)
 
     def _finish_measuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of entropies and affines, and of the order if a decision may follow."""
         state = self._state
-        self._measured = self._measurement.finish(pl_module, state.entropies_of_last_good)
+        self._measured = self._measurement.finish(pl_module, state.snapshot.measured.entropies or {})
         ranked = None
         if self.ranking.is_free or self.measure_on == "training" or self._may_decide(trainer):
             ranked = self._measurement.rank(trainer, pl_module, self._measured, self._candidates or ())
         self._ranked = ranked or Ranked()
         if trainer.state.fn == TrainerFn.FITTING:
-            state.entropies, state.affines, state.ranked = self._measured, self._measurement.affines, ranked
+            affines = self._measurement.affines
+            state.now = replace(state.now, entropies=self._measured, affines=affines, ranked=ranked)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the score of the structure as it is, and the best model so far."""
@@ -519,7 +527,7 @@ class EntropyPruningCallback(Callback):
         self._measurement.pause(False)
         if trainer.state.fn != TrainerFn.FITTING:
             if self.dry_run and self._measured is not None:
-                self._list(trainer, pl_module, self._choose(trainer, []))
+                self._list(trainer, pl_module, self._choose(trainer, self._as_validated(), []))
             return
         self._state.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
         is_new = self._scores.is_new(trainer, self.monitor, "validation")  # perhaps it is logged by rank 0 only
@@ -554,7 +562,11 @@ class EntropyPruningCallback(Callback):
         score = trainer.strategy.broadcast(self._state.score)
         removed = len(stand_ins(pl_module))
         best = self._state.best.get(str(removed))
-        if score is not None and math.isfinite(score) and (best is None or self.policy.is_better(score, best.score)):
+        if (
+            score is not None
+            and math.isfinite(score)
+            and (best is None or self.rules.tolerance.is_better(score, best.score))
+        ):
             now = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
             with self._state.told(best={**self._state.best, str(removed): now}):
                 self._files.save(trainer, self.best_checkpoints[removed])
@@ -571,7 +583,7 @@ class EntropyPruningCallback(Callback):
         self._dashboard.write_layout()
         self._scores.have_early_stopping_wait(trainer)
         if self._taken_up:
-            surgery.check_is_linear(pl_module, self._linear_by_now())
+            surgery.check_is_linear(pl_module, self._state.linear_by_now)
             surgery.check_activations(pl_module, state.activations)
         else:
             state.activations = surgery.activations_of(pl_module, self.gates)
@@ -589,11 +601,11 @@ class EntropyPruningCallback(Callback):
         if state.score is not None and state.score_comes_from_validation:
             scores[self.monitor] = state.score
         self._scores.put(trainer, scores)
-        is_kept = state.last_good == _file_of(len(state.rounds) - 1)
+        is_kept = state.snapshot.file == _file_of(len(state.rounds) - 1)
         if self._taken_up and state.rounds[-1].accepted and not is_kept and not self.dry_run:
             self._keep(trainer)  # that has failed, and the run was saved on the exception
         if not self._taken_up and len(state.rounds) == 1:
-            goes_on = wiring.check_length(trainer, pl_module, self.policy.epochs_of_round(state))
+            goes_on = wiring.check_length(trainer, pl_module, self.rules.epochs_of(0))
             if not goes_on and not self.dry_run:
                 rank_zero_warn("Nothing will be pruned: the run ends with its dense round. Raise `max_epochs`.")
             state.ended = state.rounds[0].epoch = trainer.current_epoch
@@ -604,20 +616,20 @@ class EntropyPruningCallback(Callback):
         elif state.finished:
             trainer.should_stop = True
             rank_zero_info("Pruning was over when this run was saved; remove EntropyPruningCallback to train on.")
-        if state.validation_due:
-            state.validation_due = False
+        if state.interruption.validation_due:
+            state.interruption = replace(state.interruption, validation_due=False)
             wiring.run_validation(trainer, max(trainer.current_epoch - state.ended, 0))
         if trainer.current_epoch > state.ended:  # Lightning has skipped the end of an epoch
-            if state.counts is not None:
+            if state.interruption.counts is not None:
                 self._count_on(trainer, pl_module)
                 self._finish_measuring(trainer, pl_module)
             if not (state.score_comes_from_validation or state.scored_this_epoch):
                 state.score = None  # what an epoch of training has logged is not in a checkpoint
-            if not state.epoch_end_begun:
+            if not state.interruption.epoch_end_begun:
                 wiring.check_early_stopping(trainer, pl_module)
             is_new = state.scored_this_epoch or not trainer.enable_validation
-            self._end_epoch(trainer, pl_module, state.not_called or [], trainer.current_epoch, is_new)
-            state.not_called, state.validated_this_epoch, state.scored_this_epoch = None, False, False
+            self._end_epoch(trainer, pl_module, state.interruption.not_called or [], trainer.current_epoch, is_new)
+            state.begin_epoch()
         self._resumed_inside = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else -1
         if trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.done:  # it skips the start of an epoch
             self._operate(trainer, pl_module)
@@ -627,8 +639,7 @@ class EntropyPruningCallback(Callback):
         """Carry out what was decided at the end of the last epoch."""
         if not self._active:
             return
-        self._state.validated_this_epoch = self._state.scored_this_epoch = False
-        self._state.counts = self._state.not_called = None
+        self._state.begin_epoch()
         self._operate(trainer, pl_module)
         self._scores.mark(trainer, self.monitor, "epoch")
         self._attach(trainer, pl_module)
@@ -651,14 +662,15 @@ class EntropyPruningCallback(Callback):
         if self.measure_on == "training":
             self._count_on(trainer, pl_module)
         elif not wiring.is_compiled(pl_module):  # hooks would cost it a compilation
-            self._measurement.watch(trainer, pl_module, self._state.not_called)
+            self._measurement.watch(trainer, pl_module, self._state.interruption.not_called)
 
     def _count_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement.start(pl_module)
         self._measurement.follow_chains(pl_module, self._candidates or (), 1)
-        if self._state.counts is not None:
-            self._measurement.load_counts(self._state.counts, trainer.is_global_zero)
-            self._state.counts = None
+        interruption = self._state.interruption
+        if interruption.counts is not None:
+            self._measurement.load_counts(interruption.counts, trainer.is_global_zero)
+            self._state.interruption = replace(interruption, counts=None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
@@ -670,14 +682,14 @@ class EntropyPruningCallback(Callback):
             return
         if trainer.current_epoch < state.ended:  # Lightning repeats the hook when it resumes here
             return
-        if state.counts is not None:  # it does so, and the hook was cut off
+        if state.interruption.counts is not None:  # it does so, and the hook was cut off
             self._count_on(trainer, pl_module)
         if self._measurement.is_counting:
             self._finish_measuring(trainer, pl_module)
             self._log_entropies(trainer, pl_module)
         if not trainer.enable_validation:
             self._log_progress(trainer, pl_module)
-        not_called = self._measurement.not_called or state.not_called or []
+        not_called = self._measurement.not_called or state.interruption.not_called or []
         self._measurement.stop_watching()
         if wiring.ends_inside_epoch(trainer):  # on_train_end judges
             return
@@ -705,7 +717,7 @@ class EntropyPruningCallback(Callback):
         if dense.accepted is None:
             rank_zero_warn(
                 f"Nothing was pruned: the run ended before its first round, "
-                f"{self.policy.epochs_of_round(self._state)} epochs with a validation at their end that logs "
+                f"{self.rules.epochs_of(0)} epochs with a validation at their end that logs "
                 f"{self.monitor!r}."
             )
         self._conclude(trainer, pl_module)
@@ -714,140 +726,106 @@ class EntropyPruningCallback(Callback):
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a model that was judged; a second call does nothing."""
-        state = self._state
-        this = state.rounds[-1]
+        this = self._state.rounds[-1]
         if this.removed and this.accepted is None:
             self._note_score(trainer)
-            score = self._agreed_score(trainer)
-            if score is None:
-                self._take_back_unjudged(trainer, f"{self.monitor} was not logged in it")
-                rank_zero_warn(
-                    f"Round {len(state.rounds) - 1} is taken back without a judgement: the run ended before "
-                    f"{self.monitor!r} was logged for the model with {this.removed} linear. Log it in every "
-                    f"validation, and have the run end with one: raise `max_epochs` or `max_steps`, or the patience "
-                    f"of EarlyStopping."
-                )
-            else:
-                self._judge(trainer, score)
-            self._decide(trainer, pl_module, [])
-        if state.decision is not None and state.decision.go_back:
-            self._go_back(trainer, pl_module)
+        self._carry_out(trainer, pl_module, self._loop.run_ended(self._ask(trainer)))
 
     def _end_epoch(
         self, trainer: Trainer, pl_module: LightningModule, not_called: list[str], epochs_ended: int, is_new: bool
     ) -> None:
-        """Count an epoch, and judge and decide if it was the last of its round.
+        """Count an epoch, and judge and decide if it was the last of its round."""
+        is_measured = self._state.validated_this_epoch or not trainer.enable_validation
+        ask = self._ask(trainer, not_called, is_new)
+        commands = self._loop.epoch_ended(epochs_ended, is_scored=is_new, is_measured=is_measured, ask=ask)
+        self._carry_out(trainer, pl_module, commands)
 
-        A score that was not logged in this epoch is that of other weights: the round waits for the next.
+    def _ask(self, trainer: Trainer, not_called: Sequence[str] = (), is_there: bool = True) -> Ask:
+        """Have the loop ask all processes, which may hold values of their own: rank 0 decides.
+
+        Args:
+            trainer: The Trainer.
+            not_called: Activations that were not called in training.
+            is_there: Whether there is a score.
         """
-        state = self._state
-        state.ended = epochs_ended
-        if state.finished:
-            return
-        state.epochs += 1
-        if len(state.rounds) == 1 and state.rounds[0].accepted is None:
-            state.dense_scores.append(state.score if is_new else None)
-        judgeable = state.validated_this_epoch or not trainer.enable_validation
-        if not judgeable or state.entropies is None or state.epochs < self.policy.epochs_of_round(self._state):
-            return
-        if state.rounds[-1].accepted is not None:  # at the end of a run that goes on now
-            if state.decision is None:
-                self._decide(trainer, pl_module, not_called)
-            return
-        score = self._agreed_score(trainer, is_new)
-        if score is not None:
-            self._judge(trainer, score)
-            self._decide(trainer, pl_module, not_called)
-        elif self._waiting != len(state.rounds):
-            self._waiting = len(state.rounds)
-            rank_zero_warn(
-                f"Round {len(state.rounds) - 1} goes on, since epoch {epochs_ended - 1}, which was to end it, has no "
-                f"{self.monitor!r}: it ends with the next epoch that has one. Log it in every validation, or choose "
-                f"`epochs_per_round` and `warmup_epochs` so that rounds end where it is logged."
-            )
+        return Ask(
+            lambda: trainer.strategy.broadcast(self._state.score if is_there else None),
+            lambda measured: self._choose(trainer, measured, not_called),
+        )
 
-    def _agreed_score(self, trainer: Trainer, is_there: bool = True) -> float | None:
-        """Return the score of the structure as it is, None if there is none; every process has to call this.
+    def _carry_out(self, trainer: Trainer, pl_module: LightningModule, commands: Iterable[Command]) -> None:
+        """Do what the loop says, in its order."""
+        for command in commands:
+            match command:
+                case Verdict(number):
+                    self._tell_verdict(trainer, pl_module, number)
+                case CutShort(number):
+                    rank_zero_warn(
+                        f"Round {number} is taken back without a judgement: the run ended before {self.monitor!r} was "
+                        f"logged for the model with {self.rounds[number].removed} linear. Log it in every validation, "
+                        f"and have the run end with one: raise `max_epochs` or `max_steps`, or the patience of "
+                        f"EarlyStopping."
+                    )
+                case Wait(number):
+                    rank_zero_warn(
+                        f"Round {number} goes on, since epoch {self._state.ended - 1}, which was to end it, has no "
+                        f"{self.monitor!r}: it ends with the next epoch that has one. Log it in every validation, or "
+                        f"choose `epochs_per_round` and `warmup_epochs` so that rounds end where it is logged."
+                    )
+                case Decided(choice) if self.dry_run:
+                    self._list(trainer, pl_module, choice)
+                    trainer.should_stop = True
+                case Stop(why):
+                    trainer.should_stop = True
+                    if why is not None and not self.dry_run:
+                        rank_zero_info(f"{len(self.removed)} activations are linear and {why}: pruning is over.")
+                case Keep() if not self.dry_run:
+                    self._keep(trainer)
+                case GoBack():
+                    self._go_back(trainer, pl_module)
+                case Apply(choice):
+                    self._remove(trainer, pl_module, choice)
+                case Diverged(score):
+                    raise ValueError(
+                        f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in "
+                        f"epoch {trainer.current_epoch}. The training has diverged: lower the learning rate. The last "
+                        f"good model is {self.last_good or 'an earlier checkpoint'}."
+                    )
 
-        Processes may hold values of their own, if the user logs without sync_dist; rank 0 decides for all.
-        """
-        score: float | None = trainer.strategy.broadcast(self._state.score if is_there else None)
-        if score is not None and not math.isfinite(score):
-            if self._state.last_good is not None and self._state.rounds[-1].removed:
-                self._take_back_unjudged(trainer, f"{self.monitor} was {score}")
-                choice = self._choose(trainer, []) if self.policy.settle(self._state) else None
-                self._state.finished = choice is None
-                self._state.decision = Decision(True, choice)
-                self._go_back(trainer, trainer.lightning_module)
-            raise ValueError(
-                f"Expected the score of argument `monitor` {self.monitor!r} to be finite, but got {score} in epoch "
-                f"{trainer.current_epoch}. The training has diverged: lower the learning rate. The last good model is "
-                f"{self.last_good or 'an earlier checkpoint'}."
-            )
-        return score
-
-    def _judge(self, trainer: Trainer, score: float) -> None:
-        """Compare a round with the reference, and say so."""
-        self.policy.judge(self._state, score)
+    def _tell_verdict(self, trainer: Trainer, pl_module: LightningModule, number: int) -> None:
+        state, report = self._state, self.report()
+        this = state.rounds[number]
         if self._dashboard is not None:
-            self._dashboard.write_score(score, len(stand_ins(trainer.lightning_module)))
-        self._tell_verdict(trainer)
-        self._warn_of_a_weak_reference()
-
-    def _take_back_unjudged(self, trainer: Trainer, reason: str) -> None:
-        """Reject a round that has no score, and say so."""
-        self._state.rounds[-1].accepted, self._state.rounds[-1].reason = False, reason
-        self._tell_verdict(trainer)
-
-    def _tell_verdict(self, trainer: Trainer) -> None:
-        report, number = self.report(), len(self._state.rounds) - 1
-        if self._dashboard is not None:
+            if this.score_after is not None:
+                self._dashboard.write_score(this.score_after, len(stand_ins(pl_module)))
             self._dashboard.write_event(report.event(number), trainer.global_step)
-        rank_zero_info(report.line(number, self.policy.tolerance))
+        rank_zero_info(report.line(number, self.rules.tolerance.amount))
+        self._warn_of_a_weak_reference()
+        if number == 0 and state.now.ranked is not None:
+            self._tell_what_saves(trainer, pl_module, state.now.ranked)
 
     def _warn_of_a_weak_reference(self) -> None:
         """Warn if the dense network had not learned enough when its score became the reference."""
-        state, policy = self._state, self.policy
-        dense = state.rounds[0].score_after
-        if len(state.rounds) == 1 and policy.is_still_learning(state):
-            so = f"still got better by {policy.rise_per_epoch(state):.4f} an epoch at the end of its round"
-        elif policy.reference == "dense" and not policy.is_still_learning(state) and policy.is_first_to_overtake(state):
-            so = f"is exceeded by the {state.rounds[-1].score_after:.4f} of round {len(state.rounds) - 1}"
+        rounds, rules = self._state.rounds, self.rules
+        dense = rounds[0].score_after
+        is_still_learning = rules.is_still_learning(rounds, self._state.dense_scores)
+        if len(rounds) == 1 and is_still_learning:
+            rise = rules.rise_per_epoch(self._state.dense_scores)
+            so = f"still got better by {rise:.4f} an epoch at the end of its round"
+        elif rules.reference == "dense" and not is_still_learning and rules.is_first_to_overtake(rounds):
+            so = f"is exceeded by the {rounds[-1].score_after:.4f} of round {len(rounds) - 1}"
         else:
             return
-        other = " or pass reference='best'," if policy.reference == "dense" else ""
+        other = " or pass reference='best'," if rules.reference == "dense" else ""
         rank_zero_warn(
-            f"The dense score, {self.monitor} {dense:.4f}, {so}, more than the tolerance of {policy.tolerance:g}: the "
-            f"network was still learning. Judged against it, rounds may lose more than the tolerance of what the "
-            f"network can reach. Raise `warmup_epochs`,{other} or take a trained network."
+            f"The dense score, {self.monitor} {dense:.4f}, {so}, more than the tolerance of "
+            f"{rules.tolerance.amount:g}: the network was still learning. Judged against it, rounds may lose more than "
+            f"the tolerance of what the network can reach. Raise `warmup_epochs`,{other} or take a trained network."
         )
-
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, not_called: list[str]) -> None:
-        """Decide what happens at the start of the next epoch; some activations were not called in training."""
-        state = self._state
-        this = state.rounds[-1]
-        is_there = bool(this.accepted and state.attained is not None and state.attained.is_reached)
-        if len(state.rounds) == 1 and state.ranked is not None:
-            self._tell_what_saves(trainer, pl_module, state.ranked)
-        choice = self._choose(trainer, not_called) if self.policy.settle(state) and not is_there else None
-        state.finished = choice is None and not (this.accepted and state.ranked is None)
-        if choice is not None or not this.accepted:
-            state.decision = Decision(not this.accepted, choice)
-        if self.dry_run:
-            self._list(trainer, pl_module, choice)
-        elif state.finished and this.accepted:
-            why = f"the target is reached ({state.attained.words})" if is_there else "no more may become so"  # type: ignore[union-attr]
-            rank_zero_info(f"{len(self.removed)} activations are linear and {why}: pruning is over.")
-        if state.finished or self.dry_run:
-            trainer.should_stop = True
-        if self.policy.on_reject == "stop":  # what was not chosen will not be
-            state.forget_fits()
-        if this.accepted and not self.dry_run:
-            self._keep(trainer)
 
     def _warn_of_a_missed_target(self) -> None:
         """Say what the last good model has reached instead."""
-        attained = self._state.attained_of_last_good
+        attained = self._state.snapshot.measured.attained
         if attained is not None and attained.is_reached:
             return
         what = attained.words if attained is not None else "no activation became linear"
@@ -860,20 +838,21 @@ class EntropyPruningCallback(Callback):
         """Say before the first removal how many would save something; nothing is timed for it."""
         if not trainer.is_global_zero or not wiring.can_tell_what_merges(trainer):
             return
-        names = [name for name in self._state.entropies or {} if name in (self._candidates or ())]
+        names = [name for name in self._state.now.entropies or {} if name in (self._candidates or ())]
         if not names:
             return
         outlook = self.ranking.outlook(pl_module, ranked, names)
         tell = rank_zero_info if outlook.useful or outlook.unknown else rank_zero_warn
         tell(self.ranking.told(outlook, str(pl_module.device)))
 
-    def _choose(self, trainer: Trainer, not_called: Iterable[str]) -> Choice | None:
-        """Choose among what was measured at the end of the last good round; None if nothing is left."""
-        state = self._state
-        is_fitting = self._stage == TrainerFn.FITTING
-        measured = state.entropies_of_last_good if is_fitting else self._measured or {}
-        ranked = state.ranked_of_last_good if is_fitting else self._ranked
-        eligible = self.policy.eligible(state, ranked.ranks, self._candidates or ())
+    def _as_validated(self) -> Measured:
+        """Return what a validation alone has measured."""
+        return Measured(self._measured or {}, ranked=self._ranked)
+
+    def _choose(self, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Choice | None:
+        """Choose among what was measured; None if nothing is left. Some activations were not called in training."""
+        entropies, ranked = measured.entropies or {}, measured.ranked or Ranked()
+        eligible = self.rules.eligible(ranked.ranks, self._candidates or (), self._state.rejected)
         unused = [  # by no process
             name for name in eligible if trainer.strategy.reduce_boolean_decision(name in not_called, all=True)
         ]
@@ -883,7 +862,7 @@ class EntropyPruningCallback(Callback):
                 f"call other methods than the model's forward?"
             )
             eligible = {name: value for name, value in eligible.items() if name not in unused}
-        count = self.policy.how_many(len(self.removed), len(eligible))
+        count = self.rules.how_many(len(self.removed), len(eligible))
         names = list(dict.fromkeys(self.select(eligible, count)))[:count] if count > 0 else []
         names = trainer.strategy.broadcast(names)
         if not set(names) <= set(eligible):
@@ -891,31 +870,25 @@ class EntropyPruningCallback(Callback):
         names = apart(names, ranked.fits)
         fits = {name: ranked.fits[name] for name in names if name in ranked.fits}
         by_affines = [name for name in names if name not in fits and self.stand_in == "affine"]
-        affines = {name: state.affines_of_last_good[name] for name in by_affines if is_fitting}
-        return Choice(names, {name: measured[name] for name in names}, affines, fits) if names else None
+        affines = {name: measured.affines[name] for name in by_affines if name in measured.affines}
+        return Choice(names, {name: entropies[name] for name in names}, affines, fits) if names else None
 
     def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
         """Say what would be done."""
-        entropies = self._measured or self._state.entropies_of_last_good
+        entropies = self._measured or self._state.snapshot.measured.entropies
         self._listed = candidates(pl_module, entropies, gates=self.gates, shift_padding=self.shift_padding)
         names = "nothing" if choice is None else ", ".join(f"`{name}`" for name in choice.names)
         rank_zero_info(f"{self._listed}\nDry run: {names} would become linear next. The model was not changed.")
 
     def _operate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Carry out what was decided, once."""
-        decision = self._state.decision
-        if decision is None or self.dry_run:
-            return
-        if decision.go_back:
-            self._go_back(trainer, pl_module)
-        if decision.remove is not None:
-            self._remove(trainer, pl_module, decision.remove)
-        self._state.decision = None
+        if not self.dry_run:
+            self._carry_out(trainer, pl_module, self._loop.epoch_begins())
 
     def _remove(self, trainer: Trainer, pl_module: LightningModule, choice: Choice) -> None:
         state = self._state
         before = state.kept[-1].score_after
-        state.plateaus_of_last_good = plateaus(trainer)
+        state.snapshot = replace(state.snapshot, plateaus=plateaus(trainer))
         wiring.check_optimizers_let_parameters_change(
             trainer, pl_module, choice.names, bool(choice.fits) or self.trainable
         )
@@ -924,7 +897,7 @@ class EntropyPruningCallback(Callback):
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
         fitted = {name: _told(name, fit, self._candidates or ()) for name, fit in choice.fits.items()}
-        state.begin_round(
+        self._loop.applied(
             Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, fitted)
         )
         state.dropped = dropped
@@ -938,28 +911,22 @@ class EntropyPruningCallback(Callback):
         Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
         """
         state = self._state
-        with state.told(last_good=_file_of(len(state.rounds) - 1), scores_of_last_good=self._scores.all(trainer)):
+        file, scores = _file_of(len(state.rounds) - 1), self._scores.all(trainer)
+        with state.told(snapshot=replace(state.snapshot, file=file, scores=scores)):
             assert self.last_good is not None
             self._files.save(trainer, self.last_good)
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back structure, weights, optimizers and schedulers of the last good round."""
         state = self._state
-        kept = state.kept
-        path, checkpoint = self._files.find(trainer, self.last_good, self.state_key, kept)
+        path, checkpoint = self._files.find(trainer, self.last_good, self.state_key, state.kept)
         surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint, self._files.load)
         surgery.check_is_linear(pl_module, self.removed)
-        put_plateaus(trainer, state.plateaus_of_last_good)
+        put_plateaus(trainer, state.snapshot.plateaus)
         self._measurement.structure_changed()
-        state.dropped = []
-        state.joined = [place for place in state.joined if place[0] in self.removed]
-        state.entropies, state.affines = dict(state.entropies_of_last_good), dict(state.affines_of_last_good)
-        state.ranked = state.ranked_of_last_good
-        state.score = kept[-1].score_after
-        decision = state.decision
-        state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)
+        self._loop.went_back()
         self._scores.forget(trainer)
-        self._scores.put(trainer, state.scores_of_last_good)
+        self._scores.put(trainer, state.snapshot.scores)
         for logger in trainer.loggers:
             logger.log_metrics({REMOVED_KEY: float(len(stand_ins(pl_module)))}, trainer.global_step)
         rank_zero_info(f"Went back to the last good model, {path}, with {len(self.removed)} linear activations.")
@@ -971,21 +938,26 @@ class EntropyPruningCallback(Callback):
         if not self._active or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._note_score(trainer)
-        now = copy(self._state)  # what was loaded and not made up for yet stays as it is
-        now.validation_due |= wiring.validation_is_due(trainer, now.validated_at)
-        now.epoch_end_begun = wiring.epoch_end_has_begun(trainer)
-        if self._measurement.not_called is not None:
-            now.not_called = self._measurement.not_called
-        if self.measure_on == "training" and self._measurement.has_counts:
-            now.counts = self._measurement.save_counts()
+        state, measurement = self._state, self._measurement
+        then = state.interruption  # what was loaded and not made up for yet stays as it is
+        counts = then.counts
+        if self.measure_on == "training" and measurement.has_counts:
+            counts = measurement.save_counts()
+        interruption = Interruption(
+            validation_due=then.validation_due or wiring.validation_is_due(trainer, state.validated_at),
+            epoch_end_begun=wiring.epoch_end_has_begun(trainer),
+            not_called=then.not_called if measurement.not_called is None else measurement.not_called,
+            counts=counts,
+        )
+        now = replace(state, interruption=interruption)
         checkpoint["callbacks"][self.state_key] = self._plain(now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data: it loads with ``weights_only=True``."""
         return self._plain(self._state)
 
-    def _plain(self, state: PruningState) -> dict[str, Any]:
-        return {"monitor": self.monitor, "mode": self.policy.mode, **state.to_plain()}
+    def _plain(self, state: RunState) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.rules.tolerance.mode, **state.to_plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it; the structure comes with the model's own state dict.
@@ -999,13 +971,13 @@ class EntropyPruningCallback(Callback):
             warn_if_rejected(state_dict)
             return
         judged_on = (state_dict["monitor"], state_dict["mode"])
-        if judged_on != (self.monitor, self.policy.mode):
+        if judged_on != (self.monitor, self.rules.tolerance.mode):
             raise MisconfigurationException(
                 f"Expected arguments `monitor` and `mode` to be {judged_on}, those of the run that is resumed, but got "
-                f"{(self.monitor, self.policy.mode)}: its rounds can't be compared on another score."
+                f"{(self.monitor, self.rules.tolerance.mode)}: its rounds can't be compared on another score."
             )
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
-        self._state = PruningState.from_plain(plain)
+        self._loop = PruningLoop(self.rules, self.monitor, RunState.from_plain(plain))
         self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit
 
 

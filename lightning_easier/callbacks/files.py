@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_easier.callbacks.state import BestCheckpoint
+from lightning_easier.pruning.state import BestCheckpoint
 from lightning_easier.report import Round
 from lightning_easier.structure.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.support import loading, storage

@@ -10,13 +10,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_easier.pruning.state import Place, Position
 from lightning_easier.structure.linearize import stand_ins
-
-Position = list[Any]
-"""Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""
-
-Place = list[Any]
-"""Name of a stand-in, and the optimizer and parameter group that its parameters have joined; plain data."""
 
 
 def drop_parameters(optimizers: Sequence[Optimizer], parameters: Sequence[Parameter]) -> list[Position]:

@@ -29,8 +29,8 @@ from lightning_easier.callbacks.optimizers import (
     put_back_parameters,
 )
 from lightning_easier.callbacks.recipe import clear_gradients
-from lightning_easier.callbacks.state import Choice
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.pruning.state import Choice
 from lightning_easier.sites.activations import planned_sites
 from lightning_easier.sites.rectifiers import GATES
 from lightning_easier.structure.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins

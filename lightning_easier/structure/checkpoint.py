@@ -131,11 +131,11 @@ def callback_states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def warn_if_rejected(state: Mapping[str, Any]) -> None:
     """Warn if the state of a pruning callback is that of a round that was about to be taken back."""
-    decision = state.get("decision")
-    if isinstance(decision, Mapping) and decision.get("go_back") and {"last_good", "folder"} <= set(state):
+    decision, snapshot = state.get("decision"), state.get("snapshot")
+    if isinstance(decision, Mapping) and decision.get("go_back") and isinstance(snapshot, Mapping):
         rank_zero_warn(
             f"This checkpoint was saved at the end of a round whose score fell beyond the tolerance; the run went back "
-            f"after it. Its last good model is {state['last_good']} in {state['folder']}."
+            f"after it. Its last good model is {snapshot.get('file')} in {state.get('folder')}."
         )
 
 

@@ -1,9 +1,12 @@
 """Hooks that belong to one model: a copy of it, or a pickle, does not inherit what they count or notice."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 from torch import nn
+
+T = TypeVar("T")
 
 
 def _ignore(module: nn.Module, *_: Any) -> None:
@@ -40,3 +43,21 @@ class HookOfOneModel:
 def is_of_one_model(hook: Any) -> bool:
     """Tell whether a hook is one that only counts or notices, or what a copy has of it."""
     return isinstance(hook, HookOfOneModel) or hook is _ignore
+
+
+class Remembered(Generic[T]):
+    """Knows one object again without keeping it alive; a copy of this, or a pickle, knows none.
+
+    Args:
+        it: The object; none by default.
+    """
+
+    def __init__(self, it: T | None = None) -> None:
+        self._it: Callable[[], T | None] = (lambda: None) if it is None else ref(it)
+
+    def is_(self, other: T) -> bool:
+        """Tell whether an object is that one."""
+        return self._it() is other
+
+    def __reduce__(self) -> tuple[type["Remembered[T]"], tuple[()]]:
+        return type(self), ()

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easier import EntropyPruningCallback, measure_entropy
-from lightning_easier.callbacks import state
 from lightning_easier.callbacks.surgery import fingerprint
+from lightning_easier.pruning import state
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import At, Small, run, stop
 

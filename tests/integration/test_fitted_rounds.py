@@ -357,7 +357,7 @@ def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, st
     saved = torch.load(tmp_path / "rounds" / "round_0.ckpt", weights_only=True)
     (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
     assert len(state["decision"]["remove"]["fits"]) == 1
-    assert (len(state["ranked_of_last_good"]["fits"]) > 1) == (strategy == "next")
+    assert (len(state["snapshot"]["measured"]["ranked"]["fits"]) > 1) == (strategy == "next")
 
 
 def test_a_dry_run_ranks_as_a_run_does(tmp_path):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import save as save_folder
 
 from lightning_easier.callbacks.files import RunFiles, read_marks_of
-from lightning_easier.callbacks.state import PruningState
+from lightning_easier.pruning.state import RunState
 from lightning_easier.structure.linearize import linearize
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
@@ -89,9 +89,10 @@ NAMES = ["../other.ckpt", "/root/other.ckpt", "a/other.ckpt", "a\\other.ckpt", "
 @pytest.mark.parametrize("name", NAMES)
 def test_only_plain_names_are_files_of_a_run(name):
     best = {"1": {"score": 0.5, "file": name}}
-    for changed in ({"last_good": name}, {"best": best}):
+    snapshot = RunState().to_plain()["snapshot"]
+    for changed in ({"snapshot": snapshot | {"file": name}}, {"best": best}):
         with pytest.raises(ValueError, match="to name files in its own folder, but got"):
-            PruningState.from_plain(PruningState().to_plain() | changed)
+            RunState.from_plain(RunState().to_plain() | changed)
 
 
 @pytest.mark.parametrize("where", ["last_good", "best"])
@@ -104,7 +105,7 @@ def test_a_record_that_names_a_file_elsewhere_is_refused(tmp_path, where):
     if where == "best":
         record["best"]["1"]["file"] = file
     else:
-        record["last_good"] = file
+        record["snapshot"]["file"] = file
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match="to name files in its own folder, but got"):
         run(tmp_path, scores=TAKEN_BACK, pruning=pruning, ckpt_path=path)
@@ -185,7 +186,7 @@ def test_a_record_of_another_form_is_named(tmp_path):
         run(tmp_path, ckpt_path=path)
     for change in ({"other": 1}, {"best": {"a": {"score": 1.0, "file": "b"}}}, {"folder": 3}, {"decision": 1}):
         with pytest.raises(ValueError, match="to hold the record of a pruning run, but it has another form"):
-            PruningState.from_plain(PruningState().to_plain() | change)
+            RunState.from_plain(RunState().to_plain() | change)
 
 
 class Settings:

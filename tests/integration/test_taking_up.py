@@ -166,7 +166,7 @@ def test_a_callback_that_is_used_again_knows_nothing_of_its_last_run(tmp_path):
     path = tmp_path / "saved.ckpt"
     run(tmp_path / "second", At("on_validation_start", 0, None, saver(path)), kind=lambda **_: callback)
     state = next(s for key, s in torch.load(path, weights_only=True)["callbacks"].items() if "Entropy" in key)
-    assert state["validation_due"]
+    assert state["interruption"]["validation_due"]
     assert callback.entropies is None
 
 
@@ -188,7 +188,7 @@ def test_a_save_at_the_start_of_a_resumed_run_does_not_ask_for_a_validation_that
     run(tmp_path, At("on_train_start", 1, None, saver(second)), ckpt_path=first, **options)
     for path in (first, second):
         state = next(s for key, s in torch.load(path, weights_only=True)["callbacks"].items() if "Entropy" in key)
-        assert not state["validation_due"]
+        assert not state["interruption"]["validation_due"]
 
 
 def test_a_validation_that_is_made_up_for_when_pruning_is_over_has_its_own_epoch(tmp_path):

@@ -1,25 +1,20 @@
-"""Tests of the rules of a run, which need no Trainer."""
+"""Tests of the rules of a run."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_easier.callbacks.policy import Policy, mode_in_name
-from lightning_easier.callbacks.state import PruningState
-from lightning_easier.pruning.ranking import Ranked
+from lightning_easier.pruning.rules import Rejections, Rules, Tolerance, mode_in_name
 from lightning_easier.report import Round
 
 
-def judged(policy: Policy, *scores: float) -> PruningState:
-    """Return the state after rounds that ended with these scores, the dense one first."""
-    state = PruningState()
+def judged(rules: Rules, *scores: float) -> list[Round]:
+    """Return the rounds that ended with these scores, the dense one first."""
+    rounds: list[Round] = []
     for number, score in enumerate(scores):
-        if number:
-            state.begin_round(Round([f"act{number}"], {}, None, None, None, number))
-        state.entropies, state.ranked = {"act9": 0.5}, Ranked({"act9": 0.5})
-        policy.judge(state, score)
-        policy.settle(state)
-    return state
+        rounds.append(Round([f"act{number}"] if number else [], {}, None, None, None, number))
+        rules.judge(rounds, score)
+    return rounds
 
 
 @given(
@@ -33,50 +28,27 @@ def test_a_round_is_kept_if_its_score_is_within_the_tolerance_of_the_dense_one(m
     exact = dense - score if mode == "max" else score - dense
     if abs(exact - tolerance) < 1e-4:
         return
-    state = judged(Policy(mode, tolerance), dense, score)
-    assert [this.accepted for this in state.rounds] == [True, exact <= tolerance]
+    rounds = judged(Rules(Tolerance(tolerance, mode)), dense, score)
+    assert [this.accepted for this in rounds] == [True, exact <= tolerance]
 
 
 def test_the_edge_of_the_tolerance_is_within_it():
-    assert judged(Policy("max", 0.1), 0.9, 0.8).rounds[-1].accepted
-    assert not judged(Policy("max", 0.1), 0.9, 0.799).rounds[-1].accepted
+    assert judged(Rules(Tolerance(0.1)), 0.9, 0.8)[-1].accepted
+    assert not judged(Rules(Tolerance(0.1)), 0.9, 0.799)[-1].accepted
 
 
 def test_a_fall_is_from_the_dense_score_and_not_from_the_last():
-    state = judged(Policy("max", 0.1), 0.9, 0.85, 0.79)
-    assert [this.accepted for this in state.rounds] == [True, True, False]
+    assert [this.accepted for this in judged(Rules(Tolerance(0.1)), 0.9, 0.85, 0.79)] == [True, True, False]
 
 
-def test_what_was_taken_back_is_not_tried_again_and_rejections_in_a_row_have_a_bound():
-    policy = Policy("max", 0.1, on_reject="next", max_rejections=2)
-    state = judged(policy, 0.9, 0.1)
-    assert policy.eligible(state, {"act1": 0.1, "act2": 0.2, "other": 0.3}, ["act1", "act2"]) == {"act2": 0.2}
-    assert state.rejections == 1
-    assert judged(policy, 0.9, 0.1, 0.9).rejections == 0
-    last = judged(policy, 0.9, 0.1)
-    last.begin_round(Round(["act2"], {}, None, None, None, 2))
-    policy.judge(last, 0.1)
-    assert not policy.settle(last)
-    assert last.rejected == ["act1", "act2"]
+def test_what_was_taken_back_is_not_eligible():
+    assert Rules.eligible({"act1": 0.1, "act2": 0.2, "other": 0.3}, ["act1", "act2"], ["act1"]) == {"act2": 0.2}
 
 
-def test_a_run_that_stops_on_a_rejection_tries_nothing_else():
-    policy = Policy("max", 0.1)
-    state = judged(policy, 0.9)
-    state.begin_round(Round(["act1"], {}, None, None, None, 1))
-    policy.judge(state, 0.1)
-    assert not policy.settle(state)
-
-
-def test_entropies_of_a_rejected_round_do_not_replace_those_of_the_last_good_one():
-    policy = Policy("max", 0.1, on_reject="next")
-    state = judged(policy, 0.9)
-    state.begin_round(Round(["act1"], {}, None, None, None, 1))
-    state.entropies = {"act9": 0.1}
-    policy.judge(state, 0.1)
-    assert policy.settle(state)
-    assert state.entropies_of_last_good == {"act9": 0.5}
-    assert state.ranked_of_last_good.ranks == {"act9": 0.5}
+def test_rejections_in_a_row_have_a_bound():
+    assert [Rejections(2).are_too_many(count) for count in (1, 2, 3)] == [False, True, True]
+    assert not Rules().tries_others
+    assert Rules(rejections=Rejections(2)).tries_others
 
 
 @pytest.mark.parametrize(
@@ -92,14 +64,12 @@ def test_entropies_of_a_rejected_round_do_not_replace_those_of_the_last_good_one
     ],
 )
 def test_how_many_become_linear_next(options, removed, eligible, count):
-    assert Policy(**options).how_many(removed, eligible) == count
+    assert Rules(**options).how_many(removed, eligible) == count
 
 
 def test_the_first_round_has_the_warmup():
-    policy, state = Policy(epochs_per_round=2, warmup_epochs=3), PruningState()
-    assert policy.epochs_of_round(state) == 5
-    state.begin_round(Round(["act1"], {}, None, None, None, 1))
-    assert policy.epochs_of_round(state) == 2
+    rules = Rules(epochs_per_round=2, warmup_epochs=3)
+    assert [rules.epochs_of(number) for number in range(3)] == [5, 2, 2]
 
 
 @given(
@@ -111,27 +81,27 @@ def test_the_first_round_has_the_warmup():
 def test_a_round_is_judged_against_the_dense_score_or_the_best_that_was_kept(mode, reference, scores, tolerance):
     """Integers, so that the test's own arithmetic is exact."""
     sign = 1 if mode == "max" else -1
-    state = judged(Policy(mode, tolerance, on_reject="next", reference=reference), *map(float, scores))
+    rounds = judged(Rules(Tolerance(tolerance, mode), reference=reference), *map(float, scores))
     kept = {0: scores[0]}  # number of the round -> its score
     for number, score in list(enumerate(scores))[1:]:
         best = max(sign * each for each in kept.values()) if reference == "best" else sign * scores[0]
-        this = state.rounds[number]
+        this = rounds[number]
         assert this.reference == sign * best
         assert this.reference_round == min(n for n, each in kept.items() if sign * each == best)
         assert this.accepted == (best - sign * score <= tolerance)
         if this.accepted:
             kept[number] = score
-    dense = state.rounds[0]
+    dense = rounds[0]
     assert (dense.accepted, dense.reference, dense.reference_round) == (True, None, None)
 
 
 def test_a_round_without_a_score_is_no_reference():
-    policy = Policy("min", 1.0, on_reject="next", reference="best")
-    state = judged(policy, 5.0)
-    state.begin_round(Round(["act1"], {}, None, None, False, 1, reason="no score"))
-    state.begin_round(Round(["act2"], {}, None, None, None, 2))
-    policy.judge(state, 5.5)
-    assert (state.rounds[-1].reference, state.rounds[-1].reference_round) == (5.0, 0)
+    rules = Rules(Tolerance(1.0, "min"), reference="best")
+    rounds = judged(rules, 5.0)
+    rounds.append(Round(["act1"], {}, None, None, False, 1, reason="no score"))
+    rounds.append(Round(["act2"], {}, None, None, None, 2))
+    rules.judge(rounds, 5.5)
+    assert (rounds[-1].reference, rounds[-1].reference_round) == (5.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +120,9 @@ def test_a_round_without_a_score_is_no_reference():
     ],
 )
 def test_a_dense_network_that_still_gets_better_by_more_than_the_tolerance_an_epoch(mode, scores, rise, still_learning):
-    policy, state = Policy(mode, 0.1), PruningState(dense_scores=scores)
-    state.rounds[0].score_after = next((score for score in reversed(scores) if score is not None), None)
-    assert policy.rise_per_epoch(state) == pytest.approx(rise)
-    assert policy.is_still_learning(state) is still_learning
+    rules, last = Rules(Tolerance(0.1, mode)), next((score for score in reversed(scores) if score is not None), None)
+    assert rules.rise_per_epoch(scores) == pytest.approx(rise)
+    assert rules.is_still_learning([Round([], {}, None, last, True, 0)], scores) is still_learning
 
 
 @pytest.mark.parametrize(
@@ -167,8 +136,8 @@ def test_a_dense_network_that_still_gets_better_by_more_than_the_tolerance_an_ep
     ],
 )
 def test_the_first_round_that_is_better_than_the_dense_one_by_more_than_the_tolerance(mode, scores, first):
-    policy = Policy(mode, 0.1)
-    told = [n for n in range(1, len(scores)) if policy.is_first_to_overtake(judged(policy, *scores[: n + 1]))]
+    rules = Rules(Tolerance(0.1, mode))
+    told = [n for n in range(1, len(scores)) if rules.is_first_to_overtake(judged(rules, *scores[: n + 1]))]
     assert told == ([] if first is None else [first])
 
 

@@ -1,15 +1,23 @@
-"""Where a pruning run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
+"""Where a run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_easier.callbacks.optimizers import Place, Position
 from lightning_easier.pruning.goals import Attained
 from lightning_easier.pruning.ranking import Ranked
 from lightning_easier.report import Round
+
+VERSION = 1
+"""Of the form of a state; a checkpoint tells it."""
+
+Position = list[Any]
+"""Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""
+
+Place = list[Any]
+"""Name of a stand-in, and the optimizer and parameter group that its parameters have joined; plain data."""
 
 
 def is_plain_name(file: Any) -> bool:
@@ -60,8 +68,81 @@ class BestCheckpoint:
     file: str
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one structure.
+
+    Attributes:
+        entropies: Name -> entropy in bits; None while they were not measured.
+        affines: Name -> the affine that comes closest to an activation, as plain data, if they are measured.
+        ranked: The order in which activations would become linear; None while it was not found.
+        asked: Whether it was asked how far it comes up to the targets of the run.
+        attained: The answer; None where nothing was removed.
+    """
+
+    entropies: dict[str, float] | None = None
+    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranked: Ranked | None = None
+    asked: bool = False
+    attained: Attained | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a removal can be chosen by it."""
+        return self.entropies is not None and self.ranked is not None
+
+    def without_fits(self) -> "Measured":
+        """Forget the fitted operators: they may be as large as the model."""
+        return self if self.ranked is None else replace(self, ranked=Ranked(self.ranked.ranks))
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Measured":
+        """Rebuild it from plain data."""
+        measured = cls(**plain)
+        ranked, attained = plain["ranked"], plain["attained"]
+        return replace(
+            measured,
+            ranked=None if ranked is None else Ranked(**ranked),
+            attained=None if attained is None else Attained(**attained),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The last good round: what a run goes back to, beside the checkpoint.
+
+    Attributes:
+        file: Name of its checkpoint; None before the first round was kept.
+        measured: What was known of its structure.
+        scores: All that was logged by then.
+        plateaus: The schedules that follow a score, and the learning rates that they had set.
+    """
+
+    file: str | None = None
+    measured: Measured = field(default_factory=Measured)
+    scores: dict[str, float] = field(default_factory=dict)
+    plateaus: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What a run that is taken up has to make up for: Lightning does not.
+
+    Attributes:
+        validation_due: Whether the validation that follows the last training batch was still to come.
+        epoch_end_begun: Whether callbacks were being told that an epoch has ended.
+        not_called: Activations that training had not called in the epoch; None while that was not watched.
+        counts: Name -> counts of the epoch so far, if training batches are measured.
+    """
+
+    validation_due: bool = False
+    epoch_end_begun: bool = False
+    not_called: list[str] | None = None
+    counts: dict[str, Any] | None = None
+
+
 @dataclass
-class PruningState:
+class RunState:
     """Where a run stands.
 
     Attributes:
@@ -69,96 +150,80 @@ class PruningState:
         epochs: Training epochs finished in the round.
         ended: Training epochs of the whole run whose end was seen.
         dense_scores: The monitored score of each epoch of the dense round; None where it was not logged.
-        entropies: Those of the structure as it is, in bits; None while it was not measured.
-        affines: The affines that come closest to the activations as they are, as plain data, if they are measured.
-        ranked: The order in which activations would become linear; None while it was not measured.
-        asked: Whether it was asked how far the structure as it is comes up to the targets of the run.
-        attained: The answer; None where nothing was removed.
-        score: The monitored score of the structure as it is; None while there is none.
+        now: What is known of the structure as it is.
+        score: Its monitored score; None while there is none.
         score_comes_from_validation: Whether validation logs it, and not training.
         validated: Whether the structure as it is was validated.
         validated_this_epoch: Whether it was in this epoch.
         scored_this_epoch: Whether a validation of this epoch has logged the score.
-        validation_due: Whether the validation that follows the last training batch is still to come.
         validated_at: The training batch before the last validation, counted over all epochs; -1 before the first.
-        epoch_end_begun: Whether callbacks were being told that an epoch has ended, at the moment of a save.
-        not_called: Activations that training has not called in this epoch; None while that is not watched.
-        counts: Name -> counts of the epoch so far, if training batches are measured.
         decision: Decided, not carried out.
         finished: Whether pruning is over.
         folder: Where the run keeps its checkpoints.
-        last_good: File name of the last round that was kept.
-        entropies_of_last_good: All entropies that were measured at its end.
-        affines_of_last_good: The affines that were.
-        ranked_of_last_good: The order at its end.
-        attained_of_last_good: How far it came up to the targets.
-        scores_of_last_good: All that was logged by then.
-        plateaus_of_last_good: The schedules that follow a score, and the learning rates that they had set.
+        snapshot: The last good round.
+        interruption: What has to be made up for.
         rejected: Activations whose removal was taken back.
         rejections: Rounds taken back since the last that was kept.
         best: Number of linear activations, as a string -> their best checkpoint.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
         activations: Name -> class of all activations of the module, as it was when the run began.
+        version: Of the form of the state.
     """
 
     rounds: list[Round] = field(default_factory=lambda: [Round([], {}, None, None, None, 0)])
     epochs: int = 0
     ended: int = 0
-    entropies: dict[str, float] | None = None
-    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ranked: Ranked | None = None
-    asked: bool = False
-    attained: Attained | None = None
+    dense_scores: list[float | None] = field(default_factory=list)
+    now: Measured = field(default_factory=Measured)
     score: float | None = None
     score_comes_from_validation: bool = True
     validated: bool = False
     validated_this_epoch: bool = False
     scored_this_epoch: bool = False
-    validation_due: bool = False
     validated_at: int = -1
-    epoch_end_begun: bool = False
-    not_called: list[str] | None = None
-    counts: dict[str, Any] | None = None
     decision: Decision | None = None
     finished: bool = False
     folder: str | None = None
-    last_good: str | None = None
-    entropies_of_last_good: dict[str, float] = field(default_factory=dict)
-    affines_of_last_good: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ranked_of_last_good: Ranked = field(default_factory=Ranked)
-    attained_of_last_good: Attained | None = None
-    scores_of_last_good: dict[str, float] = field(default_factory=dict)
-    plateaus_of_last_good: list[dict[str, Any]] = field(default_factory=list)
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    interruption: Interruption = field(default_factory=Interruption)
     rejected: list[str] = field(default_factory=list)
     rejections: int = 0
     best: dict[str, BestCheckpoint] = field(default_factory=dict)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
-    dense_scores: list[float | None] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
 
     def to_plain(self) -> dict[str, Any]:
         """Return numbers, strings, lists, dicts and tensors: it loads with ``weights_only=True``."""
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
+    def from_plain(cls, plain: Mapping[str, Any]) -> "RunState":
         """Rebuild the state from what :meth:`to_plain` returned.
 
         Raises:
-            ValueError: If it is something else, or names a file that is not in the folder of the run.
+            ValueError: If it is something else, of another version, or names a file that is not in the folder of the
+                run.
         """
+        version = plain.get("version")
+        if version != VERSION:
+            raise ValueError(
+                f"Expected the checkpoint to hold the record of a pruning run of version {VERSION}, but got {version}: "
+                f"it was saved by another version of lightning_easier. Resume it with that one, or load its model with "
+                f"`load_pruned` and start anew."
+            )
         try:
             state = cls._from_plain(plain)
             if not isinstance(state.folder, str | None) or not all(number.isdigit() for number in state.best):
                 raise TypeError(f"folder {state.folder!r}, best {list(state.best)}")
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"Expected the checkpoint to hold the record of a pruning run, but it has another form ({error!r}): "
-                f"was it saved by another version of lightning_easier? Take another checkpoint, or start anew."
+                f"Expected the checkpoint to hold the record of a pruning run, but it has another form ({error!r}). "
+                f"Take another checkpoint, or start anew."
             ) from error
-        for file in (state.last_good, *(best.file for best in state.best.values())):
+        for file in (state.snapshot.file, *(best.file for best in state.best.values())):
             if file is not None and not is_plain_name(file):
                 raise ValueError(
                     f"Expected the record of a pruning run to name files in its own folder, but got {file!r}: "
@@ -167,15 +232,14 @@ class PruningState:
         return state
 
     @classmethod
-    def _from_plain(cls, plain: Mapping[str, Any]) -> "PruningState":
+    def _from_plain(cls, plain: Mapping[str, Any]) -> "RunState":
         state = cls(**plain)
         state.rounds = [Round(**this) for this in plain["rounds"]]
         state.best = {number: BestCheckpoint(**best) for number, best in plain["best"].items()}
-        state.ranked = None if plain["ranked"] is None else Ranked(**plain["ranked"])
-        state.ranked_of_last_good = Ranked(**plain["ranked_of_last_good"])
-        for name in ("attained", "attained_of_last_good"):
-            if plain[name] is not None:
-                setattr(state, name, Attained(**plain[name]))
+        state.now = Measured.from_plain(plain["now"])
+        measured = Measured.from_plain(plain["snapshot"]["measured"])
+        state.snapshot = Snapshot(**{**plain["snapshot"], "measured": measured})
+        state.interruption = Interruption(**plain["interruption"])
         if plain["decision"] is not None:
             remove = plain["decision"]["remove"]
             state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
@@ -200,16 +264,18 @@ class PruningState:
         """Forget what was known of the last structure."""
         self.rounds.append(this)
         self.epochs = 0
-        self.entropies = self.ranked = self.score = self.attained = None
-        self.asked = False
-        self.affines = {}
+        self.now, self.score = Measured(), None
         self.validated = self.validated_this_epoch = self.scored_this_epoch = False
 
+    def begin_epoch(self) -> None:
+        """Forget what the last epoch has seen."""
+        self.validated_this_epoch = self.scored_this_epoch = False
+        self.interruption = Interruption()
+
     def forget_fits(self) -> None:
-        """Forget the fitted operators that were not chosen: they may be as large as the model."""
-        self.ranked_of_last_good = Ranked(self.ranked_of_last_good.ranks)
-        if self.ranked is not None:
-            self.ranked = Ranked(self.ranked.ranks)
+        """Forget the fitted operators that were not chosen."""
+        self.now = self.now.without_fits()
+        self.snapshot = replace(self.snapshot, measured=self.snapshot.measured.without_fits())
 
     def path_of(self, file: str | None) -> Path | None:
         """Return where a file of the run is."""
@@ -220,3 +286,18 @@ class PruningState:
         """The rounds up to the last that was kept, those between that were taken back among them."""
         last = max((number for number, this in enumerate(self.rounds) if this.accepted), default=-1)
         return self.rounds[: last + 1]
+
+    @property
+    def removed(self) -> list[str]:
+        """The activations that are linear by now, in the order of their removal."""
+        return [name for this in self.rounds if this.accepted is not False for name in this.removed]
+
+    @property
+    def is_going_back(self) -> bool:
+        """Whether the last good model is to come back."""
+        return self.decision is not None and self.decision.go_back
+
+    @property
+    def linear_by_now(self) -> list[str]:
+        """What this run has made linear and not restored yet."""
+        return [*self.removed, *(self.rounds[-1].removed if self.is_going_back else [])]

@@ -1,0 +1,269 @@
+"""The loop of rounds, without a Trainer: it takes note of what happens, judges, decides, and says what is to be done.
+
+Two moments matter. The *decision* falls when an epoch has ended and every score is known; what follows from it for the
+model is carried out at the start of the next epoch. Whoever runs the loop carries out its commands in their order.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lightning_easier.pruning.rules import Rules
+from lightning_easier.pruning.state import Choice, Decision, Measured, RunState
+from lightning_easier.report import Round
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Tell how a round was judged."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class CutShort:
+    """Warn that a round was taken back because the end of the run has left it without a score."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Train on: a round is over by its length, and has no score yet. Said once for a round."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Tell what becomes linear next, if that is all that is wanted.
+
+    Attributes:
+        choice: What; None if nothing does.
+    """
+
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Save the model: it is the last good one."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Bring back the last good model."""
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Make activations linear.
+
+    Attributes:
+        choice: Which.
+    """
+
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Pruning is over.
+
+    Attributes:
+        why: Why; None where the last verdict has said it.
+    """
+
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """Give up: the score is not finite.
+
+    Attributes:
+        score: The score.
+    """
+
+    score: float
+
+
+Command = Verdict | CutShort | Wait | Decided | Keep | GoBack | Apply | Stop | Diverged
+
+
+class Ask(NamedTuple):
+    """What the loop asks whoever runs it, and when it needs it only.
+
+    Attributes:
+        score: Returns the score of the structure as it is, on which all processes agree; None if there is none.
+        choose: Chooses what becomes linear next by what was measured of the last good round; None if nothing is left.
+    """
+
+    score: Callable[[], float | None]
+    choose: Callable[[Measured], Choice | None]
+
+
+class PruningLoop:
+    """Judges rounds, and decides what becomes linear next.
+
+    What it returns are commands, one at a time: the next is asked for when the last was carried out.
+
+    Args:
+        rules: Which score is good enough, how long a round is, how much goes at once.
+        monitor: Name of the score.
+        state: Where a run stands that goes on; a new one by default.
+
+    Attributes:
+        state: Where the run stands.
+    """
+
+    def __init__(self, rules: Rules, monitor: str, state: RunState | None = None) -> None:
+        self.rules = rules
+        self.monitor = monitor
+        self.state = RunState() if state is None else state
+        self._waiting = 0  # how many rounds there were when it was said that one waits for its score
+
+    @property
+    def may_decide(self) -> bool:
+        """Whether a decision may follow the epoch that goes on."""
+        state = self.state
+        is_last = state.epochs + 1 >= self.rules.epochs_of(len(state.rounds) - 1)
+        return not state.finished and (is_last or state.rounds[-1].accepted is not None)
+
+    def epoch_ended(self, ended: int, *, is_scored: bool, is_measured: bool, ask: Ask) -> Iterator[Command]:
+        """Count an epoch; judge and decide if it was the last of its round.
+
+        A score that was not logged in this epoch is that of other weights: the round waits for the next.
+
+        Args:
+            ended: How many epochs of the run have ended.
+            is_scored: Whether the score was logged in this epoch.
+            is_measured: Whether it was validated, if there is a validation.
+            ask: For a score and a choice.
+        """
+        state = self.state
+        state.ended = ended
+        if state.finished:
+            return
+        state.epochs += 1
+        number = len(state.rounds) - 1
+        if number == 0 and state.rounds[0].accepted is None:
+            state.dense_scores.append(state.score if is_scored else None)
+        if not is_measured or state.now.entropies is None or state.epochs < self.rules.epochs_of(number):
+            return
+        if state.rounds[-1].accepted is not None:  # at the end of a run that goes on now
+            if state.decision is None:
+                yield from self._decide(ask)
+            return
+        score = ask.score()
+        if score is not None:
+            yield from self._judge(score, ask)
+        elif self._waiting != len(state.rounds):
+            self._waiting = len(state.rounds)
+            yield Wait(number)
+
+    def run_ended(self, ask: Ask) -> Iterator[Command]:
+        """Judge a round that the end of the run has cut short; a second call does nothing more.
+
+        Args:
+            ask: For a score and a choice.
+        """
+        state = self.state
+        this, number = state.rounds[-1], len(state.rounds) - 1
+        if this.removed and this.accepted is None:
+            score = ask.score()
+            if score is not None:
+                yield from self._judge(score, ask)
+            else:
+                yield from self._take_back(f"{self.monitor} was not logged in it")
+                yield CutShort(number)
+                yield from self._decide(ask)
+        if state.is_going_back:
+            yield GoBack()
+
+    def epoch_begins(self) -> Iterator[Command]:
+        """Return what was decided and not carried out."""
+        if self.state.is_going_back:
+            yield GoBack()
+        if self.state.decision is not None and self.state.decision.remove is not None:
+            yield Apply(self.state.decision.remove)
+
+    def went_back(self) -> None:
+        """Take note that the last good model is back."""
+        state = self.state
+        state.dropped = []
+        state.joined = [place for place in state.joined if place[0] in state.removed]
+        state.now = state.snapshot.measured
+        state.score = state.kept[-1].score_after
+        decision = state.decision
+        state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)
+
+    def applied(self, this: Round) -> None:
+        """Take note that activations have become linear: a round begins.
+
+        Args:
+            this: The round.
+        """
+        self.state.begin_round(this)
+        self.state.decision = None
+
+    def _judge(self, score: float, ask: Ask) -> Iterator[Command]:
+        state = self.state
+        if math.isfinite(score):
+            self.rules.judge(state.rounds, score)
+            yield Verdict(len(state.rounds) - 1)
+            yield from self._decide(ask)
+            return
+        if state.snapshot.file is not None and state.rounds[-1].removed:
+            yield from self._take_back(f"{self.monitor} was {score}")
+            choice = self._choose(ask)
+            state.finished = choice is None
+            state.decision = Decision(True, choice)
+            yield GoBack()
+        yield Diverged(score)
+
+    def _take_back(self, reason: str) -> Iterator[Command]:
+        """Reject the last round without a judgement."""
+        this = self.state.rounds[-1]
+        this.accepted, this.reason = False, reason
+        yield Verdict(len(self.state.rounds) - 1)
+
+    def _decide(self, ask: Ask) -> Iterator[Command]:
+        """Decide what happens at the start of the next epoch."""
+        state = self.state
+        this, attained = state.rounds[-1], state.now.attained
+        is_there = bool(this.accepted and attained is not None and attained.is_reached)
+        choice = self._choose(ask, is_there)
+        state.finished = choice is None and not (this.accepted and state.now.ranked is None)
+        if choice is not None or not this.accepted:
+            state.decision = Decision(not this.accepted, choice)
+        yield Decided(choice)
+        if state.finished and not this.accepted:
+            yield Stop()
+        elif state.finished:
+            yield Stop(
+                f"the target is reached ({attained.words})" if attained and is_there else "no more may become so"
+            )
+        if not self.rules.tries_others:  # what was not chosen will not be
+            state.forget_fits()
+        if this.accepted:
+            yield Keep(len(state.rounds) - 1)
+
+    def _choose(self, ask: Ask, is_there: bool = False) -> Choice | None:
+        """Take note of the last verdict, and choose what becomes linear next."""
+        state, now = self.state, self.state.now
+        if state.rounds[-1].accepted:
+            state.rejections = 0
+            known = state.snapshot.measured
+            # The end of the run may have come before it was measured
+            measured = replace(now if now.is_whole else known, attained=now.attained or known.attained)
+            state.snapshot = replace(state.snapshot, measured=measured)
+            goes_on = now.is_whole and not is_there
+        else:
+            state.rejections += 1
+            state.rejected += state.rounds[-1].removed
+            goes_on = not self.rules.rejections.are_too_many(state.rejections)
+        return ask.choose(state.snapshot.measured) if goes_on else None

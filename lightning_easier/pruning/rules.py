@@ -1,0 +1,232 @@
+"""The rules of a run: which score is good enough, how long a round is, how much is tried next.
+
+They are plain data and pure functions. The loop of the callback and ``compress`` judge by the same ones.
+"""
+
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_easier.report import Round
+from lightning_easier.support.arguments import check_choice, check_integer, check_non_negative
+
+# Words in the name of a score that tell whether less or more of it is better, and those that may turn it round.
+_LESS = {
+    "loss",
+    "losses",
+    "error",
+    "err",
+    "mse",
+    "rmse",
+    "mae",
+    "nll",
+    "perplexity",
+    "ppl",
+    "wer",
+    "cer",
+    "crossentropy",
+}
+_MORE = {
+    "acc",
+    "accuracy",
+    "auc",
+    "auroc",
+    "f1",
+    "f1score",
+    "precision",
+    "recall",
+    "iou",
+    "miou",
+    "dice",
+    "map",
+    "psnr",
+}
+_TURNED = {"neg", "negative", "minus", "inv", "inverse", "drop", "gap", "delta", "diff", "reduction", "improvement"}
+# A fall that float32 can't tell from the tolerance is not beyond it.
+_SCORE_RESOLUTION = torch.finfo(torch.float32).eps
+
+
+def mode_in_name(monitor: str) -> Literal["min", "max"] | None:
+    """Return the mode that the name of a score suggests; None if it suggests none, or both.
+
+    Example:
+        >>> mode_in_name("val_loss"), mode_in_name("valid/topAcc"), mode_in_name("score"), mode_in_name("neg_loss")
+        ('min', 'max', None, None)
+    """
+    words = set(re.split(r"[^a-z0-9]+", re.sub(r"cross[^a-z]?entropy", "crossentropy", monitor.lower())))
+    words |= {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", monitor)}
+    less = bool(words & _LESS) or any(word.endswith(("loss", "error")) for word in words)
+    more = bool(words & _MORE) or any(word.endswith("accuracy") for word in words)
+    if less == more or words & _TURNED or monitor.startswith("1"):  # `1-acc` is an error
+        return None
+    return "min" if less else "max"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a score may fall.
+
+    Args:
+        amount: By how much, in the score's own unit. A fall that float32 can't tell from it is not beyond it.
+        mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
+
+    Raises:
+        TypeError: If the amount is no number.
+        ValueError: If it is negative, or the mode another.
+
+    Example:
+        >>> Tolerance(0.1).allows(0.8, reference=0.9), Tolerance(0.1).allows(0.7, reference=0.9)
+        (True, False)
+    """
+
+    amount: float = 0.01
+    mode: Literal["min", "max"] = "max"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("min", "max"))
+        check_non_negative("tolerance", self.amount)
+
+    def fall(self, score: float, reference: float) -> float:
+        """Return by how much a score is worse than a reference; negative if it is better."""
+        return (reference - score) * (1 if self.mode == "max" else -1)
+
+    def allows(self, score: float, reference: float) -> bool:
+        """Tell whether a score is near enough to a reference, or better; NaN never is."""
+        return self.fall(score, reference) <= self._allowed(reference)
+
+    def is_exceeded(self, gain: float, reference: float) -> bool:
+        """Tell whether a score that is better than a reference by so much is so by more than the tolerance."""
+        return gain > self._allowed(reference)
+
+    def is_better(self, score: float, than: float) -> bool:
+        """Tell whether a score is better than another, by however little."""
+        return self.fall(score, than) < 0
+
+    def _allowed(self, reference: float) -> float:
+        return self.amount + _SCORE_RESOLUTION * abs(reference)
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """How much may be taken back before a run is over.
+
+    Args:
+        most: How many in a row.
+
+    Raises:
+        TypeError: If that is no integer.
+        ValueError: If it is below 1.
+    """
+
+    most: int = 3
+
+    def __post_init__(self) -> None:
+        check_integer("max_rejections", self.most, 1)
+
+    def are_too_many(self, in_a_row: int) -> bool:
+        """Tell whether a run with so many is over."""
+        return in_a_row >= self.most
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of a run of rounds; the arguments are those of :class:`~lightning_easier.EntropyPruningCallback`.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value out of range.
+    """
+
+    tolerance: Tolerance = Tolerance()
+    rejections: Rejections = Rejections(1)
+    epochs_per_round: int = 1
+    removals_per_round: int = 1
+    max_removals: int | None = None
+    warmup_epochs: int = 0
+    reference: Literal["dense", "best"] = "dense"
+
+    def __post_init__(self) -> None:
+        check_integer("epochs_per_round", self.epochs_per_round, 1)
+        check_integer("removals_per_round", self.removals_per_round, 1)
+        check_integer("warmup_epochs", self.warmup_epochs, 0)
+        if self.max_removals is not None:
+            check_integer("max_removals", self.max_removals, 1)
+        check_choice("reference", self.reference, ("dense", "best"))
+
+    @property
+    def tries_others(self) -> bool:
+        """Whether another candidate is tried after a round was taken back."""
+        return self.rejections.most > 1
+
+    def epochs_of(self, number: int) -> int:
+        """Return how many epochs a round takes, the dense one being number 0."""
+        return self.epochs_per_round + (self.warmup_epochs if number == 0 else 0)
+
+    def judge(self, rounds: Sequence[Round], score: float) -> None:
+        """Accept the last round, or not, by its score and that of the dense round, or of the best that was kept."""
+        this = rounds[-1]
+        this.score_after = score
+        if this is rounds[0]:
+            this.accepted = True
+            return
+        this.reference_round, this.reference = self._reference(rounds)
+        this.accepted = self.tolerance.allows(score, this.reference)
+
+    def _reference(self, rounds: Sequence[Round]) -> tuple[int, float]:
+        """Return which round is the one to compare with, and its score."""
+        kept = [
+            (number, this.score_after)
+            for number, this in enumerate(rounds)
+            if this.accepted and this.score_after is not None
+        ]
+        best = kept[0]
+        for each in kept[1:] if self.reference == "best" else ():
+            if self.tolerance.is_better(each[1], best[1]):
+                best = each
+        return best
+
+    def rise_per_epoch(self, dense_scores: Sequence[float | None]) -> float | None:
+        """Return by how much the score got better an epoch at the end of the dense round; None after one score.
+
+        Args:
+            dense_scores: The score of each epoch of the dense round; None where it was not logged.
+        """
+        known = [(epoch, score) for epoch, score in enumerate(dense_scores) if score is not None]
+        if len(known) < 2:
+            return None
+        (before, first), (after, last) = known[-2:]
+        return self.tolerance.fall(first, last) / (after - before)
+
+    def is_still_learning(self, rounds: Sequence[Round], dense_scores: Sequence[float | None]) -> bool:
+        """Tell whether the dense score still got better by more than the tolerance an epoch when it became final."""
+        rise = self.rise_per_epoch(dense_scores)
+        return rise is not None and self.tolerance.is_exceeded(rise, rounds[0].score_after or 0.0)
+
+    def is_first_to_overtake(self, rounds: Sequence[Round]) -> bool:
+        """Tell whether the last round, as the first, is better than the dense one by more than the tolerance.
+
+        Then the dense network had not learned all that it could, and the next rounds may lose more than the tolerance.
+        """
+        dense = rounds[0].score_after
+        if dense is None:
+            return False
+        overtaking = [
+            this
+            for this in rounds[1:]
+            if this.score_after is not None
+            and self.tolerance.is_exceeded(self.tolerance.fall(dense, this.score_after), dense)
+        ]
+        return len(overtaking) == 1 and overtaking[0] is rounds[-1]
+
+    @staticmethod
+    def eligible(ranks: Mapping[str, float], candidates: Container[str], rejected: Container[str]) -> dict[str, float]:
+        """Return the ranks of the activations that may become linear next."""
+        return {name: value for name, value in ranks.items() if name in candidates and name not in rejected}
+
+    def how_many(self, removed: int, eligible: int) -> int:
+        """Return how many activations become linear next, when so many are linear and so many may become so."""
+        left = eligible if self.max_removals is None else self.max_removals - removed
+        return max(0, min(self.removals_per_round, left, eligible))

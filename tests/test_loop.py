@@ -1,0 +1,299 @@
+"""Tests of the loop of rounds with scripted scores: no Trainer, no model but the names of what is linear."""
+
+import math
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_easier.pruning.goals import Attained
+from lightning_easier.pruning.loop import (
+    Apply,
+    Ask,
+    Command,
+    CutShort,
+    Decided,
+    Diverged,
+    GoBack,
+    Keep,
+    PruningLoop,
+    Stop,
+    Verdict,
+)
+from lightning_easier.pruning.ranking import Ranked
+from lightning_easier.pruning.rules import Rejections, Rules, Tolerance
+from lightning_easier.pruning.state import Choice, Interruption, Measured, RunState, Snapshot
+from lightning_easier.report import Round
+
+NAMES = [f"act{number}" for number in range(5)]
+
+
+class GaveUpError(Exception):
+    """The loop has said so."""
+
+
+class Model:
+    """Carries out what a loop says, as a callback does: names in the place of a model and of its checkpoint."""
+
+    def __init__(self, loop: PruningLoop, linear: tuple[str, ...] = (), saved: tuple[str, ...] = ()) -> None:
+        self.loop = loop
+        self.linear = list(linear)
+        self.saved = list(saved)
+        self.stopped = False
+        self.commands: list[Command] = []
+        self.asked: list[list[str]] = []
+
+    def choose(self, measured: Measured) -> Choice | None:
+        rules, state = self.loop.rules, self.loop.state
+        assert measured.ranked is not None
+        eligible = rules.eligible(measured.ranked.ranks, NAMES, state.rejected)
+        names = sorted(eligible, key=eligible.__getitem__)[: rules.how_many(len(state.removed), len(eligible))]
+        self.asked.append(list(eligible))
+        return Choice(names, dict.fromkeys(names, 0.5)) if names else None
+
+    def carry_out(self, commands: Any) -> None:
+        state = self.loop.state
+        for command in commands:
+            self.commands.append(command)
+            match command:
+                case Apply(choice):
+                    self.linear += choice.names
+                    self.loop.applied(Round(choice.names, choice.entropies, None, None, None, 0))
+                case GoBack():
+                    self.linear = list(self.saved)
+                    self.loop.went_back()
+                case Keep(number):
+                    self.saved = list(self.linear)
+                    state.snapshot = Snapshot(f"{number}", state.snapshot.measured)
+                case Stop():
+                    self.stopped = True
+                case Diverged():
+                    raise GaveUpError
+
+    def epoch(self, score: float | None) -> None:
+        """One epoch with a validation; None: that has not logged the score."""
+        state = self.loop.state
+        state.begin_epoch()
+        self.carry_out(self.loop.epoch_begins())
+        ranks = {name: float(place) for place, name in enumerate(NAMES) if name not in self.linear}
+        state.now = Measured(ranks, ranked=Ranked(ranks))
+        if score is not None:
+            state.score = score
+        ask = Ask(lambda: state.score if score is not None else None, self.choose)
+        commands = self.loop.epoch_ended(state.ended + 1, is_scored=score is not None, is_measured=True, ask=ask)
+        self.carry_out(commands)
+
+    def end(self) -> None:
+        state = self.loop.state
+        self.carry_out(self.loop.run_ended(Ask(lambda: state.score, self.choose)))
+
+    def resumed(self) -> "Model":
+        """A process that has read the record of this one, and its model."""
+        loop = PruningLoop(self.loop.rules, "acc", RunState.from_plain(deepcopy(self.loop.state.to_plain())))
+        return Model(loop, tuple(self.linear), tuple(self.saved))
+
+
+def started(rules: Rules) -> Model:
+    return Model(PruningLoop(rules, "acc"))
+
+
+RULES = st.builds(
+    Rules,
+    tolerance=st.builds(Tolerance, amount=st.integers(0, 4), mode=st.sampled_from(["min", "max"])),
+    rejections=st.builds(Rejections, most=st.integers(1, 3)),
+    epochs_per_round=st.integers(1, 3),
+    removals_per_round=st.integers(1, 2),
+    max_removals=st.none() | st.integers(1, 4),
+    warmup_epochs=st.integers(0, 2),
+    reference=st.sampled_from(["dense", "best"]),
+)
+SCORES = st.lists(st.none() | st.integers(0, 10).map(float) | st.sampled_from([math.nan, math.inf]), max_size=25)
+
+
+@given(rules=RULES, scores=SCORES, interrupted_after=st.sets(st.integers(0, 24)))
+def test_any_run_leaves_the_last_good_model_and_goes_on_from_anywhere(rules, scores, interrupted_after):
+    """Whatever the scores are, and wherever the run is taken up anew."""
+    one, other = started(rules), started(rules)
+    gave_up = False
+    for number, score in enumerate(scores):
+        if one.stopped or gave_up:
+            break
+        for model in (one, other):
+            try:
+                model.epoch(score)
+            except GaveUpError:
+                gave_up = True
+                assert score is not None
+                assert not math.isfinite(score)
+        if number in interrupted_after:
+            other = other.resumed()
+        assert one.loop.state == other.loop.state
+        assert (one.linear, one.saved) == (other.linear, other.saved)
+    if not gave_up and one.loop.state.score is not None and math.isfinite(one.loop.state.score):
+        one.end()
+    state = one.loop.state
+    if one.stopped and not gave_up:
+        assert state.finished
+        one.end()
+        assert state.decision is None or not state.decision.go_back
+    # What is linear is what the record says, and of each name only what no rejection has taken back
+    judged = [this for this in state.rounds if this.accepted is not None]
+    if all(this.accepted is not None for this in state.rounds) and not state.is_going_back:
+        assert one.linear == state.removed == one.saved
+    assert not set(state.rejected) & set(state.removed)
+    tried = [name for this in state.rounds for name in this.removed]
+    assert len(tried) == len(set(tried))  # nothing is tried again after it was taken back
+    assert rules.max_removals is None or len(state.removed) <= rules.max_removals
+    # Kept are those within the tolerance, by plain arithmetic
+    sign = 1 if rules.tolerance.mode == "max" else -1
+    kept = [judged[0].score_after] if judged else []
+    in_a_row = 0
+    for this in judged[1:]:
+        if this.score_after is not None:
+            best = max(sign * each for each in kept) if rules.reference == "best" else sign * kept[0]
+            assert this.accepted == (best - sign * this.score_after <= rules.tolerance.amount)
+        if this.accepted:
+            kept.append(this.score_after)
+        in_a_row = 0 if this.accepted else in_a_row + 1
+        assert in_a_row <= rules.rejections.most
+
+
+def kinds(model: Model) -> list[str]:
+    found = [type(command).__name__ for command in model.commands if not isinstance(command, Decided)]
+    model.commands.clear()
+    return found
+
+
+def test_the_commands_of_a_run():
+    model = started(Rules(Tolerance(0.1), Rejections(2), epochs_per_round=2))
+    model.epoch(0.5)
+    assert kinds(model) == []
+    model.epoch(0.9)
+    assert kinds(model) == ["Verdict", "Keep"]
+    model.epoch(0.1)
+    assert kinds(model) == ["Apply"]
+    model.epoch(0.85)
+    assert kinds(model) == ["Verdict", "Keep"]
+    model.epoch(0.9)
+    model.epoch(None)
+    assert kinds(model) == ["Apply", "Wait"]
+    model.epoch(None)
+    assert kinds(model) == []  # said once
+    model.epoch(0.1)
+    assert kinds(model) == ["Verdict"]
+    assert model.linear == ["act0", "act1"]  # until the next epoch begins
+    model.epoch(0.1)
+    assert model.linear == ["act0", "act2"]
+    model.epoch(0.1)
+    assert kinds(model) == ["GoBack", "Apply", "Verdict", "Stop"]
+    model.end()
+    assert kinds(model) == ["GoBack"]
+    assert model.linear == ["act0"]
+    model.end()
+    assert kinds(model) == []
+
+
+def test_what_was_measured_after_a_rejected_round_does_not_count():
+    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model.epoch(0.9)
+    model.epoch(0.1)
+    assert model.asked == [NAMES, NAMES[1:]]  # by what was measured before the first was made linear
+    assert model.loop.state.snapshot.measured.entropies == {name: float(n) for n, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(("score", "expected"), [(0.85, ["Verdict", "Keep"]), (0.1, ["Verdict", "Stop", "GoBack"])])
+def test_a_round_that_the_end_of_the_run_cuts_short_is_judged_by_what_there_is(score, expected):
+    model = started(Rules(Tolerance(0.1), epochs_per_round=2))
+    for each in (0.9, 0.9, score):
+        model.epoch(each)
+    kinds(model)
+    model.end()
+    assert kinds(model) == expected
+    assert model.linear == (["act0"] if score == 0.85 else [])
+
+
+def test_a_round_that_the_end_of_the_run_leaves_without_a_score_is_taken_back():
+    model = started(Rules(Tolerance(0.1), epochs_per_round=2))
+    for each in (0.9, 0.9, None):
+        model.epoch(each)
+    model.end()
+    assert kinds(model)[-4:] == ["Verdict", "CutShort", "Stop", "GoBack"]
+    assert CutShort(1) not in model.commands
+    assert model.loop.state.rounds[1].reason == "acc was not logged in it"
+    assert model.linear == []
+
+
+def test_a_score_that_is_not_finite_has_the_last_good_model_come_back_first():
+    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model.epoch(0.9)
+    kinds(model)
+    with pytest.raises(GaveUpError):
+        model.epoch(math.nan)
+    assert kinds(model) == ["Apply", "Verdict", "GoBack", "Diverged"]
+    assert model.linear == []
+    assert model.loop.state.decision.remove.names == ["act1"]  # what a run that is taken up goes on with
+    dense = started(Rules())
+    with pytest.raises(GaveUpError):
+        dense.epoch(math.inf)
+    assert kinds(dense) == ["Diverged"]
+
+
+def test_a_run_ends_where_its_target_is_reached():
+    model = started(Rules(Tolerance(0.1)))
+    model.epoch(0.9)
+    state = model.loop.state
+    state.begin_epoch()
+    model.carry_out(model.loop.epoch_begins())
+    state.now, state.score = Measured({"act1": 0.5}, ranked=Ranked({"act1": 0.5}), attained=Attained(True, "fast")), 0.9
+    ask = Ask(lambda: 0.9, model.choose)
+    model.carry_out(model.loop.epoch_ended(2, is_scored=True, is_measured=True, ask=ask))
+    assert Stop("the target is reached (fast)") in model.commands
+    assert model.commands[-1] == Keep(1)
+    assert state.finished
+    assert len(model.asked) == 1
+
+
+def test_a_verdict_is_told_before_the_next_is_chosen():
+    """A user's `select` may look at the rounds, and reads the verdict above its own output."""
+    model = started(Rules(Tolerance(0.1)))
+    seen = []
+    ask = Ask(lambda: 0.9, lambda measured: seen.append(list(model.commands)))
+    model.loop.state.now = Measured({"act0": 0.5}, ranked=Ranked({"act0": 0.5}))
+    model.carry_out(model.loop.epoch_ended(1, is_scored=True, is_measured=True, ask=ask))
+    assert seen == [[Verdict(0)]]
+    assert [type(command) for command in model.commands] == [Verdict, Decided, Stop, Keep]
+
+
+def test_a_record_is_plain_data_and_comes_back_whole(tmp_path):
+    fits = {"act1": {"form": "conv", "tensors": {"weight": torch.ones(2)}}}
+    measured = Measured(
+        {"act1": 0.5}, {"act1": {"scale": 1.0}}, Ranked({"act1": 0.5}, fits), True, Attained(False, "no")
+    )
+    state = RunState(
+        rounds=[Round([], {}, None, 0.9, True, 0), Round(["act0"], {"act0": 0.1}, 0.9, None, None, 3)],
+        now=measured,
+        snapshot=Snapshot("round_0.ckpt", measured, {"acc": 0.9}, [{"number": 0, "rates": [0.1]}]),
+        interruption=Interruption(True, True, ["act1"], {"act1": {"on": 3}}),
+        folder="rounds",
+    )
+    path = tmp_path / "record.pt"
+    torch.save(state.to_plain(), path)
+    again = RunState.from_plain(torch.load(path, weights_only=True))
+    assert asdict(again).keys() == asdict(state).keys()
+    assert (again.rounds, again.interruption, again.folder) == (state.rounds, state.interruption, state.folder)
+    assert isinstance(again.now.ranked, Ranked)
+    assert isinstance(again.snapshot.measured.attained, Attained)
+    assert again.snapshot.scores == {"acc": 0.9}
+    torch.testing.assert_close(again.now.ranked.fits["act1"]["tensors"]["weight"], torch.ones(2))
+    assert again.now.without_fits().ranked == Ranked({"act1": 0.5})
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_a_record_of_another_version_is_refused_by_that_name(version):
+    plain = RunState().to_plain() | {"version": version}
+    with pytest.raises(ValueError, match=rf"of version 1, but got {version}.*load_pruned"):
+        RunState.from_plain(plain)
