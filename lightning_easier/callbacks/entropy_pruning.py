@@ -16,7 +16,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import files, optimizers, surgery, wiring
 from lightning_easier.callbacks.distillation import Distillation
@@ -66,7 +65,7 @@ from lightning_easier.support.arguments import (
     check_positive,
     check_share,
 )
-from lightning_easier.support.hooks import Remembered
+from lightning_easier.support.hooks import Remembered, Undone
 
 REMOVED_KEY = "removed"
 LEAST_ENTROPY_KEY = "H_min"
@@ -294,7 +293,7 @@ class EntropyPruningCallback(Callback):
         self._listed: CandidateReport | None = None
         self._active = False
         self._stage: str | None = None  # of the Trainer, while it runs
-        self._load_handle: RemovableHandle | None = None
+        self._around = Undone()  # the objects of the user
         self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample, self.ranking)
         self._distillation = Distillation(distill_weight, distill_temperature)
         self._dashboard: Dashboard | None = None
@@ -365,6 +364,7 @@ class EntropyPruningCallback(Callback):
                 f"Expected one EntropyPruningCallback in the Trainer, but got {len(twins)}; give one of them all globs"
             )
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._around.close()  # what a setup that failed has left
         self._candidates = self._measured = self._listed = None
         self._measurement.stop()
         self._measurement.stop_watching()
@@ -375,12 +375,16 @@ class EntropyPruningCallback(Callback):
             self._state_of = Remembered(trainer)
             self._files.release()
             self._files = files.RunFiles()
+        for undo in (self._files.release, self._scores.release, self._distillation.stop, self._measurement.detach):
+            self._around.callback(undo)
         # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             self._discover(trainer, pl_module)
-        self._load_handle = restructure_on_load(pl_module)
+        self._around.callback(restructure_on_load(pl_module).remove)
+        self._around.callback(self._files.load_as_ever, trainer)
         self._files.watch_loading(trainer, pl_module)
         if stage == TrainerFn.FITTING:
+            self._around.callback(optimizers.build_as_ever, pl_module)
             optimizers.build_as_the_first(pl_module, lambda: self._state.linear_by_now, lambda: self._state.joined)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -409,25 +413,14 @@ class EntropyPruningCallback(Callback):
         """Leave no hook behind."""
         self._measurement.stop()
         self._measurement.stop_watching()
-        self._distillation.stop()
-        self._scores.release()
-        self._remove_load_hook()
-        self._files.load_as_ever(trainer)
-        self._files.release()
-        optimizers.build_as_ever(pl_module)
+        self._around.close()
         self._stage = self._recipe = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
         if isinstance(exception, KeyboardInterrupt) and self._stage == TrainerFn.FITTING:
             self._tell_what_is_unjudged()
-        self._measurement.detach()
-        self._distillation.stop()
-        self._scores.release()
-        self._files.load_as_ever(trainer)
-        self._files.release()
-        self._remove_load_hook()
-        optimizers.build_as_ever(pl_module)
+        self._around.close()
 
     def _tell_what_is_unjudged(self) -> None:
         """Say that the model of an interrupted run holds removals that nobody has judged, or that were rejected."""
@@ -439,11 +432,6 @@ class EntropyPruningCallback(Callback):
                 f"linear in the model as it is. The last good model is {self.last_good}; with a checkpoint of the run "
                 f"as `ckpt_path` the round goes on."
             )
-
-    def _remove_load_hook(self) -> None:
-        if self._load_handle is not None:
-            self._load_handle.remove()
-            self._load_handle = None
 
     def _discover(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find and isolate the activations; check globs and wiring before anything is changed."""

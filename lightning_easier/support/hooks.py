@@ -1,6 +1,7 @@
 """Hooks that belong to one model: a copy of it, or a pickle, does not inherit what they count or notice."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -60,4 +61,14 @@ class Remembered(Generic[T]):
         return self._it() is other
 
     def __reduce__(self) -> tuple[type["Remembered[T]"], tuple[()]]:
+        return type(self), ()
+
+
+class Undone(ExitStack):
+    """Undoes what was put around objects of others, the last first; a copy of this, or a pickle, undoes nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Undone":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type["Undone"], tuple[()]]:
         return type(self), ()
