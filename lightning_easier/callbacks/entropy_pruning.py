@@ -6,7 +6,7 @@ decision. The *operation* follows at the start of the next epoch (or when a run 
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,8 +55,7 @@ from lightning_easier.sites.activations import planned_sites
 from lightning_easier.sites.rectifiers import as_gates
 from lightning_easier.structure.checkpoint import restructure_on_load, warn_if_rejected
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.structure.stand_in import STAND_INS
-from lightning_easier.structure.substitution import ChainFit, Substitution
+from lightning_easier.structure.operations import from_plain
 from lightning_easier.support.arguments import (
     as_axes,
     as_globs,
@@ -263,16 +262,7 @@ class EntropyPruningCallback(Callback):
         self.best_per_depth = best_per_depth
         self.sample = sample
         self.dry_run = dry_run
-        check_choice("stand_in", stand_in, STAND_INS)
-        self.stand_in = stand_in
-        self.ranking = Ranking(criterion, gain, candidates, collapse, stand_in, shift_padding, self.gates)
-        check_bool("trainable", trainable)
-        if trainable and stand_in == "identity" and collapse == "exact":
-            raise ValueError(
-                f"Expected argument `trainable` to be False with stand_in={stand_in!r}, but got {trainable}: an "
-                f"identity has nothing to train. Pass stand_in='affine'."
-            )
-        self.trainable = trainable
+        self.ranking = Ranking(criterion, gain, candidates, collapse, stand_in, shift_padding, self.gates, trainable)
         if self.ranking.needs_chains and measure_on != "validation":
             raise ValueError(
                 f"Expected argument `measure_on` to be 'validation' with collapse='fit', but got {measure_on!r}: what "
@@ -441,7 +431,7 @@ class EntropyPruningCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             live = {name: sites[name] for name in chosen if name in sites}
             wiring.check(trainer, live, self.measure_on, self.dirpath)
-            wiring.check_strategy_lets_parameters_change(trainer, self.ranking.collapse, self.trainable)
+            wiring.check_strategy_lets_parameters_change(trainer, self.ranking.needs_whole_parameters)
             if self._targets.are_given or not self.ranking.is_free:
                 wiring.check_network_can_be_priced(trainer, self._targets.are_given)
         self._candidates = chosen
@@ -835,7 +825,7 @@ class EntropyPruningCallback(Callback):
 
     def _as_validated(self) -> Measured:
         """Return what a validation alone has measured."""
-        return Measured(self._measured or {}, ranked=self._ranked)
+        return Measured(self._measured or {}, self._measurement.affines, self._ranked)
 
     def _choose(self, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Choice | None:
         """Choose among what was measured; None if nothing is left. Some activations were not called in training."""
@@ -856,10 +846,10 @@ class EntropyPruningCallback(Callback):
         if not set(names) <= set(eligible):
             raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
         names = apart(names, ranked.fits)
-        fits = {name: ranked.fits[name] for name in names if name in ranked.fits}
-        by_affines = [name for name in names if name not in fits and self.stand_in == "affine"]
-        affines = {name: measured.affines[name] for name in by_affines if name in measured.affines}
-        return Choice(names, {name: entropies[name] for name in names}, affines, fits) if names else None
+        if not names:
+            return None
+        operations = self.ranking.operations(names, ranked, measured.affines)
+        return Choice(names, {name: entropies[name] for name in names}, [each.to_plain() for each in operations])
 
     def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
         """Say what would be done."""
@@ -877,18 +867,19 @@ class EntropyPruningCallback(Callback):
         state = self._state
         before = state.kept[-1].score_after
         state.snapshot = replace(state.snapshot, plateaus=plateaus(trainer))
+        operations = [from_plain(plain) for plain in choice.operations]
         wiring.check_optimizers_let_parameters_change(
-            trainer, pl_module, choice.names, bool(choice.fits) or self.trainable
+            trainer, pl_module, choice.names, any(operation.changes_parameters for operation in operations)
         )
-        shifts, dropped, joined = surgery.make_linear(trainer, pl_module, choice, self.shift_padding, self.trainable)
+        shifts, dropped, joined = surgery.carry_out(trainer, pl_module, operations)
         assert self._recipe is not None
         self._recipe.restart(trainer, self.restart)
         reset_patience(trainer)
-        fitted = {name: _told(name, fit, self._candidates or ()) for name, fit in choice.fits.items()}
+        lines = {name: line for each in operations for name, line in each.lines(self._candidates or ()).items()}
         self._loop.applied(
-            Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, fitted)
+            Round(choice.names, choice.entropies, before, None, None, trainer.current_epoch, shifts, lines)
         )
-        state.dropped = dropped
+        state.operations, state.dropped = choice.operations, dropped
         state.joined += joined
         self._scores.forget(trainer)
         self._scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
@@ -908,7 +899,8 @@ class EntropyPruningCallback(Callback):
         """Bring back structure, weights, optimizers and schedulers of the last good round."""
         state = self._state
         path, checkpoint = self._files.find(trainer, self.last_good, self.state_key, state.kept)
-        surgery.go_back(trainer, pl_module, state.rounds[-1].removed, state.dropped, path, checkpoint, self._files.load)
+        operations = [from_plain(plain) for plain in state.operations]
+        surgery.go_back(trainer, pl_module, operations, state.dropped, path, checkpoint, self._files.load)
         surgery.check_is_linear(pl_module, self.removed)
         put_plateaus(trainer, state.snapshot.plateaus)
         self._measurement.structure_changed()
@@ -972,11 +964,3 @@ class EntropyPruningCallback(Callback):
 def _file_of(number: int) -> str:
     """Return the name of a round's checkpoint."""
     return f"round_{number}.ckpt"
-
-
-def _told(name: str, plain: Mapping[str, Any], candidates: Container[str]) -> str:
-    """Say in words what takes the place of a chain, and which activations go with it."""
-    fit = ChainFit.from_plain(plain)
-    others = [other for other in Substitution(fit.form, fit.tensors).names(name) if other in candidates]
-    beside = f", together with {' and '.join(f'`{other}`' for other in others)}" if others else ""
-    return f"{fit.kind}{beside}, {fit.explained:.1%} explained"

@@ -29,21 +29,20 @@ from lightning_easier.callbacks.optimizers import (
     put_back_parameters,
 )
 from lightning_easier.callbacks.recipe import clear_gradients
-from lightning_easier.measure.affines import AffineFit
-from lightning_easier.pruning.state import Choice
 from lightning_easier.sites.activations import planned_sites
 from lightning_easier.sites.rectifiers import GATES
 from lightning_easier.structure.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
-from lightning_easier.structure.substitution import Absorbed, ChainFit
+from lightning_easier.structure.operations import Operation
+from lightning_easier.structure.substitution import Absorbed
 
 
-class Operation(NamedTuple):
-    """What an operation has changed besides the activations.
+class Carried(NamedTuple):
+    """What has come of operations.
 
     Attributes:
         shifts: Name -> the padding that was moved.
         dropped: Where parameters that are gone were in the optimizers.
-        joined: Where parameters of stand-ins are in the optimizers.
+        joined: Where new parameters are in the optimizers.
     """
 
     shifts: dict[str, str]
@@ -51,54 +50,33 @@ class Operation(NamedTuple):
     joined: list[Place]
 
 
-def make_linear(
-    trainer: Trainer, pl_module: LightningModule, choice: Choice, shift_padding: bool, trainable: bool
-) -> Operation:
-    """Make activations linear.
+def carry_out(trainer: Trainer, pl_module: LightningModule, operations: Sequence[Operation]) -> Carried:
+    """Carry out operations on a running Trainer.
 
     Args:
         trainer: The Trainer.
         pl_module: The model.
-        choice: The activations, and the affines and the fitted operators that take their places, if any do.
-        shift_padding: Whether paddings move.
-        trainable: Whether the affines are trained.
+        operations: What is to be done, one after the other.
 
     Raises:
         RuntimeError: If the processes do not hold the same model afterwards.
     """
-    names = choice.names
-    modules = {name: pl_module.get_submodule(name) for name in names}
-    affines = {name: AffineFit(**plain) for name, plain in choice.affines.items()}
-    fits = {name: ChainFit.from_plain(plain) for name, plain in choice.fits.items()}
-    kinds: tuple[tuple[str, Any], ...] = (("fitted", fits), ("affine", affines), ("identity", None))
-    for stand_in, statistics in kinds:
-        these = [name for name in names if _kind_of(name, fits, affines) == stand_in]
-        if these:  # each call looks through the whole model
-            linearize(
-                pl_module,
-                these,
-                stand_in=stand_in,
-                statistics=statistics,
-                shift_padding=shift_padding,
-                trainable=trainable,
-            )
-    linear = stand_ins(pl_module)
-    shifts = {name: str(linear[name].shift) for name in names if linear[name].moves_padding}
-    gone = _lost(pl_module, [part for name in names for part in (modules[name], *linear[name].absorbed)])
-    dropped = drop_parameters(trainer.optimizers, gone)
-    forget_moments(trainer.optimizers, _parameters_of_hosts(pl_module, names))
-    joined = groups_for(pl_module, trainer.optimizers, names)
+    changes = [operation.apply(pl_module) for operation in operations]
+    lost = [parameter for change in changes for parameter in change.lost]
+    dropped = drop_parameters(trainer.optimizers, lost)
+    forget_moments(trainer.optimizers, [parameter for change in changes for parameter in change.rewritten])
+    joined = groups_for(pl_module, trainer.optimizers, [name for change in changes for name in change.joined])
     join(pl_module, trainer.optimizers, joined)
-    if gone or joined:
+    if lost or joined:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
-    return Operation(shifts, dropped, joined)
+    return Carried({name: shift for change in changes for name, shift in change.shifts.items()}, dropped, joined)
 
 
 def go_back(
     trainer: Trainer,
     pl_module: LightningModule,
-    names: Sequence[str],
+    operations: Sequence[Operation],
     dropped: Sequence[Position],
     path: Path,
     checkpoint: Mapping[str, Any],
@@ -109,7 +87,7 @@ def go_back(
     Args:
         trainer: The Trainer.
         pl_module: The model.
-        names: What has become linear since the checkpoint.
+        operations: What was done since the checkpoint.
         dropped: Where the parameters that have gone since were in the optimizers.
         path: Of the checkpoint.
         checkpoint: What it holds, with everything on the CPU; a strategy that loads into the model will do so itself.
@@ -119,12 +97,11 @@ def go_back(
         RuntimeError: If the optimizers or schedules are not those of the checkpoint, before anything was changed; if
             the processes do not hold the same model afterwards.
     """
-    linear = stand_ins(pl_module)
-    leaving = [parameter for name in names for parameter in linear[name].parameters()]
+    leaving = [parameter for operation in operations for parameter in operation.leaving(pl_module)]
     _check_recipe(trainer, dropped, set(leaving), path, checkpoint)
     drop_parameters(trainer.optimizers, leaving)
-    gone = _lost(pl_module, [part for name in names for part in (linear[name].activation, *linear[name].absorbed)])
-    restore(pl_module, names)
+    back = [operation.undo(pl_module) for operation in reversed(operations)]
+    gone = [parameter for parameters in reversed(back) for parameter in parameters]
     put_back_parameters(trainer.optimizers, gone, dropped)
     if loads_into_model(trainer):
         for module in pl_module.modules():
@@ -245,27 +222,6 @@ def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
             f"the checkpoint has lost what tells so. Did the module's `state_dict` or `on_save_checkpoint` drop the "
             f"keys that end in '{MARK_KEY}'?"
         )
-
-
-def _kind_of(name: str, fits: Container[str], affines: Container[str]) -> str:
-    return "fitted" if name in fits else "affine" if name in affines else "identity"
-
-
-def _parameters_of_hosts(pl_module: LightningModule, names: Sequence[str]) -> list[nn.Parameter]:
-    """List the parameters of the operators that fitted operators have moved into."""
-    linear = stand_ins(pl_module)
-    hosts = [
-        substitution.host(pl_module, name)
-        for name in names
-        if (substitution := linear[name].substitution) is not None and substitution.form.host is not None
-    ]
-    return [parameter for host in hosts if host is not None for parameter in host.parameters()]
-
-
-def _lost(pl_module: LightningModule, modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """List the parameters of modules that the model does not have, each once."""
-    live = set(pl_module.parameters())
-    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p not in live))
 
 
 def _wrap_anew(trainer: Trainer) -> None:

@@ -269,24 +269,23 @@ def validation_batches(trainer: Trainer) -> int:
     return sum(int(n) if math.isfinite(n) else _BATCHES_OF_ENDLESS_LOADERS for n in trainer.num_val_batches)
 
 
-def check_strategy_lets_parameters_change(trainer: Trainer, collapse: str, trainable: bool) -> None:
-    """Refuse fitted operators, and affines that are trained, under a strategy that shards parameters.
+def check_strategy_lets_parameters_change(trainer: Trainer, wanted: tuple[str, str] | None) -> None:
+    """Refuse what changes parameters under a strategy that shards them.
+
+    Args:
+        trainer: The Trainer.
+        wanted: What would be done to parameters, and the remedy; None if nothing is.
 
     Raises:
         MisconfigurationException: If it does.
     """
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
+    if wanted is None or not isinstance(trainer.strategy, ModelParallelStrategy):
         return
-    if trainable:
-        raise MisconfigurationException(
-            f"EntropyPruningCallback can't train affines under {type(trainer.strategy).__name__}, which has sharded "
-            f"the parameters before they come. Pass trainable=False."
-        )
-    if collapse == "fit":
-        raise MisconfigurationException(
-            f"EntropyPruningCallback can't fit operators under {type(trainer.strategy).__name__}, which shards the "
-            f"parameters that they would move into. Pass collapse='exact', or fit a gathered model with `compress`."
-        )
+    what, remedy = wanted
+    raise MisconfigurationException(
+        f"EntropyPruningCallback can't {what} under {type(trainer.strategy).__name__}, which has sharded the "
+        f"parameters before. {remedy}."
+    )
 
 
 def can_tell_what_merges(trainer: Trainer) -> bool:

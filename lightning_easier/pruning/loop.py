@@ -194,7 +194,7 @@ class PruningLoop:
     def went_back(self) -> None:
         """Take note that the last good model is back."""
         state = self.state
-        state.dropped = []
+        state.operations, state.dropped = [], []
         state.joined = [place for place in state.joined if place[0] in state.removed]
         state.now = state.snapshot.measured
         state.score = state.kept[-1].score_after

@@ -19,8 +19,10 @@ from lightning_easier.pruning.gains import GAINS, Gain, Gains, ShapeProbe
 from lightning_easier.sites.activations import unwrap
 from lightning_easier.sites.discovery import Discovery
 from lightning_easier.sites.rectifiers import as_gates
+from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation
+from lightning_easier.structure.stand_in import STAND_INS
 from lightning_easier.structure.substitution import ChainFit, Substitution
-from lightning_easier.support.arguments import check_choice
+from lightning_easier.support.arguments import check_bool, check_choice
 from lightning_easier.support.inference import evaluation_mode
 
 Criterion = Literal["entropy", "linearity"]
@@ -77,6 +79,7 @@ class Ranking:
     stand_in: Literal["identity", "affine"] = "identity"
     shift_padding: bool = True
     gates: Sequence[str] = ()
+    trainable: bool = False
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
@@ -84,6 +87,13 @@ class Ranking:
             check_choice("gain", self.gain, GAINS)
         check_choice("candidates", self.candidates, ("all", "mergeable"))
         check_choice("collapse", self.collapse, ("exact", "fit"))
+        check_choice("stand_in", self.stand_in, STAND_INS)
+        check_bool("trainable", self.trainable)
+        if self.trainable and self.stand_in == "identity" and self.collapse == "exact":
+            raise ValueError(
+                f"Expected argument `trainable` to be False with stand_in={self.stand_in!r}, but got "
+                f"{self.trainable}: an identity has nothing to train. Pass stand_in='affine'."
+            )
 
     @property
     def prices_by(self) -> Gain | None:
@@ -99,6 +109,15 @@ class Ranking:
     def needs_affines(self) -> bool:
         """Whether the affine that comes closest to each activation has to be measured."""
         return self.stand_in == "affine" or self.criterion == "linearity"
+
+    @property
+    def needs_whole_parameters(self) -> tuple[str, str] | None:
+        """What is done to parameters for which they must not be sharded, and the remedy; None if nothing is."""
+        if self.trainable:
+            return "train affines", "Pass trainable=False"
+        if self.collapse == "fit":
+            return "fit operators", "Pass collapse='exact', or fit a gathered model with `compress`"
+        return None
 
     @property
     def needs_chains(self) -> bool:
@@ -145,6 +164,26 @@ class Ranking:
             if option.fit is not None:
                 ranked.fits[name] = option.fit.to_plain()
         return ranked
+
+    def operations(
+        self, names: Sequence[str], ranked: Ranked, affines: Mapping[str, Mapping[str, Any]]
+    ) -> list[Operation]:
+        """Return what makes activations linear.
+
+        Args:
+            names: The activations, which don't take parts of one chain.
+            ranked: What :meth:`rank` returned.
+            affines: Name -> the affine that comes closest, as plain data; needed where that is what is wanted.
+        """
+        fits = {name: ranked.fits[name] for name in names if name in ranked.fits}
+        others = [name for name in names if name not in fits]
+        made: list[Operation] = [FittedOperators(list(fits), fits)] if fits else []
+        if others and self.stand_in == "affine":
+            measured = {name: dict(affines[name]) for name in others}
+            made.append(Affines(others, measured, self.shift_padding, self.trainable))
+        elif others:
+            made.append(Identities(others, shift_padding=self.shift_padding))
+        return made
 
     def outlook(self, model: nn.Module, ranked: Ranked, names: Sequence[str]) -> "Outlook":
         """Tell which removals save something, as far as that is known without further timing.

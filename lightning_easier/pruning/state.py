@@ -32,14 +32,12 @@ class Choice:
     Attributes:
         names: The activations.
         entropies: Their entropies in bits.
-        affines: Name -> the affine that takes its place, as plain data; none for identities.
-        fits: Name -> the operator that takes the place of the chain around it, as plain data.
+        operations: What makes them so, as plain data.
     """
 
     names: list[str]
     entropies: dict[str, float]
-    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    operations: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -165,6 +163,7 @@ class RunState:
         rejected: Activations whose removal was taken back.
         rejections: Rounds taken back since the last that was kept.
         best: Number of linear activations, as a string -> their best checkpoint.
+        operations: Those of this round, as plain data.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
         activations: Name -> class of all activations of the module, as it was when the run began.
@@ -190,6 +189,7 @@ class RunState:
     rejected: list[str] = field(default_factory=list)
     rejections: int = 0
     best: dict[str, BestCheckpoint] = field(default_factory=dict)
+    operations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)

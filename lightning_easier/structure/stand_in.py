@@ -24,6 +24,7 @@ EXTRA_STATE = "_extra_state"
 HINT = "made_linear_by_lightning_easier__use_load_pruned_or_expect_pruned"
 MARK_KEY = f"{HINT}.{EXTRA_STATE}"
 _MAGIC = "lightning_easier.linear"
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,28 @@ class Mark:
 
     def encode(self) -> Tensor:
         """Return the mark as a uint8 tensor."""
-        return torch.tensor(list(json.dumps({_MAGIC: 1, **asdict(self)}).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps({_MAGIC: _VERSION, **asdict(self)}).encode()), dtype=torch.uint8)
 
     @classmethod
     def decode(cls, value: Any) -> "Mark | None":
-        """Read a mark; None for the extra state of something else."""
+        """Read a mark; None for the extra state of something else.
+
+        Raises:
+            ValueError: If it was written by another version of lightning_easier.
+        """
         if not isinstance(value, Tensor) or value.ndim != 1:
             return None
         try:  # a state dict that was cast as a whole (.half()) still holds the bytes exactly
             data = json.loads(bytes(value.to("cpu", torch.uint8).tolist()))
-            if _MAGIC not in data:
-                return None
+            version = data[_MAGIC]
+        except (ValueError, TypeError, KeyError):
+            return None
+        if version != _VERSION:
+            raise ValueError(
+                f"Expected the state dict to hold marks of linear activations of version {_VERSION}, but got "
+                f"{version}: it was saved by another version of lightning_easier. Load it with that one."
+            )
+        try:
             return cls(
                 data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)),
                 int(data.get("channels", 0)), int(data.get("dim", 1)), bool(data.get("trainable", False)),

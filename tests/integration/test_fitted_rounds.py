@@ -356,7 +356,7 @@ def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, st
     run(tmp_path, pruning={"collapse": "fit", "on_reject": strategy}, epochs=2)
     saved = torch.load(tmp_path / "rounds" / "round_0.ckpt", weights_only=True)
     (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
-    assert len(state["decision"]["remove"]["fits"]) == 1
+    assert len(state["decision"]["remove"]["operations"][0]["statistics"]) == 1
     assert (len(state["snapshot"]["measured"]["ranked"]["fits"]) > 1) == (strategy == "next")
 
 

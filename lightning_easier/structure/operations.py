@@ -1,0 +1,228 @@
+"""What may be done to a model between two rounds, as plain data: each kind applies itself, and undoes itself.
+
+Whoever carries an operation out on a running Trainer need not know its kind: optimizers follow what it says of the
+parameters, a checkpoint holds its plain data, and a report its lines.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn import Parameter
+
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.structure.linearize import linearize, restore, stand_ins
+from lightning_easier.structure.substitution import ChainFit, Substitution
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an operation has done to a model.
+
+    Attributes:
+        lost: Parameters that the model does not have any more.
+        joined: Names of modules whose parameters are new.
+        rewritten: Parameters whose values, or shapes, are others now.
+        shifts: Name -> the padding that was moved.
+    """
+
+    lost: list[Parameter] = field(default_factory=list)
+    joined: list[str] = field(default_factory=list)
+    rewritten: list[Parameter] = field(default_factory=list)
+    shifts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Operation(ABC):
+    """Something that is done to a model.
+
+    Attributes:
+        names: The activations that it makes linear, none for an operation that makes none so.
+    """
+
+    kind: ClassVar[str]
+    names: list[str]
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> Change:
+        """Carry it out, in place.
+
+        Raises:
+            ValueError: If the model is not one that it was made for; it is as it was then.
+        """
+
+    @abstractmethod
+    def undo(self, model: nn.Module) -> list[Parameter]:
+        """Undo it, in place; values of parameters are the business of whoever has saved them.
+
+        Returns:
+            The parameters that are back, those that :meth:`apply` has called lost, in that order.
+        """
+
+    @abstractmethod
+    def leaving(self, model: nn.Module) -> list[Parameter]:
+        """Return the parameters that will leave the model when it is undone."""
+
+    @property
+    @abstractmethod
+    def changes_parameters(self) -> bool:
+        """Whether parameters leave or join with it, beside those of the activations themselves."""
+
+    def lines(self, known: Container[str]) -> dict[str, str]:
+        """Say what takes the place of an activation, by name, where that is more than the report says anyway.
+
+        Args:
+            known: The activations that may become linear.
+        """
+        return {}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain data, which :func:`from_plain` reads."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass
+class _StandIns(Operation):
+    """Stand-ins take the places of activations.
+
+    Attributes:
+        statistics: Name -> what was measured for it, as plain data.
+        shift_padding: As for :func:`~lightning_easier.linearize`.
+        trainable: As there.
+    """
+
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shift_padding: bool = False
+    trainable: bool = False
+
+    def apply(self, model: nn.Module) -> Change:
+        """Carry it out, in place."""
+        modules = {name: model.get_submodule(name) for name in self.names}
+        linearize(
+            model,
+            self.names,
+            stand_in=self.kind,
+            statistics=self._measured(),
+            shift_padding=self.shift_padding,
+            trainable=self.trainable,
+        )
+        linear = stand_ins(model)
+        parts = [part for name in self.names for part in (modules[name], *linear[name].absorbed)]
+        shifts = {name: str(linear[name].shift) for name in self.names if linear[name].moves_padding}
+        return Change(_missing(model, parts), list(self.names), self._hosts(model), shifts)
+
+    def undo(self, model: nn.Module) -> list[Parameter]:
+        """Undo it, in place."""
+        linear = stand_ins(model)
+        parts = [part for name in self.names for part in (linear[name].activation, *linear[name].absorbed)]
+        back = _missing(model, parts)
+        restore(model, self.names)
+        return back
+
+    def leaving(self, model: nn.Module) -> list[Parameter]:
+        """Return the parameters that will leave the model when it is undone."""
+        linear = stand_ins(model)
+        return [parameter for name in self.names for parameter in linear[name].parameters()]
+
+    def _measured(self) -> Mapping[str, Any] | None:
+        return None
+
+    def _hosts(self, model: nn.Module) -> list[Parameter]:
+        return []
+
+
+@dataclass
+class Identities(_StandIns):
+    """Identities take the places of activations (EASIER)."""
+
+    kind = "identity"
+
+    @property
+    def changes_parameters(self) -> bool:
+        """No."""
+        return False
+
+
+@dataclass
+class Affines(_StandIns):
+    """Affines take the places of activations, a scale and an offset for each channel."""
+
+    kind = "affine"
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Those that are trained join."""
+        return self.trainable
+
+    def _measured(self) -> Mapping[str, AffineFit]:
+        return {name: AffineFit(**plain) for name, plain in self.statistics.items()}
+
+
+@dataclass
+class FittedOperators(_StandIns):
+    """Fitted operators take the places of the chains around activations."""
+
+    kind = "fitted"
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Those of what goes with the chains leave."""
+        return True
+
+    def lines(self, known: Container[str]) -> dict[str, str]:
+        """Say what takes the place of each chain, and which activations go with it."""
+        return {name: _told(name, fit, known) for name, fit in self._measured().items()}
+
+    def _measured(self) -> Mapping[str, ChainFit]:
+        return {name: ChainFit.from_plain(plain) for name, plain in self.statistics.items()}
+
+    def _hosts(self, model: nn.Module) -> list[Parameter]:
+        linear = stand_ins(model)
+        hosts = [
+            substitution.host(model, name)
+            for name in self.names
+            if (substitution := linear[name].substitution) is not None and substitution.form.host is not None
+        ]
+        return [parameter for host in hosts if host is not None for parameter in host.parameters()]
+
+
+_KINDS: dict[str, type[Operation]] = {kind.kind: kind for kind in (Identities, Affines, FittedOperators)}
+
+
+def register(kind: type[Operation]) -> type[Operation]:
+    """Have checkpoints know a kind of operation by its name; a class decorator.
+
+    Raises:
+        ValueError: If another kind has this name.
+    """
+    if _KINDS.setdefault(kind.kind, kind) is not kind:
+        raise ValueError(f"Expected the name of an operation to be its own, but {kind.kind!r} is {_KINDS[kind.kind]}")
+    return kind
+
+
+def from_plain(plain: Mapping[str, Any]) -> Operation:
+    """Rebuild an operation from what :meth:`Operation.to_plain` returned.
+
+    Raises:
+        ValueError: If its kind is unknown.
+    """
+    kind = _KINDS.get(plain["kind"])
+    if kind is None:
+        raise ValueError(
+            f"Expected an operation of the kinds {sorted(_KINDS)}, but got {plain['kind']!r}: import what defines it"
+        )
+    return kind(**{name: value for name, value in plain.items() if name != "kind"})
+
+
+def _missing(model: nn.Module, modules: Sequence[nn.Module]) -> list[Parameter]:
+    """List the parameters of modules that the model does not have, each once."""
+    live = set(model.parameters())
+    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p not in live))
+
+
+def _told(name: str, fit: ChainFit, known: Container[str]) -> str:
+    others = [other for other in Substitution(fit.form, fit.tensors).names(name) if other in known]
+    beside = f", together with {' and '.join(f'`{other}`' for other in others)}" if others else ""
+    return f"{fit.kind}{beside}, {fit.explained:.1%} explained"
