@@ -332,9 +332,10 @@ class RunFiles:
     # The checkpoint that a run is taken up at
 
     def watch_loading(self, trainer: Trainer, model: nn.Module) -> None:
-        """Note how the Trainer is told to load, and give the model the structure first where a strategy loads into it.
+        """Note how the Trainer is told to load, name a file that can't be read, and bring the structure first.
 
-        Nothing else is told either before: Lightning's hooks come when the weights are there.
+        The latter is for strategies that load into the model. Nothing else is told before: Lightning's hooks come when
+        the weights are there.
         """
         load, is_first = type(trainer.strategy).load_checkpoint, trainer.state.fn == TrainerFn.FITTING
 
@@ -343,9 +344,13 @@ class RunFiles:
             safely = weights_only is not False
             if is_first:  # others are those of finders, of what they have saved themselves
                 self._weights_only, is_first = safely, False
-            if loads_into_model(trainer):
+            if loads_into_model(trainer):  # which may fail for other reasons than a file that can't be read
                 restructure_as_marked(model, read_marks_of(Path(path), safely))
-            return load(trainer.strategy, path, weights_only=weights_only)
+                return load(trainer.strategy, path, weights_only=weights_only)
+            with loading.explained(
+                Path(path), "argument `ckpt_path` to be a checkpoint", "pass `weights_only=False` with it"
+            ):
+                return load(trainer.strategy, path, weights_only=weights_only)
 
         trainer.strategy.load_checkpoint = note_and_load  # type: ignore[method-assign,assignment]
 
