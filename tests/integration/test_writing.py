@@ -309,6 +309,15 @@ def test_a_run_that_has_kept_nothing_yet_has_a_folder_of_its_own(tmp_path, chang
     assert content_of(other) == before
 
 
+def test_a_run_that_has_kept_nothing_but_its_best_goes_on_beside_it(tmp_path):
+    path, pruning = tmp_path / "saved.ckpt", {"best_per_depth": True, "warmup_epochs": 1}
+    run(tmp_path, At("on_train_batch_end", 1, 1, saver(path)), pruning=pruning)
+    assert checkpoints(tmp_path / "rounds") == ["best_removed_0.ckpt"]
+    _, callback, _ = run(tmp_path, ckpt_path=path, pruning=pruning)
+    assert callback.last_good == tmp_path / "rounds" / "round_2.ckpt"
+    assert callback.best_checkpoints[0] == tmp_path / "rounds" / "best_removed_0.ckpt"
+
+
 def test_a_run_that_is_taken_up_in_the_folder_of_another_is_refused(tmp_path):
     path = tmp_path / "saved.ckpt"
     run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)))
