@@ -81,7 +81,16 @@ def test_what_a_killed_process_has_left_is_removed_or_comes_back(tmp_path):
         (tmp_path / name).write_text(text)
     fill(temporary(tmp_path / "d"), "cut", is_folder=True)
     (tmp_path / ".other").write_text("of somebody else")
-    clean_up(tmp_path)
+    clean_up(tmp_path, lambda name: name in "abcd")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "a": "kept", "b": "put aside", ".other": "of somebody else"
+    }  # fmt: skip
+
+
+def test_what_others_have_left_stays(tmp_path):
+    for name in ("env", ".env.old", ".notes.part", ".bashrc.old", "a.part", ".a", ".a.part.part", ".aa.old", ".old"):
+        (tmp_path / name).write_text(name)
+    clean_up(tmp_path, lambda name: name == "a")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "env", ".env.old", ".notes.part", ".bashrc.old", "a.part", ".a", ".a.part.part", ".aa.old", ".old"
     }  # fmt: skip

@@ -113,7 +113,8 @@ class EntropyPruningCallback(Callback):
             :func:`~lightning_easier.linearize`.
         dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default. All processes
             have to reach it. A new run does not write where another has or is about to: its folder ends in ``-v1``,
-            ``-v2``, ... What lies there is read as plain data, see `Security` in docs/supported.md.
+            ``-v2``, ... A run that is resumed goes on in the folder where its checkpoints are. What lies there is read
+            as plain data, see `Security` in docs/supported.md.
         restart: What begins anew with every removal: nothing, the learning-rate schedules and with them the
             hyperparameters of the optimizers, or the optimizers with their moments too (EASIER).
         on_reject: Whether the run stops when a round was taken back, or tries the next candidate. What was taken back
@@ -545,7 +546,7 @@ class EntropyPruningCallback(Callback):
             and math.isfinite(score)
             and (best is None or self.rules.tolerance.is_better(score, best.score))
         ):
-            now = BestCheckpoint(score, f"best_removed_{removed}.ckpt")
+            now = BestCheckpoint(score, files.best_file(removed))
             with self._state.told(best={**self._state.best, str(removed): now}):
                 self._files.save(trainer, self.best_checkpoints[removed])
 
@@ -569,9 +570,7 @@ class EntropyPruningCallback(Callback):
         given = len(stand_ins(pl_module).keys() - own)
         if given > 0:
             rank_zero_info(f"{given} activations are linear from the start; they stay so and are not judged.")
-        state.folder = self._files.claim(
-            trainer, self.dirpath, state.folder, is_new=not self._taken_up, writes=not self.dry_run
-        )
+        state.folder = self._files.claim(trainer, self.dirpath, state, self.state_key, writes=not self.dry_run)
         if self._taken_up:
             state.best = self._files.still_best(trainer, state.folder, self.state_key, state.best)
         # Lightning knows nothing of these after an interruption
@@ -579,7 +578,7 @@ class EntropyPruningCallback(Callback):
         if state.score is not None and state.score_comes_from_validation:
             scores[self.monitor] = state.score
         self._scores.put(trainer, scores)
-        is_kept = state.snapshot.file == _file_of(len(state.rounds) - 1)
+        is_kept = state.snapshot.file == files.round_file(len(state.rounds) - 1)
         if self._taken_up and state.rounds[-1].accepted and not is_kept and not self.dry_run:
             self._keep(trainer)  # that has failed, and the run was saved on the exception
         if not self._taken_up and len(state.rounds) == 1:
@@ -625,7 +624,7 @@ class EntropyPruningCallback(Callback):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count or watch training, from where an interrupted epoch has left it; distil where that is wanted."""
         if self.distill and self.removed:
-            path, dense = self._state.path_of(_file_of(0)), self._state.rounds[:1]
+            path, dense = self._state.path_of(files.round_file(0)), self._state.rounds[:1]
             use = "checkpoint of the dense round", "be distilled from it"
             self._distillation.start(
                 pl_module,
@@ -890,7 +889,7 @@ class EntropyPruningCallback(Callback):
         Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
         """
         state = self._state
-        file, scores = _file_of(len(state.rounds) - 1), self._scores.all(trainer)
+        file, scores = files.round_file(len(state.rounds) - 1), self._scores.all(trainer)
         with state.told(snapshot=replace(state.snapshot, file=file, scores=scores)):
             assert self.last_good is not None
             self._files.save(trainer, self.last_good)
@@ -959,8 +958,3 @@ class EntropyPruningCallback(Callback):
         plain = {key: value for key, value in state_dict.items() if key not in ("monitor", "mode")}
         self._loop = PruningLoop(self.rules, self.monitor, RunState.from_plain(plain))
         self._taken_up = self._state.folder is not None  # else it had not begun: a finder's, saved before the fit
-
-
-def _file_of(number: int) -> str:
-    """Return the name of a round's checkpoint."""
-    return f"round_{number}.ckpt"

@@ -8,6 +8,7 @@ this very run has written.
 import errno
 import hashlib
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,12 +26,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_easier.pruning.state import BestCheckpoint
+from lightning_easier.pruning.state import BestCheckpoint, RunState
 from lightning_easier.report import Round
 from lightning_easier.structure.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.support import loading, storage
 
 _LOCK = ".in_use"
+_OWN_NAME = re.compile(r"(round|best_removed)_(0|[1-9][0-9]*)\.ckpt")
 _OPT_IN = "pass `weights_only=False` to `trainer.fit` with its `ckpt_path`"
 _REMEDY = (
     "Make room there, or pass another `dirpath` that can be written to; the run goes on from a checkpoint that was "
@@ -45,57 +47,115 @@ class RunFiles:
         self._weights_only = True  # as the Trainer was told to load the checkpoint that the run is taken up at
         self._digests: dict[Path, str] = {}  # of what this run has written and what can't be read as plain data
         self._lock: FileLock | None = None
+        self._folder: Path | None = None  # that this process has claimed
 
     # Whose folder it is
 
     def claim(
-        self, trainer: Trainer, dirpath: str | None, known: str | None, *, is_new: bool, writes: bool = True
+        self, trainer: Trainer, dirpath: str | None, state: RunState, state_key: str, *, writes: bool = True
     ) -> str:
         """Return where a run keeps its checkpoints, the same on all processes, and keep other runs out of it.
+
+        A new run leaves alone what another has written, or is about to. One that is resumed goes on where its
+        checkpoints are, if they are there: a record may name any folder, and nothing is written on its word alone.
 
         Args:
             trainer: The Trainer.
             dirpath: What the user has asked for.
-            known: Where it kept them so far.
-            is_new: Whether the run has just begun; it leaves alone what another run has written, or is about to.
+            state: Where the run stands, with the folder where it kept them so far.
+            state_key: Of the callback.
             writes: Whether it will write there; else it keeps nobody out.
 
         Raises:
-            MisconfigurationException: If a run that is taken up is going on somewhere else.
+            MisconfigurationException: If a run that is resumed is going on somewhere else, or if its checkpoints are
+                neither in the folder of its record nor in that of the user.
             OSError: If the folder can't be written to.
         """
+        # Every process has to ask for log_dir, which Lightning broadcasts.
+        asked = Path(dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
         outcome: Path | Exception = Path()
         if trainer.is_global_zero:
-            folder = Path(dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "entropy_pruning")
-            if known is not None and Path(known).exists():
-                folder, is_new = Path(known), False
             try:
-                outcome = self._claim(folder, is_new) if writes else folder
+                outcome = self._choose(trainer, asked, bool(dirpath), state, state_key, writes)
             except (OSError, MisconfigurationException) as error:
                 outcome = error
         outcome = trainer.strategy.broadcast(outcome)
         if isinstance(outcome, Exception):
             raise outcome
+        self._folder = outcome if writes else None
         return str(outcome)
 
-    def _claim(self, folder: Path, is_new: bool) -> Path:
-        if not is_new:
-            if not self._take(folder):
-                raise MisconfigurationException(
-                    f"{folder} holds the checkpoints of the run that is resumed, and another process has taken up that "
-                    f"run, too. Wait until it is over, or end it."
-                )
-            storage.clean_up(folder)
-            return folder
+    def _choose(
+        self, trainer: Trainer, asked: Path, by_user: bool, state: RunState, state_key: str, writes: bool
+    ) -> Path:
+        known = None if state.folder is None else Path(state.folder)
+        if not writes:
+            return known if known is not None and known.exists() else asked
+        if known is None:
+            return self._claim_new(asked)
+        if known.exists() and known == self._folder:  # this process has claimed it before
+            return self._claim_own(known)
+        if state.snapshot.file is None:  # nothing was kept that the run could need
+            is_there = any(self._holds(known / best.file, state_key, n, best) for n, best in state.best.items())
+            return self._claim_own(known) if is_there else self._claim_new(asked)
+        missing = {}
+        for folder in (known, asked):
+            missing[folder] = self._why_not_in(trainer, folder, state, state_key)
+            if missing[folder] is None:
+                if by_user and not _is_version_of(folder, asked):
+                    rank_zero_warn(
+                        f"The run goes on in {folder}, where its checkpoints are, and not in `dirpath` {asked}. To "
+                        f"have it there, move the folder there first."
+                    )
+                return self._claim_own(folder)
+        if (by_user or not known.exists()) and not _holds_checkpoints(asked):
+            return self._claim_own(asked)
+        folder = known if known.exists() else asked
+        raise MisconfigurationException(
+            f"Expected {folder} to hold the checkpoints of the run that is resumed, but {missing[folder]}. Nothing was "
+            f"written there. Pass a `dirpath` that holds them; or an empty one, to go on without them."
+        )
+
+    def _why_not_in(self, trainer: Trainer, folder: Path, state: RunState, state_key: str) -> str | None:
+        """Say why the last good checkpoint of a run is not in a folder; None if it is.
+
+        The rounds that a checkpoint has seen have to be the first ones of the run.
+        """
+        path = folder / str(state.snapshot.file)
+        if not path.exists():
+            path = storage.put_aside(path)  # by a process that was killed while it replaced it
+        if not path.exists():
+            return f"{state.snapshot.file} is not there"
+        try:
+            _check_leads_nowhere_else(path)
+            in_torch_format = isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO)
+            reads = in_torch_format or loads_into_model(trainer)
+            checkpoint = self._read_on_cpu(path) if reads else self.load(trainer, path)
+            rounds = _check_form(path, checkpoint, state_key, with_weights=False)["rounds"]
+        except (OSError, ValueError) as error:
+            return str(error).rstrip(".")
+        is_own = bool(rounds) and rounds == [asdict(this) for this in state.rounds[: len(rounds)]]
+        return None if is_own else f"{state.snapshot.file} is of another run"
+
+    def _claim_own(self, folder: Path) -> Path:
+        if not self._take(folder):
+            raise MisconfigurationException(
+                f"{folder} holds the checkpoints of the run that is resumed, and another process has taken up that "
+                f"run, too. Wait until it is over, or end it."
+            )
+        storage.clean_up(folder, _is_own_name)
+        return folder
+
+    def _claim_new(self, folder: Path) -> Path:
         for free in _versions(folder):
-            if any(free.glob("*.ckpt")) or not self._take(free):
+            if _holds_checkpoints(free) or not self._take(free):
                 continue
-            if any(free.glob("*.ckpt")):  # since it was looked at
+            if _holds_checkpoints(free):  # since it was looked at
                 self.release()
                 continue
             if free != folder:
                 rank_zero_warn(f"{folder} holds the checkpoints of another run, so those of this one go to {free}.")
-            storage.clean_up(free)
+            storage.clean_up(free, _is_own_name)
             return free
         raise AssertionError("there are always more names")
 
@@ -272,9 +332,10 @@ class RunFiles:
     # The checkpoint that a run is taken up at
 
     def watch_loading(self, trainer: Trainer, model: nn.Module) -> None:
-        """Note how the Trainer is told to load, and give the model the structure first where a strategy loads into it.
+        """Note how the Trainer is told to load, name a file that can't be read, and bring the structure first.
 
-        Nothing else is told either before: Lightning's hooks come when the weights are there.
+        The latter is for strategies that load into the model. Nothing else is told before: Lightning's hooks come when
+        the weights are there.
         """
         load, is_first = type(trainer.strategy).load_checkpoint, trainer.state.fn == TrainerFn.FITTING
 
@@ -283,9 +344,13 @@ class RunFiles:
             safely = weights_only is not False
             if is_first:  # others are those of finders, of what they have saved themselves
                 self._weights_only, is_first = safely, False
-            if loads_into_model(trainer):
+            if loads_into_model(trainer):  # which may fail for other reasons than a file that can't be read
                 restructure_as_marked(model, read_marks_of(Path(path), safely))
-            return load(trainer.strategy, path, weights_only=weights_only)
+                return load(trainer.strategy, path, weights_only=weights_only)
+            with loading.explained(
+                Path(path), "argument `ckpt_path` to be a checkpoint", "pass `weights_only=False` with it"
+            ):
+                return load(trainer.strategy, path, weights_only=weights_only)
 
         trainer.strategy.load_checkpoint = note_and_load  # type: ignore[method-assign,assignment]
 
@@ -295,9 +360,37 @@ class RunFiles:
         vars(trainer.strategy).pop("load_checkpoint", None)
 
 
+def round_file(number: int) -> str:
+    """Return the name of a round's checkpoint."""
+    return f"round_{number}.ckpt"
+
+
+def best_file(removed: int) -> str:
+    """Return the name of the best checkpoint for a number of removals."""
+    return f"best_removed_{removed}.ckpt"
+
+
+def _is_own_name(name: str) -> bool:
+    """Tell whether a run writes files of that name."""
+    return _OWN_NAME.fullmatch(name) is not None
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Tell whether there are any in a folder, of this library or of others, or one that was put aside."""
+    left = storage.left_behind(folder, _is_own_name)
+    return any(folder.glob("*.ckpt")) or any(storage.put_aside(path).exists() for path in left)
+
+
 def _versions(folder: Path) -> Iterator[Path]:
     yield folder
     yield from (folder.with_name(f"{folder.name}-v{number}") for number in count(1))
+
+
+def _is_version_of(version: Path, folder: Path) -> bool:
+    """Tell whether a run that asked for a folder may have got this one."""
+    version, folder = version.resolve(), folder.resolve()
+    is_numbered = re.fullmatch(re.escape(folder.name) + "-v[0-9]+", version.name) is not None
+    return version == folder or (version.parent == folder.parent and is_numbered)
 
 
 @contextmanager

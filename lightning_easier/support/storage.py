@@ -7,7 +7,7 @@ begin with a dot, so that nothing takes what a killed process has left behind fo
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,6 +66,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}{_NEW}")
 
 
+def put_aside(path: Path) -> Path:
+    """Return the name under which a folder waits while another takes its place."""
+    return path.with_name(f".{path.name}{_OLD}")
+
+
 def put_in_place(new: Path, path: Path) -> None:
     """Flush a file or folder to the disk, and rename it; of a folder the old one goes when the new one is there.
 
@@ -79,7 +84,7 @@ def put_in_place(new: Path, path: Path) -> None:
     if not path.is_dir() and not (new.is_dir() and path.exists()):
         os.replace(new, path)
     else:  # a folder is not replaced in one step
-        old = path.with_name(f".{path.name}{_OLD}")
+        old = put_aside(path)
         remove(old)
         os.replace(path, old)
         try:
@@ -96,16 +101,35 @@ def put_in_place(new: Path, path: Path) -> None:
             os.close(folder)
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what a killed process has left behind in a folder; what it had put aside and not replaced comes back."""
-    for old in folder.glob(f".*{_OLD}"):
-        path = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+def left_behind(folder: Path, owns: Callable[[str], bool]) -> list[Path]:
+    """List the files and folders whose writing a killed process may not have finished; they need not exist.
+
+    Args:
+        folder: The folder, which may hold files of others.
+        owns: Tells by its name whether a file is one that the process writes.
+    """
+    names = [
+        path.name.removeprefix(".").removesuffix(suffix)
+        for path in folder.glob(".*")
+        for suffix in (_OLD, _NEW)
+        if path.name.endswith(suffix)
+    ]
+    return [folder / name for name in dict.fromkeys(names) if owns(name)]
+
+
+def clean_up(folder: Path, owns: Callable[[str], bool]) -> None:
+    """Remove what a killed process has left behind in a folder; what it had put aside and not replaced comes back.
+
+    Args:
+        folder: The folder, which may hold files of others.
+        owns: Tells by its name whether a file is one that the process writes; the temporary files of others stay.
+    """
+    for path in left_behind(folder, owns):
+        remove(temporary(path))
         if path.exists():
-            remove(old)
-        else:
-            os.replace(old, path)
-    for new in folder.glob(f".*{_NEW}"):
-        remove(new)
+            remove(put_aside(path))
+        elif put_aside(path).exists():
+            os.replace(put_aside(path), path)
 
 
 def remove(path: Path) -> None:

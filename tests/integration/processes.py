@@ -150,6 +150,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
         wanted.setdefault("pruning", {}).update(candidates="mergeable")
     if "distilled" in name:
         wanted.setdefault("pruning", {}).update(distill=True)
+    if "logger's folder" in name:
+        wanted["pruning"] = {"dirpath": None}
     if "uneven" in name:
         wanted["model"] = UnevenScores()
     if "rank 0" in name:

@@ -25,7 +25,7 @@ UNDER_DDP = [
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
-    "borrowed", "full",
+    "borrowed", "full", "in the logger's folder",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -69,6 +69,7 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         assert first["rounds"][1]["removed"] == [SLOPE]
         assert (SLOPE in first["linear"]) == ("taken back" not in name)
     same_as = {
+        "in the logger's folder": "plain",
         "static graph": "plain",
         "unused parameters": "plain",
         "resumed": "plain",

@@ -141,6 +141,28 @@ def test_a_best_checkpoint_that_was_cut_short_does_not_count(tmp_path):
     assert sorted(callback.best_checkpoints) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("missing", [1, 100, 5000])
+def test_a_checkpoint_to_resume_from_that_was_cut_short_is_named(tmp_path, missing):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_epoch_end", 1, None, saved(path)))
+    path.write_bytes(path.read_bytes()[:-missing])
+    model = Small()
+    with pytest.raises(ValueError, match=r"`ckpt_path` to be a checkpoint, but .*saved\.ckpt can't be read.*cut short"):
+        run(tmp_path, model=model, ckpt_path=path)
+    assert "load_checkpoint" not in vars(model.trainer.strategy)
+
+
+def test_a_checkpoint_to_resume_from_that_holds_objects_is_named(tmp_path):
+    path, trace = tmp_path / "saved.ckpt", tmp_path / "trace"
+    run(tmp_path, At("on_train_epoch_end", 1, None, saved(path)))
+    spring(path, trace)
+    with pytest.raises(ValueError, match=r"`ckpt_path` .*saved\.ckpt can't be read safely.*mkdir.*weights_only=False"):
+        run(tmp_path, ckpt_path=path)
+    assert not trace.exists()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+        run(tmp_path, ckpt_path=tmp_path / "nowhere.ckpt")
+
+
 BROKEN = [
     (lambda c: c.pop("callbacks"), "no 'callbacks'"),
     (lambda c: c["callbacks"].clear(), "no rounds of EntropyPruningCallback"),

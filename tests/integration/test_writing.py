@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_easier import export, load_pruned
+from lightning_easier.callbacks.files import RunFiles
+from lightning_easier.pruning.state import RunState
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
 
@@ -144,6 +147,14 @@ def test_processes_that_begin_at_once_have_folders_of_their_own(tmp_path, forked
     assert all(checkpoints(folder) == ROUNDS for folder in tmp_path.iterdir())
 
 
+def saver(path: Path):
+    def save(trainer):
+        trainer.save_checkpoint(path)
+        stop(trainer)
+
+    return save
+
+
 def test_a_run_is_not_taken_up_twice_at_once(tmp_path):
     path = tmp_path / "saved.ckpt"
 
@@ -174,6 +185,179 @@ def test_what_a_killed_run_has_left_behind_is_removed_when_it_is_taken_up(tmp_pa
     (folder / ".round_2.ckpt.part").write_text("cut")
     run(tmp_path, ckpt_path=path)
     assert sorted(each.name for each in folder.iterdir()) == [".in_use", *ROUNDS]
+
+
+OF_THE_USER = {
+    ".env.old": "secret", "env": "new", ".notes.part": "notes", ".bashrc.old": "mine", ".part": "b", ".old": "c",
+    ".last.ckpt.part": "of another library", ".round_one.ckpt.old": "d", "round_7.ckpt.part": "e",
+    ".my_round_1.ckpt.old": "f", ".round_01.ckpt.part": "g", ".round_1.ckpt.old.old": "h",
+}  # fmt: skip
+
+
+def test_a_run_leaves_files_alone_that_are_not_its_own(tmp_path):
+    path, folder = tmp_path / "saved.ckpt", tmp_path / "rounds"
+    folder.mkdir()
+    for name, text in OF_THE_USER.items():
+        (folder / name).write_text(text)
+    begins_in = folder / ".best_removed_0.ckpt.part"
+    begins_in.write_text("cut")
+    run(tmp_path, At("on_train_epoch_end", 1, None, saver(path)), pruning={"best_per_depth": True})
+    assert not begins_in.exists()
+    run(tmp_path, ckpt_path=path, pruning={"best_per_depth": True})
+    assert {name: (folder / name).read_text() for name in OF_THE_USER} == OF_THE_USER
+    best = [f"best_removed_{number}.ckpt" for number in range(4)]
+    assert sorted(each.name for each in folder.iterdir()) == sorted([".in_use", *best, *ROUNDS, *OF_THE_USER])
+
+
+@pytest.mark.parametrize("name", ["round_1.ckpt", "best_removed_1.ckpt"])
+def test_a_checkpoint_that_was_put_aside_is_that_of_the_run_still(tmp_path, name):
+    """As a folder of shards is, while the next one takes its place."""
+    path, folder = tmp_path / "saved.ckpt", tmp_path / "rounds"
+    options = {"scores": (0.9, 0.9, 0.1), "pruning": {"best_per_depth": True}}
+    run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)), **options)
+    kept = (folder / name).read_bytes()
+    (folder / name).rename(folder / f".{name}.old")
+    _, callback, _ = run(tmp_path, ckpt_path=path, **options)
+    assert [this.accepted for this in callback.rounds] == [True, True, False]
+    assert (folder / name).read_bytes() == kept
+    assert not (folder / f".{name}.old").exists()
+
+
+def test_a_folder_with_a_checkpoint_that_was_put_aside_is_not_free(tmp_path):
+    (tmp_path / "rounds").mkdir()
+    (tmp_path / "rounds" / ".round_0.ckpt.old").write_text("of another run")
+    with pytest.warns(UserWarning, match="another run, so those of this one go to .*rounds-v1"):
+        run(tmp_path, epochs=2)
+    assert (tmp_path / "rounds" / ".round_0.ckpt.old").read_text() == "of another run"
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+TAKEN_BACK = (0.9, 0.9, 0.1)
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Save a run in its second round, and have its record name another folder, with files of others."""
+    path, other = tmp_path / "saved.ckpt", tmp_path / "elsewhere"
+
+    def change(epoch: int = 2) -> tuple[Path, Path]:
+        run(tmp_path, At("on_train_batch_end", epoch, 1, saver(path)), scores=TAKEN_BACK)
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["callbacks"]["EntropyPruningCallback"]["folder"] = str(other)
+        torch.save(checkpoint, path)
+        other.mkdir()
+        (other / ".round_1.ckpt.part").write_text("any")
+        (other / ".round_2.ckpt.old").write_text("any")
+        return path, other
+
+    return change
+
+
+def another_run(root: Path) -> bytes:
+    _, callback, _ = run(root, epochs=2, scores=(0.4,))
+    return callback.last_good.read_bytes()
+
+
+@pytest.mark.parametrize("held", ["nothing", "another run", "no checkpoint", "a link", "a file"])
+def test_a_record_does_not_have_a_run_write_where_its_checkpoints_are_not(tmp_path, changed, held):
+    path, other = changed()
+    if held == "another run":
+        (other / "round_1.ckpt").write_bytes(another_run(tmp_path / "another"))
+    elif held == "no checkpoint":
+        (other / "round_1.ckpt").write_text("some text")
+    elif held == "a link":
+        (other / "round_1.ckpt").symlink_to(tmp_path / "rounds" / "round_1.ckpt")
+    elif held == "a file":
+        for each in other.iterdir():
+            each.unlink()
+        other.rmdir()
+        other.write_text("some text")
+    before = content_of(tmp_path)
+    with pytest.raises(
+        MisconfigurationException, match=r"Expected .*elsewhere to hold the checkpoints of the run.*`dirpath` that"
+    ):
+        run(tmp_path, scores=TAKEN_BACK, ckpt_path=path, pruning={"dirpath": None})
+    assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("dirpath", ["rounds", "new"])
+def test_a_run_goes_on_in_the_folder_of_the_user_where_that_of_its_record_is_another(tmp_path, changed, dirpath):
+    path, other = changed()
+    before = content_of(other)
+    pruning = {"dirpath": str(tmp_path / dirpath), "on_reject": "next"}
+    options = {
+        "ckpt_path": path,
+        "pruning": pruning,
+        "epochs": 4,
+        "scores": TAKEN_BACK if dirpath == "rounds" else (0.9,),
+    }
+    _, callback, _ = run(tmp_path, **options)
+    assert callback.last_good.parent == tmp_path / dirpath
+    assert callback.last_good.exists()
+    assert content_of(other) == before
+
+
+def test_a_run_that_has_kept_nothing_yet_has_a_folder_of_its_own(tmp_path, changed):
+    path, other = changed(epoch=0)
+    (other / "round_0.ckpt").write_text("of another run")
+    before = content_of(other)
+    _, callback, _ = run(tmp_path, ckpt_path=path, pruning={"dirpath": None}, default_root_dir=tmp_path)
+    assert callback.last_good == tmp_path / "entropy_pruning" / "round_3.ckpt"
+    assert content_of(other) == before
+
+
+def test_a_run_that_has_kept_nothing_but_its_best_goes_on_beside_it(tmp_path):
+    path, pruning = tmp_path / "saved.ckpt", {"best_per_depth": True, "warmup_epochs": 1}
+    run(tmp_path, At("on_train_batch_end", 1, 1, saver(path)), pruning=pruning)
+    assert checkpoints(tmp_path / "rounds") == ["best_removed_0.ckpt"]
+    _, callback, _ = run(tmp_path, ckpt_path=path, pruning=pruning)
+    assert callback.last_good == tmp_path / "rounds" / "round_2.ckpt"
+    assert callback.best_checkpoints[0] == tmp_path / "rounds" / "best_removed_0.ckpt"
+
+
+def test_a_run_that_is_taken_up_in_the_folder_of_another_is_refused(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)))
+    (tmp_path / "rounds").rename(tmp_path / "moved")
+    another_run(tmp_path)
+    before = content_of(tmp_path / "rounds")
+    with pytest.raises(MisconfigurationException, match=r"rounds to hold .*but round_1\.ckpt is of another run"):
+        run(tmp_path, ckpt_path=path)
+    assert content_of(tmp_path / "rounds") == before
+    _, callback, _ = run(tmp_path, ckpt_path=path, pruning={"dirpath": str(tmp_path / "moved")})
+    assert callback.last_good == tmp_path / "moved" / "round_3.ckpt"
+
+
+def test_a_run_that_goes_on_elsewhere_than_it_was_asked_to_says_so(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)))
+    with pytest.warns(UserWarning, match=r"goes on in .*rounds, where its checkpoints are, and not in `dirpath` .*new"):
+        _, callback, _ = run(tmp_path, ckpt_path=path, pruning={"dirpath": str(tmp_path / "new")})
+    assert callback.last_good == tmp_path / "rounds" / "round_3.ckpt"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_ask_for_the_folder_of_the_logger(tmp_path, rank):
+    """Lightning broadcasts it: a process that does not ask for it would get the next one's message."""
+    asked = []
+
+    class SomeTrainer:
+        is_global_zero = rank == 0
+        strategy = SimpleNamespace(broadcast=lambda value: asked.append("outcome") or value)
+
+        @property
+        def log_dir(self):
+            asked.append("log_dir")
+            return str(tmp_path)
+
+    files = RunFiles()
+    files.claim(SomeTrainer(), None, RunState(), "any")
+    files.release()
+    assert asked == ["log_dir", "outcome"]
 
 
 def export_to_a_full_disk(root: Path, format: str) -> None:
