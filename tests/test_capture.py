@@ -495,6 +495,64 @@ def test_an_argument_that_the_example_gives_is_taken():
     assert list(result.report.fixed_arguments) == ["kind"]
 
 
+class TakesBranches(TwoLayers):
+    """Its optional input goes through branches that merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+        y = self.b(self.a(x)) * scale
+        return y if mask is None else y * (self.c(mask) + self.d(mask))
+
+
+class ExportsAMask(TwoLayers):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+        if x.shape[1] != 5:  # torch.fx can't follow this
+            raise ValueError("five features are needed")
+        y = self.b(self.a(x)) * scale
+        return y if mask is None else y * mask
+
+
+@pytest.mark.parametrize(("make", "size", "merges"), [(TakesBranches, 5, 2), (ExportsAMask, 4, 1)])
+def test_an_optional_argument_that_was_a_tensor_is_asked_for(make, size, merges, tmp_path):
+    model = make().eval()
+    x, mask, scale = torch.randn(3, 5), torch.randn(3, size), torch.tensor(2.0)
+    result = collapse(model, (x, mask, scale), objective="macs")
+    assert len(result.report.merges) == merges
+    expected, collapsed = model(x, mask, scale), result.model
+    for each in (collapsed, copy.deepcopy(collapsed), saved_and_loaded(collapsed)):
+        assert str(inspect.signature(each.forward)).partition(" ->")[0] == "(x, mask=None, scale=1.0)"
+        assert relative_difference(each(x, scale=scale, mask=mask), expected) <= 1e-5
+        for name, arguments in (("mask", (x,)), ("mask", (x, None, scale)), ("scale", (x, mask))):
+            with pytest.raises(AssertionError, match=rf"`{name}` to be a tensor: .* shape \(.*without `{name}`"):
+                each(*arguments)
+    compiled = torch.compile(collapsed, backend="eager")
+    assert relative_difference(compiled(x, mask, scale), expected) <= 1e-5
+    with pytest.raises((AssertionError, RuntimeError), match="`mask` to be a tensor"):  # torch.compile has its own
+        compiled(x, None, scale)
+    assert export(collapsed, tmp_path / "model.onnx", (x, mask, scale), dynamic_batch=False).parity
+    collapsed.graph.eliminate_dead_code()
+    collapsed.recompile()
+    with pytest.raises(AssertionError, match="`mask` to be a tensor"):
+        collapsed(x)
+
+
+def test_an_optional_argument_before_those_that_a_forward_collects_is_asked_for():
+    class CollectsMore(TwoLayers):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *others: Tensor) -> Tensor:
+            y = self.b(self.a(x)) + others[0]
+            return y if mask is None else y * mask
+
+    model = CollectsMore().eval()
+    inputs = torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 4)
+    collapsed = collapse(model, inputs, objective="macs").model
+    assert relative_difference(collapsed(*inputs), model(*inputs)) <= 1e-5
+    with pytest.raises(AssertionError, match="`mask` to be a tensor"):
+        collapsed(inputs[0], None, inputs[2])
+
+
 class Collects(TwoLayers):
     def forward(self, x: Tensor, *others: Tensor, scale: float = 1.0) -> Tensor:
         return self.b(self.a(x + others[0])) * scale

@@ -216,7 +216,7 @@ def _with_shapes(
             root.register_buffer(name, value, persistent=False)
         else:
             setattr(root, name, value)
-    restore_arguments(graph, model, len(arguments))
+    restore_arguments(graph, model, arguments)
     modes_before = {module: module.training for module in model.modules()}
     captured = fx.GraphModule(root, graph, class_name=type(model).__name__)
     captured.eval()  # the rooms that it makes for names with dots
