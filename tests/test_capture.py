@@ -563,11 +563,23 @@ class HasAnObject(TwoLayers):
         return self.b(self.a(x)) * scale
 
 
-@pytest.mark.parametrize(("make", "inputs", "lost"), [(Collects, 2, ["scale"]), (HasAnObject, 1, ["sizes", "scale"])])
+class CollectsNames(TwoLayers):
+    def forward(self, x: Tensor, sizes: object = nn.Identity(), *, scale: float = 1.0, **others: float) -> Tensor:
+        return self.b(self.a(x)) * scale * others.get("gain", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "lost"),
+    [
+        (Collects, 2, ["scale"]),
+        (HasAnObject, 1, ["sizes", "scale"]),
+        (CollectsNames, 1, ["sizes", "scale", "**others"]),
+    ],
+)
 def test_arguments_that_are_lost_are_told(make, inputs, lost):
     model = make().eval()
     example = (torch.randn(3, 5),) * inputs
-    with pytest.warns(UserWarning, match=f"no longer takes the arguments {', '.join(lost)}, and computes"):
+    with pytest.warns(UserWarning, match=re.escape(f"no longer takes the arguments {', '.join(lost)}, and computes")):
         result = collapse(model, example, objective="macs")
     assert result.report.lost_arguments == lost
     assert "| scale | no longer |" in str(result.report)
@@ -576,6 +588,26 @@ def test_arguments_that_are_lost_are_told(make, inputs, lost):
     with pytest.raises(TypeError, match="scale"):
         result.model(*example, scale=2.0)
     assert relative_difference(result.model(*example), model(*example)) <= 1e-5
+
+
+class CollectsAll(TwoLayers):
+    def forward(self, x: Tensor, *others: Tensor, **named: float) -> Tensor:
+        return sum(others, self.b(self.a(x))) * named.get("gain", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "lost"),
+    [([torch.randn(3, 5)], ["*others", "**named"]), ([torch.randn(3, 5), torch.randn(3, 4)], ["**named"])],
+)
+def test_arguments_that_a_forward_collects_and_a_graph_does_not_are_told(examples, lost):
+    model = CollectsAll().eval()
+    with pytest.warns(UserWarning, match=re.escape(f"no longer takes the arguments {', '.join(lost)}, and computes")):
+        result = collapse(model, examples, objective="macs")
+    assert result.report.lost_arguments == lost
+    assert all(f"| {name} | no longer |" in str(result.report) for name in lost)
+    assert relative_difference(result.model(*examples), model(*examples)) <= 1e-5
+    with pytest.raises(TypeError, match="gain"):
+        result.model(*examples, gain=2.0)
 
 
 def test_a_model_in_which_nothing_merges_takes_what_it_took():

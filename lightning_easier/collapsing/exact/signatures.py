@@ -36,9 +36,16 @@ def numbers(model: nn.Module, given: int) -> list[str]:
 
 
 def lost_arguments(model: nn.Module, given: int) -> list[str]:
-    """Name the arguments with a default that a captured graph does not take."""
+    """Name the arguments that a model can do without and a captured graph does not take; what it collects has stars."""
     kept = _kept(model, given)
-    return [each.name for each in _left_out(model, given) if each not in kept]
+    lost = [each.name for each in _left_out(model, given) if each not in kept]
+    positional = sum(each.kind in _POSITIONAL for each in _parameters(model))
+    for each in _parameters(model):
+        if each.kind is each.VAR_POSITIONAL and given <= positional:
+            lost.append(f"*{each.name}")
+        elif each.kind is each.VAR_KEYWORD:
+            lost.append(f"**{each.name}")
+    return lost
 
 
 def fixed_arguments(captured: fx.GraphModule) -> dict[str, Any]:
