@@ -16,6 +16,7 @@ from lightning_easier import CollapseError, collapse, export, isolate_activation
 from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
+from tests.test_export import OtherStrides, ViewsAttention
 from tests.test_linear_steps import conv
 
 
@@ -384,6 +385,30 @@ def test_the_layers_inside_a_transformer_layer_are_seen(norm_first):
     assert relative_difference(result.model(x), model(x)) <= 1e-5
     with pytest.raises(AssertionError, match="holds where input.ndim == 3"):
         result.model(x[0])
+
+
+class ProjectsAttention(ViewsAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
+
+
+def test_a_view_of_what_attention_returns_is_captured():
+    model = ProjectsAttention().eval()
+    result = collapse(model, torch.randn(2, 5, 8), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("fc", "head")]
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        assert relative_difference(result.model(x), model(x)) <= 1e-5
+    assert not any(module._forward_hooks for module in (*model.modules(), *result.model.modules()))
+
+
+def test_what_torch_export_could_not_take_is_the_reason_where_torch_fx_can_not_follow():
+    with pytest.raises(CollapseError, match="captured: ValueError: Cannot view a tensor.*Write `reshape` in the place"):
+        collapse(OtherStrides().eval(), torch.randn(2, 5, 8), objective="macs")
 
 
 def test_a_model_in_which_nothing_merges_keeps_its_own_forward():

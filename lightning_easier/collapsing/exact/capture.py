@@ -23,11 +23,13 @@ from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.collapsing.exact.nodes import ALIASES, NUMBER, WRITES
 from lightning_easier.collapsing.exact.reading import uses_batch_statistics
 from lightning_easier.collapsing.exact.signatures import named_arguments, numbers, restore_arguments
-from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers, quiet
+from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.support.inference import copies, has_hooks, relative_difference, tolerance_for
+from lightning_easier.support.programs import quiet, remedy_for
+from lightning_easier.support.storage import first_line
 
 _logger = logging.getLogger(__name__)
 _WRITES_INTO_A_CONSTANT = (
@@ -57,12 +59,20 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             return _first_that_holds(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
+            if not isinstance(reason, CaptureError):  # that torch.fx could not follow is what torch.export is for
+                reason = error
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
         return _traced(model, arguments, opaque)
     except Exception as error:
-        kind = "" if isinstance(reason, CaptureError) else f"{type(reason).__name__}: "
-        raise CaptureError(f"{kind}{reason}".splitlines()[0]) from error
+        raise CaptureError(_first_line(reason)) from error
+
+
+def _first_line(reason: Exception) -> str:
+    if isinstance(reason, CaptureError):
+        return str(reason).splitlines()[0]
+    remedy = remedy_for(reason)
+    return f"{first_line(reason)}{f'. {remedy}' if remedy else ''}"
 
 
 def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.Module]) -> fx.GraphModule:
