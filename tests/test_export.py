@@ -156,7 +156,7 @@ def test_a_batch_size_that_is_built_in(tmp_path):
 def test_a_file_that_differs_does_not_replace_the_one_there(tmp_path, format, monkeypatch):
     path = tmp_path / f"m.{format}"
     path.write_text("precious")
-    import lightning_easier.export
+    import lightning_easier.exporting
 
     module = __import__("sys").modules[export_function.__module__]
     write = module._WRITERS[format]
