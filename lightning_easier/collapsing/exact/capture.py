@@ -60,19 +60,22 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
             if not isinstance(reason, CaptureError):  # that torch.fx could not follow is what torch.export is for
-                reason = error
+                reason = CaptureError(_both(reason, error))
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
         return _traced(model, arguments, opaque)
     except Exception as error:
-        raise CaptureError(_first_line(reason)) from error
+        raise CaptureError(_said(reason)) from error
 
 
-def _first_line(reason: Exception) -> str:
-    if isinstance(reason, CaptureError):
-        return str(reason).splitlines()[0]
-    remedy = remedy_for(reason)
-    return f"{first_line(reason)}{f'. {remedy}' if remedy else ''}"
+def _both(traced: Exception, exported: Exception) -> str:
+    """Say why neither way has passed; what has a remedy is the reason."""
+    remedy = remedy_for(exported)
+    return f"{_said(exported)}. {remedy}" if remedy else f"{_said(traced)} (torch.fx); {_said(exported)} (torch.export)"
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if isinstance(error, CaptureError) else first_line(error)
 
 
 def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.Module]) -> fx.GraphModule:
