@@ -23,6 +23,7 @@ from lightning_easier.support.inference import (
     tensors_in,
     tolerance_for,
 )
+from lightning_easier.support.programs import export_program, quiet, remedy_for
 from lightning_easier.support.storage import first_line
 
 Format = Literal["onnx", "pt2"]
@@ -133,12 +134,21 @@ def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: boo
         shown = arguments
     if shapes is not None and _takes_varargs(model, len(arguments)):
         shapes = (shapes,)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, shown, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export has no common base for what it raises
-        remedy = " `dynamic_batch=False` exports the example's batch size only." if dynamic_batch else ""
-        raise ExportError(f"torch.export does not take {type(model).__name__}: {first_line(error)}.{remedy}") from error
+    reasons: list[Exception] = []
+    # Reading its Python passes on a batch size that runs through `len`, which running it takes for a constant
+    for reads_code in (False, True)[: 1 + dynamic_batch]:
+        try:
+            with torch.no_grad(), quiet():
+                return export_program(model, shown, dynamic_shapes=shapes, strict=reads_code)
+        except Exception as error:  # torch.export has no common base for what it raises
+            reasons.append(error)
+    reason = reasons[0]
+    remedy = remedy_for(reason)
+    if remedy is None and dynamic_batch:
+        remedy = "`dynamic_batch=False` exports the example's batch size only"
+    raise ExportError(
+        f"torch.export does not take {type(model).__name__}: {first_line(reason)}.{f' {remedy}.' if remedy else ''}"
+    ) from reason
 
 
 def _takes_varargs(model: nn.Module, arguments: int) -> bool:

@@ -122,12 +122,47 @@ def test_a_mask_that_is_an_example_is_used_and_stays_an_input(recwarn):
         assert not torch.allclose(result.model(x, mask), result.model(x, torch.ones_like(mask)))
 
 
+class Lengths(nn.Module):
+    """An MLP that reads of each sample only so many values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.mlp(x if lengths is None else x * (torch.arange(8) < lengths[:, None]))
+
+
+@pytest.mark.parametrize("labels", [torch.arange(64) % 4, torch.rand(64)])
+def test_whole_numbers_before_the_labels_are_not_dropped_without_a_word(labels):
+    data = [(x, torch.randint(0, 2, (64,)), labels) for x in batches()]
+    with pytest.warns(UserWarning, match=r"hold 3 elements.* `lengths`, .* `example_inputs=\(x, lengths\)`"):
+        result = compress(Lengths().eval(), data, **FREE)
+    assert "`lengths`" in str(result.report)
+
+
+def test_classes_that_a_forward_would_take_are_labels_and_this_is_noted(recwarn):
+    data = [(x, torch.randint(0, 4, (64,))) for x in batches()]
+    result = compress(Lengths().eval(), data, **FREE)
+    assert not [warning for warning in recwarn if "lengths" in str(warning.message)]
+    (note,) = (note for note in result.report.notes if "lengths" in note)
+    assert "taken for labels. If it is `lengths`, pass `example_inputs=(x, lengths)`" in note
+    result = compress(Lengths().eval(), data, example_inputs=data[0], **FREE)
+    assert not [note for note in result.report.notes if "lengths" in note]
+
+
 def test_labels_are_not_taken_for_inputs():
-    labels = torch.arange(64)
-    assert inputs_left_out(Masked(), (batches()[0], labels), 1) is None
-    assert inputs_left_out(Mlp(), (batches()[0], torch.rand(64, 3)), 1) is None
-    assert inputs_left_out(Masked(), batches()[0], 1) is None
-    assert inputs_left_out(Masked(), (batches()[0], labels > 3), 1) is not None
+    x, labels, nothing = batches()[0], torch.arange(64), (None, None)
+    assert inputs_left_out(Masked(), (x, labels), 1)[0] is None
+    assert inputs_left_out(Mlp(), (x, labels), 1) == nothing
+    assert inputs_left_out(Mlp(), (x, torch.rand(64, 3)), 1) == nothing
+    assert inputs_left_out(Masked(), x, 1) == nothing
+    doubt, decision = inputs_left_out(Masked(), (x, labels > 3), 1)
+    assert "`mask`" in doubt
+    assert decision is None
+    doubt, _ = inputs_left_out(Masked(), (x, labels, labels), 1)  # the last are the labels
+    assert "`mask`" in doubt
+    assert "`scale`" not in doubt
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-40])

@@ -16,6 +16,7 @@ from lightning_easier import CollapseError, collapse, export, isolate_activation
 from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
+from tests.test_export import OtherStrides, ViewsAttention
 from tests.test_linear_steps import conv
 
 
@@ -386,6 +387,30 @@ def test_the_layers_inside_a_transformer_layer_are_seen(norm_first):
         result.model(x[0])
 
 
+class ProjectsAttention(ViewsAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
+
+
+def test_a_view_of_what_attention_returns_is_captured():
+    model = ProjectsAttention().eval()
+    result = collapse(model, torch.randn(2, 5, 8), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("fc", "head")]
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        assert relative_difference(result.model(x), model(x)) <= 1e-5
+    assert not any(module._forward_hooks for module in (*model.modules(), *result.model.modules()))
+
+
+def test_what_torch_export_could_not_take_is_the_reason_where_torch_fx_can_not_follow():
+    with pytest.raises(CollapseError, match="captured: ValueError: Cannot view a tensor.*Write `reshape` in the place"):
+        collapse(OtherStrides().eval(), torch.randn(2, 5, 8), objective="macs")
+
+
 def test_a_model_in_which_nothing_merges_keeps_its_own_forward():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 16)
@@ -495,6 +520,64 @@ def test_an_argument_that_the_example_gives_is_taken():
     assert list(result.report.fixed_arguments) == ["kind"]
 
 
+class TakesBranches(TwoLayers):
+    """Its optional input goes through branches that merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+        y = self.b(self.a(x)) * scale
+        return y if mask is None else y * (self.c(mask) + self.d(mask))
+
+
+class ExportsAMask(TwoLayers):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+        if x.shape[1] != 5:  # torch.fx can't follow this
+            raise ValueError("five features are needed")
+        y = self.b(self.a(x)) * scale
+        return y if mask is None else y * mask
+
+
+@pytest.mark.parametrize(("make", "size", "merges"), [(TakesBranches, 5, 2), (ExportsAMask, 4, 1)])
+def test_an_optional_argument_that_was_a_tensor_is_asked_for(make, size, merges, tmp_path):
+    model = make().eval()
+    x, mask, scale = torch.randn(3, 5), torch.randn(3, size), torch.tensor(2.0)
+    result = collapse(model, (x, mask, scale), objective="macs")
+    assert len(result.report.merges) == merges
+    expected, collapsed = model(x, mask, scale), result.model
+    for each in (collapsed, copy.deepcopy(collapsed), saved_and_loaded(collapsed)):
+        assert str(inspect.signature(each.forward)).partition(" ->")[0] == "(x, mask=None, scale=1.0)"
+        assert relative_difference(each(x, scale=scale, mask=mask), expected) <= 1e-5
+        for name, arguments in (("mask", (x,)), ("mask", (x, None, scale)), ("scale", (x, mask))):
+            with pytest.raises(AssertionError, match=rf"`{name}` to be a tensor: .* shape \(.*without `{name}`"):
+                each(*arguments)
+    compiled = torch.compile(collapsed, backend="eager")
+    assert relative_difference(compiled(x, mask, scale), expected) <= 1e-5
+    with pytest.raises((AssertionError, RuntimeError), match="`mask` to be a tensor"):  # torch.compile has its own
+        compiled(x, None, scale)
+    assert export(collapsed, tmp_path / "model.onnx", (x, mask, scale), dynamic_batch=False).parity
+    collapsed.graph.eliminate_dead_code()
+    collapsed.recompile()
+    with pytest.raises(AssertionError, match="`mask` to be a tensor"):
+        collapsed(x)
+
+
+def test_an_optional_argument_before_those_that_a_forward_collects_is_asked_for():
+    class CollectsMore(TwoLayers):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *others: Tensor) -> Tensor:
+            y = self.b(self.a(x)) + others[0]
+            return y if mask is None else y * mask
+
+    model = CollectsMore().eval()
+    inputs = torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 4)
+    collapsed = collapse(model, inputs, objective="macs").model
+    assert relative_difference(collapsed(*inputs), model(*inputs)) <= 1e-5
+    with pytest.raises(AssertionError, match="`mask` to be a tensor"):
+        collapsed(inputs[0], None, inputs[2])
+
+
 class Collects(TwoLayers):
     def forward(self, x: Tensor, *others: Tensor, scale: float = 1.0) -> Tensor:
         return self.b(self.a(x + others[0])) * scale
@@ -505,11 +588,23 @@ class HasAnObject(TwoLayers):
         return self.b(self.a(x)) * scale
 
 
-@pytest.mark.parametrize(("make", "inputs", "lost"), [(Collects, 2, ["scale"]), (HasAnObject, 1, ["sizes", "scale"])])
+class CollectsNames(TwoLayers):
+    def forward(self, x: Tensor, sizes: object = nn.Identity(), *, scale: float = 1.0, **others: float) -> Tensor:
+        return self.b(self.a(x)) * scale * others.get("gain", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "lost"),
+    [
+        (Collects, 2, ["scale"]),
+        (HasAnObject, 1, ["sizes", "scale"]),
+        (CollectsNames, 1, ["sizes", "scale", "**others"]),
+    ],
+)
 def test_arguments_that_are_lost_are_told(make, inputs, lost):
     model = make().eval()
     example = (torch.randn(3, 5),) * inputs
-    with pytest.warns(UserWarning, match=f"no longer takes the arguments {', '.join(lost)}, and computes"):
+    with pytest.warns(UserWarning, match=re.escape(f"no longer takes the arguments {', '.join(lost)}, and computes")):
         result = collapse(model, example, objective="macs")
     assert result.report.lost_arguments == lost
     assert "| scale | no longer |" in str(result.report)
@@ -518,6 +613,26 @@ def test_arguments_that_are_lost_are_told(make, inputs, lost):
     with pytest.raises(TypeError, match="scale"):
         result.model(*example, scale=2.0)
     assert relative_difference(result.model(*example), model(*example)) <= 1e-5
+
+
+class CollectsAll(TwoLayers):
+    def forward(self, x: Tensor, *others: Tensor, **named: float) -> Tensor:
+        return sum(others, self.b(self.a(x))) * named.get("gain", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("examples", "lost"),
+    [([torch.randn(3, 5)], ["*others", "**named"]), ([torch.randn(3, 5), torch.randn(3, 4)], ["**named"])],
+)
+def test_arguments_that_a_forward_collects_and_a_graph_does_not_are_told(examples, lost):
+    model = CollectsAll().eval()
+    with pytest.warns(UserWarning, match=re.escape(f"no longer takes the arguments {', '.join(lost)}, and computes")):
+        result = collapse(model, examples, objective="macs")
+    assert result.report.lost_arguments == lost
+    assert all(f"| {name} | no longer |" in str(result.report) for name in lost)
+    assert relative_difference(result.model(*examples), model(*examples)) <= 1e-5
+    with pytest.raises(TypeError, match="gain"):
+        result.model(*examples, gain=2.0)
 
 
 def test_a_model_in_which_nothing_merges_takes_what_it_took():

@@ -73,6 +73,61 @@ def test_several_inputs_and_outputs(tmp_path, format):
         assert len(run_onnx(tmp_path / "m", *inputs)) == 2
 
 
+class ViewsAttention(nn.Module):
+    """Works in eval mode without gradients: torch's fused attention returns what `view` takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].view(len(x), -1))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_view_of_what_attention_returns(tmp_path, format):
+    model, path = ViewsAttention(), tmp_path / f"m.{format}"
+    export(model, path, torch.randn(2, 5, 8))
+    x = torch.randn(7, 5, 8)
+    (output,) = RUN[format](path, x)
+    with torch.no_grad():
+        assert torch.allclose(output, model.eval()(x), atol=1e-5)
+    assert not model.attention._forward_hooks
+
+
+class CountsSamples(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1) / len(x)
+
+
+def test_a_number_of_samples_that_runs_through_len_stays_free(tmp_path):
+    export(CountsSamples(), tmp_path / "m.pt2", torch.randn(2, 3, 4))
+    x = torch.randn(5, 3, 4)
+    (output,) = run_pt2(tmp_path / "m.pt2", x)
+    assert torch.allclose(output, CountsSamples()(x))
+
+
+class OtherStrides(nn.Module):
+    """Makes of its input what has other strides while it is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return (y.mT.contiguous().mT if torch.compiler.is_exporting() else y).view(len(x), -1)
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_a_view_that_only_an_export_refuses_is_named_with_its_remedy(tmp_path, dynamic_batch):
+    with pytest.raises(
+        ExportError, match=r"Cannot view a tensor.*Write `reshape` in the place of `view`: .*\.$"
+    ) as info:
+        export(OtherStrides(), tmp_path / "m.pt2", torch.randn(2, 5, 8), dynamic_batch=dynamic_batch)
+    assert "dynamic_batch" not in str(info.value)
+
+
 class TwoTypes(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x > 0, x.argmax(-1)
@@ -101,7 +156,7 @@ def test_a_batch_size_that_is_built_in(tmp_path):
 def test_a_file_that_differs_does_not_replace_the_one_there(tmp_path, format, monkeypatch):
     path = tmp_path / f"m.{format}"
     path.write_text("precious")
-    import lightning_easier.export
+    import lightning_easier.exporting
 
     module = __import__("sys").modules[export_function.__module__]
     write = module._WRITERS[format]

@@ -288,8 +288,8 @@ def _collapse(
     if report.lost_arguments:
         rank_zero_warn(
             f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
-            f"and computes what it does with their defaults. Make them attributes of the model, or give it those that "
-            f"it needs in `example_inputs`."
+            f"and computes what it does without them. Make them attributes of the model, or give it those that it "
+            f"needs in `example_inputs`."
         )
     for name, module in result.named_modules():
         if uses_batch_statistics(module):  # it has counted the runs above

@@ -95,7 +95,9 @@ def compress(
         model: Any module; it is not changed.
         batches: Calibration data, such as a few batches of a training loader: a tensor each, or a sequence whose first
             elements are the forward's positional arguments: as many as it can't do without, or as ``example_inputs``
-            has. Batches without samples and samples that are not finite are left out.
+            has. What follows them is taken for labels: with a warning where the forward would take it, too, and with a
+            note in the report where it is the last and holds classes. Batches without samples and samples that are not
+            finite are left out.
         evaluate: Returns the score of a model, which it gets in eval mode. Without it ``max_drift`` tells what stays.
         tolerance: By how much the score may fall below that of the model as given.
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
@@ -163,10 +165,11 @@ def compress(
         batches = list(batches)
     data = read_calibration("batches", batches, source, count, [device] * count)
     notes = list(data.notes)
-    untold = inputs_left_out(source, batches[0], count) if given is None else None
-    if untold is not None:
-        rank_zero_warn(untold)
-        notes.append(untold)
+    if given is None:
+        doubt, decision = inputs_left_out(source, batches[0], count)
+        if doubt is not None:
+            rank_zero_warn(doubt)
+        notes += [said for said in (doubt, decision) if said is not None]
     arguments = copies(given or data.batches[0])
 
     judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)

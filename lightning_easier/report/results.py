@@ -242,7 +242,7 @@ class CollapseReport(Report):
         notes: What else there is to know, of the calibration data for example.
         fixed_arguments: Arguments that were left out of the example, and their defaults: the collapsed model takes no
             other values.
-        lost_arguments: Those that it does not take at all.
+        lost_arguments: Those that it does not take at all; ``*args`` and ``**kwargs`` of the forward with their stars.
     """
 
     merges: list[Merge]

@@ -97,35 +97,48 @@ def _has_samples(value: Tensor, samples: int) -> bool:
     return value.ndim > 0 and len(value) == samples
 
 
-def inputs_left_out(model: nn.Module, batch: Any, count: int) -> str | None:
-    """Say which inputs a batch may hold that the forward would take and is not given; None if there are none.
+def inputs_left_out(model: nn.Module, batch: Any, count: int) -> tuple[str | None, str | None]:
+    """Say which inputs a batch may hold that the forward would take and is not given.
+
+    Labels come last in a batch. Classes there (whole numbers, one a sample) are taken for labels, which they nearly
+    always are; anything else in the place of an input may be one.
 
     Args:
         model: The model.
-        batch: A batch. What follows the inputs in it may as well be labels, which can't be told.
+        batch: A batch.
         count: How many of its elements are taken for inputs.
+
+    Returns:
+        What is doubtful and to be warned of, and what was decided and is to be noted; None where there is nothing.
     """
-    beyond = batch[count:] if isinstance(batch, list | tuple) else ()
+    elements = batch if isinstance(batch, list | tuple) else [batch]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [
         parameter.name
         for parameter in inspect.signature(model.forward).parameters.values()
         if parameter.kind in positional
     ]
-    untold = [
-        name
-        for name, value in zip(names[count:], beyond, strict=False)
-        if isinstance(value, Tensor) and not _may_be_classes(value)
-    ]
-    if not untold:
-        return None
-    given = ", ".join(f"`{name}`" for name in names[:count])
-    more = ", ".join(f"`{name}`" for name in untold)
-    return (
-        f"The forward of {type(model).__name__} is called with {given} alone: the batches hold {len(batch)} elements, "
-        f"and whether the others are {more}, which it would take too, or labels, can't be told. If they are inputs, "
-        f"pass `example_inputs=({', '.join(names[: count + len(untold)])})`, tensors of one batch"
-    )
+    given = f"The forward of {type(model).__name__} is called with {', '.join(f'`{name}`' for name in names[:count])}"
+    places = [place for place in range(count, min(len(elements), len(names))) if isinstance(elements[place], Tensor)]
+    untold = [names[place] for place in places if place < len(elements) - 1 or not _may_be_classes(elements[place])]
+    if untold:
+        more = ", ".join(f"`{name}`" for name in untold)
+        doubt = (
+            f"{given} alone: the batches hold {len(elements)} elements, and whether the others are {more}, which it "
+            f"would take too, or labels, can't be told. If they are inputs, {_remedy(names, count + len(untold))}"
+        )
+        return doubt, None
+    if places:
+        decision = (
+            f"{given}: the last element of the batches, whole numbers, was taken for labels. If it is "
+            f"`{names[places[-1]]}`, {_remedy(names, len(elements))}"
+        )
+        return None, decision
+    return None, None
+
+
+def _remedy(names: Sequence[str], count: int) -> str:
+    return f"pass `example_inputs=({', '.join(names[:count])})`, tensors of one batch"
 
 
 def _may_be_classes(value: Tensor) -> bool:

@@ -23,11 +23,13 @@ from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.collapsing.exact.nodes import ALIASES, NUMBER, WRITES
 from lightning_easier.collapsing.exact.reading import uses_batch_statistics
 from lightning_easier.collapsing.exact.signatures import named_arguments, numbers, restore_arguments
-from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers, quiet
+from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.support.inference import copies, has_hooks, relative_difference, tolerance_for
+from lightning_easier.support.programs import quiet, remedy_for
+from lightning_easier.support.storage import first_line
 
 _logger = logging.getLogger(__name__)
 _WRITES_INTO_A_CONSTANT = (
@@ -57,12 +59,23 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             return _first_that_holds(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
+            if not isinstance(reason, CaptureError):  # that torch.fx could not follow is what torch.export is for
+                reason = CaptureError(_both(reason, error))
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
         return _traced(model, arguments, opaque)
     except Exception as error:
-        kind = "" if isinstance(reason, CaptureError) else f"{type(reason).__name__}: "
-        raise CaptureError(f"{kind}{reason}".splitlines()[0]) from error
+        raise CaptureError(_said(reason)) from error
+
+
+def _both(traced: Exception, exported: Exception) -> str:
+    """Say why neither way has passed; what has a remedy is the reason."""
+    remedy = remedy_for(exported)
+    return f"{_said(exported)}. {remedy}" if remedy else f"{_said(traced)} (torch.fx); {_said(exported)} (torch.export)"
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if isinstance(error, CaptureError) else first_line(error)
 
 
 def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.Module]) -> fx.GraphModule:
@@ -216,7 +229,7 @@ def _with_shapes(
             root.register_buffer(name, value, persistent=False)
         else:
             setattr(root, name, value)
-    restore_arguments(graph, model, len(arguments))
+    restore_arguments(graph, model, arguments)
     modes_before = {module: module.training for module in model.modules()}
     captured = fx.GraphModule(root, graph, class_name=type(model).__name__)
     captured.eval()  # the rooms that it makes for names with dots

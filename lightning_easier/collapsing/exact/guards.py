@@ -1,4 +1,4 @@
-"""The sizes for which a graph from ``torch.export`` holds, checked at every call.
+"""What a captured graph holds for, checked at every call: tensors in the places of tensors, and sizes.
 
 What ``torch.export`` recorded holds for the sizes for which its questions would be answered alike. It says which those
 are in a function of its own, which can't be pickled; :class:`SizeGuards` says the same and can.
@@ -10,7 +10,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 _SAYS = "Guard failed: "  # what the messages of torch.export's own checks begin with
@@ -77,6 +77,13 @@ class SizeGuards(nn.Module):
         room = _room()
         exec("\n".join([*lines, "    return None"]), room)
         return room["check"]
+
+
+def is_tensor(value: Any) -> Any:
+    """Tell whether a value is a tensor; unlike ``isinstance``, a graph can record the question."""
+    if issubclass(type(value), fx.Proxy):
+        return value.tracer.create_proxy("call_function", is_tensor, (value,), {})
+    return issubclass(type(value), Tensor)
 
 
 def _room() -> dict[str, Any]:

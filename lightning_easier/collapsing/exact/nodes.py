@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lightning_easier.collapsing.algebra.affine import AFFINES
+from lightning_easier.collapsing.exact import guards
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.support.inference import has_hooks
 
@@ -41,7 +42,7 @@ def name_of(node: fx.Node) -> str:
     if target is getattr:
         return "getattr"
     name = getattr(target, "__name__", "")
-    return name if any(getattr(room, name, None) is target for room in (torch, F, operators)) else ""
+    return name if any(getattr(room, name, None) is target for room in (torch, F, operators, guards)) else ""
 
 
 def is_number_of_samples(node: fx.Node) -> bool:

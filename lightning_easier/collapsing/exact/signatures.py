@@ -2,15 +2,20 @@
 
 The arguments that the example leaves out have defaults. A number may stay an argument, if the forward can be recorded
 without asking for its value. Of any other the default was recorded: it stays an argument that takes its default only.
+An argument that the example gives keeps its default, too, and yet takes tensors only: a tensor was recorded.
 """
 
 import inspect
 import math
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+from lightning_easier.collapsing.exact.guards import is_tensor
+from lightning_easier.support.inference import describe
 
 FIXED = "fixed"
 """Key in the ``meta`` of a placeholder: its argument takes nothing but its default."""
@@ -31,9 +36,16 @@ def numbers(model: nn.Module, given: int) -> list[str]:
 
 
 def lost_arguments(model: nn.Module, given: int) -> list[str]:
-    """Name the arguments with a default that a captured graph does not take."""
+    """Name the arguments that a model can do without and a captured graph does not take; what it collects has stars."""
     kept = _kept(model, given)
-    return [each.name for each in _left_out(model, given) if each not in kept]
+    lost = [each.name for each in _left_out(model, given) if each not in kept]
+    positional = sum(each.kind in _POSITIONAL for each in _parameters(model))
+    for each in _parameters(model):
+        if each.kind is each.VAR_POSITIONAL and given <= positional:
+            lost.append(f"*{each.name}")
+        elif each.kind is each.VAR_KEYWORD:
+            lost.append(f"**{each.name}")
+    return lost
 
 
 def fixed_arguments(captured: fx.GraphModule) -> dict[str, Any]:
@@ -43,38 +55,63 @@ def fixed_arguments(captured: fx.GraphModule) -> dict[str, Any]:
     }
 
 
-def restore_arguments(graph: fx.Graph, model: nn.Module, given: int) -> None:
-    """Let a graph take what its model takes, in the same order; a default that was recorded is asserted.
+def restore_arguments(graph: fx.Graph, model: nn.Module, arguments: Sequence[Tensor]) -> None:
+    """Let a graph take what its model takes, in the same order; what was recorded of an optional argument is asserted.
 
     Args:
         graph: The graph; it takes the given arguments, and numbers that stay arguments.
         model: The model.
-        given: How many positional arguments the example has.
+        arguments: The positional arguments of the example.
     """
+    given = len(arguments)
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     last = list(placeholders.values())[given - 1]
-    fixed = []
+    conditions = _tensors(list(placeholders.values())[:given], model, arguments)
     for each in _kept(model, given):
         node = placeholders.get(each.name)
         if node is None:
             with graph.inserting_after(last):
                 node = graph.placeholder(each.name, default_value=each.default)
-            fixed.append(node)
+            node.meta[FIXED] = True
+            message = (
+                f"Expected argument `{each.name}` to be {each.default!r}, its default, with which this model was "
+                f"collapsed. Collapse the model with another `{each.name}` among `example_inputs`, or call the model "
+                f"that was collapsed."
+            )
+            # `is` could not be recorded again, which unpickling does
+            conditions.append((operator.eq, (node, each.default), message))
         elif node is not last:
             last.append(node)
         last = node
-    for node in reversed(fixed):
-        node.meta[FIXED] = True
-        name, default = str(node.target), node.args[0]
-        message = (
-            f"Expected argument `{name}` to be {default!r}, its default, with which this model was collapsed. Collapse "
-            f"the model with another `{name}` among `example_inputs`, or call the model that was collapsed."
-        )
+    for function, operands, message in reversed(conditions):
         with graph.inserting_after(last):
-            # `is` could not be recorded again, which unpickling does
-            same = graph.call_function(operator.eq, (node, default))
-        with graph.inserting_after(same):
-            graph.call_function(torch._assert, (same, message))
+            holds = graph.call_function(function, operands)
+        with graph.inserting_after(holds):
+            graph.call_function(torch._assert, (holds, message))
+
+
+def _tensors(
+    placeholders: Sequence[fx.Node], model: nn.Module, arguments: Sequence[Tensor]
+) -> list[tuple[Callable[..., Any], tuple[Any, ...], str]]:
+    """Give placeholders the defaults of their arguments; that those are tensors is a condition then.
+
+    Returns:
+        A function each, what to call it with, and what to say where the result is false.
+    """
+    positional = [each for each in _parameters(model) if each.kind in _POSITIONAL]
+    collected = len(placeholders) > len(positional)  # (*args), which can't follow a default
+    conditions: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = []
+    for each, node, value in zip(positional, placeholders, arguments, strict=False):
+        if each.default is each.empty:
+            continue
+        if not collected:  # None in the place of what a graph can't hold: it is refused, too
+            node.args = (each.default if _is_plain(each.default) else None,)
+        message = (
+            f"Expected argument `{each.name}` to be a tensor: this model was collapsed with {describe(value)} for it. "
+            f"Pass one, or collapse the model without `{each.name}` among `example_inputs`."
+        )
+        conditions.append((is_tensor, (node,), message))
+    return conditions
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

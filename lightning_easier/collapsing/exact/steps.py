@@ -38,7 +38,7 @@ _IDENTITIES = (
 # What is asked of a value for an assertion
 _QUESTIONS = (
     "getattr", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge", "mod", "and_", "or_", "sub",
-    "floordiv", "mul", "add", "sym_size",
+    "floordiv", "mul", "add", "sym_size", "is_tensor",
 )  # fmt: skip
 # How many times faster a chain has to become.
 _FASTER = 1 / (1 - MARGIN)

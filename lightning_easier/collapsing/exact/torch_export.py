@@ -1,11 +1,9 @@
 """The torch.export way of capturing a model: its ATen operators become calls of the layers that they came from."""
 
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,13 +20,13 @@ from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards, read_guards
 from lightning_easier.collapsing.exact.nodes import bind
 from lightning_easier.collapsing.exact.reading import BATCH_NORMS
+from lightning_easier.support.programs import export_program, quiet
 
 GUARDS = "_guards_fn"
 """The name that torch.export gives to what checks sizes."""
 _OUTPUT = "_output"
 _LONGEST_SIZE = 256
 """Terms of a size, in numbers, symbols and operations. Networks of plain strides stay below 200."""
-_logger = logging.getLogger(__name__)
 # Layers that are called again in the place of the one ATen operator that they became
 _LAYERS: tuple[Any, ...] = (
     nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
@@ -96,7 +94,7 @@ def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
             named[parameter.name] = sizes[len(named)]
     # with gradients, so that it is seen where a forward turns them off
     with torch.enable_grad(), quiet(), _short_sizes():
-        return torch.export.export(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
+        return export_program(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
 
 
 def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
@@ -149,21 +147,6 @@ def _short_sizes() -> Iterator[None]:
         yield
     finally:
         setattr(ShapeEnv, "evaluate_expr", original)  # noqa: B010
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep to ourselves what torch says of sizes of one, and of graphs that don't run."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _restore_structure(graph: fx.Graph) -> nn.Module | None:
