@@ -74,6 +74,45 @@ def test_one_channel_is_a_vector_still():
 def test_nothing_seen_is_no_affine():
     with pytest.raises(RuntimeError, match="has seen no pre-activation"):
         AffineStatistics().fit()
+    statistics = AffineStatistics()
+    statistics.update(torch.full((3, 2), torch.nan), torch.full((3, 2), torch.nan))
+    assert statistics.left_out == 3
+    with pytest.raises(RuntimeError, match="no sample whose values are all finite"):
+        statistics.fit()
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((12, 3), 1), ((12, 5, 3), -1), ((12, 3, 4, 5), 1), ((3, 12, 5), 0)])
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_samples_that_are_not_finite_are_left_out_of_an_affine(shape, dim, strange):
+    torch.manual_seed(0)
+    z = torch.randn(shape, dtype=torch.float64) + 100
+    y = z.sin()
+    samples = 1 if dim == 0 else 0
+    z.movedim(samples, 0)[4][1] = strange  # of one the pre-activation, of one what is made of it, all of one
+    y.movedim(samples, 0)[7][0] = -strange
+    y.movedim(samples, 0)[9] = z.movedim(samples, 0)[9] = strange
+    kept = torch.tensor([place for place in range(12) if place not in (4, 7, 9)])
+    found, expected = AffineStatistics(dim), AffineStatistics(dim)
+    found.update(z, y)
+    expected.update(z.index_select(samples, kept), y.index_select(samples, kept))
+    assert found.left_out == 3
+    assert torch.equal(found.sums[0], expected.sums[0])
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, 1e5])
+def test_an_affine_that_is_not_finite_is_not_put_into_a_model(strange):
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).half()
+    fit = AffineFit(torch.tensor([1.0, strange, 1.0]), torch.zeros(3), 1, 1.0)
+    with pytest.raises(ValueError, match="`statistics` to hold finite numbers .*float16, but those of '1' are not"):
+        linearize(model, ["1"], stand_in="affine", statistics={"1": fit})
+    assert isinstance(model[1], nn.ReLU)
+
+
+def test_affines_of_values_whose_squares_overflow_are_left_out_and_told():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    with pytest.warns(UserWarning, match=r"No affine can take the place of \['1'\]: sums over their values overflow"):
+        assert measure_affines(model, [1e30 * torch.randn(8, 2)]) == {}
 
 
 class Net(nn.Module):

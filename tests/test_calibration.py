@@ -1,12 +1,25 @@
 """Tests of what is read of calibration data, and what is left out of it."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_easier import collapse, compress
+from lightning_easier import (
+    EntropyProbe,
+    collapse,
+    compress,
+    isolate_activations,
+    linearize,
+    measure_affines,
+    measure_entropy,
+    measure_fits,
+)
+from lightning_easier.collapsing.fit.chain_fits import ChainProbe
+from lightning_easier.pruning.gains import ShapeProbe
+from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from tests.test_collapse_fit import Mlp
 
@@ -176,3 +189,153 @@ def test_inputs_too_small_to_fit_to_are_named(scale):
     assert "its inputs are zero, or so small (below 1e-17)" in report.reasons["1"]
     small = compress(model, [1e-12 * torch.randn(16, 4, 9, 7) for _ in range(3)], example_inputs=example, **FREE)
     assert small.report.trials
+
+
+MEASURES = [measure_entropy, measure_affines, measure_fits]
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3), nn.Flatten(), nn.Linear(30, 3)).eval()
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf])
+def test_measurements_leave_out_samples_that_are_not_finite_and_say_how_many(strange):
+    for model, data in ((Mlp().eval(), batches()), (convolutional(), [torch.randn(64, 2, 9, 7) for _ in range(4)])):
+        clean = [batch.clone() for batch in data]
+        data[1].view(64, -1)[3, 5] = data[1].view(64, -1)[7, 0] = strange
+        kept = [place for place in range(64) if place not in (3, 7)]
+        clean[1] = clean[1][kept]
+        with pytest.warns(UserWarning, match="2 of the 256 samples in what was measured"):
+            found = measure_affines(model, data)["1"]
+        expected = measure_affines(model, clean)["1"]
+        torch.testing.assert_close(found.scale, expected.scale)
+        torch.testing.assert_close(found.offset, expected.offset)
+        with pytest.warns(UserWarning, match="2 of the 256 samples in `batches`"):
+            fit = measure_fits(model, data)["1"]
+        assert fit.explained == pytest.approx(measure_fits(model, clean)["1"].explained, abs=0.05)
+        with pytest.warns(UserWarning, match="2 of the 256 samples in what was measured"):
+            entropy = measure_entropy(model, data)["1"]
+        assert entropy == pytest.approx(measure_entropy(model, clean)["1"], abs=0.02)
+
+
+def test_sums_of_a_chain_are_those_without_the_samples_that_are_left_out():
+    model, data = convolutional(), torch.randn(64, 2, 9, 7)
+    isolate_activations(model)
+    probes = []
+    for strange in (0.0, math.nan):
+        data[[5, 11], 1, 4, 4] = strange
+        with ChainProbe(model, ["1"], 1) as probe, torch.no_grad():
+            model(data)
+        probes.append(probe)
+    whole, left_out = ((seen.moments.fitted, seen.moments.held_out) for (seen,) in (p._seen for p in probes))
+    assert probes[1].left_out == (2, 64)
+    assert sum(part.positions for part in whole) == 64 * 5 * 3
+    assert sum(part.positions for part in left_out) == 62 * 5 * 3
+    with torch.no_grad():
+        patches = model[2](model[1](model[0](data[[p for p in range(64) if p not in (5, 11)]])))
+    targets = sum(part.cross[-1] for part in left_out)
+    torch.testing.assert_close(targets, patches.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+    squares = sum(part.squares for part in left_out)
+    torch.testing.assert_close(squares, patches.double().square().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_measured_beside_a_strange_sample_gives_finite_numbers_again():
+    data = batches()
+    data[2][3, 2] = math.nan
+    for stand_in, measure in (("affine", measure_affines), ("fitted", measure_fits)):
+        model = Mlp().eval()
+        with pytest.warns(UserWarning, match="1 of the 256"):
+            linearize(model, ["1"], stand_in=stand_in, statistics=measure(model, data))
+        assert model(data[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("measure", [measure_entropy, measure_affines])
+def test_an_activation_that_no_finite_sample_reaches_is_not_measured(measure):
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) / 0.0 - math.inf)
+
+    with pytest.warns(UserWarning, match=r"\['second'\] were not measured: none of the samples that reach them"):
+        assert list(measure(Second(), batches())) == ["first"]
+    with pytest.raises(ValueError, match=r"`batches` to hold samples for which .* none is where \['1'\]"):
+        measure(Mlp().eval(), [torch.full((4, 8), math.nan)])
+
+
+def test_what_was_counted_of_strange_samples_is_told_once_and_goes_with_the_counts():
+    model, data = Mlp().eval(), batches()
+    data[0][3] = math.nan
+    sites = isolated_sites(model)
+    with EntropyProbe(sites, affines=True) as probe:
+        model(data[0])
+    saved = probe.counts()
+    assert (saved["1"]["samples"], saved["1"]["left_out"]) == (64, 1)
+    rest = EntropyProbe(sites, affines=True)
+    rest.resume(saved)
+    with rest:
+        model(data[1])
+    assert (rest.counts()["1"]["samples"], rest.counts()["1"]["left_out"]) == (128, 1)
+    with pytest.warns(UserWarning, match="1 of the 128 samples"):
+        rest.affines()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rest.entropies()
+    rest.reset()
+    assert rest.counts()["1"]["left_out"] == 0
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_measurements_skip_batches_without_samples_and_say_so(measure, place):
+    model, data = Mlp().eval(), batches()
+    expected = measure(model, data)
+    data.insert(place, torch.zeros(0, 8))
+    with pytest.warns(UserWarning, match="1 of the batches in `batches` hold no sample"):
+        found = measure(model, data)
+    assert str(found) == str(expected)
+    with pytest.raises(ValueError, match="`batches` to yield at least one batch that can be used, but 1 of"):
+        measure(model, [torch.zeros(0, 8)])
+
+
+def test_probes_see_nothing_in_a_batch_without_samples():
+    model, data = convolutional()[:3], torch.randn(4, 2, 9, 7)
+    isolate_activations(model)
+    entropies, chains, shapes = (
+        EntropyProbe(isolated_sites(model), affines=True), ChainProbe(model, ["1"], 1), ShapeProbe(model, ["1"])
+    )  # fmt: skip
+    shapes.attach()
+    with entropies, chains, torch.no_grad():
+        model(data[:0])
+        assert entropies.affines() == {}
+        model(data)
+    shapes.detach()
+    assert shapes.shapes["1"] == data.shape
+    assert entropies.counts()["1"]["samples"] == 4
+    ((_, _, shape),) = chains.fitted()
+    assert shape == data.shape
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("batches", lambda model, data: compress(model, data, objective="macs")),
+        (
+            "calibration",
+            lambda model, data: collapse(model, torch.ones(2, 8), mode="fit", sites=["1"], calibration=data),
+        ),
+        *(("batches", measure) for measure in MEASURES),
+    ],
+)
+def test_data_on_the_meta_device_are_an_error(argument, call):
+    with pytest.raises(ValueError, match=f"`{argument}` to hold data, but got a tensor of shape .* on the meta device"):
+        call(Mlp().eval(), [torch.randn(64, 8, device="meta")])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_model_on_the_meta_device_is_not_measured(measure):
+    with pytest.raises(ValueError, match="`model` to have weights"):
+        measure(Mlp().eval().to("meta"), batches())

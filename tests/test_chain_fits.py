@@ -233,11 +233,30 @@ def test_single_vectors_are_held_out_batch_by_batch():
     assert measure_fits(model, [vectors[:2]]) == {}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_is_fitted_to_what_is_not_finite(value):
-    batches = [torch.randn(32, 8) for _ in range(4)]
-    batches[2][3, 1] = value
-    assert measure_fits(Mlp().eval(), batches) == {}
+def test_fits_to_values_whose_sums_overflow_are_not_made():
+    batches = [1e30 * torch.randn(32, 8) for _ in range(4)]
+    model = Mlp().eval()
+    assert measure_fits(model, batches) == {}
+    probe = chain_fits.ChainProbe(model, ["1"], 4)
+    with probe, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    assert list(probe.fitted()) == []
+    assert "so large that sums over them overflow" in probe.reasons["1"]
+
+
+def test_a_fit_too_large_for_the_dtype_of_the_model_does_not_move_in():
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    for operator in (model[0], model[3]):
+        operator.weight.data *= 1e4
+    batches = [torch.randn(64, 8) for _ in range(4)]
+    (fit,) = measure_fits(model, batches).values()
+    with pytest.raises(
+        ValueError, match="`statistics` to hold finite numbers in the dtype of the model, torch.float16"
+    ):
+        linearize(model.half(), ["1"], stand_in="fitted", statistics={"1": fit})
+    assert isinstance(model[1], nn.ReLU)
 
 
 def test_sums_are_as_precise_under_autocast():

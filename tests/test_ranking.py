@@ -24,6 +24,15 @@ from lightning_easier.support.costs import count_macs
 from tests.test_collapse_fit import Bottleneck, randomized
 
 
+def test_what_has_no_affine_is_no_candidate_where_one_is_needed():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    affines = {"3": {"explained": 0.5}}
+    for options in ({"stand_in": "affine"}, {"criterion": "linearity"}):
+        found = Ranking(**options).rank(model, {"1": 0.1, "3": 0.2}, affines, None, None, None)
+        assert list(found.ranks) == ["3"]
+    assert list(Ranking().rank(model, {"1": 0.1, "3": 0.2}, {}, None, None, None).ranks) == ["1", "3"]
+
+
 def ranked(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **options) -> Ranked:
     """Measure as the callback does, and rank."""
     ranking = Ranking(**options)

@@ -18,6 +18,7 @@ from lightning_easier.pruning.gains import Gains, ShapeProbe
 from lightning_easier.pruning.ranking import ACTIVATIONS_IN_A_CHAIN, Ranked, Ranking
 from lightning_easier.sites.activations import ActivationSite, isolated_sites
 from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.hooks import HookOfOneModel
 from lightning_easier.support.inference import evaluation_mode
 
@@ -57,6 +58,7 @@ class Measurement:
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for
         self._probe: EntropyProbe | None = None
+        self._told_left_out = False  # that samples were left out of what was measured last
         self._watches: dict[str, RemovableHandle] | None = None  # None: training is not watched
 
     # Counting
@@ -144,9 +146,12 @@ class Measurement:
             chosen = {name: entropies[name] for name in names if name in entropies}
             with evaluation_mode(pl_module):
                 ranked = self._ranking.rank(pl_module, chosen, self.affines, chains, shapes, self._gains)
-            if chains is not None and not ranked.fits:
+            if chains is not None:
+                if not self._told_left_out:
+                    tell_left_out(*chains.left_out, "what fitted operators are fitted to")
                 reasons = {name: reason for name, reason in chains.reasons.items() if name in chosen}
-                rank_zero_warn(f"No operator can take the place of a chain: {reasons}")
+                if reasons and not ranked.fits:
+                    rank_zero_warn(f"No operator can take the place of a chain: {reasons}")
         return trainer.strategy.broadcast(ranked)
 
     def pause(self, paused: bool) -> None:
@@ -180,7 +185,9 @@ class Measurement:
             return {}
         if self._ranking.needs_affines:
             self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
-        return probe.entropies()
+        entropies = probe.entropies()
+        self._told_left_out = probe.has_left_out
+        return entropies
 
     def detach(self) -> None:
         """Take all hooks away; what was counted and noticed stays."""

@@ -109,7 +109,7 @@ def _without_graphs(module: nn.Module) -> dict[int, Tensor]:
 
 
 class FirstCall:
-    """Notes the arguments of the first call of each module that holds the activations, if they are tensors.
+    """Notes the arguments of the first call of each module that holds the activations, if they are tensors with values.
 
     Args:
         pl_module: The LightningModule.
@@ -123,7 +123,7 @@ class FirstCall:
         self._handles = notice_calls(pl_module, sites, self._note)
 
     def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if args and not kwargs and all(isinstance(value, Tensor) for value in args):
+        if args and not kwargs and all(isinstance(value, Tensor) and value.numel() for value in args):
             self._arguments.setdefault(name, args)
 
     def detach(self) -> None:

@@ -6,6 +6,8 @@ With :math:`z` the pre-activation and :math:`\varphi` the activation,
 
 Six numbers per channel are sufficient: how many values, the means of both, and the sums of squares and products around
 them. They are merged over batches and processes by Chan's formula, which loses no digits to a mean far from zero.
+
+A sample of which a value of :math:`z` or :math:`\varphi(z)` is not finite is left out: it would make every sum so.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_easier.support.finite import finite_samples, is_finite, zeroed
 
 _NUMBERS = 6  # count, E[z], E[y], Σ(z − E z)², Σ(z − E z)(y − E y), Σ(y − E y)²
 
@@ -34,6 +38,10 @@ class AffineFit(NamedTuple):
     dim: int
     explained: float
 
+    def is_finite_in(self, dtype: torch.dtype) -> bool:
+        """Tell whether all its numbers are finite in a dtype, which may hold less than their own."""
+        return is_finite(self.scale.to(dtype), self.offset.to(dtype))
+
     def to_plain(self) -> dict[str, Any]:
         """Return tensors and numbers by name: what a checkpoint may hold."""
         return self._replace(scale=self.scale.cpu(), offset=self.offset.cpu())._asdict()
@@ -41,6 +49,8 @@ class AffineFit(NamedTuple):
 
 class AffineStatistics(Metric):
     """Sums for the affine that comes closest to an activation, over all batches and processes together.
+
+    Samples whose values are not all finite are left out and counted in ``left_out``.
 
     Args:
         neuron_dim: The axis of the channels: 1 behind convolutions and batch norm, -1 behind Linear and LayerNorm.
@@ -61,11 +71,13 @@ class AffineStatistics(Metric):
     full_state_update = True
 
     sums: Tensor
+    left_out: Tensor
 
     def __init__(self, neuron_dim: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.neuron_dim = neuron_dim
         self.add_state("sums", torch.zeros(_NUMBERS, 0), dist_reduce_fx=_merged_over_processes)
+        self.add_state("left_out", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, pre_activation: Tensor, activation: Tensor) -> None:
         """Add one batch.
@@ -74,7 +86,11 @@ class AffineStatistics(Metric):
             pre_activation: Shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
             activation: What the activation makes of it, of the same shape.
         """
-        now = _sums(pre_activation.detach(), activation.detach(), self.neuron_dim).to(self.sums.device)
+        if not pre_activation.numel():
+            return
+        now, left_out = _sums(pre_activation.detach(), activation.detach(), self.neuron_dim)
+        now = now.to(self.sums.device)
+        self.left_out = self.left_out + left_out.to(self.left_out.device)
         # Out of place: a state made under inference_mode must not be written to outside of it.
         self.sums = now if self.sums.shape[1] == 0 else _merged(self.sums.to(now), now)
 
@@ -92,9 +108,14 @@ class AffineStatistics(Metric):
         """Compute scale and offset of each channel, and the share of variance that they explain.
 
         Raises:
-            RuntimeError: If there was no update on any process.
+            RuntimeError: If there was no update on any process, or no sample was finite.
         """
-        _, z, y, zz, zy, yy = self.compute().cpu().double()
+        count, z, y, zz, zy, yy = self.compute().cpu().double()
+        if not count.any():
+            raise RuntimeError(
+                "AffineStatistics has seen no sample whose values are all finite. Look for NaN in the data, and in the "
+                "weights."
+            )
         varies = zz > torch.finfo(torch.float32).eps ** 2 * z.square().clamp(min=torch.finfo(torch.float64).tiny)
         scale = torch.where(varies, zy / zz, 0.0)
         variance = float(yy.sum())
@@ -131,15 +152,22 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in ("mps", "xla") else torch.float64
 
 
-def _sums(z: Tensor, y: Tensor, neuron_dim: int) -> Tensor:
-    """Return the six numbers of one batch, per channel, in float64 where the device has it."""
+def _sums(z: Tensor, y: Tensor, neuron_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the six numbers of one batch, per channel, in float64 where the device has it; how many are left out."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    z, y = (value.to(wide).movedim(neuron_dim, 0).flatten(1) for value in (z, y))
-    means = [value.mean(1, keepdim=True) for value in (z, y)]
-    dz, dy = z - means[0], y - means[1]
-    count = torch.full_like(means[0][:, 0], z.shape[1])
+    z, y = (value.to(wide).movedim(neuron_dim, 0) for value in (z, y))
+    # Samples are left out by a weight of zero: how many are left is not known on the host. Where all are kept, weights
+    # and shares are ones, which no result depends on.
+    samples = finite_samples(z.movedim(1, 0), y.movedim(1, 0))
+    z, y = (zeroed(value.movedim(1, 0), samples).movedim(0, 1).flatten(1) for value in (z, y))
+    kept = samples.repeat_interleave(z.shape[1] // len(samples))
+    weight, count = kept.to(wide), kept.sum().to(wide)
+    share = torch.full_like(count, z.shape[1]) / count.clamp(min=1)  # a number by a tensor would be rounded twice
+    means = [value.mean(1, keepdim=True) * share for value in (z, y)]
+    dz, dy = (torch.addcmul(value, mean, weight, value=-1) for value, mean in zip((z, y), means, strict=True))
+    count = count.expand(len(z))
     numbers = count, means[0][:, 0], means[1][:, 0], (dz * dz).sum(1), (dz * dy).sum(1), (dy * dy).sum(1)
-    return torch.stack(numbers).to(_wide(z.device))
+    return torch.stack(numbers).to(_wide(z.device)), (~samples).sum()
 
 
 def _merged(a: Tensor, b: Tensor) -> Tensor:

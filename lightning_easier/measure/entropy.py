@@ -78,7 +78,7 @@ def activation_entropy(pre_activation: Tensor, neuron_dim: int = 1) -> Tensor:
 
     .. math:: H = -p \log_2 p - (1 - p) \log_2 (1 - p), \qquad 0 \log_2 0 = 0.
 
-    Exact zeros (and NaN) have no sign and are discarded.
+    Exact zeros and NaN have no sign and are left out, value by value; infinities have one.
 
     Args:
         pre_activation: The input of the activation, shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
@@ -229,40 +229,49 @@ class ActivationEntropy(Metric):
         super()._sync_dist(dist_sync_fn, process_group=process_group)
 
 
-def reduced_counts(metrics: Sequence[ActivationEntropy], calls: Iterable[int]) -> list[dict[str, Any]]:
+def reduced_counts(
+    metrics: Sequence[ActivationEntropy], calls: Iterable[int], samples: Iterable[int], left_out: Iterable[Tensor]
+) -> list[dict[str, Any]]:
     """Sum the counts of several activations over all processes, with one communication for all of them.
 
     Args:
         metrics: One metric an activation, the same ones on all processes; those that saw nothing know no neurons.
         calls: How often each activation was called.
+        samples: How many samples each was called with.
+        left_out: How many of those were not finite, int64 scalars.
 
     Returns:
-        For each ``on`` and ``off``, summed, as int64 tensors of shape ``(C,)`` on the CPU, and ``calls``, the most.
+        For each ``on`` and ``off``, summed, as int64 tensors of shape ``(C,)`` on the CPU; ``calls``, the most; and
+        ``samples`` and ``left_out``, summed.
     """
     if not metrics:
         return []
     parts = []
-    for metric, called in zip(metrics, calls, strict=True):
-        parts += [torch.tensor([metric.on.numel(), called], device=metric.device), metric.on, metric.off]
+    for metric, called, seen, strange in zip(metrics, calls, samples, left_out, strict=True):
+        header = torch.tensor([metric.on.numel(), called, seen], device=metric.device)
+        parts += [header, strange.view(1), metric.on, metric.off]
     mine = torch.cat([part.to(metrics[0].device) for part in parts])
     packed = gather_all_tensors(mine) if jit_distributed_available() else [mine]
     results: list[dict[str, Any]] = [
-        {"on": torch.zeros(0, dtype=torch.int64), "off": torch.zeros(0, dtype=torch.int64), "calls": 0} for _ in metrics
+        {name: torch.zeros(0, dtype=torch.int64) for name in ("on", "off")} | {"calls": 0, "samples": 0, "left_out": 0}
+        for _ in metrics
     ]
     for process in packed:
-        for result, (on, off, called) in zip(results, _unpacked(process.cpu()), strict=True):
+        for result, (on, off, (called, seen, not_finite)) in zip(results, _unpacked(process.cpu()), strict=True):
             result["on"], result["off"] = _sum(result["on"], on), _sum(result["off"], off)
             result["calls"] = max(result["calls"], called)
+            result["samples"] += seen
+            result["left_out"] += not_finite
     return results
 
 
-def _unpacked(packed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _unpacked(packed: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     place = 0
     while place < packed.numel():
-        neurons, calls = packed[place : place + 2].tolist()
-        on, off = packed[place + 2 :][:neurons], packed[place + 2 + neurons :][:neurons]
-        yield on, off, calls
-        place += 2 + 2 * neurons
+        neurons, *numbers = packed[place : place + 4].tolist()
+        place += 4
+        yield packed[place:][:neurons], packed[place + neurons :][:neurons], numbers
+        place += 2 * neurons
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 A pre-hook sees the pre-activation even where the rectifier works in place. It reduces the tensor to counts on the spot:
 nothing is kept alive and no value is read back to the host until the entropies are asked for.
+
+Samples whose pre-activations are not all finite are counted; :meth:`EntropyProbe.entropies` warns of them. NaN counts
+neither as ON nor as OFF, and an affine is fitted without these samples.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +20,12 @@ from lightning_easier.measure.affines import AffineFit, AffineStatistics
 from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
 from lightning_easier.sites.activations import ActivationSite, isolated_sites, unwrap
 from lightning_easier.support.arguments import check_share
+from lightning_easier.support.calibration import check_iterable, tell, tell_left_out, usable_batches
+from lightning_easier.support.finite import finite_samples
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import device_of, evaluation_mode, forward, model_input
+from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+
+_T = TypeVar("_T")
 
 
 class EntropyProbe:
@@ -30,6 +37,10 @@ class EntropyProbe:
         sample: Share of the samples of each batch that is counted, in (0, 1]; they are drawn pseudo-randomly, by the
             number of the batch, so that every run draws the same.
         affines: Whether the sums for the affine that comes closest to each activation are taken as well.
+
+    Attributes:
+        reasons: Activation -> why it has no entropy, and no affine, though it was called.
+        has_left_out: Whether samples were found that are not finite, once entropies or affines were asked for.
 
     Raises:
         ValueError: If a glob of ``neuron_dim`` matches no activation, or ``sample`` is out of range.
@@ -70,6 +81,13 @@ class EntropyProbe:
             axes = [axis for glob, axis in (neuron_dim or {}).items() if fnmatchcase(site.name, glob)]
             self._metrics[site.name] = ActivationEntropy(neuron_dim=axes[-1] if axes else site.neuron_dim)
         self._affines = {name: AffineStatistics(metric.neuron_dim) for name, metric in self._metrics.items() if affines}
+        self._forget_samples()
+
+    def _forget_samples(self) -> None:
+        self._samples = dict.fromkeys(self._metrics, 0)
+        self._left_out = {name: torch.zeros_like(metric.updates) for name, metric in self._metrics.items()}
+        self._told = self.has_left_out = False
+        self.reasons: dict[str, str] = {}
 
     def __enter__(self) -> "EntropyProbe":
         self.attach()
@@ -103,11 +121,13 @@ class EntropyProbe:
         self._calls = dict.fromkeys(self._calls, 0)
         for metric in (*self._metrics.values(), *self._affines.values()):
             metric.reset()
+        self._forget_samples()
 
     def to(self, device: torch.device) -> "EntropyProbe":
         """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
         for metric in (*self._metrics.values(), *self._affines.values()):
             metric.to(device)
+        self._left_out = {name: count.to(device) for name, count in self._left_out.items()}
         return self
 
     def counts(self) -> dict[str, dict[str, Any]]:
@@ -117,10 +137,15 @@ class EntropyProbe:
 
         Returns:
             Name -> ``on`` and ``off``, int64 tensors of shape ``(neurons,)`` on the CPU, and ``calls``, how often the
-            activation was called, on the process where that was most often. What was not called has no neurons. With
-            ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
+            activation was called, on the process where that was most often. What was not called has no neurons.
+            ``samples`` and ``left_out``: how many samples it was called with, and of how many not all values were
+            finite. With ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
         """
-        counts = reduced_counts(list(self._metrics.values()), self._calls.values())
+        left_out = dict(self._left_out)
+        for name, statistics in self._affines.items():
+            left_out[name] = left_out[name] + statistics.left_out
+        metrics = list(self._metrics.values())
+        counts = reduced_counts(metrics, self._calls.values(), self._samples.values(), left_out.values())
         by_name = dict(zip(self._metrics, counts, strict=True))
         for name, statistics in self._affines.items():
             by_name[name]["affine"] = statistics.merged()
@@ -131,6 +156,8 @@ class EntropyProbe:
         for name, count in counts.items():
             self._calls[name] = count["calls"]
             if is_global_zero and count["on"].numel():
+                self._samples[name] += count["samples"]
+                self._left_out[name] = self._left_out[name] + count["left_out"]
                 self._metrics[name].add(count["on"], count["off"])
                 if name in self._affines and "affine" in count:
                     self._affines[name].add(count["affine"])
@@ -138,31 +165,58 @@ class EntropyProbe:
     def entropies(self) -> dict[str, float]:
         """Compute the entropy of each activation in bits, over all batches and processes, in execution order.
 
-        Every process has to call this. Activations that were not called (auxiliary heads in eval mode) are left out.
+        Every process has to call this. Activations that were not called (auxiliary heads in eval mode) are left out,
+        and those of which no sample was finite: nothing observed is not an entropy of zero.
 
         Raises:
             RuntimeError: If none was called.
+
+        Warns:
+            UserWarning: If samples were not finite, once.
         """
-        entropies = {
-            name: float(entropy_of_counts(count["on"], count["off"]).mean())
-            for name, count in self.counts().items()
-            if count["on"].numel()
-        }
-        if self._metrics and not entropies:
+        counts = self._called()
+        if self._metrics and not counts:
             raise RuntimeError(
                 f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
                 f"entropy was measured. Their model's forward has to run as it is now: code compiled earlier does "
                 f"not see them (call `torch._dynamo.reset()`), nor does a step that calls other methods than forward."
             )
-        return entropies
+        return {
+            name: float(entropy_of_counts(count["on"], count["off"]).mean())
+            for name, count in counts.items()
+            if name not in self.reasons
+        }
 
     def affines(self) -> dict[str, AffineFit]:
         """Compute the affine that comes closest to each activation, over all batches and processes.
 
-        Every process has to call this. Activations that were not called are left out.
+        Every process has to call this. Activations that were not called are left out, and those whose affine would not
+        be finite.
+
+        Warns:
+            UserWarning: If samples were not finite, once, or an affine is not.
         """
-        called = [name for name, count in self.counts().items() if count["on"].numel()]
-        return {name: self._affines[name].fit() for name in called}
+        called = self._called()  # fills the reasons
+        fits = {name: self._affines[name].fit() for name in called if name not in self.reasons}
+        strange = [name for name, fit in fits.items() if not fit.is_finite_in(fit.scale.dtype)]
+        if strange:
+            tell(f"No affine can take the place of {strange}: sums over their values overflow.")
+        return {name: fit for name, fit in fits.items() if name not in strange}
+
+    def _called(self) -> dict[str, dict[str, Any]]:
+        """Return the counts of what was called; tell once of samples that were left out."""
+        counts = {name: count for name, count in self.counts().items() if count["samples"]}
+        for name, count in counts.items():
+            if count["left_out"] == count["samples"]:
+                self.reasons[name] = "none of its samples is finite"
+        if not self._told:
+            for most in sorted(counts.values(), key=lambda count: count["left_out"])[-1:]:
+                self.has_left_out = most["left_out"] > 0
+                tell_left_out(most["left_out"], most["samples"], "what was measured")
+            if self.reasons:
+                tell(f"{list(self.reasons)} were not measured: none of the samples that reach them is finite.")
+        self._told = True
+        return counts
 
     def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -180,7 +234,11 @@ class EntropyProbe:
                 if self._sampler is not None:
                     pre_activation = self._sampler(pre_activation, call, metric.neuron_dim)
                 metric.update(pre_activation)
-                if name in self._affines:
+                samples = pre_activation.detach().movedim(metric.neuron_dim, 0).movedim(1, 0)
+                self._samples[name] += len(samples)
+                if name not in self._affines:
+                    self._left_out[name] = self._left_out[name] + (~finite_samples(samples)).sum()
+                else:
                     # a copy, which one that works in place may write into
                     activation = module.forward(pre_activation.clone(), *args[1:])
                     self._affines[name].update(pre_activation, activation)
@@ -208,7 +266,8 @@ def measure_entropy(
 
     Args:
         model: Any module.
-        batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input.
+        batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input. Those
+            without samples are skipped. A pre-activation that is NaN counts neither as ON nor as OFF.
         max_batches: How many batches to use; all by default.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
         gates: Whether bounded activations are measured too, see :func:`~lightning_easier.isolate_activations`.
@@ -218,8 +277,12 @@ def measure_entropy(
 
     Raises:
         TypeError: If ``model`` is not a Module or ``batches`` do not hold tensors.
-        ValueError: If there is no activation or no batch, an input does not fit, or ``max_batches`` is not positive.
+        ValueError: If there is no activation, no batch or no finite sample, an input does not fit or is on the meta
+            device, or ``max_batches`` is not positive.
         RuntimeError: If no activation was called.
+
+    Warns:
+        UserWarning: If a batch has no sample, or the pre-activations of a sample are not all finite.
 
     Source: EASIER, arXiv 2404.18949.
 
@@ -230,7 +293,8 @@ def measure_entropy(
         >>> measure_entropy(model, [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]])])
         {'1': 1.0}
     """
-    return _measured(model, batches, max_batches, neuron_dim, gates, affines=False).entropies()
+    probe = _measured(model, batches, max_batches, neuron_dim, gates, affines=False)
+    return _unless_empty(probe.entropies(), probe)
 
 
 def measure_affines(
@@ -247,7 +311,8 @@ def measure_affines(
 
     Args:
         model: Any module.
-        batches: As for :func:`measure_entropy`.
+        batches: As for :func:`measure_entropy`. Samples whose values are not all finite are left out, where they are
+            not.
         neuron_dim: As for :func:`measure_entropy`.
         gates: As for :func:`measure_entropy`.
 
@@ -260,6 +325,9 @@ def measure_affines(
         ValueError: As :func:`measure_entropy`.
         RuntimeError: If no activation was called.
 
+    Warns:
+        UserWarning: As :func:`measure_entropy`, and if an affine would not be finite, which is left out then.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -268,7 +336,17 @@ def measure_affines(
         ['1']
     """
     probe = _measured(model, batches, None, neuron_dim, gates, affines=True)
-    return probe.affines()
+    return _unless_empty(probe.affines(), probe)
+
+
+def _unless_empty(measured: dict[str, _T], probe: EntropyProbe) -> dict[str, _T]:
+    """Refuse batches of which no sample was finite anywhere."""
+    if not measured and probe.reasons:
+        raise ValueError(
+            f"Expected argument `batches` to hold samples for which the model's values are finite, but none is "
+            f"where {list(probe.reasons)[:5]} are called. Look for NaN in the batches and in the weights."
+        )
+    return measured
 
 
 def _measured(
@@ -283,25 +361,16 @@ def _measured(
     """Run a model over batches with its activations measured."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
-    if isinstance(batches, Tensor):
-        raise TypeError(
-            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be "
-            "taken for batches. Pass `[tensor]`."
-        )
+    check_iterable("batches", batches)
     inner = unwrap(model)
+    check_weights(inner)
     sites = isolated_sites(inner, gates)
     if not sites:
         raise ValueError(
             f"Expected argument `model` to call at least one rectifier, but none was found in {type(inner).__name__}"
         )
     device = device_of(inner)
-    seen = 0
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
-        for batch in batches:
-            forward(inner, (model_input(batch).to(device),), "batches")
-            seen += 1
-            if seen == max_batches:
-                break
-    if seen == 0:
-        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+        for value in usable_batches(batches, max_batches):
+            forward(inner, (value.to(device),), "batches")
     return probe

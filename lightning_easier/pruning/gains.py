@@ -47,7 +47,7 @@ class ShapeProbe:
 
             @torch.compiler.disable  # type: ignore[untyped-decorator]
             def note(module: nn.Module, args: tuple[Any, ...], site: str = site) -> None:
-                if args and site not in self.shapes:
+                if args and args[0].numel() and site not in self.shapes:  # a batch without samples tells nothing
                     self.shapes[site] = args[0].shape
 
             first = self._model.get_submodule(meeting.first)

@@ -150,6 +150,8 @@ class Ranking:
         """
         options = self._fitted(entropies, chains, gains) if self.collapse == "fit" and chains is not None else {}
         wanted = [name for name in entropies if name not in options]
+        if self.needs_affines:  # one that would not be finite is not there
+            wanted = [name for name in wanted if name in affines]
         mergeable = self._mergeable(model, wanted) if self.candidates == "mergeable" else set(wanted)
         for name in wanted:
             if name in mergeable:

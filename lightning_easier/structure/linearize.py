@@ -58,7 +58,7 @@ def linearize(
 
     Raises:
         TypeError: If ``names`` is a string, or ``model`` is not a Module.
-        ValueError: If a name or ``stand_in`` is unknown, or ``statistics`` do not go with it.
+        ValueError: If a name or ``stand_in`` is unknown, or ``statistics`` do not go with it or are not finite.
 
     Source: EASIER, arXiv 2404.18949, for the identity. Moving the padding:
         Kim et al., Efficient Latency-Aware CNN Depth Compression (ICML 2023).
@@ -75,7 +75,7 @@ def linearize(
     inner = unwrap(model)
     linear = stand_ins(inner)
     names = [name for name in _as_names(names) if name not in linear]
-    fits = _checked(statistics, stand_in, names)
+    fits = _checked(statistics, stand_in, names, _floating(inner).dtype)
     wanted: dict[str, _Wanted] = {}
     taken: set[str] = set()
     for name in names:
@@ -174,7 +174,10 @@ def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding:
 
 
 def _checked(
-    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None, stand_in: str, names: Iterable[str]
+    statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None,
+    stand_in: str,
+    names: Iterable[str],
+    dtype: torch.dtype,
 ) -> Mapping[str, AffineFit | ChainFit]:
     """Return what was measured for each name; nothing for identities."""
     if stand_in == "identity":
@@ -190,6 +193,12 @@ def _checked(
             raise ValueError(
                 f"Expected argument `statistics` to hold the {what} of {name!r}, as `{measured}(model, batches)` "
                 f"returns it, but got {(statistics or {}).get(name)!r}"
+            )
+    for name in names:
+        if not (statistics or {})[name].is_finite_in(dtype):
+            raise ValueError(
+                f"Expected argument `statistics` to hold finite numbers in the dtype of the model, {dtype}, but those "
+                f"of {name!r} are not. Measure with data and weights that are finite, or leave {name!r} out of `names`."
             )
     return statistics or {}
 

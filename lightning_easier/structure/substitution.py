@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _reverse_repeat_tuple
 
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.support.finite import is_finite
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
@@ -91,6 +92,11 @@ class ChainFit:
     form: Form
     tensors: dict[str, Tensor]
     affine: AffineFit | None = None
+
+    def is_finite_in(self, dtype: torch.dtype) -> bool:
+        """Tell whether all its numbers are finite in a dtype, which may hold less than their own."""
+        tensors = is_finite(*(value.to(dtype) for value in self.tensors.values()))
+        return tensors and (self.affine is None or self.affine.is_finite_in(dtype))
 
     def to_plain(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts: what a checkpoint may hold, and another process read."""

@@ -1,7 +1,7 @@
 """Read calibration data: what a model is called with, batch by batch, and what has to be left out of it."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,15 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_easier.support.inference import copies, describe, evaluation_mode, forward, model_inputs, tensors_in
+from lightning_easier.support.inference import (
+    copies,
+    describe,
+    evaluation_mode,
+    forward,
+    model_input,
+    model_inputs,
+    tensors_in,
+)
 
 Arguments = tuple[Tensor, ...]
 
@@ -43,20 +51,16 @@ def read_calibration(
 
     Raises:
         TypeError: If the data is no iterable of batches, or a batch holds no tensors.
-        ValueError: If nothing is left, or the model does not accept a batch.
+        ValueError: If nothing is left, a batch holds no data, or the model does not accept it.
 
     Warns:
         UserWarning: If something is left out.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"Expected argument `{argument}` to be an iterable of batches, but got {describe(data)}"
-            f"{', whose samples would be taken for batches' if isinstance(data, Tensor) else ''}. Pass `[tensor]`."
-        )
+    check_iterable(argument, data)
     read, empty, samples, strange = [], 0, 0, 0
     for batch in data:
-        arguments = tuple(x.to(device) for x, device in zip(model_inputs(batch, count), devices, strict=True))
-        if any(x.ndim and len(x) == 0 for x in arguments):
+        arguments = tuple(x.to(device) for x, device in zip(model_inputs(batch, count, argument), devices, strict=True))
+        if any(_is_empty(x) for x in arguments):
             empty += 1
             continue
         kept = _finite_samples(model, arguments, argument)
@@ -66,18 +70,93 @@ def read_calibration(
             read.append(arguments)
         elif bool(kept.any()):
             read.append(tuple(x[kept.to(x.device)] if _has_samples(x, len(kept)) else x for x in arguments))
-    notes = [f"{empty} of the batches in `{argument}` hold no sample and were left out"] if empty else []
+    notes = _notes_of_empty(argument, empty)
     if strange:
         notes.append(
             f"{strange} of the {samples} samples in `{argument}` were left out: their values, or what the model makes "
             f"of them, are not all finite"
         )
-    if not read:
-        why = "; ".join(notes) or "it yielded none"
-        raise ValueError(f"Expected argument `{argument}` to yield at least one batch that can be used, but {why}")
+    _check_left(argument, len(read), notes)
     for note in notes:
         rank_zero_warn(note)
     return Calibration(read, notes)
+
+
+def tell_left_out(left_out: int, samples: int, what: str) -> None:
+    """Warn of samples that were left out of what was measured.
+
+    Args:
+        left_out: How many; of none nothing is said.
+        samples: How many there were.
+        what: What they are samples of.
+    """
+    if left_out:
+        tell(
+            f"{left_out} of the {samples} samples in {what} were left out where the model's values for them are not "
+            f"all finite. Look for NaN in the data."
+        )
+
+
+def tell(note: str) -> None:
+    """Warn, on one process."""
+    rank_zero_warn(note)
+
+
+def usable_batches(batches: Iterable[Any], most: int | None = None) -> Iterator[Tensor]:
+    """Yield the input in each batch, and leave out batches without samples.
+
+    Args:
+        batches: A tensor each, or a sequence whose first element is the input.
+        most: How many to yield at most; all by default.
+
+    Raises:
+        TypeError: If the data is no iterable of batches, or a batch holds no tensor.
+        ValueError: If nothing is left, or a batch holds no data.
+
+    Warns:
+        UserWarning: If something is left out.
+    """
+    check_iterable("batches", batches)
+    yielded = empty = 0
+    for batch in batches:
+        value = model_input(batch)
+        if _is_empty(value):
+            empty += 1
+            continue
+        yielded += 1
+        yield value
+        if yielded == most:
+            break
+    _check_left("batches", yielded, notes := _notes_of_empty("batches", empty))
+    for note in notes:
+        rank_zero_warn(note)
+
+
+def check_iterable(argument: str, data: Any) -> None:
+    """Refuse what holds no batches.
+
+    Raises:
+        TypeError: If the data is no iterable, or a tensor.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"Expected argument `{argument}` to be an iterable of batches, but got {describe(data)}"
+            f"{', whose samples would be taken for batches' if isinstance(data, Tensor) else ''}. Pass `[tensor]`."
+        )
+
+
+def _is_empty(value: Tensor) -> bool:
+    return value.ndim > 0 and len(value) == 0
+
+
+def _notes_of_empty(argument: str, empty: int) -> list[str]:
+    return [f"{empty} of the batches in `{argument}` hold no sample and were left out"] if empty else []
+
+
+def _check_left(argument: str, left: int, notes: Sequence[str]) -> None:
+    if not left:
+        why = "; ".join(notes) or "it yielded none"
+        raise ValueError(f"Expected argument `{argument}` to yield at least one batch that can be used, but {why}")
 
 
 def _finite_samples(model: nn.Module, arguments: Arguments, argument: str) -> Tensor:

@@ -63,19 +63,33 @@ def random_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
-def model_input(batch: Any) -> Tensor:
+def model_input(batch: Any, argument: str = "batches") -> Tensor:
     """Return the input in a batch: a tensor, or a sequence whose first element is the input.
+
+    Args:
+        batch: The batch.
+        argument: Name of the argument that holds the batches, for errors.
 
     Raises:
         TypeError: If there is no tensor in that place.
+        ValueError: If the tensor holds no data (the meta device).
     """
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"Expected argument `batches` to hold tensors, or sequences whose first element is the input tensor, but "
-            f"got {describe(batch)}{_remedy(batch)}"
+            f"Expected argument `{argument}` to hold tensors, or sequences whose first element is the input tensor, "
+            f"but got {describe(batch)}{_remedy(batch)}"
         )
+    _check_data(argument, first)
     return first
+
+
+def _check_data(argument: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(
+            f"Expected argument `{argument}` to hold data, but got {describe(value)} on the meta device. Pass tensors "
+            f"that hold values, on the CPU or the device of the model."
+        )
 
 
 def _remedy(batch: Any) -> str:
@@ -84,24 +98,28 @@ def _remedy(batch: Any) -> str:
     return f". Pass the forward's arguments in their order, such as `[(batch[{next(iter(batch), '...')!r}],) for ...]`"
 
 
-def model_inputs(batch: Any, count: int) -> tuple[Tensor, ...]:
+def model_inputs(batch: Any, count: int, argument: str = "batches") -> tuple[Tensor, ...]:
     """Return the positional arguments of the forward in a batch: a tensor, or the first elements of a sequence.
 
     Args:
         batch: The batch.
         count: How many arguments the forward takes.
+        argument: Name of the argument that holds the batches, for errors.
 
     Raises:
         TypeError: If there are not so many tensors.
+        ValueError: If one of them holds no data (the meta device).
     """
     if count == 1:
-        return (model_input(batch),)
+        return (model_input(batch, argument),)
     first = batch[:count] if isinstance(batch, list | tuple) else ()
     if len(first) < count or not all(isinstance(x, Tensor) for x in first):
         raise TypeError(
-            f"Expected argument `batches` to hold sequences whose first {count} elements are the input tensors, but "
+            f"Expected argument `{argument}` to hold sequences whose first {count} elements are the input tensors, but "
             f"got {describe(batch)}{_remedy(batch)}"
         )
+    for value in first:
+        _check_data(argument, value)
     return tuple(first)
 
 

@@ -123,9 +123,11 @@ def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):
 
 def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m"]
-    for result in launch(tmp_path, 4, ["uneven shards"], *torchrun)["uneven shards"]:
+    results = launch(tmp_path, 4, ["uneven shards"], *torchrun)["uneven shards"]
+    for result in results:
         assert result["measured"] == pytest.approx(result["expected"], rel=1e-12)
         assert len(result["measured"]) == 5
+    assert sum("3 of the 13 samples in what was measured" in told for told in results[0]["told"]) == 1
 
 
 def test_spawned_processes_bring_structure_and_weights_back(tmp_path):

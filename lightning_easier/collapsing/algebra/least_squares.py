@@ -7,6 +7,9 @@ With :math:`U` the patches of the chain's input, one row a position and a last c
 The sums :math:`U^\top U`, :math:`U^\top T` and those of :math:`T^2` are all that is needed of the data: they add up
 over batches and processes, and every operator below is fitted from the same ones. A part of the samples is held out;
 their sums tell the residual, and choose the ridge :math:`\Lambda`, without a second look at the data.
+
+Samples that are not finite are left out by a weight of zero: how many are left is not known on the host while the sums
+are taken.
 """
 
 import math
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.convolutions import make_convolution, with_tensors
+from lightning_easier.support.finite import finite_samples, is_finite, zeroed
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that are tried, as a share of the mean square of each column."""
@@ -28,6 +32,8 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
 HELD_OUT = 4
 """Every so-many-th position is held out."""
+NOT_FINITE = "what was fitted is not finite"
+"""Why there may be no fit, though the sums are finite."""
 _FEWEST_POSITIONS = 2
 # Of inputs that are smaller, products of two underflow in float32.
 _SMALLEST_INPUT = 1e-17
@@ -117,18 +123,20 @@ class Sums:
         """How many positions were summed over."""
         return float(self.gram[-1, -1])
 
-    def add(self, patches: Tensor, target: Tensor) -> None:
+    def add(self, patches: Tensor, target: Tensor, weight: Tensor) -> None:
         """Add positions: patches ``(P, K − 1)``, targets ``(P, O)``; both are overwritten.
+
+        Each has a weight ``(P,)`` of one, or of zero, and zeros for values, if it is left out.
 
         The products are taken of differences from a centre, in the precision of the values, and put back around it in
         float64: a mean far from zero would use up the digits.
         """
-        count = len(patches)
-        u, around_u = _centred(patches)
-        t, around_t = _centred(target)
-        u, around_u, t, around_t = (each.to(self.gram) for each in (u, around_u, t, around_t))
-        _add_product(self.gram[:-1, :-1], patches, patches, (u, around_u), (u, around_u))
-        _add_product(self.cross[:-1], patches, target, (u, around_u), (t, around_t))
+        count = weight.sum()
+        u, around_u = _centred(patches, weight, count)
+        t, around_t = _centred(target, weight, count)
+        u, around_u, t, around_t, count = (each.to(self.gram) for each in (u, around_u, t, around_t, count))
+        _add_product(self.gram[:-1, :-1], patches, patches, count, (u, around_u), (u, around_u))
+        _add_product(self.cross[:-1], patches, target, count, (u, around_u), (t, around_t))
         for row in (self.gram[-1, :-1], self.gram[:-1, -1]):
             row += around_u + count * u
         self.gram[-1, -1] += count
@@ -171,15 +179,24 @@ class Sums:
         return Sums(gram, torch.cat([cross, self.cross[-1:]]), self.squares)
 
 
-def _centred(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Move values ``(P, K)`` to around zero in place; return what was taken off, and the sums of what is left."""
-    centre = values.mean(0)
-    values -= centre
+def _centred(values: Tensor, weight: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Move values ``(P, K)`` to around zero in place; return what was taken off, and the sums of what is left.
+
+    Where no value is left out, the share is one, which no result depends on.
+    """
+    share = torch.full_like(count, len(values)) / count.clamp(min=1)  # a number by a tensor would be rounded twice
+    centre = values.mean(0) * share
+    values.addcmul_(weight[:, None], centre, value=-1)
     return centre, values.sum(0)
 
 
 def _add_product(
-    sums: Tensor, left: Tensor, right: Tensor, off_left: tuple[Tensor, Tensor], off_right: tuple[Tensor, Tensor]
+    sums: Tensor,
+    left: Tensor,
+    right: Tensor,
+    count: Tensor,
+    off_left: tuple[Tensor, Tensor],
+    off_right: tuple[Tensor, Tensor],
 ) -> None:
     """Add ``(left + l).T @ (right + r)``, in the precision of the sums; ``off_…`` are as :func:`_centred` returns them.
 
@@ -187,7 +204,7 @@ def _add_product(
     only the panels from the diagonal on are computed.
     """
     (centre_left, around_left), (centre_right, around_right) = off_left, off_right
-    shift = around_right + len(left) * centre_right
+    shift = around_right + count * centre_right
     for start in range(0, left.shape[1], _PANEL):
         rows, begin = slice(start, start + _PANEL), start if left is right else 0
         panel = (left[:, rows].T @ right[:, begin:]).to(sums)
@@ -206,11 +223,15 @@ class Moments:
         geometry: What an output position reads.
         fitted: Sums over most positions.
         held_out: Sums over the others.
+        samples: How many samples there were.
+        left_out: How many of them were not finite, an int64 scalar.
     """
 
     geometry: Geometry
     fitted: Sums
     held_out: Sums
+    samples: int = 0
+    left_out: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     _batches: int = field(default=0, repr=False)
 
     @classmethod
@@ -218,7 +239,7 @@ class Moments:
         """Return moments of nothing; they are kept where there is float64."""
         device = torch.device("cpu") if device.type in ("mps", "xla") else device
         fitted, held_out = (Sums.zeros(geometry.unknowns, outputs, device) for _ in range(2))
-        return cls(geometry, fitted, held_out)
+        return cls(geometry, fitted, held_out, left_out=torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def add(self, value: Tensor, target: Tensor, positions: int) -> None:
@@ -229,7 +250,13 @@ class Moments:
             target: What comes out of it.
             positions: How many positions are used at most; they are drawn pseudo-randomly, by the number of the batch.
         """
+        if not target.numel():
+            return
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        kept = finite_samples(value, target)
+        value, target = zeroed(value, kept), zeroed(target, kept)
+        self.samples += len(kept)
+        self.left_out += (~kept).sum().to(self.left_out.device)
         number, self._batches = self._batches, self._batches + 1
         with torch.autocast(value.device.type, enabled=False):  # that of a step would take the products in half
             patches = self.geometry.patches(value.to(wide))
@@ -238,16 +265,18 @@ class Moments:
             for places, held_out in _places(target.shape[:axes], positions, self.geometry.unknowns, number):
                 where = tuple(place.to(value.device) for place in places)
                 rows = patches[where].reshape(len(where[0]), -1)
-                (self.held_out if held_out else self.fitted).add(rows, target[where])
+                (self.held_out if held_out else self.fitted).add(rows, target[where], kept[where[0]].to(wide))
                 del rows  # not beside those that come next
 
     def why_no_fit(self) -> str | None:
         """Return why nothing can be fitted; None if something can."""
         if min(self.fitted.positions, self.held_out.positions) < _FEWEST_POSITIONS:
-            return "there are too few positions in the data to fit to, and to hold some out"
+            reason = "there are too few positions in the data to fit to, and to hold some out"
+            left_out = int(self.left_out)
+            return f"{reason}: {left_out} of {self.samples} samples are not finite" if left_out else reason
         parts = (tensor for sums in (self.fitted, self.held_out) for tensor in (sums.gram, sums.cross, sums.squares))
-        if not all(bool(tensor.isfinite().all()) for tensor in parts):
-            return "its values are not all finite"
+        if not is_finite(*parts):
+            return "its values are so large that sums over them overflow"
         largest = self.fitted.gram.diagonal()[:-1].max() / self.fitted.positions
         if largest < _SMALLEST_INPUT**2:
             return (
@@ -294,11 +323,17 @@ class Fit:
 
 
 def fits(moments: Moments) -> Iterator[Fit]:
-    """Fit every kind of operator that suits a chain, the one with most freedom first.
+    """Fit every kind of operator that suits a chain, the one with most freedom first; none that is not finite.
 
     Args:
         moments: The sums over its input and output.
     """
+    for fit in _all_fits(moments):
+        if is_finite(*fit.operator.parameters(), fit.mean, fit.variance):
+            yield fit
+
+
+def _all_fits(moments: Moments) -> Iterator[Fit]:
     geometry = moments.geometry
     dense = _solution(moments)
     yield _fit("convolution" if geometry.kernel else "linear", moments, dense, _dense(geometry, dense))

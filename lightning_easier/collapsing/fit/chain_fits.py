@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
-from lightning_easier.collapsing.algebra.least_squares import Fit, Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, priced
 from lightning_easier.collapsing.fit.fittable import Chains, FitChain
 from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
@@ -27,8 +27,9 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
 from lightning_easier.support.arguments import as_globs
+from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import device_of, evaluation_mode, forward, model_input
+from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
 
 # Of the sums of all chains together.
 _MOST_BYTES = 2**32
@@ -134,6 +135,9 @@ class ChainProbe:
         def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.paused or not inputs:
                 return
+            if not inputs[0].numel():  # a batch without samples
+                inputs.clear()
+                return
             seen.shape = seen.shape or inputs[0].shape
             seen.calls += 1
             seen.moments.add(inputs.pop().detach(), output.detach(), positions)
@@ -146,26 +150,35 @@ class ChainProbe:
             return
         for seen in self._seen:
             calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
-            for tensor in (calls, *_tensors_of(seen.moments)):
+            samples = torch.tensor([seen.moments.samples], device=calls.device)
+            for tensor in (calls, samples, *_tensors_of(seen.moments)):
                 all_reduce(tensor)
-            seen.calls = int(calls)
+            seen.calls, seen.moments.samples = int(calls), int(samples)
 
     def fitted(self) -> Iterator[tuple[FitChain, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
         both = list(zip(self.chains, self._seen, strict=True))
         for chain, seen in tqdm(both, desc="Fitting", leave=False, delay=1, disable=None):
             reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
+            found = [] if reason else list(fits(seen.moments))
+            reason = reason or (None if found else NOT_FINITE)
             if reason is None:
-                yield chain, list(fits(seen.moments)), seen.shape
+                yield chain, found, seen.shape
             elif len(chain.sites) == 1:
                 self.reasons[chain.sites[0]] = reason
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """How many samples were left out, since they are not finite, and how many there were; of the worst chain."""
+        counts = ((int(seen.moments.left_out), seen.moments.samples) for seen in self._seen)
+        return max(counts, default=(0, 0))
 
     def price(self, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
         """Tell what each operator would save in the place of a chain."""
         return priced(self._model, chain, candidates, shape, prices)
 
     def chain_fit(self, chain: FitChain, fit: Fit) -> ChainFit | None:
-        """Tell how an operator moves into the modules of a chain; None if it is of another kind than the first."""
+        """Tell how an operator moves into the modules of a chain; None if it can't."""
         return as_chain_fit(self._model, chain, fit)
 
 
@@ -182,6 +195,7 @@ def _may_pay(model: nn.Module, chain: FitChain) -> bool:
 def _tensors_of(moments: Moments) -> Iterator[Tensor]:
     for sums in (moments.fitted, moments.held_out):
         yield from (sums.gram, sums.cross, sums.squares)
+    yield moments.left_out
 
 
 def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None:
@@ -193,7 +207,8 @@ def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None
         fit: The operator.
 
     Returns:
-        None if the operator is of another kind than the first of the chain, so that it can't move in.
+        None if the operator is of another kind than the first of the chain, so that it can't move in, or its values are
+        too large for the dtype of the model.
     """
     site, *others = chain.sites
     first: Any = model.get_submodule(chain.operators[0])
@@ -231,7 +246,8 @@ def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None
         None if host is None else seen_from(site, host), attributes, tuple(seen_from(site, name) for name in absorbed)
     )
     of_model = {seen_from(site, name): value.to(first.weight) for name, value in tensors.items()}
-    return ChainFit(fit.kind, fit.explained, form, of_model, affine)
+    found = ChainFit(fit.kind, fit.explained, form, of_model, affine)
+    return found if found.is_finite_in(first.weight.dtype) else None
 
 
 def measure_fits(
@@ -249,7 +265,8 @@ def measure_fits(
 
     Args:
         model: Any module.
-        batches: A tensor each, or a sequence whose first element is the input.
+        batches: A tensor each, or a sequence whose first element is the input. Those without samples are skipped, and
+            samples whose values are not all finite left out, where they are not.
         include: Name globs of the activations; all by default.
         exclude: Name globs of those to leave out.
 
@@ -259,7 +276,10 @@ def measure_fits(
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``batches`` do not hold tensors.
-        ValueError: If a glob matches nothing, there is no batch, or an input does not fit.
+        ValueError: If a glob matches nothing, there is no batch, or an input does not fit or is on the meta device.
+
+    Warns:
+        UserWarning: If a batch has no sample, or samples were left out.
 
     Example:
         >>> import torch
@@ -274,24 +294,21 @@ def measure_fits(
           (2): Absorbed()
         )
     """
-    if isinstance(batches, Tensor):
-        raise TypeError(
-            "Expected argument `batches` to be an iterable of batches, but got a tensor, whose samples would be taken "
-            "for batches. Pass `[tensor]`."
-        )
+    check_iterable("batches", batches)
     inner = unwrap(model)
+    check_weights(inner)
     sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(batches)
-    if not taken:
-        raise ValueError("Expected argument `batches` to yield at least one batch, but it yielded none")
+    taken = list(usable_batches(batches))
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
-        for batch in taken:
-            forward(inner, (model_input(batch).to(device),), "batches")
+        for value in taken:
+            forward(inner, (value.to(device),), "batches")
+    tell_left_out(*probe.left_out, "`batches`")
     best: dict[str, ChainFit] = {}
     for chain, candidates, _ in probe.fitted():
         possible = [fit for each in candidates if (fit := probe.chain_fit(chain, each)) is not None]
-        best[chain.sites[0]] = max(possible, key=lambda fit: fit.explained)
+        if possible:
+            best[chain.sites[0]] = max(possible, key=lambda fit: fit.explained)
     return best
 
 

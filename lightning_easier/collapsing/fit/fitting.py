@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_easier.collapsing.algebra.least_squares import Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choose, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
 from lightning_easier.sites.activations import replace_activation
 from lightning_easier.structure.substitution import Absorbed
+from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.inference import copies, evaluation_mode
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
@@ -346,13 +347,19 @@ def fit_to(
     """
     if gathered is None:
         raise CannotFitError("the model's forward does not call it")
-    reason = gathered.moments.why_no_fit()
+    moments = gathered.moments
+    tell_left_out(
+        int(moments.left_out), moments.samples, f"the calibration data of the chain around {chain.sites[0]!r}"
+    )
+    reason = moments.why_no_fit()
     if reason is not None:
         raise CannotFitError(reason)
     fitted = []
-    for fit in fits(gathered.moments):
+    for fit in fits(moments):
         fitted.append(fit)
         advance()
+    if not fitted:
+        raise CannotFitError(NOT_FINITE)
     return priced(model, chain, fitted, gathered.shape, prices)
 
 
