@@ -1,7 +1,11 @@
 """Tests of compression without training."""
 
+import contextlib
 import copy
+import io
+import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,9 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
-from lightning_easier.collapsing.fit import fitting
 from lightning_easier.pruning import compress as compress_module
+from lightning_easier.pruning import goals
+from lightning_easier.support import progress, timing
 from lightning_easier.zoo import CifarResNet
+from tests.clocks import Clock, jittering
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
 
 
@@ -390,29 +396,107 @@ def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeyp
     assert any(f"beyond the {bound:.2%} of `max_drift`" in str(trial.reason) for trial in both.trials)
 
 
+def at_a_pace(monkeypatch, seconds):
+    """Compress within two minutes, where so many seconds pass between two looks at the clock."""
+    moments = iter(range(0, 10**6, seconds))
+    monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
+    return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
+
+
 def test_it_ends_when_its_minutes_are_over(monkeypatch):
-    """Half of the time is for the search, so that what it finds can still be tried."""
-
-    def at_a_pace(seconds):
-        moments = iter(range(0, 10**6, seconds))
-        monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
-        return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
-
-    report = at_a_pace(24)  # two chains are looked at in the first minute, one is tried in the second
+    """Half of the time is for the search, so that what it finds can still be tried, and the end is for the costs."""
+    report = at_a_pace(monkeypatch, 23)  # two chains are looked at in the first minute, one is tried up to 80 %
     assert [trial.kept for trial in report.trials] == [True]
     assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * 2
-    assert report.ended == "the 2 minutes of `max_minutes` are over"
-    assert at_a_pace(70).ended == "nothing is left to try of what was found in half of the time of `max_minutes`"
-    assert at_a_pace(1).ended == "nothing is left to try"
+    assert report.ended == "the time for trials is over, 80 % of the 2 minutes of `max_minutes`"
+    assert at_a_pace(monkeypatch, 1).ended == "nothing is left to try"
+
+
+@pytest.mark.parametrize(("seconds", "chains"), [(70, 0), (40, 1)])
+def test_minutes_that_are_too_few_to_try_anything_are_named(monkeypatch, seconds, chains):
+    ended = f"nothing was tried: {chains} of 4 chains around activations were looked at within the 2 minutes"
+    with pytest.warns(UserWarning, match=f"Compression ended since {ended}.*Raise `max_minutes`"):
+        report = at_a_pace(monkeypatch, seconds)
+    assert report.ended == f"{ended} of `max_minutes`"
+    assert report.trials == []
+    assert "few samples, 5 of each model" in report.notes[-1]
+    assert len(report.speedup.ratios) == 5
+
+
+def test_a_depth_is_looked_for_before_anything_is_timed(monkeypatch):
+    looks = []
+    compare = goals.compare
+    monkeypatch.setattr(goals, "compare", lambda *args: looks.append(args) or compare(*args))
+    report = compress(mlps(4), BATCHES, target_depth=5, **OPTIONS).report
+    assert sum(trial.kept for trial in report.trials) == 2
+    assert report.after.depth == 5
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("target", [None, 3])
+def test_what_is_the_same_is_timed_once(monkeypatch, target):
+    """Nothing is removed and nothing merges: as given, dense, collapsed and compressed are one network."""
+    timed = []
+    monkeypatch.setattr(timing, "stopwatch", lambda call: timed.append(call) or (lambda runs: 1.0))
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 8))
+    context = pytest.warns(UserWarning, match="is not reached") if target else contextlib.nullcontext()
+    with context:
+        report = compress(model, BATCHES, include=[], target_speedup=target, objective="macs").report
+    assert len(timed) == 1
+    assert report.before == report.dense == report.exact == report.after
+    assert {*report.speedup.ratios} == {1.0}
+
+
+class Bars:
+    """Every progress bar that is shown, what it says, and when by the counting clock."""
+
+    def __init__(self, monkeypatch, clock) -> None:
+        self.shown, self.seen = [], []
+        begin, update = tqdm.__init__, tqdm.update
+
+        def init(bar, *args, **options):
+            is_shown = not options.get("disable")
+            options.update(disable=not is_shown, file=io.StringIO(), delay=0)
+            begin(bar, *args, **options)
+            if is_shown:
+                self.shown.append(bar)
+                self.seen.append((clock.now, bar.n, bar.total, bar.desc))
+
+        def updated(bar, n=1):
+            update(bar, n)
+            if not bar.disable:
+                self.seen.append((clock.now, bar.n, bar.total, bar.desc))
+
+        monkeypatch.setattr(tqdm, "__init__", init)
+        monkeypatch.setattr(tqdm, "update", updated)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_speedup": 1.2}, {"target_depth": 4}, {"max_minutes": 1e-9}])
+def test_one_bar_tells_the_time_left_from_the_first_to_the_last_second(monkeypatch, options):
+    clock = Clock(jittering(0.3))
+    monkeypatch.setattr(timing, "stopwatch", clock)
+    bars = Bars(monkeypatch, clock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a minute too few
+        compress(mlps(3), BATCHES, max_drift=10.0, **options)
+    (_,) = bars.shown
+    times, places, totals, names = zip(*bars.seen, strict=True)
+    assert list(places) == sorted(places)
+    assert {*totals} == {places[-1]}  # never past its end, and there at last
+    assert len({name for name in names if name}) == 4
+    silent = [later - earlier for earlier, later in itertools.pairwise([0.0, *times, clock.now])]
+    assert max(silent) < 0.1 < clock.now
 
 
 def test_what_it_will_take_is_known_from_the_start(monkeypatch):
-    """The bar over the search knows its total before the first chain."""
+    """The bar knows its total before the first chain, and is shown at once."""
     bars = []
-    monkeypatch.setattr(fitting, "tqdm", lambda *_, **options: bars.append(options) or tqdm(disable=True))
+    monkeypatch.setattr(
+        progress, "tqdm", lambda *_, **options: bars.append(options) or tqdm(total=options["total"], disable=True)
+    )
     compress(mlps(3), BATCHES, **OPTIONS)
     (bar,) = bars
-    assert bar["total"] == 3 * (len(BATCHES) + fitting.MOST_FITS)
+    assert bar["total"] > 0
     assert bar.get("delay", 0) == 0
 
 

@@ -1,8 +1,10 @@
 """Tests of what decides by time: under a clock that lies it decides alike, or says why it can't."""
 
+import io
 import math
 import pickle
 import random
+import warnings
 from dataclasses import replace
 from statistics import median
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
+from lightning_easier.pruning import compress as compress_module
 from lightning_easier.pruning import goals
 from lightning_easier.support import timing
 from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
@@ -245,3 +248,71 @@ def test_a_target_is_asked_for_where_nothing_can_be_counted(monkeypatch):
     report = compress(Residual(), batches(), target_speedup=1.5, objective="macs", max_drift=math.inf).report
     assert report.ended.startswith("the target is reached")
     assert 0 < len(report.trials) < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"target_speedup": 3.0}])
+def test_timings_keep_to_the_minutes(monkeypatch, options):
+    """The counting clock is that of the budget, too: only timings take time."""
+
+    def seconds_within(minutes):
+        clock = under(monkeypatch, jittering(0.3))
+        monkeypatch.setattr(compress_module, "monotonic", lambda: clock.now)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the target may not be reached in time
+            report = compress(Residual(), batches(), max_drift=math.inf, max_minutes=minutes, **options).report
+        return clock.now, report
+
+    free, report = seconds_within(None)
+    assert not any("max_minutes" in note for note in report.notes)
+    for share in (0.75, 0.5, 0.25):
+        taken, report = seconds_within(share * free / 60)
+        assert taken < share * free + 0.25 * free, "the fewest samples of what has begun are taken in any case"
+        assert any("the bounds of speed-ups are wider" in note for note in report.notes)
+        assert len(report.speedup.ratios) >= 5
+
+
+def test_calls_that_are_one_are_timed_once_under_both_names(monkeypatch):
+    under(monkeypatch, jittering(0.3))
+    one, other = nn.Linear(64, 512), nn.Linear(64, 64)
+    latency = compare({"a": one, "b": other, "c": one}, (torch.randn(512, 64),), {("a", "c"): 1.0, ("a", "b"): 2.0})
+    assert latency["a"] is latency["c"]
+    assert speed_up(latency["a"], latency["b"]).is_above(2.0)
+
+
+def test_a_pace_that_is_over_leaves_the_fewest_samples_and_says_so(monkeypatch):
+    under(monkeypatch, honest)
+    told = []
+    x = torch.randn(512, 64)
+    calls = {"before": nn.Linear(64, 512), "after": nn.Linear(64, 256)}
+    for left, samples in ((0.0, 5), (math.inf, 15)):
+        told.clear()
+        pace = timing.Pace(lambda left=left: left, told.append)
+        latency = compare(calls, (x,), {}, pace)
+        assert len(latency["before"].samples) == samples
+        assert pace.was_short == (left == 0.0)
+        assert sum(told) == pytest.approx(1.0)
+
+
+def test_the_bar_over_operators_ends_at_its_total(monkeypatch):
+    under(monkeypatch, jittering(0.5))  # more samples are taken
+    bars = []
+
+    class Bar(timing.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO(), "delay": 0})
+            self.seen = [self.n]
+            bars.append(self)
+
+        def update(self, n=1):
+            super().update(n)
+            self.seen.append(self.n)
+
+    monkeypatch.setattr(timing, "tqdm", Bar)
+    table = LatencyTable()
+    layers = [nn.Linear(64, width) for width in range(16, 26)]
+    x = torch.randn(256, 64)
+    table.measure({width: lambda layer=layer: lambda: layer(x) for width, layer in enumerate(layers)}, x.device)
+    assert len(bars) == 2
+    for bar in bars:
+        assert bar.seen == sorted(bar.seen)
+        assert bar.seen[-1] == bar.total

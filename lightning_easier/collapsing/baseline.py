@@ -26,10 +26,12 @@ class Baseline:
     Attributes:
         model: The network in eval mode: its activations are back, its batch norms folded where it can be captured.
         depth: Longest chain of weight-carrying operators.
+        is_as_given: Whether it is a copy of what it is the dense network of: nothing was folded, nothing was linear.
     """
 
     model: nn.Module
     depth: int
+    is_as_given: bool = False
 
 
 def baseline_of(source: nn.Module, arguments: Sequence[Tensor], captured: fx.GraphModule | None = None) -> Baseline:
@@ -44,7 +46,8 @@ def baseline_of(source: nn.Module, arguments: Sequence[Tensor], captured: fx.Gra
         CaptureError: If neither the model nor its dense network can be captured.
     """
     dense = deepcopy(source)
-    if stand_ins(dense):
+    is_as_given = not stand_ins(dense)
+    if not is_as_given:
         restore(dense)
     try:
         captured = capture(dense, copies(arguments)) if captured is None or stand_ins(source) else captured
@@ -56,7 +59,7 @@ def baseline_of(source: nn.Module, arguments: Sequence[Tensor], captured: fx.Gra
     steps = Steps(twin, "macs", LatencyTable(), {})
     steps.simplify()
     if not steps.fused:  # its own forward is as good, and may be faster than what was recorded
-        return Baseline(dense, depth(captured))
+        return Baseline(dense, depth(captured), is_as_given)
     folded = steps.finish()
     steps.round()
     return Baseline(folded, depth(folded))

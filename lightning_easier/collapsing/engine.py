@@ -1,9 +1,9 @@
 """Capture, simplify, plan, write, verify, round: the steps of a collapse in their order."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from lightning_easier.collapsing.exact.verification import (
 )
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice
 from lightning_easier.collapsing.fit.fitting import fit_chains
-from lightning_easier.report import CollapseReport, Fitted, ModelCost, Refusal
+from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
@@ -144,20 +144,25 @@ def collapse(
         if mode == "fit":
             fitted = deepcopy(source)
             fits = _fit(fitted, sites, calibration, arguments, ChainPrices(objective, table), slack)
-        return _collapse(model, source, fitted, arguments, objective, table, fits)
+        prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
+        return prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
 
 
-def collapse_beside(
-    model: nn.Module, arguments: Sequence[Tensor], objective: Objective, table: LatencyTable, baseline: Baseline
-) -> CollapseResult:
-    """Collapse a model exactly, and compare it with a dense network that is known already.
+def prepare(
+    model: nn.Module,
+    arguments: Sequence[Tensor],
+    objective: Objective,
+    table: LatencyTable,
+    baseline: Baseline | None = None,
+) -> "Prepared":
+    """Collapse a model exactly, but for what its times as a whole decide: those are the caller's to take.
 
     Args:
         model: The model; it is not changed.
         arguments: Example inputs.
         objective: What is to be least.
         table: Times that were measured already.
-        baseline: The dense network.
+        baseline: The dense network to compare the result with; that of the model by default.
 
     Raises:
         CollapseError: As :func:`collapse`.
@@ -165,7 +170,7 @@ def collapse_beside(
     device = arguments[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         source = _source(model, arguments)
-        return _collapse(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
+        return Prepared(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
 
 
 class _Fits(NamedTuple):
@@ -211,20 +216,11 @@ def _fit(
     return _Fits(*fit_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
 
 
-def _collapse(
-    model: nn.Module,
-    source: nn.Module,
-    fitted: nn.Module,
-    arguments: Sequence[Tensor],
-    objective: Objective,
-    latencies: LatencyTable,
-    fits: _Fits,
-    baseline: Baseline | None = None,
-) -> CollapseResult:
-    """Collapse a copy of a model after its arguments were checked.
+class Prepared:
+    """A collapse of which all is done but what the times of whole models decide.
 
     Args:
-        model: The model as it was given.
+        model: The model as it was given, its arguments checked.
         source: A copy of it in eval mode.
         fitted: What is collapsed exactly: the same, or a copy with fitted operators.
         arguments: Example inputs.
@@ -232,72 +228,154 @@ def _collapse(
         latencies: Times that were measured already.
         fits: What was fitted.
         baseline: The dense network to compare the result with; that of the model by default.
-    """
-    with torch.no_grad():
-        expected = fitted(*copies(arguments))
-    try:
-        captured = capture(fitted, copies(arguments))
-    except CaptureError as error:
-        raise CollapseError(
-            f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model that "
-            f"torch.fx or torch.export can trace."
-        ) from error
-    before = duplicate(captured)
-    done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
-    steps, collapsed, unmerged = done.steps, done.collapsed, done.unmerged
-    difference, exactly = done.difference, done.exactly
 
-    timed = deepcopy(source)
-    graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
-    dense = baseline_of(source, arguments, graph) if baseline is None else baseline
-    arguments = copies(arguments)  # timing may write into them again and again
-    models = {"before": timed, "dense": dense.model, "after": collapsed}
-    bars = {("before", "after"): _NOT_SLOWER} if objective == "latency" else {}
-    if bars and steps.merges:
-        without, _ = verify_in_float64(fitted, before, unmerged, arguments, expected)
-        steps.round(unmerged)
-        models["unmerged"], bars["unmerged", "after"] = unmerged, _NOT_SLOWER
-    latency = compare(models, arguments, bars)
-    slower = {first for first, _ in bars if speed_up(latency[first], latency["after"]).is_below(_NOT_SLOWER)}
-    result: nn.Module = collapsed
-    if "unmerged" in slower:
-        steps.give_up_merges()
-        result, latency["after"], exactly = unmerged, latency["unmerged"], without
-        difference = verify_rounded(unmerged, arguments, expected, done.rounding, type(model).__name__)
-    absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
-    unchanged = not (steps.changed or absorbed)  # its own forward is as good, and may be faster than what was recorded
-    if unchanged:
-        steps.dropped = []
-    elif "before" in slower and speed_up(latency["before"], latency["after"]).is_below(_NOT_SLOWER):
-        steps.give_up(type(model).__name__)
-        fits, unchanged = _Fits([], {}, []), True
-    if unchanged:
-        result, latency["after"], difference, exactly = timed, latency["before"], 0.0, 0.0
-    depths = {"before": depth(graph), "dense": dense.depth}
-    depths["after"] = depths["before"] if unchanged else depth(result)  # type: ignore[arg-type]
-    models["after"] = result
-    with torch.no_grad():
-        cost = {name: cost_of(models[name], arguments, depths[name], latency[name]) for name in depths}
-    refusals = [*(Refusal((site,), reason) for site, reason in fits.reasons.items()), *steps.refusals]
-    report = CollapseReport(
-        steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"], difference,
-        exactly, [_record(choice, objective) for choice in fits.choices], fits.notes,
-        fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
-        lost_arguments(model, len(arguments)) if isinstance(result, fx.GraphModule) else [],
-    )  # fmt: skip
-    if report.lost_arguments:
-        rank_zero_warn(
-            f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
-            f"and computes what it does without them. Make them attributes of the model, or give it those that it "
-            f"needs in `example_inputs`."
+    Attributes:
+        baseline: That network.
+        models: What is to be timed in turn, by name: ``"before"``, ``"dense"``, ``"after"``, and what ``"after"`` would
+            be without merges. What is the same has two names: it need be timed only once.
+        bars: Names of two of them -> how many times faster the second has to be for :meth:`settle` to be content.
+
+    Raises:
+        CollapseError: As :func:`collapse`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: nn.Module,
+        fitted: nn.Module,
+        arguments: Sequence[Tensor],
+        objective: Objective,
+        latencies: LatencyTable,
+        fits: _Fits,
+        baseline: Baseline | None = None,
+    ) -> None:
+        self._model, self._source, self._fitted, self._arguments = model, source, fitted, arguments
+        self._objective: Objective = objective
+        self._fits = fits
+        with torch.no_grad():
+            self._expected = expected = fitted(*copies(arguments))
+        try:
+            captured = capture(fitted, copies(arguments))
+        except CaptureError as error:
+            raise CollapseError(
+                f"The data flow of {type(model).__name__} can't be captured: {error}. Collapse the part of the model "
+                f"that torch.fx or torch.export can trace."
+            ) from error
+        before = duplicate(captured)
+        self._done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
+        steps, collapsed, unmerged = self._done.steps, self._done.collapsed, self._done.unmerged
+        graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
+        absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
+        # else its own forward is as good, and may be faster than what was recorded
+        self._is_changed = bool(steps.changed or absorbed)
+        self._depth = depth(graph)
+        timed = deepcopy(source)
+        self.baseline = baseline_of(source, arguments, graph) if baseline is None else baseline
+        if baseline is None and self.baseline.is_as_given:
+            self.baseline = replace(self.baseline, model=timed)
+        self.models: dict[str, nn.Module] = {
+            "before": timed, "dense": self.baseline.model, "after": collapsed if self._is_changed else timed,
+        }  # fmt: skip
+        self.bars: dict[tuple[str, str], float] = {}
+        self._without_merges: float | None = None  # how far it is off then
+        if self._is_changed and objective == "latency":
+            self.bars["before", "after"] = _NOT_SLOWER
+            if steps.merges:
+                self._without_merges, _ = verify_in_float64(fitted, before, unmerged, arguments, expected)
+                steps.round(unmerged)
+                self.models["unmerged"], self.bars["unmerged", "after"] = unmerged, _NOT_SLOWER
+        self._result: CollapseResult | None = None
+
+    @property
+    def merges(self) -> list[Merge]:
+        """What has become one operator, unless it turned out to be slower."""
+        return self._done.steps.merges
+
+    @property
+    def depth(self) -> int:
+        """Longest chain of weight-carrying operators of ``"after"``."""
+        after = self.models["after"]
+        return depth(after) if isinstance(after, fx.GraphModule) else self._depth
+
+    def settle(self, latency: Mapping[str, Latency]) -> CollapseResult:
+        """Return the result, by times that were taken in turn; what was decided once stays so.
+
+        Args:
+            latency: The time of each of :attr:`models`.
+        """
+        if self._result is None:
+            chosen, difference, exactly = self._chosen(latency)
+            self._result = self._as_result(chosen, latency, difference, exactly)
+            latency = {**latency, "after": latency[chosen]}
+            self.bars, self.models = {}, {
+                "before": self.models["before"], "dense": self.models["dense"], "after": self._result.model,
+            }  # fmt: skip
+        result, report = self._result.model, self._result.report
+        for name, module in result.named_modules():
+            if uses_batch_statistics(module):  # it has counted the runs that were timed
+                module.load_state_dict(self._model.get_submodule(name).state_dict())
+        report = replace(
+            report,
+            before=replace(report.before, latency=latency["before"]),
+            dense=replace(report.dense, latency=latency["dense"]),
+            after=replace(report.after, latency=latency["after"]),
         )
-    for name, module in result.named_modules():
-        if uses_batch_statistics(module):  # it has counted the runs above
-            module.load_state_dict(model.get_submodule(name).state_dict())
-    if isinstance(result, fx.GraphModule):
-        for node in result.graph.nodes:
-            node.meta.clear()  # shapes are those of the example inputs only
-    return CollapseResult(result, report)
+        self._result = CollapseResult(result, report)
+        return self._result
+
+    def _chosen(self, latency: Mapping[str, Latency]) -> tuple[str, float, float | None]:
+        """Return which of the models is the result, and how far it is off, relative: rounded, and in float64."""
+        if not self._is_changed:
+            self._done.steps.dropped = []
+            return "before", 0.0, 0.0
+        steps, name = self._done.steps, type(self._model).__name__
+        slower = {first for first, _ in self.bars if speed_up(latency[first], latency["after"]).is_below(_NOT_SLOWER)}
+        chosen, difference, exactly = "after", self._done.difference, self._done.exactly
+        if "unmerged" in slower:
+            steps.give_up_merges()
+            chosen, exactly = "unmerged", self._without_merges
+            unmerged = self.models["unmerged"]
+            difference = verify_rounded(unmerged, self._arguments, self._expected, self._done.rounding, name)
+        if "before" in slower and speed_up(latency["before"], latency[chosen]).is_below(_NOT_SLOWER):
+            steps.give_up(name)
+            self._fits = _Fits([], {}, [])
+            return "before", 0.0, 0.0
+        return chosen, difference, exactly
+
+    def _as_result(
+        self, chosen: str, latency: Mapping[str, Latency], difference: float, exactly: float | None
+    ) -> CollapseResult:
+        result, steps, fits = self.models[chosen], self._done.steps, self._fits
+        models = {"before": self.models["before"], "dense": self.models["dense"], "after": result}
+        depths = {"before": self._depth, "dense": self.baseline.depth}
+        depths["after"] = self._depth if chosen == "before" else depth(result)  # type: ignore[arg-type]
+        known: dict[int, ModelCost] = {}
+        cost = {}
+        device = self._arguments[0].device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for name, each in models.items():
+                known[id(each)] = known.get(id(each)) or cost_of(
+                    each, copies(self._arguments), depths[name], latency[chosen if name == "after" else name]
+                )
+                cost[name] = replace(known[id(each)], depth=depths[name])
+        refusals = [*(Refusal((site,), reason) for site, reason in fits.reasons.items()), *steps.refusals]
+        report = CollapseReport(
+            steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"],
+            difference, exactly, [_record(choice, self._objective) for choice in fits.choices], fits.notes,
+            fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
+            lost_arguments(self._model, len(self._arguments)) if isinstance(result, fx.GraphModule) else [],
+        )  # fmt: skip
+        if report.lost_arguments:
+            rank_zero_warn(
+                f"The collapsed {type(self._model).__name__} no longer takes the arguments "
+                f"{', '.join(report.lost_arguments)}, and computes what it does without them. Make them attributes of "
+                f"the model, or give it those that it needs in `example_inputs`."
+            )
+        if isinstance(result, fx.GraphModule):
+            for node in result.graph.nodes:
+                node.meta.clear()  # shapes are those of the example inputs only
+        return CollapseResult(result, report)
 
 
 class _Rewriting(NamedTuple):

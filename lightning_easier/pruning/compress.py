@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choose
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
-from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, Progress, fit_to, gather, put, replace, try_out
+from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
 from lightning_easier.pruning.goals import Goal, Look, check_targets
 from lightning_easier.report import CompressReport, Trial
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
@@ -32,7 +31,8 @@ from lightning_easier.support.inference import (
     forward,
     tensors_in,
 )
-from lightning_easier.support.timing import LatencyTable
+from lightning_easier.support.progress import Stages
+from lightning_easier.support.timing import LatencyTable, Pace
 
 # Bodies of bottlenecks and inverted residuals have two.
 _ACTIVATIONS_IN_A_CHAIN = 2
@@ -42,8 +42,13 @@ _WORTH_A_TRIAL = 0.1
 _SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 256
-# Of the time that a compression may take, what is left after this share is for trying what was found.
-_SEARCH = 0.5
+# What a compression does, and about how much of its time that takes; with a limit, when a stage has to be over.
+_PREPARING, _SEARCHING, _TRYING, _TIMING = "Preparing", "Looking for operators", "Trying operators", "Timing the result"
+_STAGES = {_PREPARING: 0.1, _SEARCHING: 0.4, _TRYING: 0.3, _TIMING: 0.2}
+# Units of the bar in which one chain's operators are timed, beside one for each batch and each fit.
+_UNITS_OF_PRICES = 10
+# As many timings does any other step take: of prices, and of whole models.
+_TIMINGS = 2
 # What keeps a network usable where nobody says how good it has to be, see docs/collapse.md.
 MAX_DRIFT = 0.1
 
@@ -106,8 +111,11 @@ def compress(
         target_depth: Stop when it has no more operators than this one behind the other.
         max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
             may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
-        max_minutes: Stop after so many minutes with what is there then; no limit by default. Half of them are for the
-            search at most. A step that has begun and the final collapse are not cut short.
+        max_minutes: Stop after so many minutes with what is there then; no limit by default. The first half is for
+            the search, what is left up to 80 % for trials, and the rest for the costs in the report. In each, timings
+            take fewer samples where time is short, five at least; bounds are wider then, and a note says so. What is
+            not cut short: reading ``batches``, each call of ``evaluate`` (one at least), the first run over the data,
+            a chain or a trial that has begun, the collapse and its verification.
         objective: What is to be saved: ``"latency"``, ``"macs"`` or ``"depth"``.
         include: Name globs of the activations that may go; all by default.
         exclude: Name globs of those that may not.
@@ -120,8 +128,8 @@ def compress(
         The collapsed model, the model to train on, and a report.
 
     Warns:
-        UserWarning: If there is a target and it is not reached, something is left out of ``batches``, or they may hold
-            inputs that the forward is not given.
+        UserWarning: If there is a target and it is not reached, ``max_minutes`` are over before anything is tried,
+            something is left out of ``batches``, or they may hold inputs that the forward is not given.
 
     Raises:
         TypeError: If ``model`` is not a Module, or an argument is of another type.
@@ -172,50 +180,70 @@ def compress(
         notes += [said for said in (doubt, decision) if said is not None]
     arguments = copies(given or data.batches[0])
 
-    judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
-    table = LatencyTable()
-    is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
-    search = _Search(source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack)
-    candidates = search.candidates(sites, clock)
-    goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
-    look = goal.look(search.model, 0.0) if goal.is_given and goal.is_due(search.model, 0.0) else None
-    if look is not None and look.attained.is_reached:  # by an exact collapse alone
-        candidates = []
-    rejections, ended = 0, ""
-    for candidate in tqdm(candidates, desc="Fitting", leave=False, disable=None):
-        if rejections == max_rejections:
-            ended = f"{rejections} in a row were taken back"
-            break
-        if clock.has_passed(1.0):
-            ended = f"the {max_minutes:g} minutes of `max_minutes` are over"
-            break
-        trial = search.take(candidate)
-        if trial is None:
-            continue
-        look = None  # of what the model was
-        trial.score = judge.score(search.model)
-        reason = judge.why_not(trial.score, search.drift)
-        if reason is not None:
-            search.take_back(reason)
-            rejections += 1
-            continue
-        rejections = 0
-        if goal.is_given and goal.is_due(search.model, search.saved):
-            look = goal.look(search.model, search.saved)
-            if look.attained.is_reached or look.is_impossible:
+    with Stages(_STAGES) as progress:
+        progress.begin(_PREPARING, units=_TIMINGS)
+        judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
+        pace = Pace(clock.left, progress.tell)
+        table = LatencyTable(pace=pace)
+        is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
+        search = _Search(
+            source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack
+        )
+        clock.begin(_SEARCHING)
+        goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
+        look = goal.look_if_due(search.model, search.saved)
+        candidates: list[_Candidate] = []
+        if look is None or not look.attained.is_reached:  # else by an exact collapse alone
+            candidates = search.candidates(sites, clock, progress)
+        clock.begin(_TRYING)
+        progress.begin(_TRYING, len(candidates), _TIMINGS)
+        rejections, ended, is_over = 0, "", False
+        for candidate in candidates:
+            if rejections == max_rejections:
+                ended = f"{rejections} in a row were taken back"
                 break
-    else:
-        ended = judge.why_nothing_is_left(search.was_cut)
-    if look is None:  # whatever was estimated: what is returned is measured
-        look = goal.look(search.model, search.saved)
+            if is_over := clock.is_over():
+                ended = f"the time for trials is over, 80 % of the {max_minutes:g} minutes of `max_minutes`"
+                break
+            progress.name(" + ".join(candidate.choice.chain.operators))
+            trial = search.take(candidate)
+            if trial is not None:
+                trial.score = judge.score(search.model)
+                trial.reason = judge.why_not(trial.score, search.drift)
+                if trial.reason is not None:
+                    search.take_back(trial.reason)
+                    rejections += 1
+                else:
+                    rejections = 0
+                    look = goal.look_if_due(search.model, search.saved)
+                    if look is not None and (look.attained.is_reached or look.is_impossible):
+                        break
+            progress.finish()
+        else:
+            ended = judge.why_nothing_is_left(search.was_cut)
+        clock.begin(_TIMING)
+        progress.begin(_TIMING, units=_TIMINGS)
+        if look is None:  # whatever was estimated: what is returned is measured
+            look = goal.look(search.model, search.saved)
+        drift = search.drift
+    is_too_short = not search.trials and (search.was_cut or is_over)
+    if is_too_short and not look.attained.is_reached:
+        ended = f"nothing was tried: {search.looked_at} within the {max_minutes:g} minutes of `max_minutes`"
     ended = _why_ended(ended, look) if goal.is_given else ended
-    if goal.is_given and not look.attained.is_reached:
+    if is_too_short and not look.attained.is_reached:
+        rank_zero_warn(f"Compression ended since {ended}. Raise `max_minutes`.")
+    elif goal.is_given and not look.attained.is_reached:
         rank_zero_warn(
             f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
         )
+    if pace.was_short:
+        notes.append(
+            f"`max_minutes` left time for few samples, {len(look.before.latency.samples)} of each model: the bounds of "
+            f"speed-ups are wider than without it, and so are those of prices"
+        )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        search.drift, look.result.report, ended, notes,
+        drift, look.result.report, ended, notes,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
 
@@ -233,15 +261,29 @@ def _why_ended(ended: str, look: Look) -> str:
 
 
 class _Clock:
-    """Tells how much of the time that a compression may take has gone."""
+    """Tells how much of the time that a compression may take is left, for the stage that it is in.
+
+    Args:
+        minutes: How many it may take; None for no limit.
+    """
 
     def __init__(self, minutes: float | None) -> None:
         self._begin = monotonic()
         self._seconds = math.inf if minutes is None else 60 * minutes
+        self._end = self._seconds
 
-    def has_passed(self, share: float) -> bool:
-        """Tell whether such a share of the time has gone."""
-        return monotonic() - self._begin >= share * self._seconds
+    def begin(self, stage: str) -> None:
+        """Begin a stage."""
+        shares = list(_STAGES.values())[: list(_STAGES).index(stage) + 1]
+        self._end = sum(shares) * self._seconds
+
+    def left(self) -> float:
+        """Return how many seconds are left for the stage."""
+        return max(0.0, self._begin + self._end - monotonic())
+
+    def is_over(self) -> bool:
+        """Tell whether the time for the stage has gone."""
+        return self.left() <= 0
 
 
 class _Judge:
@@ -422,6 +464,7 @@ class _Search:
         trials: What was tried.
         reasons: Site -> why nothing was tried.
         was_cut: Whether the time was over before all chains were looked at.
+        looked_at: How many chains were, in words.
     """
 
     def __init__(
@@ -436,6 +479,7 @@ class _Search:
         self.trials: list[Trial] = []
         self.reasons: dict[str, str] = {}
         self.was_cut = False
+        self.looked_at = ""
         self._batches = batches
         self._arguments = arguments
         self._prices = prices
@@ -460,22 +504,23 @@ class _Search:
         """Share of the variance of the outputs that all that is in place has changed."""
         return _drift(self._outputs(), self._dense_outputs)
 
-    def candidates(self, sites: Sequence[str], clock: _Clock) -> list[_Candidate]:
+    def candidates(self, sites: Sequence[str], clock: _Clock, progress: Stages) -> list[_Candidate]:
         """Fit operators for every chain alone, and return those that may take its place, the best first."""
         chains = Chains(self.model, sites, self._known)
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
         self._replaceable = sorted({name for chain in whole for name in chain.replaced})
         looked_at = 0
-        with Progress(len(whole), len(self._batches) + MOST_FITS, "Looking for operators") as progress:
-            sums = self._gather(whole, progress.advance)
-            while looked_at < len(whole) and not clock.has_passed(_SEARCH):
-                chain, gathered = next(sums)
-                progress.name(chain)
-                found += self._candidates_for(chain, gathered, chains.reasons, progress.advance)
-                progress.finish()
-                looked_at += 1
+        progress.begin(_SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
+        sums = self._gather(whole, progress.advance)
+        while looked_at < len(whole) and not clock.is_over():
+            chain, gathered = next(sums)
+            progress.name(" + ".join(chain.operators))
+            found += self._candidates_for(chain, gathered, chains.reasons, progress.advance)
+            progress.finish()
+            looked_at += 1
         self.was_cut = looked_at < len(whole)
+        self.looked_at = f"{looked_at} of {len(whole)} chains around activations were looked at"
         for site in (site for chain in whole[looked_at:] for site in chain.sites):
             chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
         tried = {site for each in found for site in each.choice.chain.sites}

@@ -7,8 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from lightning_easier.collapsing import CollapseResult, collapse
-from lightning_easier.collapsing.baseline import baseline_of
-from lightning_easier.collapsing.engine import collapse_beside, counted
+from lightning_easier.collapsing.engine import Prepared, counted, prepare
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.report import CollapseReport, ModelCost
 from lightning_easier.structure.linearize import stand_ins
@@ -82,15 +81,19 @@ class Goal:
     """Tells whether a model has become as fast, or as shallow, as it should.
 
     What decides is a ratio of times that were measured in turn. When it is worth measuring is estimated, in shares of
-    what the dense network costs: by the prices of what was replaced, and by the multiply-accumulates that are left.
+    what the dense network costs: by the prices of what was replaced, and by the multiply-accumulates that are left; for
+    a depth alone it is known from the collapsed graph. Nothing is timed before that.
 
     Args:
         source: The model as it was given, in eval mode.
         arguments: Example inputs.
         objective: What a collapse makes least.
-        table: Times that were measured already.
+        table: Times that were measured already; it tells how long timings may take, too.
         speedup: How many times faster than the dense network with its batch norms folded; None for any.
         depth: How many operators at most; None for any.
+
+    Raises:
+        CollapseError: If the model can't be collapsed.
     """
 
     def __init__(
@@ -108,47 +111,50 @@ class Goal:
         self._table = table
         self._speedup = speedup
         self._depth = depth
-        self._exact = collapse(source, arguments, objective=objective, latencies=table)
-        self._dense = baseline_of(source, arguments)
-        self._macs = counted(count_macs, self._dense.model, arguments)
+        self._exact = prepare(source, arguments, objective, table)
+        self._dense = self._exact.baseline.model
+        self._macs = None if speedup is None else counted(count_macs, self._dense, arguments)
         self._price: float | None = None  # of the dense network, in the unit of the table
-        self._last: tuple[float, float, float] | None = (
-            None  # shares that were left, and the speed-up, at the last look
-        )
+        # shares that were left, and the speed-up, at the last look
+        self._last: tuple[float, float, float] | None = None
 
     @property
     def is_given(self) -> bool:
         """Whether there is anything to reach."""
         return self._speedup is not None or self._depth is not None
 
-    def is_due(self, model: nn.Module, saved: float) -> bool:
-        """Tell whether a model may have reached the goal, so that it is worth a look.
+    def look_if_due(self, model: nn.Module, saved: float) -> Look | None:
+        """Look at a model that may have reached the goal; None for one that can't have, or if there is no goal.
 
         Args:
             model: The model.
-            saved: Of its price, in the unit of the objective.
+            saved: Of its price, in the unit of the objective; 0 for the model as it was given.
         """
-        if saved == 0 and not self._merges_exactly:  # it is the dense network still
-            return False
+        if not self.is_given or (saved == 0 and not self._merges_exactly):  # it is the dense network still
+            return None
         if self._speedup is None:
-            return self._depth is not None
+            prepared = self._prepared(model, saved)
+            return self._look(prepared, saved) if self._depth is not None and prepared.depth <= self._depth else None
+        return self.look(model, saved) if self._is_due(model, saved, self._speedup) else None
+
+    def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
+        if self._last is None and self._merges_exactly:  # what that saves is not estimated
+            return True
         by_macs = self._share(counted(count_macs, model, self._arguments))
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         if by_price is None:  # nothing tells but the clock
             return True
         by_macs = 1.0 if by_macs is None else by_macs
         if self._last is None:
-            exact = self._exact.report.speedup.bounds[0] if self._merges_exactly else 1.0
-            return min(by_price / _NEARLY, by_macs) / max(exact, 1.0) <= 1 / self._speedup
+            return min(by_price / _NEARLY, by_macs) <= 1 / speedup
         price_then, macs_then, then = self._last
-        missing = 1 / then - 1 / self._speedup  # to collapse takes its time: only half of what is missing is waited for
+        missing = 1 / then - 1 / speedup  # to collapse takes its time: only half of what is missing is waited for
         return max(price_then - by_price, macs_then - by_macs) >= missing / 2
 
     @property
     def _merges_exactly(self) -> bool:
         """Whether there was something to merge from the start, or linear activations."""
-        report = self._exact.report
-        return bool(report.merges) or bool(stand_ins(self._source))
+        return bool(self._exact.merges) or bool(stand_ins(self._source))
 
     def _share(self, macs: int | None) -> float | None:
         """Return what share multiply-accumulates are of the dense network's; None where they can't be counted."""
@@ -157,41 +163,52 @@ class Goal:
     def _dense_price(self) -> float:
         if self._price is None:
             key, (first, *_) = object(), self._arguments
-            self._table.measure({key: lambda: partial(self._dense.model, *copies(self._arguments))}, first.device)
+            self._table.measure({key: lambda: partial(self._dense, *copies(self._arguments))}, first.device)
             self._price = self._table.seconds.pop(key)
         return self._price
+
+    def _prepared(self, model: nn.Module, saved: float) -> Prepared:
+        if saved == 0:
+            return self._exact
+        return prepare(model, self._arguments, self._objective, self._table, self._exact.baseline)
 
     def look(self, model: nn.Module, saved: float) -> Look:
         """Collapse a model, and time it beside what it comes from.
 
         Args:
             model: The model.
-            saved: Of its price, in the unit of the objective.
+            saved: As for :meth:`look_if_due`.
         """
-        result = collapse_beside(model, self._arguments, self._objective, self._table, self._dense)
-        models = {
-            "before": self._source, "dense": self._dense.model, "exact": self._exact.model, "after": result.model,
-        }  # fmt: skip
-        bars = {} if self._speedup is None else {("dense", "after"): self._speedup}
-        arguments = copies(self._arguments)
-        latency = compare(models, arguments, bars)
-        report, exact = result.report, self._exact.report
-        costs = {"before": exact.before, "dense": exact.dense, "exact": exact.after, "after": report.after}
-        timed = {name: dataclasses.replace(cost, latency=latency[name]) for name, cost in costs.items()}
-        report = dataclasses.replace(report, before=timed["before"], dense=timed["dense"], after=timed["after"])
+        return self._look(self._prepared(model, saved), saved)
+
+    def _look(self, prepared: Prepared, saved: float) -> Look:
+        both = {"exact": self._exact, "fitted": prepared}
+        models = {(whose, name): model for whose, each in both.items() for name, model in each.models.items()}
+        bars = {((whose, a), (whose, b)): bar for whose, each in both.items() for (a, b), bar in each.bars.items()}
+        if self._speedup is not None:
+            bars[("exact", "dense"), ("fitted", "after")] = self._speedup
+        latency = compare(models, copies(self._arguments), bars, self._table.pace)
+
+        def settled(whose: str) -> CollapseResult:
+            return both[whose].settle({name: each for (whom, name), each in latency.items() if whom == whose})
+
+        exact = settled("exact").report
+        result = settled("fitted") if prepared is not self._exact else settled("exact")
+        report = dataclasses.replace(result.report, before=exact.before, dense=exact.dense)
         result = CollapseResult(result.model, report)
         attained = _attained(report, self._speedup, self._depth)
         by_macs = self._share(report.after.macs)
-        known = 1.0 if by_macs is None else by_macs
-        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else known
-        self._last = by_price, known, report.speedup.median
+        if self._speedup is not None:
+            known = 1.0 if by_macs is None else by_macs
+            by_price = 1 - saved / self._dense_price() if self._objective == "latency" else known
+            self._last = by_price, known, report.speedup.median
         is_impossible = (
             self._speedup is not None
             and not attained.is_reached
             and by_macs is not None
             and by_macs * self._speedup * _IMPOSSIBLE <= 1
         )
-        return Look(result, timed["before"], timed["dense"], timed["exact"], attained, is_impossible)
+        return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible)
 
 
 def _attained(report: CollapseReport, speedup: float | None, depth: int | None) -> Attained:

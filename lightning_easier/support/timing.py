@@ -28,8 +28,8 @@ _MAX_RUNS_A_SAMPLE = 200
 # What many samples may take in all, and the fewest that tell anything.
 _SECONDS_IN_ALL = 1.5
 _FEWEST_SAMPLES = 5
-# Of a comparison: how many at first, and at most where they leave it open; that takes a longer time, too.
-_SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 4.0
+# Of a comparison: how many at first, at most where they leave it open, and how long all calls may take in all then.
+_SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 8.0
 # Of the table of operators: as many at first, and more where they differ from each other by more than this share.
 _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD = 7, 28, 0.05
 # Quartiles that are so many times apart, with 1 between them, tell nothing.
@@ -128,54 +128,113 @@ def speed_up(before: Latency, after: Latency) -> Speedup:
     return Speedup(tuple(b / a for b, a in zip(before.samples, after.samples, strict=True)))
 
 
+def _forever() -> float:
+    return math.inf
+
+
+def _nobody(share: float) -> None: ...
+
+
+@dataclass
+class Pace:
+    """How long timings may take, and who is told how far they are.
+
+    Attributes:
+        left: Returns for how many more seconds may be timed. The fewest samples that tell anything are always taken.
+        tell: Called while something is timed, with the share of its greatest length that has passed since the last
+            call; over one timing they add up to 1.
+        was_short: Whether something was timed with fewer samples than it would have been without a limit.
+    """
+
+    left: Callable[[], float] = _forever
+    tell: Callable[[float], object] = _nobody
+    was_short: bool = False
+
+
 class _Turns:
     """Times several calls in turn, round by round; every other round in the opposite order. Gradients are off.
 
     Args:
         calls: The calls by name.
-        progress: What to call it in a progress bar.
-        rounds: How many the progress bar expects.
+        first: How many rounds at first; fewer where they would take seconds.
+        most: How many at most; fewer where they would take longer still.
+        pace: How long it may take.
+        progress: What to call it in a progress bar; none by default.
 
     Attributes:
         samples: Name -> seconds, one a round.
     """
 
-    def __init__(self, calls: Mapping[Name, Callable[[], Any]], progress: str | None, rounds: int) -> None:
+    def __init__(
+        self,
+        calls: Mapping[Name, Callable[[], Any]],
+        first: int,
+        most: int,
+        pace: Pace | None = None,
+        progress: str | None = None,
+    ) -> None:
         self.samples: dict[Any, list[float]] = {name: [] for name in calls}
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
         self._runs: dict[Any, int] = {}
-        self._slowest = 0.0
-        total = len(calls) * (rounds + 1)
-        self._bar = tqdm(total=total, desc=progress, leave=False, delay=1, disable=None if progress else True)
+        self._pace = Pace() if pace is None else pace
+        each: dict[Any, float] = {}
         with torch.no_grad():
             for name, seconds_of in self._timers.items():
                 seconds_of(2)  # warm-up
-                seconds = seconds_of(2)
-                self._slowest = max(self._slowest, seconds)
-                self._runs[name] = int(min(max(_SECONDS_A_SAMPLE / max(seconds, 1e-9), 1), _MAX_RUNS_A_SAMPLE))
-                self._bar.update()
+                each[name] = seconds_of(2)
+                self._runs[name] = int(min(max(_SECONDS_A_SAMPLE / max(each[name], 1e-9), 1), _MAX_RUNS_A_SAMPLE))
+                self._pace.tell(0.0)
+        slowest = max([_SECONDS_A_SAMPLE, *each.values()])
+        self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
+        self._seconds_a_round = sum(self._runs[name] * seconds for name, seconds in each.items())
+        self._most = max(self._first, min(most, int(_MORE_SECONDS / max(self._seconds_a_round, 1e-9))))
+        self._step = 1 / (len(calls) * self._most) if calls else 0.0
+        self._told = 0.0
+        self._bar = tqdm(
+            total=len(calls) * self._most, desc=progress, leave=False, delay=1, disable=None if progress else True
+        )
 
-    def rounds_in(self, seconds: float) -> int:
-        """Return how many rounds about so many seconds for each call allow, a few at least."""
-        return max(_FEWEST_SAMPLES, int(seconds / max(self._slowest, _SECONDS_A_SAMPLE)))
+    @property
+    def _rounds(self) -> int:
+        return len(next(iter(self.samples.values()), ()))
 
-    def take(self, rounds: int) -> None:
-        """Take more samples."""
+    def _allowed(self) -> int:
+        """Return how many more rounds the time allows, of those that are left."""
+        wanted = self._most - self._rounds
+        return wanted if self._seconds_a_round == 0 else int(min(wanted, self._pace.left() / self._seconds_a_round))
+
+    def _take(self, rounds: int) -> None:
         with torch.no_grad():
             for _ in range(rounds):
-                forwards = len(next(iter(self.samples.values()), ())) % 2 == 0
+                forwards = self._rounds % 2 == 0
                 for name in self._timers if forwards else reversed(self._timers):
                     self.samples[name].append(self._timers[name](self._runs[name]))
-                    self._bar.update()
+                    self._tell(self._step)
 
-    def take_until(self, is_enough: Callable[[], bool], first: int, most: int) -> None:
+    def _tell(self, share: float) -> None:
+        share = min(share, 1 - self._told)
+        self._told += share
+        self._pace.tell(share)
+        self._bar.update(min(1, self._bar.total - self._bar.n))
+
+    def take_first(self) -> None:
+        """Take as many samples as at first; as many again where there are some, if time allows."""
+        fewest = 0 if self._rounds else _FEWEST_SAMPLES
+        rounds = min(self._first, max(fewest, self._allowed()))
+        self._pace.was_short |= rounds < self._first
+        self._take(rounds)
+
+    def take_until(self, is_enough: Callable[[], bool]) -> None:
         """Take samples until they are enough, or there are as many as there may be."""
-        rounds = min(first, self.rounds_in(_SECONDS_IN_ALL))
-        self.take(rounds)
-        most = min(most, self.rounds_in(_MORE_SECONDS))
-        while rounds < most and not is_enough():
-            self.take(min(rounds, most - rounds))
-            rounds = min(2 * rounds, most)
+        if not self._rounds:
+            self.take_first()
+        while self._rounds < self._most and not is_enough():
+            rounds = min(self._rounds, self._allowed())
+            if rounds <= 0:
+                self._pace.was_short = True
+                break
+            self._take(rounds)
+        self._tell(1.0)
         self._bar.close()
 
     @property
@@ -211,29 +270,38 @@ def time_interleaved(
         samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
         progress: What to call it in a progress bar, on a terminal, when it takes more than a second; none by default.
     """
-    turns = _Turns(calls, progress, samples)
-    turns.take_until(lambda: True, samples, samples)
+    turns = _Turns(calls, samples, samples, progress=progress)
+    turns.take_until(lambda: True)
     return turns.latencies
 
 
 def compare(
-    calls: Mapping[str, Callable[..., Any]], arguments: Sequence[Tensor], bars: Mapping[tuple[str, str], float]
-) -> dict[str, Latency]:
+    calls: Mapping[Name, Callable[..., Any]],
+    arguments: Sequence[Tensor],
+    bars: Mapping[tuple[Name, Name], float],
+    pace: Pace | None = None,
+) -> dict[Name, Latency]:
     """Time several callables in turn until it is clear of some of them whether one is so many times faster.
 
     Args:
-        calls: The callables by name.
+        calls: The callables by name; one that has several names is timed once.
         arguments: Positional arguments.
         bars: Names of two of them -> how many times faster than the first the second is to be. More samples are taken
             while :meth:`Speedup.leaves_open` that, up to a limit.
+        pace: How long it may take; no limit by default.
     """
-    turns = _Turns({name: partial(call, *arguments) for name, call in calls.items()}, None, _SAMPLES)
+    distinct = {id(call): call for call in calls.values()}
+    numbers = {name: id(call) for name, call in calls.items()}
+    turns = _Turns(
+        {number: partial(call, *arguments) for number, call in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace
+    )
 
     def is_clear() -> bool:
-        return not any(turns.speedup(*pair).leaves_open(bar) for pair, bar in bars.items())
+        return not any(turns.speedup(*(numbers[name] for name in pair)).leaves_open(bar) for pair, bar in bars.items())
 
-    turns.take_until(is_clear, _SAMPLES, _MOST_SAMPLES)
-    return turns.latencies
+    turns.take_until(is_clear)
+    latencies = turns.latencies
+    return {name: latencies[number] for name, number in numbers.items()}
 
 
 @dataclass
@@ -247,10 +315,12 @@ class LatencyTable:
     Attributes:
         seconds: The time of a call, by what was called.
         speedups: How many times faster one chain of operators is than another, by what they do.
+        pace: How long what is timed for this table may take, and who is told; no limit by default, and a progress bar.
     """
 
     seconds: dict[Hashable, float] = field(default_factory=dict)
     speedups: dict[Hashable, Speedup] = field(default_factory=dict)
+    pace: Pace | None = field(default=None, repr=False)
     _yardsticks: dict[Hashable, tuple[Callable[[], Any], float]] = field(default_factory=dict, repr=False)
 
     def measure(self, calls: Mapping[Hashable, Callable[[], Callable[[], Any]]], device: torch.device) -> None:
@@ -282,7 +352,7 @@ class LatencyTable:
             bar: How many times faster it is to be, see :func:`compare`.
         """
         if key not in self.speedups:
-            latency = compare({"before": before, "after": after}, arguments, {("before", "after"): bar})
+            latency = compare({"before": before, "after": after}, arguments, {("before", "after"): bar}, self.pace)
             self.speedups[key] = speed_up(latency["before"], latency["after"])
         return self.speedups[key]
 
@@ -290,18 +360,20 @@ class LatencyTable:
         yardstick: Hashable = _YARDSTICK
         if where in self._yardsticks:
             calls = {_YARDSTICK: self._yardsticks[where][0], **calls}
-        turns = _Turns(calls, "Timing operators", _SAMPLES_OF_AN_OPERATOR)
+        progress = "Timing operators" if self.pace is None else None  # else there is one already
+        turns = _Turns(calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress)
 
         def is_clear() -> bool:
             compared = [turns.speedup(name, yardstick) for name in turns.samples if name != yardstick]
             return all(high - low <= 2 * _SPREAD * each.median for each in compared for low, high in [each.bounds])
 
         if where not in self._yardsticks:  # the slowest of those that come first
-            turns.take(_SAMPLES_OF_AN_OPERATOR)
+            turns.take_first()
             latencies = turns.latencies
             yardstick = max(latencies, key=lambda name: latencies[name].median)
             self._yardsticks[where] = calls[yardstick], latencies[yardstick].median
-        turns.take_until(is_clear, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR)
+            turns.take_first()  # all that is timed later is a multiple of it
+        turns.take_until(is_clear)
         unit = self._yardsticks[where][1]
         self.seconds.update(
             (name, unit * turns.speedup(name, yardstick).median) for name in calls if name is not _YARDSTICK
