@@ -16,10 +16,11 @@ from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choo
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
 from lightning_easier.pruning.goals import Goal, Look, check_targets
+from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.report import CompressReport, Trial
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.discovery import KnownForwards
-from lightning_easier.support.arguments import as_globs, check_choice, check_integer, check_non_negative, check_positive
+from lightning_easier.support.arguments import as_globs, check_choice, check_non_negative, check_positive
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from lightning_easier.support.inference import (
     arguments_wanted,
@@ -38,8 +39,6 @@ from lightning_easier.support.timing import LatencyTable, Pace
 _ACTIVATIONS_IN_A_CHAIN = 2
 # Of its price, an operator in the place of a chain has to save so much more than another.
 _WORTH_A_TRIAL = 0.1
-# A fall that float32 can't tell from the tolerance is not beyond it.
-_SCORE_RESOLUTION = torch.finfo(torch.float32).eps
 # So many tell the order in which chains go.
 _SAMPLES_FOR_DRIFT = 256
 # What a compression does, and about how much of its time that takes; with a limit, when a stage has to be over.
@@ -147,11 +146,9 @@ def compress(
           (0): Linear(in_features=8, out_features=8, bias=True)
         )
     """
-    check_non_negative("tolerance", tolerance)
+    allowed, most = Tolerance(tolerance, mode), Rejections(max_rejections)
     check_non_negative("slack", slack)
-    check_choice("mode", mode, ("min", "max"))
     check_choice("objective", objective, OBJECTIVES)
-    check_integer("max_rejections", max_rejections, 1)
     check_targets(target_speedup, target_depth)
     for argument, value, check in (
         ("max_drift", max_drift, check_non_negative), ("max_minutes", max_minutes, check_positive),
@@ -182,7 +179,7 @@ def compress(
 
     with Stages(_STAGES) as progress:
         progress.begin(_PREPARING, units=_TIMINGS)
-        judge = _Judge(source, evaluate, tolerance, mode, max_drift, device)
+        judge = _Judge(source, evaluate, allowed, max_drift, device)
         pace = Pace(clock.left, progress.tell)
         table = LatencyTable(pace=pace)
         is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
@@ -199,7 +196,7 @@ def compress(
         progress.begin(_TRYING, len(candidates), _TIMINGS)
         rejections, ended, is_over = 0, "", False
         for candidate in candidates:
-            if rejections == max_rejections:
+            if most.are_too_many(rejections):
                 ended = f"{rejections} in a row were taken back"
                 break
             if is_over := clock.is_over():
@@ -292,8 +289,7 @@ class _Judge:
     Args:
         source: The model as it was given.
         evaluate: Returns its score; None if there is none.
-        tolerance: By how much the score may fall.
-        mode: Whether a higher score is better.
+        tolerance: How far the score may fall.
         max_drift: How much of the variance of the outputs may change; None for the default.
         device: Where the model belongs.
 
@@ -308,14 +304,12 @@ class _Judge:
         self,
         source: nn.Module,
         evaluate: Callable[[nn.Module], float] | None,
-        tolerance: float,
-        mode: Literal["min", "max"],
+        tolerance: Tolerance,
         max_drift: float | None,
         device: torch.device,
     ) -> None:
         self._evaluate = evaluate
         self._tolerance = tolerance
-        self._sign = 1 if mode == "max" else -1
         self._device = device
         self._max_drift = max_drift if max_drift is not None else math.inf if evaluate is not None else MAX_DRIFT
         self._went_beyond = False
@@ -342,10 +336,9 @@ class _Judge:
             )
         if score is None or self.dense_score is None:
             return None
-        allowed = self._tolerance + _SCORE_RESOLUTION * abs(self.dense_score)
-        if (self.dense_score - score) * self._sign <= allowed:  # not of NaN
+        if self._tolerance.allows(score, self.dense_score):
             return None
-        return f"beyond the tolerance {self._tolerance:g} of {self.dense_score:.4f}"
+        return f"beyond the tolerance {self._tolerance.amount:g} of {self.dense_score:.4f}"
 
     def why_nothing_is_left(self, was_cut: bool) -> str:
         """Say why nothing is left to try.
