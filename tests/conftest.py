@@ -4,6 +4,8 @@ What decides by time gets its times from a clock that counts work, so that it de
 are marked ``real_clock`` use the machine's.
 """
 
+from multiprocessing import get_context
+
 import pytest
 import torch
 
@@ -26,3 +28,14 @@ def _told_times(request):
 def _seeded():
     """Draw the same numbers in each run, so that a test that passes goes on to pass."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Processes that are forked off a clean one that has imported everything; it takes seconds, so there is one."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([
+        "tests.integration.processes", "tests.integration.test_interruptions", "tests.integration.test_writing",
+        "tests.test_entropy",
+    ])  # fmt: skip
+    return context

@@ -62,3 +62,28 @@ def randomize_batch_norms(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.weight.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
                     module.bias.copy_(torch.randn(module.num_features, generator=generator) * 0.3)
     return model
+
+
+def narrow(model: nn.Module, by: int) -> nn.Module:
+    """Divide the widths of a network that was built on the meta device, all but those of its inputs and outputs."""
+    first, *_, last = (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+
+    def make(module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.BatchNorm2d):
+            return nn.BatchNorm2d(module.num_features // by, module.eps)
+        if isinstance(module, nn.Linear):
+            inputs = module.in_features // by
+            return nn.Linear(inputs, module.out_features if module is last else module.out_features // by)
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            inputs = module.in_channels if module is first else module.in_channels // by
+            options = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+            return nn.Conv2d(
+                inputs, module.out_channels // by, module.kernel_size, bias=module.bias is not None, **options
+            )
+        return None
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if (made := make(child)) is not None:
+                setattr(parent, name, made)
+    return model

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ import torchvision
 from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MeanMetric
+from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_easier import candidates, collapse, linearize
-from tests.models import randomize_batch_norms
-from tests.networks import NETWORKS
+from tests.models import narrow, randomize_batch_norms
 from tests.test_dataflow import Net
 
 
@@ -156,18 +157,25 @@ def test_a_block_that_is_called_twice_has_no_neighbourhood_of_its_own():
     assert found.reason == "`block.1` is called 2 times"
 
 
-@pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v2", "resnet50"])
-def test_what_is_said_to_merge_is_what_a_collapse_merges(name):
-    (network,) = [network for network in NETWORKS if network.name == name]
-    listed = [
-        candidate for candidate in candidates(network.build()).candidates if candidate.before and candidate.behind
-    ]
+def narrow_resnet50() -> nn.Module:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    return narrow(model, 4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [partial(VisionTransformer, 64, 32, 12, 4, 64, 256), torchvision.models.mobilenet_v2, narrow_resnet50],
+    ids=["vit_b_32", "mobilenet_v2", "resnet50"],
+)
+def test_what_is_said_to_merge_is_what_a_collapse_merges(build):
+    listed = [candidate for candidate in candidates(build()).candidates if candidate.before and candidate.behind]
     for chosen in ([c for c in listed if c.merges][:1], [c for c in listed if not c.merges][:1]):
         for candidate in chosen:
             torch.manual_seed(0)
-            pruned = randomize_batch_norms(network.build().eval())
+            pruned = randomize_batch_norms(build().eval())
             linearize(pruned, [candidate.name], shift_padding=True)
-            merges = collapse(pruned, network.inputs(), objective="depth").report.merges
+            merges = collapse(pruned, torch.randn(1, 3, 64, 64), objective="depth").report.merges
             around = {candidate.before[0], candidate.behind[0]}
             assert any(around <= set(merge.operators) for merge in merges) == bool(candidate.merges), candidate
 

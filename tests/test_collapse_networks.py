@@ -2,18 +2,23 @@
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.support.timing import LatencyTable
-from tests.models import randomize_batch_norms
+from tests.models import narrow, randomize_batch_norms
 
 # Name -> the sizes of an image that is collapsed at, and of another
 FAMILIES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -35,11 +40,26 @@ FAMILIES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "vgg11_bn": ((32, 64), (64, 32)),
     "vit_b_32": ((64, 64), (64, 64)),
 }
-# Their sizes are part of the network, or their width takes more time than it shows.
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
-    "vit_b_32": {"image_size": 64},
+}
+# How many times narrower than their own: width takes more time than it shows, but for the rounding of long sums, which
+# the others show.
+NARROWER = {"alexnet": 4, "densenet121": 2, "inception_v3": 4, "vgg11_bn": 4}
+# Those whose widths are arguments; that of a ViT and a MaxVit takes images of 224×224 only
+NARROW: dict[str, Callable[..., nn.Module]] = {
+    "convnext_tiny": lambda **options: ConvNeXt(
+        [CNBlockConfig(*block) for block in ((24, 48, 3), (48, 96, 3), (96, 192, 9), (192, None, 3))], **options
+    ),
+    "maxvit_t": lambda **options: MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.2, **options),
+    "swin_t": lambda **options: SwinTransformer([4, 4], 24, [2, 2, 6, 2], [1, 2, 4, 8], [7, 7], **options),
+    "vit_b_32": lambda **options: VisionTransformer(64, 32, 12, 4, 64, 256, **options),
+}
+# Most merge by MACs as by latency, whose clock counts work here, and some by depth, too: one run shows both
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {
+    **dict.fromkeys(("alexnet", "resnet18", "swin_t", "vgg11_bn", "vit_b_32"), ("latency",)),
+    **dict.fromkeys(("convnext_tiny", "densenet121", "maxvit_t", "squeezenet1_1"), ("latency", "macs", "depth")),
 }
 
 
@@ -59,15 +79,18 @@ def latencies() -> LatencyTable:
 
 def a_third_linear(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "maxvit_t":  # its own takes images of 224×224 only
-        widths = {"stem_channels": 16, "block_channels": [16, 32], "block_layers": [1, 2], "head_dim": 8}
-        model = MaxVit((64, 64), partition_size=4, stochastic_depth_prob=0.2, num_classes=10, **widths)
+    if name in NARROW:
+        model = NARROW[name](num_classes=10)
+    elif name in NARROWER:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, num_classes=10, **OPTIONS.get(name, {}))
+        narrow(model, NARROWER[name])
     else:
         model = torchvision.models.get_model(name, num_classes=10, **OPTIONS.get(name, {}))
     model.eval()
     randomize_batch_norms(model)
     for parameter_name, parameter in model.named_parameters():
-        if "layer_scale" in parameter_name:  # they begin as almost nothing
+        if "layer_scale" in parameter_name or "heads.head" in parameter_name:  # they begin as (almost) nothing
             nn.init.normal_(parameter)
     names = list(isolate_activations(model))
     return linearize(model, random.Random(name).sample(names, max(len(names) // 3, 1)), shift_padding=True)
@@ -81,7 +104,7 @@ def test_a_family_keeps_its_function_under_every_objective(name, latencies):
     x, other = torch.randn(1, 3, *size), torch.randn(1 if size == other_size else 2, 3, *other_size)
     with torch.no_grad():
         expected = model(other)
-    for objective in ("latency", "macs", "depth"):
+    for objective in OBJECTIVES.get(name, ("latency", "depth")):
         result = collapse(model, x, objective=objective, latencies=latencies)
         report = result.report
         assert report.relative_difference <= 1e-4
@@ -89,7 +112,7 @@ def test_a_family_keeps_its_function_under_every_objective(name, latencies):
         with torch.no_grad():
             assert relative_difference(result.model(other), expected) <= 1e-4
         assert report.after.depth <= report.before.depth
-        assert report.after.macs <= report.before.macs or objective != "macs"
+        assert report.after.macs <= report.before.macs or objective == "depth"
         assert report.merges or report.refusals
         assert not any("please report it" in refusal.reason for refusal in report.refusals)
         assert all(merge.price_after <= merge.price_before for merge in report.merges)

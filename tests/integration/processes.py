@@ -257,5 +257,14 @@ def main(folder: str, *names: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+def main_on_rank(rank: int, world: int, port: int, folder: str, *names: str) -> None:
+    """Run scenarios in a process that was not started by torchrun, but is told what torchrun tells."""
+    torch.set_num_threads(1)
+    told = {"LOCAL_RANK": rank, "RANK": rank, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": world, "WORLD_SIZE": world}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {name: str(value) for name, value in told.items()}
+    main(folder, *names)
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """The command line through the configs of the repository."""
 
 import json
+import runpy
 import subprocess
 import sys
 import warnings
@@ -208,15 +209,17 @@ def test_the_installed_command_says_what_it_can_do():
     assert all(name in shown for name in ("fit", "validate", "test", "predict", "collapse", "export", "report"))
 
 
-def test_the_demo_runs_from_training_to_the_verified_file(tmp_path):
-    command = [sys.executable, "-m", "lightning_easier.zoo.demo", "--output", tmp_path, "--warmup-epochs=2"]
-    result = subprocess.run([*command, "--epochs-per-round=1", "--tolerance=1"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "Argument `monitor`" not in result.stderr
+def test_the_demo_runs_from_training_to_the_verified_file(tmp_path, monkeypatch, capsys):
+    options = ["--output", str(tmp_path), "--warmup-epochs=2", "--epochs-per-round=1", "--tolerance=1"]
+    monkeypatch.setattr(sys, "argv", ["demo", *options])
+    monkeypatch.delitem(sys.modules, "lightning_easier.zoo.demo", raising=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Argument `monitor`")
+        runpy.run_module("lightning_easier.zoo.demo", run_name="__main__")  # python -m, without another import of torch
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["pruning"]["rounds"]) >= 4
     assert report["collapse"]["after"]["macs"] < report["collapse"]["before"]["macs"]
     assert report["test_accuracy"]["collapsed"] == report["test_accuracy"]["pruned"]
     assert all(p["relative_difference"] <= report["export"]["tolerance"] for p in report["export"]["parity"])
     assert {"report.md", "entropy.png", "model.onnx", "logs"} <= {path.name for path in tmp_path.iterdir()}
-    assert f"--logdir {tmp_path}" in result.stdout
+    assert f"--logdir {tmp_path}" in capsys.readouterr().out

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_easier import expect_pruned
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
-from tests.integration.processes import SLOPE
+from tests.integration.processes import SLOPE, main_on_rank
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -44,12 +46,17 @@ REFUSED = {
 }
 
 
+def noted(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
+    """Read what each of the processes noted."""
+    return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
+
+
 def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
     """Run scenarios in processes; returns what each of them noted."""
     command = [sys.executable, "-m", *launcher, SCRIPT, str(folder), *names]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
+    return noted(folder, world, names)
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +128,34 @@ def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):
     assert [this["accepted"] for this in first["rounds"]] == [True, True, False]
 
 
-def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path):
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m"]
-    results = launch(tmp_path, 4, ["uneven shards"], *torchrun)["uneven shards"]
+def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path, forked):
+    told = 4, find_free_network_port(), str(tmp_path), "uneven shards"
+    processes = [forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    assert [process.exitcode for process in processes] == [0] * 4
+    results = noted(tmp_path, 4, ["uneven shards"])["uneven shards"]
     for result in results:
         assert result["measured"] == pytest.approx(result["expected"], rel=1e-12)
         assert len(result["measured"]) == 5
     assert sum("3 of the 13 samples in what was measured" in told for told in results[0]["told"]) == 1
 
 
-def test_spawned_processes_bring_structure_and_weights_back(tmp_path):
+def spawning() -> DDPStrategy:
+    """Like "ddp_spawn", but for a process to spawn them that has imported everything."""
+    return DDPStrategy(start_method="forkserver", process_group_backend="gloo")
+
+
+def test_spawned_processes_bring_structure_and_weights_back(tmp_path, forked):
     model = expect_pruned(Small())
-    run(tmp_path, model=model, devices=2, strategy="ddp_spawn", epochs=3)
+    run(tmp_path, model=model, devices=2, strategy=spawning(), epochs=3)
     assert len(stand_ins(model)) == 2
     kept = max((tmp_path / "rounds").glob("round_*.ckpt"))
     assert kept.name == "round_2.ckpt"
 
 
-def test_spawned_processes_whose_structure_would_not_come_back_are_refused(tmp_path):
+def test_spawned_processes_whose_structure_would_not_come_back_are_refused(tmp_path, forked):
     with pytest.raises((MisconfigurationException, ProcessRaisedException), match="expect_pruned"):
-        run(tmp_path, devices=1, strategy="ddp_spawn")
+        run(tmp_path, devices=1, strategy=spawning())

@@ -6,7 +6,6 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,13 +32,6 @@ def full_disk(size: int = 4096) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture(scope="module")
-def forked():
-    context = get_context("forkserver")  # a clean process that has imported everything
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def ends_well(context, target, *args) -> None:
