@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.callbacks import wiring
+from lightning_easier.callbacks import private, wiring
 from lightning_easier.callbacks.network import copied, holders, notice_calls
 from lightning_easier.structure.linearize import restore
 
@@ -191,7 +191,7 @@ def _dense(pl_module: LightningModule, removed: list[str], checkpoint: Mapping[s
     restore(teacher, removed)
     for part in teacher.modules():
         if isinstance(part, LightningModule):  # it may ask its Trainer, and has nothing to log there
-            part._trainer = pl_module._trainer
+            private.lend_trainer(part, pl_module)
             part.log = _log_nothing  # type: ignore[method-assign]
     checkpoint = dict(checkpoint)
     teacher.on_load_checkpoint(checkpoint)  # it may put another state dict in its place

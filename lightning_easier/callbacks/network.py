@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_easier.callbacks import private
 from lightning_easier.support.hooks import HookOfOneModel
 
 _OF_A_RUN = ("training_step", "configure_optimizers")
@@ -79,12 +80,11 @@ def copied(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, LightningModule):
         return _copied(module)
-    trainer, module._trainer = module._trainer, None
     own = {name: vars(module).pop(name) for name in _OF_A_RUN if name in vars(module)}
     try:
-        return _copied(module)
+        with private.without_trainer(module):
+            return _copied(module)
     finally:
-        module._trainer = trainer
         vars(module).update(own)
 
 
@@ -93,9 +93,9 @@ def _copied(module: nn.Module) -> nn.Module:
     copy = deepcopy(module, memo)
     for part in copy.modules():
         for name, value in list(vars(part).items()):
-            compiled_from = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
-            if compiled_from is not None:
-                vars(part)[name] = deepcopy(compiled_from, memo)
+            original = private.compiled_from(value)
+            if original is not None:
+                vars(part)[name] = deepcopy(original, memo)
     return copy
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_easier.callbacks import private
 
 Restart = Literal["none", "schedule", "optimizer"]
 RESTARTS: tuple[Restart, ...] = ("none", "schedule", "optimizer")
@@ -137,17 +138,17 @@ class LoggedScores:
         self.release()
         for callback in trainer.early_stopping_callbacks:
             assert isinstance(callback, EarlyStopping)
-            callback._run_early_stopping_check = partial(self._check_what_is_known, callback)  # type: ignore[method-assign]
+            private.replace_stopping_check(callback, self._check_what_is_known)
             self._waiting.append(callback)
 
     def _check_what_is_known(self, callback: EarlyStopping, trainer: Trainer) -> None:
         if trainer.callback_metrics.get(callback.monitor) is not self._unknown:
-            type(callback)._run_early_stopping_check(callback, trainer)
+            private.check_stopping(callback, trainer)
 
     def release(self) -> None:
         """Have every EarlyStopping check as ever."""
         for callback in self._waiting:
-            vars(callback).pop("_run_early_stopping_check", None)
+            private.restore_stopping_check(callback)
         self._waiting = []
 
     def put(self, trainer: Trainer, scores: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_easier.callbacks import private
 from lightning_easier.callbacks.files import loads_into_model
 from lightning_easier.callbacks.optimizers import (
     Place,
@@ -231,7 +232,7 @@ def _wrap_anew(trainer: Trainer) -> None:
         return
     strategy.model = strategy.lightning_module  # the old wrapper goes first, and its hooks with it
     strategy.configure_ddp()
-    strategy._pl_static_graph_delay_done = False  # of manual optimization with a static graph
+    private.begin_static_graph_anew(strategy)
 
 
 def check_processes_agree(trainer: Trainer, pl_module: LightningModule) -> None:

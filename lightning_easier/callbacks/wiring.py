@@ -1,13 +1,11 @@
 """What has to hold around the callback: the strategy, the other callbacks, the data, compiled code."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -24,6 +22,7 @@ from torch import nn
 from torch.optim import LBFGS
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_easier.callbacks import private
 from lightning_easier.sites.activations import match_names
 from lightning_easier.sites.rectifiers import FunctionalPReLU
 from lightning_easier.structure.checkpoint import expects_pruned
@@ -404,28 +403,19 @@ def run_validation(trainer: Trainer, epochs_ago: int) -> None:
     trainer.training = True
     progress.completed += epochs_ago
     progress.processed += epochs_ago
-    loop._has_run = False  # or the fit loop would take an epoch that is resumed at its end for one that never began
+    private.mark_validation_as_not_run(trainer)
 
 
 def is_compiled(pl_module: LightningModule) -> bool:
     """Tell whether the module, a part of it, a method, or a function that it may call is compiled."""
-    if getattr(pl_module, "_compiler_ctx", None) is not None or _something_was_compiled():
+    if private.something_was_compiled():
         return True
     modules = list(pl_module.modules())
     values = [value for owner in (*modules, *map(type, modules)) for value in vars(owner).values()]
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
-        for module in modules
-    ) or any(callable(value) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
-
-
-def _something_was_compiled() -> bool:
-    """Tell whether torch.compile has worked in this process since it was told to forget, on whatever it was."""
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    return frames is not None and bool(frames.input_codes.seen)
+    return any(map(private.is_compiled_module, modules)) or any(map(private.is_compiled_function, values))
 
 
 def forget_compiled_code(pl_module: LightningModule) -> None:
     """Have compiled code made anew: it neither sees hooks that were added since, nor misses those that are gone."""
     if is_compiled(pl_module):
-        torch._dynamo.reset()
+        private.forget_compiled()

@@ -1,0 +1,77 @@
+"""Canaries: what Lightning and torch call private is there still, and does what `callbacks.private` expects."""
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_easier.callbacks import private
+from tests.integration.interrupted import Small
+
+
+def test_a_module_gives_its_trainer_away_for_a_while():
+    module, other = Small(), Small()
+    trainer = Trainer(logger=False, enable_checkpointing=False, barebones=False)
+    module.trainer = trainer
+    with private.without_trainer(module):
+        assert module._trainer is None
+    assert module.trainer is trainer
+    private.lend_trainer(other, module)
+    assert other.trainer is trainer
+
+
+def trained(root, *callbacks, epochs=4) -> Trainer:
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=root, callbacks=list(callbacks),
+    )  # fmt: skip
+    data = TensorDataset(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))
+    trainer.fit(Small(), DataLoader(data, 2), DataLoader(data, 2))
+    return trainer
+
+
+def test_early_stopping_asks_its_check_on_the_instance(tmp_path):
+    stopper, asked = EarlyStopping("score", mode="max", patience=1), []
+    private.replace_stopping_check(stopper, lambda callback, trainer: asked.append(callback))
+    assert trained(tmp_path, stopper).current_epoch == 4  # its own check would stop: the score stays as it is
+    assert asked == [stopper] * 4
+    private.restore_stopping_check(stopper)
+    assert "_run_early_stopping_check" not in vars(stopper)
+    own = EarlyStopping("score", mode="max", patience=1)
+    private.replace_stopping_check(own, private.check_stopping)
+    assert trained(tmp_path, own).current_epoch == 2
+
+
+def test_loops_and_strategies_have_what_is_set(tmp_path):
+    trainer = trained(tmp_path, epochs=1)
+    assert trainer.fit_loop.epoch_loop.val_loop._has_run
+    private.mark_validation_as_not_run(trainer)
+    assert not trainer.fit_loop.epoch_loop.val_loop._has_run
+    strategy = DDPStrategy()
+    assert strategy._pl_static_graph_delay_done is False
+    strategy._pl_static_graph_delay_done = True
+    private.begin_static_graph_anew(strategy)
+    assert not strategy._pl_static_graph_delay_done
+
+
+def test_what_is_compiled_is_known():
+    def double(x):
+        return 2 * x
+
+    private.forget_compiled()
+    assert not private.something_was_compiled()
+    compiled = torch.compile(double, backend="eager")
+    assert private.compiled_from(compiled) is double
+    assert private.compiled_from(double) is None
+    compiled(torch.ones(2))
+    assert private.something_was_compiled()
+    private.forget_compiled()
+    assert not private.something_was_compiled()
+
+    layer, in_place = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert not private.is_compiled_module(layer)
+    assert private.is_compiled_module(torch.compile(layer, backend="eager"))
+    in_place.compile(backend="eager")
+    assert private.is_compiled_module(in_place)
