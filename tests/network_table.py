@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,19 @@ def row(network: Network) -> tuple[str, ...]:
     assert not classes - Counter(type(module) for module in model.modules())
 
     seen: Counter[str] = Counter()
+    reached: dict[str, None] = {}  # by a sample; a detector that finds nothing calls the rest on none
+
+    def note(module: nn.Module, args: Any, name: str) -> None:
+        seen.update([name])
+        if args[0].numel() > 0:
+            reached[name] = None
+
     for site in sites:
-        site.module.register_forward_pre_hook(lambda *_, name=site.name: seen.update([name]))
+        site.module.register_forward_pre_hook(partial(note, name=site.name))
     with torch.no_grad(), EntropyProbe(sites) as probe:
         output = model(*copy.deepcopy(inputs))
     entropies = probe.entropies()
-    assert set(entropies) == set(seen)
+    assert set(entropies) == set(reached)
     finite = sum(math.isfinite(bits) and 0 <= bits <= 1 for bits in entropies.values())
 
     again = isolated_sites(model)
@@ -118,7 +126,7 @@ def row(network: Network) -> tuple[str, ...]:
     assert all(a.module is b.module for a, b in zip(again, sites, strict=True))
 
     notes = _notes(calls.count, seen, [site.name for site in sites], left_alone)
-    if list(seen) != list(entropies):
+    if list(reached) != list(entropies):
         notes.append("in another order than they are called")
     axes = Counter(site.neuron_dim for site in sites if site.name in seen)
     difference = _largest_difference(output, expected)

@@ -68,7 +68,7 @@ def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
     assert {name: block["init_args"][name] for name in wanted} == wanted
     (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
     assert callback.distill
-    assert callback.policy.reference == "best"
+    assert callback.rules.reference == "best"
 
 
 def test_the_saved_config_loads_again(run, tmp_path):
