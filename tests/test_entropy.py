@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from lightning_easier import ActivationEntropy, activation_entropy
 from lightning_easier.measure import entropy
+from tests.forks import run_together
 
 
 def entropy_by_definition(neurons: list[list[float]]) -> list[float]:
@@ -171,12 +172,7 @@ def compute_on_rank(rank: int, folder: str) -> None:
 
 
 def test_is_exact_over_uneven_processes_of_which_one_has_no_batch(tmp_path: Path, forked):
-    processes = [forked.Process(target=compute_on_rank, args=(rank, str(tmp_path))) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    run_together([forked.Process(target=compute_on_rank, args=(rank, str(tmp_path))) for rank in range(3)])
     single = ActivationEntropy()
     for rank in range(3):
         for batch in shards(rank):

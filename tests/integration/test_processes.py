@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from lightning_easier import expect_pruned
 from lightning_easier.structure.linearize import stand_ins
+from tests.forks import run_together
 from tests.integration.interrupted import Small, run
 from tests.integration.processes import SLOPE, main_on_rank
 
@@ -130,12 +131,7 @@ def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):
 
 def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path, forked):
     told = 4, find_free_network_port(), str(tmp_path), "uneven shards"
-    processes = [forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0] * 4
+    run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(4)])
     results = noted(tmp_path, 4, ["uneven shards"])["uneven shards"]
     for result in results:
         assert result["measured"] == pytest.approx(result["expected"], rel=1e-12)
