@@ -186,8 +186,8 @@ def main() -> None:
         "*Calls* are the rectifier calls counted while the network runs, by an observer that sees functions (and knows",
         "a few classes that write theirs out as a formula); *sites* are what `isolate_activations` finds, in the order",
         "of their calls; *neuron axes* how many of those called have their neurons on which axis; *difference* is the",
-        "largest absolute difference of the outputs before and after; *finite entropies* are of those that a sample
-has reached (a detector with random weights may find nothing). State-dict keys and classes stay, and a second",
+        "largest absolute difference of the outputs before and after; *finite entropies* are of those that a sample",
+        "has reached (a detector with random weights may find nothing). State-dict keys and classes stay, and a second",
         "call changes nothing: a row that breaks one of these does not come about.",
         "",
         rendered(COLUMNS),

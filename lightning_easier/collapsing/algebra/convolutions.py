@@ -23,8 +23,9 @@ Everything here works on tensors without data too (the ``meta`` device), where o
 is there counts as a bias there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
+from itertools import product
 from math import gcd
 from typing import Any
 
@@ -39,9 +40,6 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
-    torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-)  # fmt: skip
 _FLAT = {kind: axes for kinds in (CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS) for axes, kind in enumerate(kinds, 1)}
 
 
@@ -85,18 +83,20 @@ def _compose_kernels(first: Convolution, second: Convolution) -> tuple[Tensor, t
         gcd(a if k1 > 1 else 0, b if k2 > 1 else 0) or 1
         for a, b, k1, k2 in zip(steps1, steps2, first.kernel_size, second.kernel_size, strict=True)
     )
-    # Groups side by side as channels: (out / groups, middle, *k2) -> (out / groups, in, *k)
-    out_per_group, in_per_group = second.out_channels // groups, first.in_channels // groups
-    w2 = w2.unflatten(0, (groups, out_per_group)).transpose(0, 1).flatten(1, 2)
-    kernel = _TRANSPOSE[len(dilation) - 1](
-        w2,
-        w1,
-        # along an axis where a kernel has one tap its step does not matter
-        stride=tuple(b // d if k > 1 else 1 for b, d, k in zip(steps2, dilation, second.kernel_size, strict=True)),
-        dilation=tuple(a // d if k > 1 else 1 for a, d, k in zip(steps1, dilation, first.kernel_size, strict=True)),
-        groups=groups,
-    )
-    return kernel.unflatten(1, (groups, in_per_group)).transpose(0, 1).flatten(0, 1), dilation, groups
+    w1 = w1.unflatten(0, (groups, -1))  # (groups, middle / groups, in / groups, *k1)
+    w2 = w2.unflatten(0, (groups, -1))  # (groups, out / groups, middle / groups, *k2)
+    # along an axis where a kernel has one tap its step does not matter
+    steps1 = tuple(a // d if k > 1 else 1 for a, d, k in zip(steps1, dilation, first.kernel_size, strict=True))
+    steps2 = tuple(b // d if k > 1 else 1 for b, d, k in zip(steps2, dilation, second.kernel_size, strict=True))
+    spans1 = tuple((k - 1) * a + 1 for k, a in zip(first.kernel_size, steps1, strict=True))
+    size = tuple((k - 1) * b + span for k, b, span in zip(second.kernel_size, steps2, spans1, strict=True))
+    kernel = w1.new_zeros(groups, w2.shape[1], *w1.shape[2:3], *size)
+    # A transposed convolution of the second kernel by the first does the same, many times slower in float64
+    for tap in product(*map(range, second.kernel_size)):
+        begins = tuple(t * b for t, b in zip(tap, steps2, strict=True))
+        where = tuple(slice(t, t + span, a) for t, span, a in zip(begins, spans1, steps1, strict=True))
+        kernel[(..., *where)] += (w2[(..., *tap)] @ w1.flatten(2)).unflatten(2, w1.shape[2:])
+    return kernel.flatten(0, 1), dilation, groups
 
 
 def _check_borders(first: Convolution, second: Convolution, p2: tuple[int, ...]) -> None:
