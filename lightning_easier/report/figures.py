@@ -13,7 +13,8 @@ def read_entropies(log_dir: str | Path) -> dict[str, tuple[list[int], list[float
         log_dir: Folder with TensorBoard's event files.
 
     Returns:
-        Name of the activation -> (steps, entropies in bits), in the order of first appearance.
+        Name of the activation -> (steps, entropies in bits), in the order of first appearance. Steps rise; where one
+        was logged twice, by a run that was taken up, the later value counts.
 
     Raises:
         ValueError: If the run has logged no entropies.
@@ -25,13 +26,12 @@ def read_entropies(log_dir: str | Path) -> dict[str, tuple[list[int], list[float
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(f"{ENTROPY_TAG}/")]
     if not tags:
         raise ValueError(f"Expected argument `log_dir` to hold a run that has logged entropies, but {log_dir} does not")
-    return {
-        tag.removeprefix(f"{ENTROPY_TAG}/"): (
-            [e.step for e in events.Scalars(tag)],
-            [e.value for e in events.Scalars(tag)],
-        )
-        for tag in tags
-    }
+    curves = {}
+    for tag in tags:
+        # A run that is taken up writes a file of its own, with steps that the first has seen
+        latest = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+        curves[tag.removeprefix(f"{ENTROPY_TAG}/")] = sorted(latest), [latest[step] for step in sorted(latest)]
+    return curves
 
 
 def plot_entropies(log_dir: str | Path, path: str | Path) -> None:

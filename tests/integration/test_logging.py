@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_easier.report.figures import plot_entropies, read_entropies
 from tests.integration.tiny import NAMES, Tiny, pruning, train
@@ -88,3 +89,13 @@ def test_works_with_no_logger(tmp_path):
     train(Tiny(), callback, root=tmp_path, logger=False)
     assert len(callback.removed) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["entropy_pruning"]
+
+
+def test_the_curves_of_a_run_that_was_taken_up_are_one(tmp_path):
+    for begin, values in ((0, (0.1, 0.2, 0.3)), (2, (0.4, 0.5))):
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step, value in enumerate(values, begin):
+                writer.add_scalar("entropy/act", value, step)
+    ((name, (steps, found)),) = read_entropies(tmp_path).items()
+    assert (name, steps) == ("act", [0, 1, 2, 3])
+    assert found == pytest.approx([0.1, 0.2, 0.4, 0.5])
