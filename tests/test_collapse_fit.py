@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.collapsing.fit import fitting
-from lightning_easier.collapsing.fit.fittable import Chains
+from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.fitting import with_statistics
 from lightning_easier.zoo import CifarResNet
 
@@ -376,7 +376,7 @@ def test_one_run_sums_up_for_all_chains_what_a_run_for_each_does(monkeypatch, mo
     sites = list(isolate_activations(model))
     shape = (9, 5, 8) if isinstance(model, Rows) else (9, 12, 5, 4)
     batches = [(torch.randn(shape),) for _ in range(3)]
-    chains = Chains(model, sites).in_windows(2)
+    chains = FittableChains(model, sites).in_windows(2)
     together = gathered(model, chains, batches)
     apart = [gathered(model, [chain], batches)[chain] for chain in chains]
     monkeypatch.setattr(fitting, "_MOST_BYTES", 0)  # each in a run of its own
@@ -390,7 +390,7 @@ def test_one_run_sums_up_for_all_chains_what_a_run_for_each_does(monkeypatch, mo
 @pytest.mark.parametrize("depth", [4, 8])
 def test_the_sums_of_all_chains_take_one_run_over_the_data(monkeypatch, depth):
     model = Rows(depth).eval()
-    chains = Chains(model, list(isolate_activations(model))).in_windows(2)
+    chains = FittableChains(model, list(isolate_activations(model))).in_windows(2)
     assert len(chains) == depth
     model.runs = 0
     gathered(model, chains, [(torch.randn(9, 8),)] * 3)
@@ -414,7 +414,7 @@ def test_a_chain_that_is_not_reached_leaves_the_others_their_sums():
             return self.mlps[2](x if x.shape[0] > 4 else self.mlps[1](x))
 
     model = Second(3).eval()
-    chains = Chains(Rows(3), [f"mlps.{i}.1" for i in range(3)]).in_windows(1)
+    chains = FittableChains(Rows(3), [f"mlps.{i}.1" for i in range(3)]).in_windows(1)
     batches = [(torch.randn(4, 8),), (torch.randn(8, 8),), (torch.randn(4, 8),)]
     first, second, third = (gathered(model, chains, batches)[chain] for chain in chains)
     assert second is None
@@ -424,7 +424,7 @@ def test_a_chain_that_is_not_reached_leaves_the_others_their_sums():
 
 def test_what_ran_before_a_chain_had_ended_is_told():
     model = Rows(3).eval()
-    chains = Chains(model, list(isolate_activations(model))).in_windows(1)
+    chains = FittableChains(model, list(isolate_activations(model))).in_windows(1)
     watched = ["mlps.0.0", "mlps.1.0", "mlps.1.3", "mlps.2.1"]
     ran = [one.ran for one in gathered(model, chains, [(torch.randn(9, 8),)] * 2, watched=watched).values()]
     assert ran == [{"mlps.0.0"}, {"mlps.0.0", "mlps.1.0", "mlps.1.3"}, {*watched}]

@@ -502,14 +502,14 @@ def test_what_it_will_take_is_known_from_the_start(monkeypatch):
 
 def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before_has_changed(monkeypatch):
     runs, looks = [], []
-    gather, around = compress_module.gather, compress_module.Chains.around
+    gather, around = compress_module.gather, compress_module.FittableChains.around
 
     def counted(model, chains, *args):
         runs.append([chain.sites for chain in chains])
         yield from gather(model, chains, *args)
 
     monkeypatch.setattr(compress_module, "gather", counted)
-    monkeypatch.setattr(compress_module.Chains, "around", lambda *args: looks.append(args[1]) or around(*args))
+    monkeypatch.setattr(compress_module.FittableChains, "around", lambda *args: looks.append(args[1]) or around(*args))
     report = compress(mlps(4), BATCHES, **OPTIONS).report
     chains = [(f"mlps.{number}.1",) for number in range(4)]
     assert [trial.sites for trial in report.trials] == chains[::-1]  # nothing that goes lies before the next

@@ -26,7 +26,7 @@ from lightning_easier.pruning.loop import (
 )
 from lightning_easier.pruning.ranking import Ranked
 from lightning_easier.pruning.rules import Rejections, Rules, Tolerance
-from lightning_easier.pruning.state import Choice, Interruption, Measured, RunState, Snapshot
+from lightning_easier.pruning.state import Interruption, Measured, Removal, RunState, Snapshot
 from lightning_easier.report import Round
 
 NAMES = [f"act{number}" for number in range(5)]
@@ -47,13 +47,13 @@ class Model:
         self.commands: list[Command] = []
         self.asked: list[list[str]] = []
 
-    def choose(self, measured: Measured) -> Choice | None:
+    def choose(self, measured: Measured) -> Removal | None:
         rules, state = self.loop.rules, self.loop.state
         assert measured.ranked is not None
         eligible = rules.eligible(measured.ranked.ranks, NAMES, state.rejected)
         names = sorted(eligible, key=eligible.__getitem__)[: rules.how_many(len(state.removed), len(eligible))]
         self.asked.append(list(eligible))
-        return Choice(names, dict.fromkeys(names, 0.5)) if names else None
+        return Removal(names, dict.fromkeys(names, 0.5)) if names else None
 
     def carry_out(self, commands: Any) -> None:
         state = self.loop.state

@@ -14,7 +14,7 @@ from lightning_easier.collapsing import engine
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.operators import CannotMergeError, compose, structure
 from lightning_easier.collapsing.exact import recipes
-from lightning_easier.collapsing.exact.prices import count_macs, output_shape
+from lightning_easier.collapsing.exact.prices import macs_at, output_shape
 from lightning_easier.support import costs, timing
 from lightning_easier.support.timing import LatencyTable
 
@@ -76,7 +76,7 @@ def test_shapes_and_macs_are_those_of_a_call(operator, shape):
     bare = structure(operator)
     assert bare.weight.is_meta
     assert output_shape(bare, shape) == operator(torch.randn(shape)).shape
-    assert count_macs(bare, shape) == costs.count_macs(operator, (torch.randn(shape),))
+    assert macs_at(bare, shape) == costs.count_macs(operator, (torch.randn(shape),))
 
 
 def test_a_chain_longer_than_the_window_is_merged_in_linear_time(monkeypatch):

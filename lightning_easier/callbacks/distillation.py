@@ -92,7 +92,7 @@ class Distillation:
         self._teacher = _dense(pl_module, removed, load())
         self._pl_module, self._order = pl_module, holders(pl_module, sites)
         self._handles = notice_calls(pl_module, sites, self._compare, begins=self._ask)
-        pl_module.training_step = _Step(pl_module, self._run)  # type: ignore[method-assign]
+        pl_module.training_step = _DistilledStep(pl_module, self._run)  # type: ignore[method-assign]
         wiring.forget_compiled_code(pl_module)
 
     def stop(self) -> None:
@@ -102,7 +102,7 @@ class Distillation:
         self._handles.clear()
         own: dict[str, Any] = {} if self._pl_module is None else vars(self._pl_module)
         now = own.get("training_step")
-        if isinstance(now, _Step):  # else somebody has put another around it, which goes on calling it
+        if isinstance(now, _DistilledStep):  # else somebody has put another around it, which goes on calling it
             del own["training_step"]
             if now.instead_of is not None:
                 own["training_step"] = now.instead_of
@@ -203,7 +203,7 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, in the place of a module's `log`."""
 
 
-class _Step:
+class _DistilledStep:
     """A module's training step inside another one; a copy of the module, or a pickle, has a step of its own alone.
 
     Args:

@@ -22,8 +22,8 @@ from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.recipe import (
     RESTARTS,
+    InitialRecipe,
     LoggedScores,
-    Recipe,
     Restart,
     plateaus,
     put_plateaus,
@@ -48,7 +48,7 @@ from lightning_easier.pruning.loop import (
 )
 from lightning_easier.pruning.ranking import Ranked, Ranking, apart
 from lightning_easier.pruning.rules import Rejections, Rules, Tolerance, mode_in_name
-from lightning_easier.pruning.state import BestCheckpoint, Choice, Interruption, Measured, RunState
+from lightning_easier.pruning.state import BestCheckpoint, Interruption, Measured, Removal, RunState
 from lightning_easier.report import CandidateReport, PruningReport, Round
 from lightning_easier.report.dashboard import Dashboard, entropy_key
 from lightning_easier.sites.activations import planned_sites
@@ -288,7 +288,7 @@ class EntropyPruningCallback(Callback):
         self._measurement = Measurement(self.gates, self.exclude or (), self.neuron_dim, sample, self.ranking)
         self._distillation = Distillation(distill_weight, distill_temperature)
         self._dashboard: Dashboard | None = None
-        self._recipe: Recipe | None = None
+        self._recipe: InitialRecipe | None = None
         self._scores = LoggedScores()
         self._files = files.RunFiles()
         self._resumed_inside = -1  # the epoch that a checkpoint was saved in the middle of
@@ -386,7 +386,7 @@ class EntropyPruningCallback(Callback):
         wiring.check_optimizers(trainer)
         if self.distill:
             self._distillation.check(trainer, pl_module)
-        self._recipe = Recipe(trainer)
+        self._recipe = InitialRecipe(trainer)
         wiring.forget_compiled_code(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -826,7 +826,7 @@ class EntropyPruningCallback(Callback):
         """Return what a validation alone has measured."""
         return Measured(self._measured or {}, self._measurement.affines, self._ranked)
 
-    def _choose(self, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Choice | None:
+    def _choose(self, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Removal | None:
         """Choose among what was measured; None if nothing is left. Some activations were not called in training."""
         entropies, ranked = measured.entropies or {}, measured.ranked or Ranked()
         eligible = self.rules.eligible(ranked.ranks, self._candidates or (), self._state.rejected)
@@ -848,9 +848,9 @@ class EntropyPruningCallback(Callback):
         if not names:
             return None
         operations = self.ranking.operations(names, ranked, measured.affines)
-        return Choice(names, {name: entropies[name] for name in names}, [each.to_plain() for each in operations])
+        return Removal(names, {name: entropies[name] for name in names}, [each.to_plain() for each in operations])
 
-    def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Choice | None) -> None:
+    def _list(self, trainer: Trainer, pl_module: LightningModule, choice: Removal | None) -> None:
         """Say what would be done."""
         entropies = self._measured or self._state.snapshot.measured.entropies
         self._listed = candidates(pl_module, entropies, gates=self.gates, shift_padding=self.shift_padding)
@@ -862,7 +862,7 @@ class EntropyPruningCallback(Callback):
         if not self.dry_run:
             self._carry_out(trainer, pl_module, self._loop.epoch_begins())
 
-    def _remove(self, trainer: Trainer, pl_module: LightningModule, choice: Choice) -> None:
+    def _remove(self, trainer: Trainer, pl_module: LightningModule, choice: Removal) -> None:
         state = self._state
         before = state.kept[-1].score_after
         state.snapshot = replace(state.snapshot, plateaus=plateaus(trainer))

@@ -18,7 +18,7 @@ Restart = Literal["none", "schedule", "optimizer"]
 RESTARTS: tuple[Restart, ...] = ("none", "schedule", "optimizer")
 
 
-class Recipe:
+class InitialRecipe:
     """Optimizers and schedules as ``configure_optimizers`` made them, to begin anew with.
 
     Args:

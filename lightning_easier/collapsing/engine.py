@@ -25,7 +25,7 @@ from lightning_easier.collapsing.exact.verification import (
     verify_in_float64,
     verify_rounded,
 )
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit
 from lightning_easier.collapsing.fit.fitting import fit_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
@@ -176,7 +176,7 @@ def prepare(
 class _Fits(NamedTuple):
     """What was fitted, why other sites were not, and what was left out of the calibration data."""
 
-    choices: list[Choice]
+    choices: list[PricedFit]
     reasons: dict[str, str]
     notes: list[str]
 
@@ -453,7 +453,7 @@ def _rewrite(
     return _Rewriting(steps, collapsed, unmerged, difference, exactly, rounding)
 
 
-def _record(choice: Choice, objective: Objective) -> Fitted:
+def _record(choice: PricedFit, objective: Objective) -> Fitted:
     chain, fit = choice.chain, choice.fit
     return Fitted(
         chain.sites, chain.operators, fit.kind, fit.explained, choice.price_before, choice.price_after, objective

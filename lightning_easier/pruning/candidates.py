@@ -11,7 +11,7 @@ from lightning_easier.collapsing.algebra.operators import CannotMergeError, chec
 from lightning_easier.report import Candidate, CandidateReport
 from lightning_easier.sites.activations import unwrap
 from lightning_easier.sites.adjacency import Adjacency
-from lightning_easier.sites.discovery import ActivationSite, Discovery, Plan
+from lightning_easier.sites.discovery import ActivationSite, Discovery, IsolationPlan
 from lightning_easier.sites.neighbourhood import Meeting, Neighbourhood
 from lightning_easier.sites.rectifiers import as_gates
 from lightning_easier.structure.padding import possible_shift
@@ -105,7 +105,7 @@ def _candidate(site: ActivationSite, around: Neighbourhood, entropy: float | Non
 class _Check:
     """Find out whether a collapse would merge two operators that meet."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: IsolationPlan) -> None:
         self._adjacency = Adjacency(model, plan)
 
     def __call__(self, meeting: Meeting) -> None:

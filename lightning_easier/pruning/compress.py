@@ -12,8 +12,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choose
-from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
 from lightning_easier.pruning.goals import Goal, Look, check_targets
 from lightning_easier.pruning.rules import Rejections, Tolerance
@@ -378,7 +378,7 @@ class _Candidate(NamedTuple):
         drift: Share of the variance of the outputs that changes if it alone is put in place.
     """
 
-    choice: Choice
+    choice: PricedFit
     drift: float
 
     @property
@@ -436,8 +436,8 @@ class _Fitted(NamedTuple):
         beside: What had taken the place of those by then, by name.
     """
 
-    chain: FitChain
-    choices: list[Choice]
+    chain: FittableChain
+    choices: list[PricedFit]
     ran: frozenset[str]
     beside: dict[str, nn.Module]
 
@@ -499,7 +499,7 @@ class _Search:
 
     def candidates(self, sites: Sequence[str], clock: _Clock, progress: Stages) -> list[_Candidate]:
         """Fit operators for every chain alone, and return those that may take its place, the best first."""
-        chains = Chains(self.model, sites, self._known)
+        chains = FittableChains(self.model, sites, self._known)
         found: list[_Candidate] = []
         whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
         self._replaceable = sorted({name for chain in whole for name in chain.replaced})
@@ -529,7 +529,7 @@ class _Search:
         return sorted(best, key=rank)
 
     def _candidates_for(
-        self, chain: FitChain, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+        self, chain: FittableChain, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
     ) -> list[_Candidate]:
         """Return what may take the place of one chain; add why nothing may, by site."""
         try:
@@ -548,7 +548,7 @@ class _Search:
             found.append(_Candidate(choice, _drift(outputs, self._dense_outputs)))
         return found
 
-    def _worthwhile(self, choices: Sequence[Choice]) -> list[Choice]:
+    def _worthwhile(self, choices: Sequence[PricedFit]) -> list[PricedFit]:
         """Return what saves something and has no equal that saves more.
 
         Raises:
@@ -576,7 +576,7 @@ class _Search:
             self._steps.remove(step)
         try:
             # a neighbour may have gone, and one of its ends with it
-            chain = Chains(self.model, chain.sites, self._known).around(chain.sites)
+            chain = FittableChains(self.model, chain.sites, self._known).around(chain.sites)
             choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind]
             if not choices:
                 raise CannotFitError("does not pay any more beside its neighbours")
@@ -624,7 +624,7 @@ class _Search:
             step.trial.kept, step.trial.reason = True, None
         self._undone = []
 
-    def _fit(self, chain: FitChain) -> list[Choice]:
+    def _fit(self, chain: FittableChain) -> list[PricedFit]:
         """Return the operators for a chain that save something, those of the last time where nothing before it changed.
 
         Raises:
@@ -637,13 +637,13 @@ class _Search:
         return self._fitted[chain.sites].choices
 
     def _gather(
-        self, chains: Sequence[FitChain], advance: Callable[[], object] = lambda: None
-    ) -> Iterator[tuple[FitChain, Gathered | None]]:
+        self, chains: Sequence[FittableChain], advance: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[FittableChain, Gathered | None]]:
         return gather(self.model, chains, self._batches, self._arguments, self._replaceable, advance)
 
     def _fit_to(
-        self, chain: FitChain, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
-    ) -> list[Choice]:
+        self, chain: FittableChain, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
+    ) -> list[PricedFit]:
         choices = fit_to(self.model, chain, gathered, self._prices, advance)
         ran = frozenset() if gathered is None else gathered.ran
         saving = [choice for choice in choices if choice.saving > 0]

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.collapsing import CollapseError, collapse
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices
-from lightning_easier.collapsing.fit.fittable import Chains
+from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.structure.linearize import linearize
@@ -36,7 +36,7 @@ class ShapeProbe:
 
     def __init__(self, model: nn.Module, sites: Sequence[str]) -> None:
         with evaluation_mode(model):
-            self.meetings = Chains(model, sites).meetings
+            self.meetings = FittableChains(model, sites).meetings
         self.shapes: dict[str, torch.Size] = {}
         self._model = model
         self._handles: list[RemovableHandle] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_easier.pruning.rules import Rules
-from lightning_easier.pruning.state import Choice, Decision, Measured, RunState
+from lightning_easier.pruning.state import Decision, Measured, Removal, RunState
 from lightning_easier.report import Round
 
 
@@ -43,7 +43,7 @@ class Decided:
         choice: What; None if nothing does.
     """
 
-    choice: Choice | None
+    choice: Removal | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Apply:
         choice: Which.
     """
 
-    choice: Choice
+    choice: Removal
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Ask(NamedTuple):
     """
 
     score: Callable[[], float | None]
-    choose: Callable[[Measured], Choice | None]
+    choose: Callable[[Measured], Removal | None]
 
 
 class PruningLoop:
@@ -252,7 +252,7 @@ class PruningLoop:
         if this.accepted:
             yield Keep(len(state.rounds) - 1)
 
-    def _choose(self, ask: Ask, is_there: bool = False) -> Choice | None:
+    def _choose(self, ask: Ask, is_there: bool = False) -> Removal | None:
         """Take note of the last verdict, and choose what becomes linear next."""
         state, now = self.state, self.state.now
         if state.rounds[-1].accepted:

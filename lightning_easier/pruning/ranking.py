@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
-from lightning_easier.collapsing.fit.fit_prices import Choice as FitChoice
+from lightning_easier.collapsing.fit.fit_prices import PricedFit
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.gains import GAINS, Gain, Gains, ShapeProbe
 from lightning_easier.sites.activations import unwrap
@@ -282,7 +282,7 @@ class Ranking:
     def _cost(self, entropy: float, fit: Fit) -> float:
         return entropy if self.criterion == "entropy" else 1.0 - fit.explained
 
-    def _best(self, ways: Sequence[tuple[FitChoice, _Option]]) -> _Option | None:
+    def _best(self, ways: Sequence[tuple[PricedFit, _Option]]) -> _Option | None:
         """Choose among the operators for one chain that save something; None if none stands for it.
 
         Entropy does not tell how well an operator represents a chain, and without a gain nothing weighs that against

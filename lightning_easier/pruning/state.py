@@ -26,7 +26,7 @@ def is_plain_name(file: Any) -> bool:
 
 
 @dataclass
-class Choice:
+class Removal:
     """Activations that were chosen to become linear.
 
     Attributes:
@@ -50,7 +50,7 @@ class Decision:
     """
 
     go_back: bool
-    remove: Choice | None
+    remove: Removal | None
 
 
 @dataclass
@@ -242,7 +242,7 @@ class RunState:
         state.interruption = Interruption(**plain["interruption"])
         if plain["decision"] is not None:
             remove = plain["decision"]["remove"]
-            state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Choice(**remove))
+            state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Removal(**remove))
         return state
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_easier.sites.dataflow import Kind
-from lightning_easier.sites.discovery import Plan
+from lightning_easier.sites.discovery import IsolationPlan
 from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.support.inference import has_hooks
 
@@ -19,7 +19,7 @@ class Adjacency:
         plan: What was discovered in it.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: IsolationPlan) -> None:
         self._hooked = {name: module for name, module in model.named_modules() if name and has_hooks(module)}
         # how many modules hold a tensor, and how often one is read without its module being called
         self._readers = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())

@@ -89,7 +89,7 @@ class ActivationSite:
 
 
 @dataclass
-class Plan:
+class IsolationPlan:
     """What was found in a model, and what isolates it.
 
     Attributes:
@@ -193,14 +193,14 @@ class Discovery:
     def __init__(self, gates: frozenset[str], known: KnownForwards | None = None) -> None:
         self._gates = gates
         self._known = KnownForwards() if known is None else known
-        self._plan = Plan()
+        self._plan = IsolationPlan()
         self._flow = self._plan.flow
         self._names: dict[nn.Module, str] = {}  # of the modules met so far; the first name of each counts
         self._steps: dict[nn.Module, Sequence[Step]] = {}
         self._added: dict[nn.Module, dict[str, nn.Module]] = {}  # by the edits, once they are carried out
         self._inside: str | None = None  # the forward that can't be traced, if the walk is in one
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module) -> IsolationPlan:
         """Look through a model."""
         self._names[model] = ""
         self._flow.add(Kind.OUTPUT, "", [self._run(model, "", _Inputs())])

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from lightning_easier.collapsing.algebra.operators import summary
 from lightning_easier.collapsing.exact.chains import Element, Fork
 from lightning_easier.collapsing.exact.plans import Cut, Made, Split, Unit, operators_of, shapes_of
-from lightning_easier.collapsing.exact.prices import Objective, Pricer, Shape, count_macs, total
+from lightning_easier.collapsing.exact.prices import Objective, Pricer, Shape, macs_at, total
 from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Composer, Recipe
 from lightning_easier.report import Merge, Refusal
@@ -79,7 +79,7 @@ def _why_it_does_not_pay(units: Sequence[Unit], recipe: Recipe | None, shapes: S
     assert recipe is not None
     into = summary(recipe.structure)
     if pricer.is_hopeless(recipe.structure, shapes[0], operators_of(units, shapes)):
-        return f"does not pay: as {into} it would take {count_macs(recipe.structure, shapes[0]):,} MACs"
+        return f"does not pay: as {into} it would take {macs_at(recipe.structure, shapes[0]):,} MACs"
     after, before = pricer.price(recipe.structure, shapes[0]), total(*(unit.price for unit in units))
     return f"does not pay: as {into} it would cost {pricer.compared(after, before)}"
 

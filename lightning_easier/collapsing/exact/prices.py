@@ -33,7 +33,7 @@ def total(*prices: Price) -> Price:
     return sum(price[0] for price in prices), sum(price[1] for price in prices)
 
 
-def count_macs(operator: nn.Module, shape: Shape) -> int:
+def macs_at(operator: nn.Module, shape: Shape) -> int:
     """Count the multiply-accumulates of one call of a linear operator.
 
     Args:
@@ -154,7 +154,7 @@ class Pricer:
             self._table.measure({key: partial(call_of, operator, shape, self.device)}, self.device)
             return self._table.seconds[key], 1
         if self.objective == "macs":
-            return float(count_macs(operator, shape)), 1
+            return float(macs_at(operator, shape)), 1
         return float(not isinstance(operator, AFFINES)), 1
 
     def price_of_link(self, link: Link) -> Price:
@@ -179,8 +179,8 @@ class Pricer:
         """
         if self.objective == "depth":
             return False
-        macs = sum(count_macs(each, at) for each, at in instead_of)
-        return count_macs(operator, shape) > _HOPELESS * max(macs, prod(shape))
+        macs = sum(macs_at(each, at) for each, at in instead_of)
+        return macs_at(operator, shape) > _HOPELESS * max(macs, prod(shape))
 
     def compared(self, after: Price, before: Price) -> str:
         """Say in words what something would cost beside what it costs."""

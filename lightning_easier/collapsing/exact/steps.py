@@ -18,7 +18,7 @@ from lightning_easier.collapsing.exact.planner import Planner
 from lightning_easier.collapsing.exact.plans import Plan, original_pieces
 from lightning_easier.collapsing.exact.prices import Objective, Pricer
 from lightning_easier.collapsing.exact.reading import BATCH_NORMS, uses_batch_statistics
-from lightning_easier.collapsing.exact.writing import EQUALS, Trial, Writer, equal_in_source
+from lightning_easier.collapsing.exact.writing import EQUALS, Draft, Writer, equal_in_source
 from lightning_easier.report import Merge, Refusal
 from lightning_easier.sites.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.sites.tracing import input_of
@@ -279,8 +279,8 @@ class Steps:
 
         return alone
 
-    def _trial(self) -> Trial:
-        return Trial(self._captured, self._writer.made, device_of(self._captured))
+    def _trial(self) -> Draft:
+        return Draft(self._captured, self._writer.made, device_of(self._captured))
 
     def _why_not_faster(self, chain: Chain, plan: Plan, device: torch.device) -> str | None:
         """Time a chain against its plan, interleaved; the reason if it is not faster, None if it is."""

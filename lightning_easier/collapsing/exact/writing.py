@@ -189,7 +189,7 @@ class Writer(_Writing):
         return node
 
 
-class Trial(_Writing):
+class Draft(_Writing):
     """Writes into a graph of its own, whose operators have random numbers where they are new.
 
     Args:

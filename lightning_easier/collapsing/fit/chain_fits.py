@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, priced
-from lightning_easier.collapsing.fit.fittable import Chains, FitChain
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
+from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
 from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
@@ -63,7 +63,7 @@ class ChainProbe:
 
     def __init__(self, model: nn.Module, sites: Sequence[str], batches: int, most: int = 1) -> None:
         with evaluation_mode(model):
-            found = Chains(model, sites)
+            found = FittableChains(model, sites)
             self.chains = [chain for chain in found.in_windows(most) if _may_pay(model, chain)]
         self.reasons = found.reasons
         self._leave_out(model)
@@ -122,7 +122,7 @@ class ChainProbe:
             handle.remove()
         self._handles.clear()
 
-    def _hooks(self, chain: FitChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(self, chain: FittableChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
         inputs: list[Tensor] = []
         positions = -(-positions_wanted(chain) // self._batches)
 
@@ -155,7 +155,7 @@ class ChainProbe:
                 all_reduce(tensor)
             seen.calls, seen.moments.samples = int(calls), int(samples)
 
-    def fitted(self) -> Iterator[tuple[FitChain, list[Fit], torch.Size | None]]:
+    def fitted(self) -> Iterator[tuple[FittableChain, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
         both = list(zip(self.chains, self._seen, strict=True))
         for chain, seen in tqdm(both, desc="Fitting", leave=False, delay=1, disable=None):
@@ -173,16 +173,18 @@ class ChainProbe:
         counts = ((int(seen.moments.left_out), seen.moments.samples) for seen in self._seen)
         return max(counts, default=(0, 0))
 
-    def price(self, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices) -> list[Choice]:
+    def price(
+        self, chain: FittableChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
+    ) -> list[PricedFit]:
         """Tell what each operator would save in the place of a chain."""
         return priced(self._model, chain, candidates, shape, prices)
 
-    def chain_fit(self, chain: FitChain, fit: Fit) -> ChainFit | None:
+    def chain_fit(self, chain: FittableChain, fit: Fit) -> ChainFit | None:
         """Tell how an operator moves into the modules of a chain; None if it can't."""
         return as_chain_fit(self._model, chain, fit)
 
 
-def _may_pay(model: nn.Module, chain: FitChain) -> bool:
+def _may_pay(model: nn.Module, chain: FittableChain) -> bool:
     """Tell whether a chain is worth its sums: around one activation, or with more weights than a 1×1 in its place."""
     if len(chain.sites) == 1:
         return True
@@ -198,7 +200,7 @@ def _tensors_of(moments: Moments) -> Iterator[Tensor]:
     yield moments.left_out
 
 
-def as_chain_fit(model: nn.Module, chain: FitChain, fit: Fit) -> ChainFit | None:
+def as_chain_fit(model: nn.Module, chain: FittableChain, fit: Fit) -> ChainFit | None:
     """Tell how an operator moves into the modules of a chain.
 
     Args:

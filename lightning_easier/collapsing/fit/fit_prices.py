@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.exact.prices import Objective
-from lightning_easier.collapsing.fit.fittable import CannotFitError, FitChain
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.inference import random_like
 from lightning_easier.support.timing import LatencyTable
@@ -64,7 +64,7 @@ def _depth(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PricedFit:
     """An operator that may take the place of a chain.
 
     Attributes:
@@ -75,7 +75,7 @@ class Choice:
         price_after: Of the operator.
     """
 
-    chain: FitChain
+    chain: FittableChain
     fit: Fit
     shortfall: float
     price_before: float
@@ -88,8 +88,8 @@ class Choice:
 
 
 def priced(
-    model: nn.Module, chain: FitChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
-) -> list[Choice]:
+    model: nn.Module, chain: FittableChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
+) -> list[PricedFit]:
     """Tell what each operator would cost in the place of a chain whose input has a shape."""
     most = max(fit.explained for fit in candidates)
     # in a collapse the batch norms between are folded
@@ -98,11 +98,12 @@ def priced(
     wanted = {"": nn.Sequential(*parts), **{str(number): fit.operator for number, fit in enumerate(candidates)}}
     costs = prices.of(wanted, shape, weight)
     return [
-        Choice(chain, fit, most - fit.explained, costs[""], costs[str(number)]) for number, fit in enumerate(candidates)
+        PricedFit(chain, fit, most - fit.explained, costs[""], costs[str(number)])
+        for number, fit in enumerate(candidates)
     ]
 
 
-def choose(choices: Sequence[Choice], prices: ChainPrices, slack: float) -> Choice:
+def choose(choices: Sequence[PricedFit], prices: ChainPrices, slack: float) -> PricedFit:
     """Choose the cheapest operator that represents a chain nearly as well as the best.
 
     Args:
@@ -120,7 +121,7 @@ def choose(choices: Sequence[Choice], prices: ChainPrices, slack: float) -> Choi
     return best
 
 
-def _in_a_row(chain: FitChain) -> Iterator[str]:
+def _in_a_row(chain: FittableChain) -> Iterator[str]:
     for operator, site in zip(chain.operators, chain.sites, strict=False):
         yield operator
         yield site

@@ -22,7 +22,7 @@ from lightning_easier.structure.padding import numeric_padding
 
 
 @dataclass(frozen=True)
-class FitChain:
+class FittableChain:
     """What one fitted operator would replace.
 
     Attributes:
@@ -54,7 +54,7 @@ class CannotFitError(Exception):
     """No operator can take the place of a chain; the message is the reason."""
 
 
-class Chains:
+class FittableChains:
     """The chains of a model around some of its activations.
 
     Args:
@@ -96,17 +96,17 @@ class Chains:
         """Site -> the two operators that would meet there, for those that nothing else keeps apart."""
         return dict(self._meetings)
 
-    def in_rows(self) -> list[FitChain]:
+    def in_rows(self) -> list[FittableChain]:
         """Return the chains in execution order, as long as they are: all that lies in a row is one."""
         return self._made(_runs(self._meetings))
 
-    def in_windows(self, most: int) -> list[FitChain]:
+    def in_windows(self, most: int) -> list[FittableChain]:
         """Return the chains around so many activations in a row at most, each alone first."""
         runs = list(_runs(self._meetings))
         windows = [run[i : i + size] for size in range(1, most + 1) for run in runs for i in range(len(run) - size + 1)]
         return self._made(windows)
 
-    def around(self, sites: Sequence[str]) -> FitChain:
+    def around(self, sites: Sequence[str]) -> FittableChain:
         """Return the one chain around activations that lie in a row.
 
         Raises:
@@ -120,8 +120,8 @@ class Chains:
             raise CannotFitError("its activations lie in a row no more")
         return _chain(self._model, sites, meetings, self._names, self._norms)
 
-    def _made(self, runs: Iterable[list[str]]) -> list[FitChain]:
-        chains: list[FitChain] = []
+    def _made(self, runs: Iterable[list[str]]) -> list[FittableChain]:
+        chains: list[FittableChain] = []
         failed: dict[str, str] = {}
         for run in runs:
             try:
@@ -164,12 +164,12 @@ def _chain(
     meetings: Sequence[Meeting],
     names: Mapping[nn.Module, str],
     norms: Mapping[str, str],
-) -> FitChain:
+) -> FittableChain:
     operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
     between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
-    return FitChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(operators[-1]))
+    return FittableChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(operators[-1]))
 
 
 def geometry_of(operators: Sequence[nn.Module]) -> Geometry:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, Choice, choose, priced
-from lightning_easier.collapsing.fit.fittable import CannotFitError, Chains, FitChain
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose, priced
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
 from lightning_easier.sites.activations import replace_activation
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.calibration import tell_left_out
@@ -35,7 +35,7 @@ class _EndOfChainError(BaseException):
     """Ends a forward of which all that is wanted has been seen; no forward catches it."""
 
 
-def positions_wanted(chain: FitChain) -> int:
+def positions_wanted(chain: FittableChain) -> int:
     """Return how many positions of the calibration data are enough for a fit."""
     unknowns = chain.geometry.unknowns
     return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
@@ -61,12 +61,12 @@ class Gathered(NamedTuple):
 
 def gather(
     model: nn.Module,
-    chains: Iterable[FitChain],
+    chains: Iterable[FittableChain],
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     watched: Iterable[str] = (),
     advance: Callable[[], object] = _nothing,
-) -> Iterator[tuple[FitChain, Gathered | None]]:
+) -> Iterator[tuple[FittableChain, Gathered | None]]:
     """Sum up what goes into each of some chains and what comes out, in one run over the data for as many as fit.
 
     Args:
@@ -82,15 +82,15 @@ def gather(
     """
     watched = tuple(watched)
     for group in _groups(model, chains):
-        moments: dict[FitChain, Moments] = {}
-        shapes: dict[FitChain, torch.Size] = {}
+        moments: dict[FittableChain, Moments] = {}
+        shapes: dict[FittableChain, torch.Size] = {}
 
         def add(
-            chain: FitChain,
+            chain: FittableChain,
             value: Tensor,
             output: Tensor,
-            moments: dict[FitChain, Moments] = moments,
-            shapes: dict[FitChain, torch.Size] = shapes,
+            moments: dict[FittableChain, Moments] = moments,
+            shapes: dict[FittableChain, torch.Size] = shapes,
         ) -> None:
             if chain not in moments:
                 axis = 1 if chain.geometry.kernel else -1
@@ -108,9 +108,9 @@ def gather(
             yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_there and sums is not None else None
 
 
-def _groups(model: nn.Module, chains: Iterable[FitChain]) -> Iterator[list[FitChain]]:
+def _groups(model: nn.Module, chains: Iterable[FittableChain]) -> Iterator[list[FittableChain]]:
     """Put chains together whose sums fit into memory beside each other; each is in a group, however large it is."""
-    group: list[FitChain] = []
+    group: list[FittableChain] = []
     taken = 0
     for chain in chains:
         columns = chain.geometry.unknowns
@@ -126,12 +126,12 @@ def _groups(model: nn.Module, chains: Iterable[FitChain]) -> Iterator[list[FitCh
 
 
 def _shapes_of_inputs(
-    model: nn.Module, chains: Sequence[FitChain], arguments: Sequence[Tensor]
-) -> dict[FitChain, torch.Size]:
+    model: nn.Module, chains: Sequence[FittableChain], arguments: Sequence[Tensor]
+) -> dict[FittableChain, torch.Size]:
     """Return the shapes of what goes into chains."""
-    shapes: dict[FitChain, torch.Size] = {}
+    shapes: dict[FittableChain, torch.Size] = {}
 
-    def note(chain: FitChain, value: Tensor, _: Tensor) -> None:
+    def note(chain: FittableChain, value: Tensor, _: Tensor) -> None:
         shapes[chain] = value.shape
 
     _run_up_to(model, chains, [tuple(arguments)], note)
@@ -140,32 +140,32 @@ def _shapes_of_inputs(
 
 def _run_up_to(
     model: nn.Module,
-    chains: Sequence[FitChain],
+    chains: Sequence[FittableChain],
     batches: Iterable[tuple[Tensor, ...]],
-    see: Callable[[FitChain, Tensor, Tensor], None],
+    see: Callable[[FittableChain, Tensor, Tensor], None],
     watched: Iterable[str] = (),
-) -> dict[FitChain, frozenset[str]]:
+) -> dict[FittableChain, frozenset[str]]:
     """Run a model up to the end of the last of some chains, and show what goes into each and what comes out.
 
     Returns:
         For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
-    inputs: dict[FitChain, Tensor] = {}
+    inputs: dict[FittableChain, Tensor] = {}
     running: set[str] = set()  # and what ran, in this batch
-    ran: dict[FitChain, set[str]] = {chain: set() for chain in chains}
-    missing: set[FitChain] = set()
+    ran: dict[FittableChain, set[str]] = {chain: set() for chain in chains}
+    missing: set[FittableChain] = set()
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, arguments: running.add(name)
 
-    def begin(chain: FitChain) -> Callable[..., None]:
+    def begin(chain: FittableChain) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
             for value in [*arguments, *keywords.values()][:1]:
                 inputs[chain] = value
 
         return hook
 
-    def end(chain: FitChain) -> Callable[..., None]:
+    def end(chain: FittableChain) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if chain not in missing or chain not in inputs:  # it was called before
                 return
@@ -201,7 +201,7 @@ def _run_up_to(
     return {chain: frozenset(names) for chain, names in ran.items()}
 
 
-def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
+def replace(model: nn.Module, choice: PricedFit, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
     """Put an operator in the place of a chain, in place.
 
     Args:
@@ -226,7 +226,7 @@ def replace(model: nn.Module, choice: Choice, arguments: Sequence[Tensor]) -> di
     return old
 
 
-def try_out(model: nn.Module, choice: Choice, run: Callable[[], _T]) -> _T:
+def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
     """Run something while an operator is in the place of a chain; the model is as it was afterwards.
 
     Args:
@@ -247,7 +247,7 @@ def try_out(model: nn.Module, choice: Choice, run: Callable[[], _T]) -> _T:
         put(model, old)
 
 
-def _put_fitted(model: nn.Module, choice: Choice) -> dict[str, nn.Module]:
+def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
     """Put an operator in the place of a chain, in place; return what was there before, by name."""
     chain = choice.chain
     first: Any = model.get_submodule(chain.operators[0])
@@ -303,12 +303,12 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def fit_chain(
     model: nn.Module,
-    chain: FitChain,
+    chain: FittableChain,
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     prices: ChainPrices,
     advance: Callable[[], object] = _nothing,
-) -> list[Choice]:
+) -> list[PricedFit]:
     """Fit and price every operator that may take the place of a chain; the model is not changed.
 
     Args:
@@ -328,11 +328,11 @@ def fit_chain(
 
 def fit_to(
     model: nn.Module,
-    chain: FitChain,
+    chain: FittableChain,
     gathered: Gathered | None,
     prices: ChainPrices,
     advance: Callable[[], object] = _nothing,
-) -> list[Choice]:
+) -> list[PricedFit]:
     """Fit and price every operator that may take the place of a chain whose sums are known.
 
     Args:
@@ -370,7 +370,7 @@ def fit_chains(
     arguments: Sequence[Tensor],
     prices: ChainPrices,
     slack: float,
-) -> tuple[list[Choice], dict[str, str]]:
+) -> tuple[list[PricedFit], dict[str, str]]:
     """Replace the chains around activations in place, one after the other: each is fitted to what the last has left.
 
     Args:
@@ -384,7 +384,7 @@ def fit_chains(
     Returns:
         What was chosen, and site -> why nothing takes the place of its chain.
     """
-    chains = Chains(model, sites)
+    chains = FittableChains(model, sites)
     choices = []
     rows = chains.in_rows()
     with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
@@ -424,7 +424,7 @@ class Progress:
         """Tell of a step, of whichever chain."""
         self._bar.update()
 
-    def name(self, chain: FitChain) -> None:
+    def name(self, chain: FittableChain) -> None:
         """Show which chain it is at."""
         self._bar.set_postfix_str(" + ".join(chain.operators), refresh=False)
 
