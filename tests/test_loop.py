@@ -297,3 +297,43 @@ def test_a_record_of_another_version_is_refused_by_that_name(version):
     plain = RunState().to_plain() | {"version": version}
     with pytest.raises(ValueError, match=rf"of version 1, but got {version}.*load_pruned"):
         RunState.from_plain(plain)
+
+
+def test_a_round_that_is_kept_has_rejections_count_from_zero():
+    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    for score in (0.9, 0.1, 0.9, 0.1):
+        model.epoch(score)
+    assert [this.accepted for this in model.loop.state.rounds] == [True, False, True, False]
+    assert not model.stopped
+    model.epoch(0.1)
+    assert model.stopped
+
+
+def test_what_is_known_after_going_back_is_what_was_known_of_the_last_good_round():
+    model = started(Rules(Tolerance(0.1)))
+    model.epoch(0.9)
+    model.epoch(0.8)
+    state = model.loop.state
+    state.joined, state.dropped, state.operations = [["act0", 0, 0], ["act1", 0, 1]], [[0]], [{"kind": "identity"}]
+    model.epoch(0.1)
+    assert state.joined == [["act0", 0, 0], ["act1", 0, 1]]
+    good = state.snapshot.measured
+    assert state.now != good
+    model.end()
+    assert state.now == good
+    assert (state.score, state.joined, state.dropped, state.operations) == (0.8, [["act0", 0, 0]], [], [])
+
+
+def test_a_run_that_dies_while_it_goes_back_from_nan_knows_that_it_has_to():
+    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model.epoch(0.9)
+    state = model.loop.state
+    state.begin_epoch()
+    model.carry_out(model.loop.epoch_begins())
+    state.now, state.score = Measured({"act1": 0.5}, ranked=Ranked({"act1": 0.5})), math.nan
+    ask = Ask(lambda: math.nan, model.choose)
+    for command in model.loop.epoch_ended(2, is_scored=True, is_measured=True, ask=ask):
+        if isinstance(command, GoBack):
+            break
+    assert model.resumed().loop.state.is_going_back
+    assert state.linear_by_now == ["act0"]

@@ -191,17 +191,6 @@ class FittedOperators(_StandIns):
 _KINDS: dict[str, type[Operation]] = {kind.kind: kind for kind in (Identities, Affines, FittedOperators)}
 
 
-def register(kind: type[Operation]) -> type[Operation]:
-    """Have checkpoints know a kind of operation by its name; a class decorator.
-
-    Raises:
-        ValueError: If another kind has this name.
-    """
-    if _KINDS.setdefault(kind.kind, kind) is not kind:
-        raise ValueError(f"Expected the name of an operation to be its own, but {kind.kind!r} is {_KINDS[kind.kind]}")
-    return kind
-
-
 def from_plain(plain: Mapping[str, Any]) -> Operation:
     """Rebuild an operation from what :meth:`Operation.to_plain` returned.
 
@@ -210,9 +199,7 @@ def from_plain(plain: Mapping[str, Any]) -> Operation:
     """
     kind = _KINDS.get(plain["kind"])
     if kind is None:
-        raise ValueError(
-            f"Expected an operation of the kinds {sorted(_KINDS)}, but got {plain['kind']!r}: import what defines it"
-        )
+        raise ValueError(f"Expected an operation of the kinds {sorted(_KINDS)}, but got {plain['kind']!r}")
     return kind(**{name: value for name, value in plain.items() if name != "kind"})
 
 

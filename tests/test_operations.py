@@ -1,0 +1,70 @@
+"""Operations apply and undo themselves, and say what they have done to parameters."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier import linearize, measure_affines, measure_fits
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, from_plain
+
+NAME = "1"
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 32), nn.PReLU(), nn.Linear(32, 3), nn.ReLU(), nn.Linear(3, 2)
+    return nn.Sequential(*layers).double()
+
+
+def operation(kind: str, model: nn.Module, data: torch.Tensor) -> Operation:
+    if kind == "identity":
+        return Identities([NAME])
+    if kind == "fitted":
+        return FittedOperators([NAME], {NAME: measure_fits(model, [data])[NAME].to_plain()})
+    return Affines([NAME], {NAME: measure_affines(model, [data])[NAME].to_plain()}, trainable="trained" in kind)
+
+
+@pytest.mark.parametrize("kind", ["identity", "affine", "affine, trained", "fitted"])
+def test_an_operation_is_plain_data_and_undoes_what_it_does(kind):
+    model, data = network(), torch.randn(200, 4, dtype=torch.float64)
+    before, given = deepcopy(model.state_dict()), list(model.parameters())
+    made = from_plain(operation(kind, model, data).to_plain())
+    slope = model[1].weight
+
+    change = made.apply(model)
+    now = list(model.parameters())
+    assert any(slope is lost for lost in change.lost)
+    assert {id(p) for p in given} - {id(p) for p in now} == {id(p) for p in change.lost}
+    joined = [p for name in change.joined for p in model.get_submodule(name).parameters()]
+    assert (
+        {id(p) for p in now} - {id(p) for p in given} == {id(p) for p in joined} == {id(p) for p in made.leaving(model)}
+    )
+    rewritten = [p for name, p in model.named_parameters() if not torch.equal(p, before.get(name, p))]
+    assert {id(p) for p in rewritten} - {id(p) for p in joined} == {id(p) for p in change.rewritten}
+    assert made.changes_parameters == bool(joined or change.rewritten)
+    assert list(stand_ins(model)) == [NAME]
+    assert bool(made.lines([NAME])) == (kind == "fitted")
+
+    back = made.undo(model)
+    assert [id(p) for p in back] == [id(p) for p in change.lost]
+    assert {id(p) for p in model.parameters()} == {id(p) for p in given}
+    model.load_state_dict(before)
+    torch.testing.assert_close(model(data), network()(data), rtol=0, atol=0)
+
+
+def test_an_operation_of_another_kind_is_named():
+    with pytest.raises(ValueError, match=r"\['affine', 'fitted', 'identity'\], but got 'mask'"):
+        from_plain({"kind": "mask", "names": []})
+
+
+def test_marks_of_another_version_are_refused_by_that_name():
+    model = linearize(network(), [NAME])
+    state = model.state_dict()
+    (key,) = (key for key in state if key.endswith("_extra_state"))
+    text = bytes(state[key].tolist()).replace(b'"lightning_easier.linear": 1', b'"lightning_easier.linear": 7')
+    state[key] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises((ValueError, RuntimeError), match=r"of version 1, but got 7"):
+        model.load_state_dict(state)
