@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_easier import EntropyPruningCallback
+from lightning_easier import EntropyPruningCallback, Measuring
 from lightning_easier.report import Table
 from lightning_easier.support.costs import measure_activation_memory
 from lightning_easier.support.timing import Latency, speed_up
@@ -76,7 +76,9 @@ class Validation:
 
     def __init__(self, model: nn.Module, batches: list[Tensor], share: float | None, accelerator: str) -> None:
         before, after = Clock(), Clock()
-        pruning = [] if share is None else [EntropyPruningCallback(monitor="val_acc", sample=share)]
+        pruning = (
+            [] if share is None else [EntropyPruningCallback(monitor="val_acc", measuring=Measuring(sample=share))]
+        )
         silent: dict[str, Any] = dict.fromkeys(
             ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
         )

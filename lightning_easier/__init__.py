@@ -1,6 +1,6 @@
 """Make trained networks shallower and really faster, inside PyTorch Lightning."""
 
-from lightning_easier.callbacks import EntropyPruningCallback
+from lightning_easier.callbacks import Distillation, EntropyPruningCallback, Files, PruningCallback
 from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
 from lightning_easier.collapsing.fit.chain_fits import measure_fits
 from lightning_easier.exporting import ExportError, export
@@ -8,6 +8,9 @@ from lightning_easier.measure.entropy import ActivationEntropy, activation_entro
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.compress import CompressResult, compress
+from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal
+from lightning_easier.pruning.rules import Rounds
+from lightning_easier.pruning.targets import Target
 from lightning_easier.report import CandidateReport, CollapseReport, CompressReport, ExportReport, PruningReport
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.structure.checkpoint import expect_pruned, load_pruned
@@ -16,7 +19,8 @@ from lightning_easier.structure.linearize import linearize, restore
 __version__ = "0.1.0"
 
 __all__ = [
-    "EntropyPruningCallback",
+    "EntropyPruningCallback", "PruningCallback",
+    "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files", "Method", "Proposal",
     "measure_entropy", "measure_affines", "measure_fits", "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "expect_pruned",
     "collapse", "CollapseResult", "CollapseError",

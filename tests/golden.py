@@ -25,11 +25,12 @@ from lightning_easier import EntropyPruningCallback, compress, isolate_activatio
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
 from tests.integration.interrupted import run
 from tests.integration.test_interruptions import RECIPES, SCORES, be_killed
+from tests.settings import callback as callback_of
 
 # Options of the callback -> a run of the demo's network with them
 TRAINED = {
-    "demo": {"warmup_epochs": 12, "epochs_per_round": 3},
-    "fitted": {"warmup_epochs": 4, "collapse": "fit", "criterion": "linearity", "gain": "macs"},
+    "demo": {"warmup_epochs": 12, "epochs": 3},
+    "fitted": {"warmup_epochs": 4, "fit": True, "criterion": "linearity", "gain": "macs"},
     "distilled affines": {"warmup_epochs": 4, "stand_in": "affine", "trainable": True, "distill": True},
 }
 PROCESSES = ("plain", "taken back slope", "fitted priced", "affine trained", "sharded", "plain resumed mid-epoch")
@@ -73,7 +74,7 @@ def told(model: Any, callback: EntropyPruningCallback, trainer: Trainer) -> dict
 def trained(root: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Train the demo's network on its digits."""
     seed_everything(0, verbose=False)
-    warmup, epochs = options["warmup_epochs"], options.get("epochs_per_round", 1)
+    warmup, epochs = options["warmup_epochs"], options.get("epochs", 1)
     model = ImageClassifier(
         "fused_resnet",
         num_classes=10,
@@ -83,7 +84,7 @@ def trained(root: Path, options: dict[str, Any]) -> dict[str, Any]:
         milestones=[warmup],
     )
     isolate_activations(model)
-    pruning = EntropyPruningCallback(monitor="val_acc", tolerance=0.01, dirpath=str(root / "rounds"), **options)
+    pruning = callback_of(monitor="val_acc", tolerance=0.01, dirpath=str(root / "rounds"), **options)
     trainer = Trainer(
         max_epochs=warmup + 8 * epochs,
         accelerator="cpu",
@@ -103,7 +104,7 @@ def interrupted(root: Path) -> dict[str, Any]:
     process = get_context("spawn").Process(target=be_killed, args=(root, "save"))
     process.start()
     process.join()
-    options = {"scores": SCORES, "pruning": {"on_reject": "next"}}
+    options = {"scores": SCORES, "pruning": {"max_rejections": 3}}
     return told(*run(root, ckpt_path=root / "saved" / "last.ckpt", **options))
 
 

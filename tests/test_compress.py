@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
 from lightning_easier.pruning import compress as compress_module
-from lightning_easier.pruning import goals
+from lightning_easier.pruning import targets
 from lightning_easier.support import progress, timing
 from lightning_easier.zoo import CifarResNet
 from tests.clocks import Clock, jittering
@@ -425,8 +425,8 @@ def test_minutes_that_are_too_few_to_try_anything_are_named(monkeypatch, seconds
 
 def test_a_depth_is_looked_for_before_anything_is_timed(monkeypatch):
     looks = []
-    compare = goals.compare
-    monkeypatch.setattr(goals, "compare", lambda *args: looks.append(args) or compare(*args))
+    compare = targets.compare
+    monkeypatch.setattr(targets, "compare", lambda *args: looks.append(args) or compare(*args))
     report = compress(mlps(4), BATCHES, target_depth=5, **OPTIONS).report
     assert sum(trial.kept for trial in report.trials) == 2
     assert report.after.depth == 5

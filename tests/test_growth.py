@@ -10,12 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyPruningCallback, isolate_activations, linearize, measure_affines, measure_fits
+from lightning_easier import isolate_activations, linearize, measure_affines, measure_fits
 from lightning_easier.collapsing.exact import torch_export
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.rectifiers import GATES
 from lightning_easier.structure.substitution import Absorbed
+from tests.settings import callback as callback_of
 
 TRACERS = [
     (room, name) for room in ("discovery", "rectifiers", "tracing") for name in ("read_forward", "trace_forward")
@@ -95,12 +96,12 @@ class PerRound(Callback):
         self.counts.clear()
 
 
-@pytest.mark.parametrize("options", [{}, {"collapse": "fit", "gain": "macs"}, {"stand_in": "affine"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fit": True, "gain": "macs"}, {"stand_in": "affine"}], ids=str)
 def test_a_round_does_no_more_than_the_one_before(monkeypatch, tmp_path, options):
     counts = counted(monkeypatch, *TRACERS, ("discovery", "activation_kind"))
     rounds = PerRound(counts)
     data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,))), batch_size=16)
-    pruning = EntropyPruningCallback("val_acc", tolerance=2.0, dirpath=str(tmp_path / "rounds"), **options)
+    pruning = callback_of("val_acc", tolerance=2.0, dirpath=str(tmp_path / "rounds"), **options)
     trainer = Trainer(
         max_epochs=7, callbacks=[pruning, rounds], accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_easier.pruning.goals import Attained
 from lightning_easier.pruning.loop import (
     Apply,
     Ask,
@@ -24,12 +23,21 @@ from lightning_easier.pruning.loop import (
     Stop,
     Verdict,
 )
-from lightning_easier.pruning.ranking import Ranked
-from lightning_easier.pruning.rules import Rejections, Rules, Tolerance
-from lightning_easier.pruning.state import Interruption, Measured, Removal, RunState, Snapshot
+from lightning_easier.pruning.methods import Proposal
+from lightning_easier.pruning.rules import Rounds, Rules, Tolerance
+from lightning_easier.pruning.state import Chosen, Interruption, Measured, RunState, Snapshot
+from lightning_easier.pruning.targets import Attained
 from lightning_easier.report import Round
+from lightning_easier.structure.operations import Identities
 
 NAMES = [f"act{number}" for number in range(5)]
+
+
+def proposal_of(ranks: dict[str, float]) -> Proposal:
+    proposal = Proposal()
+    for name, rank in ranks.items():
+        proposal.add(Identities([name]), rank)
+    return proposal
 
 
 class GaveUpError(Exception):
@@ -47,22 +55,22 @@ class Model:
         self.commands: list[Command] = []
         self.asked: list[list[str]] = []
 
-    def choose(self, measured: Measured) -> Removal | None:
+    def choose(self, measured: Measured) -> Chosen | None:
         rules, state = self.loop.rules, self.loop.state
-        assert measured.ranked is not None
-        eligible = rules.eligible(measured.ranked.ranks, NAMES, state.rejected)
+        assert measured.proposal is not None
+        eligible = measured.proposal.eligible(NAMES, state.rejected)
         names = sorted(eligible, key=eligible.__getitem__)[: rules.how_many(len(state.removed), len(eligible))]
         self.asked.append(list(eligible))
-        return Removal(names, dict.fromkeys(names, 0.5)) if names else None
+        return Chosen(names, dict.fromkeys(names, 0.5)) if names else None
 
     def carry_out(self, commands: Any) -> None:
         state = self.loop.state
         for command in commands:
             self.commands.append(command)
             match command:
-                case Apply(choice):
-                    self.linear += choice.names
-                    self.loop.applied(Round(choice.names, choice.entropies, None, None, None, 0))
+                case Apply(chosen):
+                    self.linear += chosen.names
+                    self.loop.applied(Round(chosen.names, chosen.entropies, None, None, None, 0, chosen.names))
                 case GoBack():
                     self.linear = list(self.saved)
                     self.loop.went_back()
@@ -80,7 +88,7 @@ class Model:
         state.begin_epoch()
         self.carry_out(self.loop.epoch_begins())
         ranks = {name: float(place) for place, name in enumerate(NAMES) if name not in self.linear}
-        state.now = Measured(ranks, ranked=Ranked(ranks))
+        state.now = Measured(ranks, proposal_of(ranks))
         if score is not None:
             state.score = score
         ask = Ask(lambda: state.score if score is not None else None, self.choose)
@@ -104,12 +112,15 @@ def started(rules: Rules) -> Model:
 RULES = st.builds(
     Rules,
     tolerance=st.builds(Tolerance, amount=st.integers(0, 4), mode=st.sampled_from(["min", "max"])),
-    rejections=st.builds(Rejections, most=st.integers(1, 3)),
-    epochs_per_round=st.integers(1, 3),
-    removals_per_round=st.integers(1, 2),
-    max_removals=st.none() | st.integers(1, 4),
-    warmup_epochs=st.integers(0, 2),
-    reference=st.sampled_from(["dense", "best"]),
+    rounds=st.builds(
+        Rounds,
+        max_rejections=st.integers(1, 3),
+        epochs=st.integers(1, 3),
+        removals=st.integers(1, 2),
+        max_removals=st.none() | st.integers(1, 4),
+        warmup_epochs=st.integers(0, 2),
+        reference=st.sampled_from(["dense", "best"]),
+    ),
 )
 SCORES = st.lists(st.none() | st.integers(0, 10).map(float) | st.sampled_from([math.nan, math.inf]), max_size=25)
 
@@ -145,16 +156,16 @@ def test_any_run_leaves_the_last_good_model_and_goes_on_from_anywhere(rules, sco
     if all(this.accepted is not None for this in state.rounds) and not state.is_going_back:
         assert one.linear == state.removed == one.saved
     assert not set(state.rejected) & set(state.removed)
-    tried = [name for this in state.rounds for name in this.removed]
+    tried = [name for this in state.rounds for name in this.chosen]
     assert len(tried) == len(set(tried))  # nothing is tried again after it was taken back
-    assert rules.max_removals is None or len(state.removed) <= rules.max_removals
+    assert rules.rounds.max_removals is None or len(state.removed) <= rules.rounds.max_removals
     # Kept are those within the tolerance, by plain arithmetic
     sign = 1 if rules.tolerance.mode == "max" else -1
     kept = [judged[0].score_after] if judged else []
     in_a_row = 0
     for this in judged[1:]:
         if this.score_after is not None:
-            best = max(sign * each for each in kept) if rules.reference == "best" else sign * kept[0]
+            best = max(sign * each for each in kept) if rules.rounds.reference == "best" else sign * kept[0]
             assert this.accepted == (best - sign * this.score_after <= rules.tolerance.amount)
         if this.accepted:
             kept.append(this.score_after)
@@ -169,7 +180,7 @@ def kinds(model: Model) -> list[str]:
 
 
 def test_the_commands_of_a_run():
-    model = started(Rules(Tolerance(0.1), Rejections(2), epochs_per_round=2))
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=2, epochs=2)))
     model.epoch(0.5)
     assert kinds(model) == []
     model.epoch(0.9)
@@ -198,7 +209,7 @@ def test_the_commands_of_a_run():
 
 
 def test_what_was_measured_after_a_rejected_round_does_not_count():
-    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=2)))
     model.epoch(0.9)
     model.epoch(0.1)
     assert model.asked == [NAMES, NAMES[1:]]  # by what was measured before the first was made linear
@@ -207,7 +218,7 @@ def test_what_was_measured_after_a_rejected_round_does_not_count():
 
 @pytest.mark.parametrize(("score", "expected"), [(0.85, ["Verdict", "Keep"]), (0.1, ["Verdict", "Stop", "GoBack"])])
 def test_a_round_that_the_end_of_the_run_cuts_short_is_judged_by_what_there_is(score, expected):
-    model = started(Rules(Tolerance(0.1), epochs_per_round=2))
+    model = started(Rules(Tolerance(0.1), Rounds(epochs=2)))
     for each in (0.9, 0.9, score):
         model.epoch(each)
     kinds(model)
@@ -217,7 +228,7 @@ def test_a_round_that_the_end_of_the_run_cuts_short_is_judged_by_what_there_is(s
 
 
 def test_a_round_that_the_end_of_the_run_leaves_without_a_score_is_taken_back():
-    model = started(Rules(Tolerance(0.1), epochs_per_round=2))
+    model = started(Rules(Tolerance(0.1), Rounds(epochs=2)))
     for each in (0.9, 0.9, None):
         model.epoch(each)
     model.end()
@@ -228,14 +239,14 @@ def test_a_round_that_the_end_of_the_run_leaves_without_a_score_is_taken_back():
 
 
 def test_a_score_that_is_not_finite_has_the_last_good_model_come_back_first():
-    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=2)))
     model.epoch(0.9)
     kinds(model)
     with pytest.raises(GaveUpError):
         model.epoch(math.nan)
     assert kinds(model) == ["Apply", "Verdict", "GoBack", "Diverged"]
     assert model.linear == []
-    assert model.loop.state.decision.remove.names == ["act1"]  # what a run that is taken up goes on with
+    assert model.loop.state.decision.chosen.names == ["act1"]  # what a run that is taken up goes on with
     dense = started(Rules())
     with pytest.raises(GaveUpError):
         dense.epoch(math.inf)
@@ -248,7 +259,10 @@ def test_a_run_ends_where_its_target_is_reached():
     state = model.loop.state
     state.begin_epoch()
     model.carry_out(model.loop.epoch_begins())
-    state.now, state.score = Measured({"act1": 0.5}, ranked=Ranked({"act1": 0.5}), attained=Attained(True, "fast")), 0.9
+    state.now, state.score = (
+        Measured({"act1": 0.5}, proposal=proposal_of({"act1": 0.5}), attained=Attained(True, "fast")),
+        0.9,
+    )
     ask = Ask(lambda: 0.9, model.choose)
     model.carry_out(model.loop.epoch_ended(2, is_scored=True, is_measured=True, ask=ask))
     assert Stop("the target is reached (fast)") in model.commands
@@ -262,17 +276,17 @@ def test_a_verdict_is_told_before_the_next_is_chosen():
     model = started(Rules(Tolerance(0.1)))
     seen = []
     ask = Ask(lambda: 0.9, lambda measured: seen.append(list(model.commands)))
-    model.loop.state.now = Measured({"act0": 0.5}, ranked=Ranked({"act0": 0.5}))
+    model.loop.state.now = Measured({"act0": 0.5}, proposal=proposal_of({"act0": 0.5}))
     model.carry_out(model.loop.epoch_ended(1, is_scored=True, is_measured=True, ask=ask))
     assert seen == [[Verdict(0)]]
     assert [type(command) for command in model.commands] == [Verdict, Decided, Stop, Keep]
 
 
 def test_a_record_is_plain_data_and_comes_back_whole(tmp_path):
-    fits = {"act1": {"form": "conv", "tensors": {"weight": torch.ones(2)}}}
-    measured = Measured(
-        {"act1": 0.5}, {"act1": {"scale": 1.0}}, Ranked({"act1": 0.5}, fits), True, Attained(False, "no")
-    )
+    proposal = proposal_of({"act0": 0.1})
+    fit = {"kind": "fitted", "names": ["act1"], "statistics": {"act1": {"tensors": {"weight": torch.ones(2)}}}}
+    proposal.ranks["act1"], proposal.operations["act1"] = 0.5, fit
+    measured = Measured({"act0": 0.1, "act1": 0.5}, proposal, True, Attained(False, "no"))
     state = RunState(
         rounds=[Round([], {}, None, 0.9, True, 0), Round(["act0"], {"act0": 0.1}, 0.9, None, None, 3)],
         now=measured,
@@ -285,22 +299,24 @@ def test_a_record_is_plain_data_and_comes_back_whole(tmp_path):
     again = RunState.from_plain(torch.load(path, weights_only=True))
     assert asdict(again).keys() == asdict(state).keys()
     assert (again.rounds, again.interruption, again.folder) == (state.rounds, state.interruption, state.folder)
-    assert isinstance(again.now.ranked, Ranked)
+    assert isinstance(again.now.proposal, Proposal)
     assert isinstance(again.snapshot.measured.attained, Attained)
     assert again.snapshot.scores == {"acc": 0.9}
-    torch.testing.assert_close(again.now.ranked.fits["act1"]["tensors"]["weight"], torch.ones(2))
-    assert again.now.without_fits().ranked == Ranked({"act1": 0.5})
+    torch.testing.assert_close(again.now.proposal.operations["act1"]["statistics"], fit["statistics"])
+    kept = again.now.without_large_operations().proposal
+    assert (kept.ranks, list(kept.operations)) == (proposal.ranks, ["act0"])
+    assert list(kept.eligible(["act0", "act1"], [])) == ["act0"]
 
 
-@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+@pytest.mark.parametrize("version", [None, 0, 1, 3, "2"])
 def test_a_record_of_another_version_is_refused_by_that_name(version):
     plain = RunState().to_plain() | {"version": version}
-    with pytest.raises(ValueError, match=rf"of version 1, but got {version}.*load_pruned"):
+    with pytest.raises(ValueError, match=rf"of version 2, but got {version}.*load_pruned"):
         RunState.from_plain(plain)
 
 
 def test_a_round_that_is_kept_has_rejections_count_from_zero():
-    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=2)))
     for score in (0.9, 0.1, 0.9, 0.1):
         model.epoch(score)
     assert [this.accepted for this in model.loop.state.rounds] == [True, False, True, False]
@@ -325,12 +341,12 @@ def test_what_is_known_after_going_back_is_what_was_known_of_the_last_good_round
 
 
 def test_a_run_that_dies_while_it_goes_back_from_nan_knows_that_it_has_to():
-    model = started(Rules(Tolerance(0.1), Rejections(2)))
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=2)))
     model.epoch(0.9)
     state = model.loop.state
     state.begin_epoch()
     model.carry_out(model.loop.epoch_begins())
-    state.now, state.score = Measured({"act1": 0.5}, ranked=Ranked({"act1": 0.5})), math.nan
+    state.now, state.score = Measured({"act1": 0.5}, proposal=proposal_of({"act1": 0.5})), math.nan
     ask = Ask(lambda: math.nan, model.choose)
     for command in model.loop.epoch_ended(2, is_scored=True, is_measured=True, ask=ask):
         if isinstance(command, GoBack):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_easier.pruning.rules import Rejections, Rules, Tolerance, mode_in_name
+from lightning_easier.pruning.rules import Rejections, Rounds, Rules, Tolerance, mode_in_name
 from lightning_easier.report import Round
 
 
@@ -41,34 +41,30 @@ def test_a_fall_is_from_the_dense_score_and_not_from_the_last():
     assert [this.accepted for this in judged(Rules(Tolerance(0.1)), 0.9, 0.85, 0.79)] == [True, True, False]
 
 
-def test_what_was_taken_back_is_not_eligible():
-    assert Rules.eligible({"act1": 0.1, "act2": 0.2, "other": 0.3}, ["act1", "act2"], ["act1"]) == {"act2": 0.2}
-
-
 def test_rejections_in_a_row_have_a_bound():
     assert [Rejections(2).are_too_many(count) for count in (1, 2, 3)] == [False, True, True]
-    assert not Rules().tries_others
-    assert Rules(rejections=Rejections(2)).tries_others
+    assert not Rules().rejections.allow_others
+    assert Rules(rounds=Rounds(max_rejections=2)).rejections.allow_others
 
 
 @pytest.mark.parametrize(
     ("options", "removed", "eligible", "count"),
     [
         ({}, 0, 5, 1),
-        ({"removals_per_round": 3}, 0, 5, 3),
-        ({"removals_per_round": 3}, 0, 2, 2),
-        ({"removals_per_round": 3, "max_removals": 4}, 2, 5, 2),
+        ({"removals": 3}, 0, 5, 3),
+        ({"removals": 3}, 0, 2, 2),
+        ({"removals": 3, "max_removals": 4}, 2, 5, 2),
         ({"max_removals": 4}, 4, 5, 0),
         ({"max_removals": 4}, 5, 5, 0),
         ({}, 3, 0, 0),
     ],
 )
 def test_how_many_become_linear_next(options, removed, eligible, count):
-    assert Rules(**options).how_many(removed, eligible) == count
+    assert Rules(rounds=Rounds(**options)).how_many(removed, eligible) == count
 
 
 def test_the_first_round_has_the_warmup():
-    rules = Rules(epochs_per_round=2, warmup_epochs=3)
+    rules = Rules(rounds=Rounds(epochs=2, warmup_epochs=3))
     assert [rules.epochs_of(number) for number in range(3)] == [5, 2, 2]
 
 
@@ -81,7 +77,7 @@ def test_the_first_round_has_the_warmup():
 def test_a_round_is_judged_against_the_dense_score_or_the_best_that_was_kept(mode, reference, scores, tolerance):
     """Integers, so that the test's own arithmetic is exact."""
     sign = 1 if mode == "max" else -1
-    rounds = judged(Rules(Tolerance(tolerance, mode), reference=reference), *map(float, scores))
+    rounds = judged(Rules(Tolerance(tolerance, mode), Rounds(reference=reference)), *map(float, scores))
     kept = {0: scores[0]}  # number of the round -> its score
     for number, score in list(enumerate(scores))[1:]:
         best = max(sign * each for each in kept.values()) if reference == "best" else sign * scores[0]
@@ -96,7 +92,7 @@ def test_a_round_is_judged_against_the_dense_score_or_the_best_that_was_kept(mod
 
 
 def test_a_round_without_a_score_is_no_reference():
-    rules = Rules(Tolerance(1.0, "min"), reference="best")
+    rules = Rules(Tolerance(1.0, "min"), Rounds(reference="best"))
     rounds = judged(rules, 5.0)
     rounds.append(Round(["act1"], {}, None, None, False, 1, reason="no score"))
     rounds.append(Round(["act2"], {}, None, None, None, 2))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
 from lightning_easier.pruning import compress as compress_module
-from lightning_easier.pruning import goals
+from lightning_easier.pruning import targets
 from lightning_easier.support import timing
 from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
@@ -239,12 +239,12 @@ def _attained_at(speedup, target):
     before, after = (list(speedup.ratios), [1.0] * len(speedup.ratios))
     report.dense = replace(report.dense, latency=timing.Latency.of(before))
     report.after = replace(report.after, latency=timing.Latency.of(after))
-    return goals._attained(report, target, None)
+    return targets._attained(report, target, None)
 
 
 def test_a_target_is_asked_for_where_nothing_can_be_counted(monkeypatch):
     under(monkeypatch, honest)
-    monkeypatch.setattr(goals, "counted", lambda *_: None)
+    monkeypatch.setattr(targets, "counted", lambda *_: None)
     report = compress(Residual(), batches(), target_speedup=1.5, objective="macs", max_drift=math.inf).report
     assert report.ended.startswith("the target is reached")
     assert 0 < len(report.trials) < 5

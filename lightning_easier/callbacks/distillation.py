@@ -14,6 +14,7 @@ in memory is one copy of the module, and logits.
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import update_wrapper
 from typing import Any
 
@@ -29,21 +30,49 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.callbacks import private, wiring
 from lightning_easier.callbacks.network import copied, holders, notice_calls
 from lightning_easier.structure.linearize import restore
+from lightning_easier.support.arguments import check_positive, check_share
 
 LOSS_KEY = "distill_loss"
 
 
+@dataclass(frozen=True)
 class Distillation:
+    """How rounds are trained on the logits of the dense network, too.
+
+    Its weights are those at the end of the dense round, whose checkpoint is read. The network is the outermost module
+    that holds all activations and that ``training_step`` calls, with gradients; it returns logits ``(N, classes, *)``,
+    or an object or mapping with ``logits``. Logged as ``distill_loss``. See
+    :mod:`lightning_easier.callbacks.distillation`.
+
+    Args:
+        weight: Share ``w`` of that in the loss, in (0, 1].
+        temperature: ``T``, by which logits are divided for it.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range.
+
+    Source: Hinton et al., arXiv 1503.02531.
+    """
+
+    weight: float = 0.5
+    temperature: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_share("weight", self.weight)
+        check_positive("temperature", self.temperature)
+
+
+class DenseTeacher:
     """Adds the divergence from a dense network to the loss of a LightningModule's training steps.
 
     Args:
-        weight: Share of the divergence in the loss, in (0, 1].
-        temperature: By which logits are divided.
+        distillation: How much, and at which temperature.
     """
 
-    def __init__(self, weight: float, temperature: float) -> None:
-        self._weight = weight
-        self._temperature = temperature
+    def __init__(self, distillation: Distillation) -> None:
+        self._weight = distillation.weight
+        self._temperature = distillation.temperature
         self._pl_module: LightningModule | None = None
         self._order: list[str] = []
         self._handles: list[RemovableHandle] = []
@@ -62,13 +91,13 @@ class Distillation:
         """
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "Expected argument `distill` to be False with manual optimization: the loss is the module's own "
+                "Expected argument `distillation` to be None with manual optimization: the loss is the module's own "
                 "business there. Distil in its training_step."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                f"Expected argument `distill` to be False under {type(trainer.strategy).__name__}, which shards the "
-                f"parameters that the dense network would be copied from. Use DDP."
+                f"Expected argument `distillation` to be None under {type(trainer.strategy).__name__}, which shards "
+                f"the parameters that the dense network would be copied from. Use DDP."
             )
 
     def start(
@@ -121,9 +150,9 @@ class Distillation:
             return None
         if not logits:
             raise MisconfigurationException(
-                f"EntropyPruningCallback distils, but the training step of {type(self._pl_module).__name__} called "
+                f"A round is to be distilled, but the training step of {type(self._pl_module).__name__} called "
                 f"none of {[name or 'its forward' for name in self._order]}, or without gradients. Call the network as "
-                f"a module (where it is checkpointed, with use_reentrant=False), or pass distill=False."
+                f"a module (where it is checkpointed, with use_reentrant=False), or leave out `distillation`."
             )
         term = torch.stack([divergence(*pair, self._temperature) for pair in logits]).mean()
         self._pl_module.log(LOSS_KEY, term.detach())
@@ -152,10 +181,10 @@ class Distillation:
         taught = _logits(self._teacher.get_submodule(name)(*args, **kwargs))
         if taught.requires_grad:
             raise MisconfigurationException(
-                f"EntropyPruningCallback distils, but the copy of {name or 'the module'} that is to be the dense "
+                f"A round is to be distilled, but the copy of {name or 'the module'} that is to be the dense "
                 f"network computes with the weights that are trained: it calls a function that holds the original, "
-                f"such as a `forward` that was replaced on the instance. Override `forward` in its class, or pass "
-                f"distill=False."
+                f"such as a `forward` that was replaced on the instance. Override `forward` in its class, or "
+                f"leave out `distillation`."
             )
         self._taught = taught.detach()
 
@@ -245,12 +274,12 @@ def _logits(output: Any) -> Tensor:
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
         raise MisconfigurationException(
-            f"EntropyPruningCallback distils logits of shape (N, classes, *), a tensor or the `logits` of an output, "
-            f"but the network returned {type(output).__name__}. Pass distill=False."
+            f"Distillation needs logits of shape (N, classes, *), a tensor or the `logits` of an output, "
+            f"but the network returned {type(output).__name__}. Leave out `distillation`."
         )
     if found.shape[1] < 2:
         raise MisconfigurationException(
-            f"EntropyPruningCallback distils logits of at least two classes, but got {tuple(found.shape)}: a softmax "
-            f"over one class says nothing. Return one logit for each class, or pass distill=False."
+            f"Distillation needs logits of at least two classes, but got {tuple(found.shape)}: a softmax "
+            f"over one class says nothing. Return one logit for each class, or leave out `distillation`."
         )
     return found

@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lightning_easier.pruning.state import BestCheckpoint, RunState
 from lightning_easier.report import Round
 from lightning_easier.structure.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.support import loading, storage
+from lightning_easier.support.arguments import check_bool
 
 _LOCK = ".in_use"
 _OWN_NAME = re.compile(r"(round|best_removed)_(0|[1-9][0-9]*)\.ckpt")
@@ -38,6 +39,31 @@ _REMEDY = (
     "Make room there, or pass another `dirpath` that can be written to; the run goes on from a checkpoint that was "
     "saved before (`ckpt_path`)."
 )
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run keeps its checkpoints, and which.
+
+    Args:
+        dirpath: Folder of the rounds' checkpoints; ``entropy_pruning`` in the logger's folder by default. All processes
+            have to reach it. A new run does not write where another has or is about to: its folder ends in ``-v1``,
+            ``-v2``, ... A run that is resumed goes on in the folder where its checkpoints are. What lies there is read
+            as plain data, see `Security` in docs/supported.md.
+        best_per_depth: Whether the best checkpoint for each number of linear activations is kept there, too, as
+            ``best_removed_<number>.ckpt``.
+
+    Raises:
+        TypeError: If an argument is of another type.
+    """
+
+    dirpath: str | Path | None = None
+    best_per_depth: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dirpath is not None and (not isinstance(self.dirpath, str | Path) or not str(self.dirpath)):
+            raise TypeError(f"Expected argument `dirpath` to be a path, but got {self.dirpath!r}")
+        check_bool("best_per_depth", self.best_per_depth)
 
 
 class RunFiles:
@@ -52,7 +78,7 @@ class RunFiles:
     # Whose folder it is
 
     def claim(
-        self, trainer: Trainer, dirpath: str | None, state: RunState, state_key: str, *, writes: bool = True
+        self, trainer: Trainer, dirpath: str | Path | None, state: RunState, state_key: str, *, writes: bool = True
     ) -> str:
         """Return where a run keeps its checkpoints, the same on all processes, and keep other runs out of it.
 
@@ -220,7 +246,7 @@ class RunFiles:
             self._digests[path] = digest
         if not trainer.strategy.reduce_boolean_decision(path.exists(), all=True):
             raise MisconfigurationException(
-                f"EntropyPruningCallback goes back to checkpoints of its own, but not every process can read {path}. "
+                f"Pruning goes back to checkpoints of its own, but not every process can read {path}. "
                 f"Pass a `dirpath` that all nodes share."
             )
 
@@ -355,7 +381,7 @@ class RunFiles:
         trainer.strategy.load_checkpoint = note_and_load  # type: ignore[method-assign,assignment]
 
     @staticmethod
-    def load_as_ever(trainer: Trainer) -> None:
+    def stop_watching_loading(trainer: Trainer) -> None:
         """Undo :meth:`watch_loading`."""
         vars(trainer.strategy).pop("load_checkpoint", None)
 

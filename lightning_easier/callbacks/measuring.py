@@ -1,24 +1,19 @@
-"""Hooks on the activations while a Trainer runs: counts for the entropies, and which activations training calls."""
+"""Hooks on the activations while a Trainer runs: what a method measures, and which activations training calls."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.network import FirstCall
-from lightning_easier.collapsing.fit.chain_fits import ChainProbe
-from lightning_easier.measure.probe import EntropyProbe
-from lightning_easier.pruning.gains import Gains, ShapeProbe
-from lightning_easier.pruning.ranking import ACTIVATIONS_IN_A_CHAIN, Ranked, Ranking
+from lightning_easier.pruning.methods import Measuring, Method, Proposal
 from lightning_easier.sites.activations import ActivationSite, isolated_sites
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.hooks import HookOfOneModel
 from lightning_easier.support.inference import evaluation_mode
 
@@ -27,38 +22,18 @@ class Measurement:
     """Owns every hook that the callback has on a model.
 
     Args:
-        gates: Which bounded activations count.
+        method: The method, whose worker measures.
+        measuring: What is measured on.
         exclude: Name globs of activations that are not measured.
-        neuron_dim: Axis of the neurons by name glob.
-        sample: Share of each batch that is counted.
-        ranking: Tells what is measured besides, and the order in which activations become linear.
-
-    Attributes:
-        affines: Name -> the affine that comes closest to an activation, as measured last, as plain data.
     """
 
-    def __init__(
-        self,
-        gates: Sequence[str],
-        exclude: Sequence[str],
-        neuron_dim: Mapping[str, int],
-        sample: float,
-        ranking: Ranking,
-    ) -> None:
-        self._gates = gates
+    def __init__(self, method: Method, measuring: Measuring, exclude: Sequence[str]) -> None:
+        self._gates = method.kinds_of_gates
         self._exclude = exclude
-        self._neuron_dim = neuron_dim
-        self._sample = sample
-        self._ranking = ranking
-        self._gains = None if ranking.prices_by is None else Gains(ranking.prices_by, ranking.shift_padding)
-        self._chains: ChainProbe | None = None
-        self._shapes: ShapeProbe | None = None
+        self._worker = method.worker(measuring)
         self._first_call: FirstCall | None = None
-        self.affines: dict[str, dict[str, Any]] = {}
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for
-        self._probe: EntropyProbe | None = None
-        self._told_left_out = False  # that samples were left out of what was measured last
         self._watches: dict[str, RemovableHandle] | None = None  # None: training is not watched
 
     # Counting
@@ -66,28 +41,24 @@ class Measurement:
     @property
     def is_counting(self) -> bool:
         """Whether activations are counted now."""
-        return self._probe is not None and not self._probe.paused
+        return self._worker.is_counting
 
     @property
     def has_counts(self) -> bool:
         """Whether something was counted, or is."""
-        return self._probe is not None
+        return self._worker.probe is not None
 
     def start(self, pl_module: LightningModule) -> None:
         """Count from zero."""
         self.stop()
-        sites = [s for s in self._live_sites(pl_module) if not any(fnmatchcase(s.name, glob) for glob in self._exclude)]
-        neuron_dim = {  # what an axis was given for may be linear by now
-            glob: axis for glob, axis in self._neuron_dim.items() if any(fnmatchcase(site.name, glob) for site in sites)
-        }
-        self._probe = EntropyProbe(sites, neuron_dim, sample=self._sample, affines=self._ranking.needs_affines).to(
-            pl_module.device
+        sites = self._live_sites(pl_module)
+        self._worker.start(
+            pl_module, [site for site in sites if not any(fnmatchcase(site.name, glob) for glob in self._exclude)]
         )
-        self._probe.attach()
         wiring.forget_compiled_code(pl_module)
 
-    def follow_chains(self, pl_module: LightningModule, names: Iterable[str], batches: int) -> None:
-        """Measure besides what the order of the next removals depends on.
+    def follow(self, pl_module: LightningModule, names: Iterable[str], batches: int) -> None:
+        """Measure besides what the next decision depends on.
 
         Args:
             pl_module: The model.
@@ -95,13 +66,7 @@ class Measurement:
             batches: How many batches there will be on all processes together.
         """
         live = {site.name for site in self._live_sites(pl_module)}
-        wanted = [name for name in names if name in live]
-        if self._ranking.needs_chains:
-            self._chains = ChainProbe(pl_module, wanted, batches, ACTIVATIONS_IN_A_CHAIN)
-            self._chains.attach()
-        if self._ranking.needs_shapes:
-            self._shapes = ShapeProbe(pl_module, wanted)
-            self._shapes.attach()
+        self._worker.follow(pl_module, [name for name in names if name in live], batches)
 
     def follow_network(self, pl_module: LightningModule, sites: Iterable[str]) -> None:
         """Note which module is called, and with what."""
@@ -120,54 +85,34 @@ class Measurement:
             self._first_call.detach()
         self._first_call = None
 
-    def _forget_chains(self) -> None:
-        for probe in (self._chains, self._shapes):
-            if probe is not None:
-                probe.detach()
-        self._chains = self._shapes = None
-
-    def rank(
-        self, trainer: Trainer, pl_module: LightningModule, entropies: Mapping[str, float], names: Iterable[str]
-    ) -> Ranked:
-        """Rank what may become linear; every process has to call this, rank 0 tells.
+    def propose(self, trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> Proposal:
+        """Have the method propose what to do next; every process has to call this, rank 0 tells.
 
         Args:
             trainer: The Trainer.
             pl_module: The model.
-            entropies: Name -> entropy in bits, as :meth:`finish` returned them.
             names: The activations that may become linear.
         """
-        chains, shapes = self._chains, self._shapes
-        self._forget_chains()
-        if chains is not None:
-            chains.reduce()
-        ranked = Ranked()
+        self._worker.detach()
+        self._worker.reduce()
+        proposal = Proposal()
         if trainer.is_global_zero:
-            chosen = {name: entropies[name] for name in names if name in entropies}
             with evaluation_mode(pl_module):
-                ranked = self._ranking.rank(pl_module, chosen, self.affines, chains, shapes, self._gains)
-            if chains is not None:
-                if not self._told_left_out:
-                    tell_left_out(*chains.left_out, "what fitted operators are fitted to")
-                reasons = {name: reason for name, reason in chains.reasons.items() if name in chosen}
-                if reasons and not ranked.fits:
-                    rank_zero_warn(f"No operator can take the place of a chain: {reasons}")
-        return trainer.strategy.broadcast(ranked)
+                proposal = self._worker.propose(pl_module, names)
+        self._worker.forget()
+        return trainer.strategy.broadcast(proposal)
 
     def pause(self, paused: bool) -> None:
         """Leave what runs now out of the counts, or count again."""
-        for probe in (self._probe, self._chains):
-            if probe is not None:
-                probe.paused = paused
+        self._worker.pause(paused)
 
     def save_counts(self) -> dict[str, Any] | None:
         """Return the counts so far over all processes, each of which has to call this; None if nothing is counted."""
-        return None if self._probe is None else self._probe.counts()
+        return self._worker.counts()
 
     def load_counts(self, counts: Mapping[str, Any], is_global_zero: bool) -> None:
         """Go on from counts that were saved."""
-        assert self._probe is not None
-        self._probe.resume(counts, is_global_zero)
+        self._worker.resume(counts, is_global_zero)
 
     def finish(self, pl_module: LightningModule, known: Mapping[str, float]) -> dict[str, float]:
         """Stop counting and return the entropies over all processes, each of which has to call this.
@@ -176,37 +121,22 @@ class Measurement:
             pl_module: The model.
             known: What was measured before: where nothing of that is left, nothing may be called.
         """
-        assert self._probe is not None
-        probe = self._probe
-        self._stop_counting()
+        self._worker.detach()
         wiring.forget_compiled_code(pl_module)
-        self.affines = {}
-        if known and not any(name in known for name in probe.names):
-            return {}
-        if self._ranking.needs_affines:
-            self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
-        entropies = probe.entropies()
-        self._told_left_out = probe.has_left_out
-        return entropies
+        return self._worker.finish(known)
 
     def detach(self) -> None:
         """Take all hooks away; what was counted and noticed stays."""
-        for probe in (self._probe, self._chains, self._shapes, self._first_call):
-            if probe is not None:
-                probe.detach()
+        self._worker.detach()
+        if self._first_call is not None:
+            self._first_call.detach()
         for handle in (self._watches or {}).values():
             handle.remove()
 
     def stop(self) -> None:
         """Stop measuring; what was counted is lost."""
-        self._stop_counting()
-        self._forget_chains()
+        self._worker.stop()
         self._forget_network()
-
-    def _stop_counting(self) -> None:
-        if self._probe is not None:
-            self._probe.detach()
-            self._probe = None
 
     # Watching
 
@@ -259,4 +189,5 @@ class Measurement:
         """Return the activations that are not linear."""
         returned = self._linear - stand_ins(pl_module).keys()  # weights of another structure may have been loaded
         sites = self.look(pl_module) if self._sites is None or returned else self._sites
-        return [site for site in sites if pl_module.get_submodule(site.name) is site.module]
+        modules = dict(pl_module.named_modules(remove_duplicate=False))
+        return [site for site in sites if modules.get(site.name) is site.module]

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_easier.pruning.state import Place, Position
-from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.inventory import originals
 
 
 def drop_parameters(optimizers: Sequence[Optimizer], parameters: Sequence[Parameter]) -> list[Position]:
@@ -104,7 +104,7 @@ def build_as_the_first(
             known.
         joined: Tells which parameter groups the parameters of stand-ins have joined.
     """
-    build_as_ever(pl_module)
+    stop_building_as_the_first(pl_module)
     build = pl_module.configure_optimizers
 
     @wraps(build)
@@ -120,7 +120,7 @@ def build_as_the_first(
     pl_module.configure_optimizers = build_with_lent_parameters  # type: ignore[method-assign]
 
 
-def build_as_ever(pl_module: LightningModule) -> None:
+def stop_building_as_the_first(pl_module: LightningModule) -> None:
     """Undo :func:`build_as_the_first`; a second call does nothing."""
     now: Any = vars(pl_module).get("configure_optimizers")
     if hasattr(now, "instead_of"):
@@ -131,13 +131,9 @@ def build_as_ever(pl_module: LightningModule) -> None:
 
 @contextmanager
 def _lent(model: nn.Module, names: Iterable[str]) -> Iterator[list[Parameter]]:
-    """Put back for a while what became linear, and what fitted operators have absorbed; yields the parameters of it."""
-    known, linear = set(model.parameters()), stand_ins(model)
-    lent: dict[str, nn.Module] = {}
-    for name in names:
-        if name in linear:
-            lent[name] = linear[name].activation
-            lent.update(linear[name].absorbed_by_name(name))
+    """Put back for a while what became linear, and what went with it; yields the parameters of it."""
+    known = set(model.parameters())
+    lent = originals(model, names)
     replaced = {name: model.get_submodule(name) for name in lent}
     for name, module in lent.items():
         model.set_submodule(name, module)

@@ -5,7 +5,7 @@ and all processes compare what they have.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,23 +30,20 @@ from lightning_easier.callbacks.optimizers import (
     put_back_parameters,
 )
 from lightning_easier.callbacks.recipe import clear_gradients
-from lightning_easier.sites.activations import planned_sites
-from lightning_easier.sites.rectifiers import GATES
-from lightning_easier.structure.linearize import MARK_KEY, linearize, read_marks, restore, stand_ins
+from lightning_easier.structure.linearize import MARK_KEY, bypass, read_marks, restore, stand_ins
 from lightning_easier.structure.operations import Operation
-from lightning_easier.structure.substitution import Absorbed
 
 
 class Carried(NamedTuple):
     """What has come of operations.
 
     Attributes:
-        shifts: Name -> the padding that was moved.
+        notes: Name -> what the report says of it.
         dropped: Where parameters that are gone were in the optimizers.
         joined: Where new parameters are in the optimizers.
     """
 
-    shifts: dict[str, str]
+    notes: dict[str, list[str]]
     dropped: list[Position]
     joined: list[Place]
 
@@ -71,7 +68,7 @@ def carry_out(trainer: Trainer, pl_module: LightningModule, operations: Sequence
     if lost or joined:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
-    return Carried({name: shift for change in changes for name, shift in change.shifts.items()}, dropped, joined)
+    return Carried({name: note for change in changes for name, note in change.notes.items()}, dropped, joined)
 
 
 def go_back(
@@ -159,7 +156,7 @@ def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> N
     Raises:
         MisconfigurationException: If it drops what belongs to an activation among them.
     """
-    linearize(pl_module, names)
+    bypass(pl_module, names)
     try:
         told = read_marks(pl_module.state_dict())
     finally:
@@ -169,43 +166,6 @@ def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> N
         raise MisconfigurationException(
             f"{type(pl_module).__name__}.state_dict() drops what tells that an activation is linear: of {silent[:5]} a "
             f"checkpoint would not know. Pass them as `exclude`, or keep the keys that end in '{MARK_KEY}'."
-        )
-
-
-def activations_of(pl_module: LightningModule, gates: Collection[str]) -> dict[str, str]:
-    """Return name -> class of all activations, those that are linear among them.
-
-    Args:
-        pl_module: The model.
-        gates: Kinds of gates that count.
-    """
-    live = {site.name: type(site.module).__name__ for site in planned_sites(pl_module, gates)}
-    return live | {name: type(stand_in.activation).__name__ for name, stand_in in stand_ins(pl_module).items()}
-
-
-def check_activations(pl_module: LightningModule, known: Mapping[str, str]) -> None:
-    """Find out whether a module has the activations of the one that was saved.
-
-    Args:
-        pl_module: The model.
-        known: Name -> class of those.
-
-    Raises:
-        ValueError: If one is missing, or of another class.
-    """
-    now = activations_of(pl_module, GATES.keys())
-    absorbed = {
-        name for name, part in pl_module.named_modules() if isinstance(part, Absorbed)
-    }  # by a fit, with another
-    others = [
-        f"{name!r} is {now.get(name, 'gone')}, and was {kind}"
-        for name, kind in known.items()
-        if now.get(name) != kind and name not in absorbed
-    ]
-    if others:
-        raise ValueError(
-            f"Expected {type(pl_module).__name__} to have the activations of the run that is resumed, but "
-            f"{'; '.join(others[:5])}. Build the module as the one that was saved, or start a new run."
         )
 
 
@@ -250,7 +210,7 @@ def check_processes_agree(trainer: Trainer, pl_module: LightningModule) -> None:
     agrees = mine == trainer.strategy.broadcast(mine)
     if not trainer.strategy.reduce_boolean_decision(agrees, all=True):
         raise RuntimeError(
-            f"The processes do not hold the same model after an operation of EntropyPruningCallback: rank "
+            f"The processes do not hold the same model after an operation of pruning: rank "
             f"{trainer.global_rank} {'agrees with' if agrees else 'differs from'} rank 0. Something changes parameters "
             f"on one process only: a callback, or a parameter that was added after the strategy had wrapped the model. "
             f"Resume from the last checkpoint without it."

@@ -10,32 +10,22 @@ from torch import Tensor, nn
 from lightning_easier.callbacks.network import copied
 from lightning_easier.collapsing import CollapseError
 from lightning_easier.collapsing.exact.prices import Objective
-from lightning_easier.pruning.goals import Attained, attained, check_targets
+from lightning_easier.pruning.targets import Attained, Target, attained
 from lightning_easier.support.timing import LatencyTable
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Arguments as for :class:`~lightning_easier.EntropyPruningCallback`.
+class TargetCheck:
+    """Asks whether the target of a run is reached.
 
     Args:
-        speedup: ``target_speedup``.
-        depth: ``target_depth``.
+        target: What is to be reached.
         objective: What a collapse makes least.
     """
 
-    speedup: float | None
-    depth: int | None
+    target: Target
     objective: Objective
     _table: LatencyTable = field(default_factory=LatencyTable, repr=False)
-
-    def __post_init__(self) -> None:
-        check_targets(self.speedup, self.depth)
-
-    @property
-    def are_given(self) -> bool:
-        """Whether there is one."""
-        return self.speedup is not None or self.depth is not None
 
     def attained(
         self, trainer: Trainer, found: tuple[nn.Module, tuple[Tensor, ...]] | None, removed: Sequence[str]
@@ -59,13 +49,12 @@ class Targets:
         elif trainer.is_global_zero and found is not None and removed:
             network, inputs = found
             try:
-                told = attained(copied(network), inputs, self.speedup, self.depth, self.objective, self._table)
+                told = attained(copied(network), inputs, self.target, self.objective, self._table)
             except Exception as error:  # whatever it is: the other processes wait for an answer
                 told = f"{type(error).__name__}: {error}" if not isinstance(error, CollapseError) else str(error)
         told = trainer.strategy.broadcast(told)
         if isinstance(told, str):
             raise MisconfigurationException(
-                f"Expected arguments `target_speedup` and `target_depth` to be None: the network can't be priced, "
-                f"since {told}"
+                f"Expected argument `target` to be None: the network can't be priced, since {told}"
             )
         return told

@@ -31,7 +31,7 @@ from lightning_easier.structure.checkpoint import expects_pruned
 _BATCHES_OF_ENDLESS_LOADERS = 16
 
 
-def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str, dirpath: str | None) -> None:
+def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str, dirpath: str | Path | None) -> None:
     """Refuse what pruning does not go with, before anything is changed.
 
     Args:
@@ -45,22 +45,22 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
     """
     if isinstance(trainer.strategy, FSDPStrategy):
         raise MisconfigurationException(
-            "EntropyPruningCallback does not support FSDPStrategy, which wraps modules so that an activation can't be "
+            "Pruning does not support FSDPStrategy, which wraps modules so that an activation can't be "
             "replaced by its name. Use ModelParallelStrategy (FSDP2), DDP or one device."
         )
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            "EntropyPruningCallback does not support DeepSpeedStrategy, whose engine keeps the weights and moments "
+            "Pruning does not support DeepSpeedStrategy, whose engine keeps the weights and moments "
             "that a rejected round would have to bring back. Use ModelParallelStrategy (FSDP2), DDP or one device."
         )
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
         raise MisconfigurationException(
-            "EntropyPruningCallback does not go with AsyncCheckpointIO: it goes back to checkpoints that have to be "
+            "Pruning does not go with AsyncCheckpointIO: it goes back to checkpoints that have to be "
             "written by then. Use the checkpoint plugin that it wraps."
         )
     if not trainer.lightning_module.strict_loading and not expects_pruned(trainer.lightning_module):
         raise MisconfigurationException(
-            "EntropyPruningCallback does not go with `strict_loading=False`, by which a pruned checkpoint would load "
+            "Pruning does not go with `strict_loading=False`, by which a pruned checkpoint would load "
             "into the unpruned model without a word. Call `lightning_easier.expect_pruned(self)` at the end of the "
             "module's `__init__`, which brings the structure with the weights."
         )
@@ -68,19 +68,19 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
     averaged = [name for name, part in trainer.lightning_module.named_modules() if isinstance(part, AveragedModel)]
     if averaged:
         raise MisconfigurationException(
-            f"EntropyPruningCallback does not go with the averaged model `{averaged[0]}` (torch.optim.swa_utils), a "
+            f"Pruning does not go with the averaged model `{averaged[0]}` (torch.optim.swa_utils), a "
             f"second model that would stay unpruned. Prune without it, and average afterwards."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
             raise MisconfigurationException(
-                f"EntropyPruningCallback does not go with {type(callback).__name__}, which adds parameter groups while "
+                f"Pruning does not go with {type(callback).__name__}, which adds parameter groups while "
                 f"training goes on: a rejected round could not bring the optimizer back. Give the optimizer all "
                 f"groups from the start, and set their learning rates."
             )
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise MisconfigurationException(
-                f"EntropyPruningCallback does not go with {type(callback).__name__}, which keeps a second model "
+                f"Pruning does not go with {type(callback).__name__}, which keeps a second model "
                 f"that would stay unpruned. Remove one of the two."
             )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not expects_pruned(trainer.lightning_module):
@@ -93,8 +93,8 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
         raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {dirpath} is a file")
     if measure_on == "validation" and not trainer.enable_validation:
         raise MisconfigurationException(
-            f"EntropyPruningCallback measures on validation batches, but the run has none (limit_val_batches="
-            f"{trainer.limit_val_batches}). Add a validation loader and step, or pass measure_on='training'."
+            f"Pruning measures on validation batches, but the run has none (limit_val_batches="
+            f"{trainer.limit_val_batches}). Add a validation loader and step, or pass Measuring(on='training')."
         )
 
 
@@ -106,14 +106,14 @@ def _check_parameters(trainer: Trainer, candidates: Mapping[str, nn.Module]) -> 
     borrowed = [name for name, module in candidates.items() if isinstance(module, FunctionalPReLU)]
     if borrowed:
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't remove {borrowed} under {trainer.world_size} processes: their slope is a "
+            f"Pruning can't remove {borrowed} under {trainer.world_size} processes: their slope is a "
             f"parameter of another module, which the strategy would wait for. Pass them as `exclude`, or give each "
             f"call an nn.PReLU of its own."
         )
     owned = [name for name, module in candidates.items() if next(module.parameters(), None) is not None]
     if owned and shards:
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't remove {owned} under {type(trainer.strategy).__name__}: they have "
+            f"Pruning can't remove {owned} under {type(trainer.strategy).__name__}: they have "
             f"parameters, which are sharded with those of other modules. Pass them as `exclude`."
         )
 
@@ -141,7 +141,7 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
     longest = trainer.max_epochs
     if longest is not None and longest >= 0 and longest - trainer.current_epoch < epochs:
         raise MisconfigurationException(
-            f"Expected the Trainer's `max_epochs` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
+            f"Expected the Trainer's `max_epochs` to leave time for a round of pruning, {epochs} epochs "
             f"with the warmup and the validation at its end, but got {longest}, at epoch {trainer.current_epoch}. "
             f"Raise it, or lower `warmup_epochs`, `epochs_per_round` or `check_val_every_n_epoch`."
         )
@@ -154,7 +154,7 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
     )
     if trainer.max_steps - trainer.global_step < steps:
         raise MisconfigurationException(
-            f"Expected the Trainer's `max_steps` to leave time for a round of EntropyPruningCallback, {epochs} epochs "
+            f"Expected the Trainer's `max_steps` to leave time for a round of pruning, {epochs} epochs "
             f"or {steps} steps with the warmup, but got {trainer.max_steps}, at step {trainer.global_step}. Raise it, "
             f"or lower `warmup_epochs` or `epochs_per_round`."
         )
@@ -226,8 +226,21 @@ def check_validation_ran(trainer: Trainer) -> None:
     every = trainer.check_val_every_n_epoch
     if every is not None and (trainer.current_epoch + 1) % every == 0 and not any(trainer.num_val_batches):
         raise MisconfigurationException(
-            f"EntropyPruningCallback measures on validation batches, but validation in epoch {trainer.current_epoch} "
-            f"ran none: the validation loader yielded nothing. Check its dataset, or pass measure_on='training'."
+            f"Pruning measures on validation batches, but validation in epoch {trainer.current_epoch} "
+            f"ran none: the validation loader yielded nothing. Check its dataset, or pass Measuring(on='training')."
+        )
+
+
+def check_there_was_training(trainer: Trainer) -> None:
+    """Refuse a fit in which the training loader has yielded nothing.
+
+    Raises:
+        MisconfigurationException: If so.
+    """
+    if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0 and trainer.max_epochs:
+        raise MisconfigurationException(
+            "Pruning needs training batches, but the training loader yielded none. Check its dataset and batch size "
+            "(`drop_last` drops an incomplete batch)."
         )
 
 
@@ -258,7 +271,7 @@ def check_optimizers(trainer: Trainer) -> None:
     kinds = {type(optimizer).__name__ for optimizer in trainer.optimizers}
     if "ZeroRedundancyOptimizer" in kinds:  # its module is not there in every build of torch
         raise MisconfigurationException(
-            "EntropyPruningCallback does not go with ZeroRedundancyOptimizer, which keeps the moments in another "
+            "Pruning does not go with ZeroRedundancyOptimizer, which keeps the moments in another "
             "optimizer, a part on each process. Use that optimizer itself."
         )
 
@@ -282,7 +295,7 @@ def check_strategy_lets_parameters_change(trainer: Trainer, wanted: tuple[str, s
         return
     what, remedy = wanted
     raise MisconfigurationException(
-        f"EntropyPruningCallback can't {what} under {type(trainer.strategy).__name__}, which has sharded the "
+        f"Pruning can't {what} under {type(trainer.strategy).__name__}, which has sharded the "
         f"parameters before. {remedy}."
     )
 
@@ -292,27 +305,26 @@ def can_tell_what_merges(trainer: Trainer) -> bool:
     return not isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def check_network_can_be_priced(trainer: Trainer, with_targets: bool) -> None:
+def check_network_can_be_priced(trainer: Trainer, with_target: bool) -> None:
     """Refuse to price a network that is sharded, or that no validation runs.
 
     Args:
         trainer: The Trainer.
-        with_targets: Whether the run has a target.
+        with_target: Whether the run has a target.
 
     Raises:
         MisconfigurationException: With the reason and the remedy.
     """
     if not can_tell_what_merges(trainer):
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't tell what merges, or price it, under {type(trainer.strategy).__name__}, "
-            f"which shards the operators. Pass candidates='all', gain=None, target_speedup=None and target_depth=None, "
+            f"Pruning can't tell what merges, or price it, under {type(trainer.strategy).__name__}, which shards the "
+            f"operators. Pass no `target` and a method that prices nothing (Order(gain=None, mergeable_only=False)), "
             f"or use DDP."
         )
-    if with_targets and not trainer.enable_validation:
+    if with_target and not trainer.enable_validation:
         raise MisconfigurationException(
-            f"EntropyPruningCallback prices the network on validation batches, but the run has none (limit_val_batches="
-            f"{trainer.limit_val_batches}). Add a validation loader and step, or pass target_speedup=None and "
-            f"target_depth=None."
+            f"Pruning prices the network on validation batches, but the run has none (limit_val_batches="
+            f"{trainer.limit_val_batches}). Add a validation loader and step, or leave out `target`."
         )
 
 
@@ -325,7 +337,7 @@ def check_optimizers_let_parameters_change(
         trainer: The Trainer.
         pl_module: The model.
         names: What is about to become linear.
-        with_others: Whether operators around them leave, or affines that are trained join.
+        with_others: Whether other parameters than those of these activations leave or join.
 
     Raises:
         MisconfigurationException: If an activation among them has a parameter, or others leave or join, and an
@@ -335,7 +347,7 @@ def check_optimizers_let_parameters_change(
     owners = [name for name in names if with_others or has_parameters[name]]
     if owners and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            f"EntropyPruningCallback can't make {owners} linear, with which parameters leave or join LBFGS, which "
+            f"Pruning can't make {owners} linear, with which parameters leave or join LBFGS, which "
             f"keeps all parameters as one vector. Pass them as `exclude`, or use another optimizer."
         )
 

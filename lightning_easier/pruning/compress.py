@@ -15,8 +15,8 @@ from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
-from lightning_easier.pruning.goals import Goal, Look, check_targets
 from lightning_easier.pruning.rules import Rejections, Tolerance
+from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
 from lightning_easier.report import CompressReport, Trial
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.discovery import KnownForwards
@@ -149,7 +149,9 @@ def compress(
     allowed, most = Tolerance(tolerance, mode), Rejections(max_rejections)
     check_non_negative("slack", slack)
     check_choice("objective", objective, OBJECTIVES)
-    check_targets(target_speedup, target_depth)
+    check_target(target_speedup, target_depth, "target_")
+    has_target = target_speedup is not None or target_depth is not None
+    target = Target(target_speedup, target_depth) if has_target else None
     for argument, value, check in (
         ("max_drift", max_drift, check_non_negative), ("max_minutes", max_minutes, check_positive),
     ):  # fmt: skip
@@ -182,13 +184,13 @@ def compress(
         judge = _Judge(source, evaluate, allowed, max_drift, device)
         pace = Pace(clock.left, progress.tell)
         table = LatencyTable(pace=pace)
-        is_guided = evaluate is not None or target_speedup is not None or target_depth is not None
+        is_guided = evaluate is not None or target is not None
         search = _Search(
             source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack
         )
         clock.begin(_SEARCHING)
-        goal = Goal(source, arguments, objective, table, target_speedup, target_depth)
-        look = goal.look_if_due(search.model, search.saved)
+        watch = TargetWatch(source, arguments, objective, table, target)
+        look = watch.look_if_due(search.model, search.saved)
         candidates: list[_Candidate] = []
         if look is None or not look.attained.is_reached:  # else by an exact collapse alone
             candidates = search.candidates(sites, clock, progress)
@@ -212,7 +214,7 @@ def compress(
                     rejections += 1
                 else:
                     rejections = 0
-                    look = goal.look_if_due(search.model, search.saved)
+                    look = watch.look_if_due(search.model, search.saved)
                     if look is not None and (look.attained.is_reached or look.is_impossible):
                         break
             progress.finish()
@@ -221,15 +223,15 @@ def compress(
         clock.begin(_TIMING)
         progress.begin(_TIMING, units=_TIMINGS)
         if look is None:  # whatever was estimated: what is returned is measured
-            look = goal.look(search.model, search.saved)
+            look = watch.look(search.model, search.saved)
         drift = search.drift
     is_too_short = not search.trials and (search.was_cut or is_over)
     if is_too_short and not look.attained.is_reached:
         ended = f"nothing was tried: {search.looked_at} within the {max_minutes:g} minutes of `max_minutes`"
-    ended = _why_ended(ended, look) if goal.is_given else ended
+    ended = _why_ended(ended, look) if watch.has_target else ended
     if is_too_short and not look.attained.is_reached:
         rank_zero_warn(f"Compression ended since {ended}. Raise `max_minutes`.")
-    elif goal.is_given and not look.attained.is_reached:
+    elif watch.has_target and not look.attained.is_reached:
         rank_zero_warn(
             f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_easier.pruning.rules import Rules
-from lightning_easier.pruning.state import Decision, Measured, Removal, RunState
+from lightning_easier.pruning.state import Chosen, Decision, Measured, RunState
 from lightning_easier.report import Round
 
 
@@ -37,13 +37,13 @@ class Wait:
 
 @dataclass(frozen=True)
 class Decided:
-    """Tell what becomes linear next, if that is all that is wanted.
+    """Tell what is done next, if that is all that is wanted.
 
     Attributes:
-        choice: What; None if nothing does.
+        chosen: What; None if nothing is.
     """
 
-    choice: Removal | None
+    chosen: Chosen | None
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class GoBack:
 
 @dataclass(frozen=True)
 class Apply:
-    """Make activations linear.
+    """Carry out what was chosen: a round begins.
 
     Attributes:
-        choice: Which.
+        chosen: What was.
     """
 
-    choice: Removal
+    chosen: Chosen
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,15 @@ class Ask(NamedTuple):
 
     Attributes:
         score: Returns the score of the structure as it is, on which all processes agree; None if there is none.
-        choose: Chooses what becomes linear next by what was measured of the last good round; None if nothing is left.
+        choose: Chooses what is done next by what was measured of the last good round; None if nothing is left.
     """
 
     score: Callable[[], float | None]
-    choose: Callable[[Measured], Removal | None]
+    choose: Callable[[Measured], Chosen | None]
 
 
 class PruningLoop:
-    """Judges rounds, and decides what becomes linear next.
+    """Judges rounds, and decides what is done next.
 
     What it returns are commands, one at a time: the next is asked for when the last was carried out.
 
@@ -173,7 +173,7 @@ class PruningLoop:
         """
         state = self.state
         this, number = state.rounds[-1], len(state.rounds) - 1
-        if this.removed and this.accepted is None:
+        if number > 0 and this.accepted is None:
             score = ask.score()
             if score is not None:
                 yield from self._judge(score, ask)
@@ -188,8 +188,8 @@ class PruningLoop:
         """Return what was decided and not carried out."""
         if self.state.is_going_back:
             yield GoBack()
-        if self.state.decision is not None and self.state.decision.remove is not None:
-            yield Apply(self.state.decision.remove)
+        if self.state.decision is not None and self.state.decision.chosen is not None:
+            yield Apply(self.state.decision.chosen)
 
     def went_back(self) -> None:
         """Take note that the last good model is back."""
@@ -199,10 +199,10 @@ class PruningLoop:
         state.now = state.snapshot.measured
         state.score = state.kept[-1].score_after
         decision = state.decision
-        state.decision = None if decision is None or decision.remove is None else Decision(False, decision.remove)
+        state.decision = None if decision is None or decision.chosen is None else Decision(False, decision.chosen)
 
     def applied(self, this: Round) -> None:
-        """Take note that activations have become linear: a round begins.
+        """Take note that what was chosen is done: a round begins.
 
         Args:
             this: The round.
@@ -217,11 +217,11 @@ class PruningLoop:
             yield Verdict(len(state.rounds) - 1)
             yield from self._decide(ask)
             return
-        if state.snapshot.file is not None and state.rounds[-1].removed:
+        if state.snapshot.file is not None and len(state.rounds) > 1:
             yield from self._take_back(f"{self.monitor} was {score}")
-            choice = self._choose(ask)
-            state.finished = choice is None
-            state.decision = Decision(True, choice)
+            chosen = self._choose(ask)
+            state.finished = chosen is None
+            state.decision = Decision(True, chosen)
             yield GoBack()
         yield Diverged(score)
 
@@ -235,25 +235,23 @@ class PruningLoop:
         """Decide what happens at the start of the next epoch."""
         state = self.state
         this, attained = state.rounds[-1], state.now.attained
-        is_there = bool(this.accepted and attained is not None and attained.is_reached)
-        choice = self._choose(ask, is_there)
-        state.finished = choice is None and not (this.accepted and state.now.ranked is None)
-        if choice is not None or not this.accepted:
-            state.decision = Decision(not this.accepted, choice)
-        yield Decided(choice)
+        is_reached = bool(this.accepted and attained is not None and attained.is_reached)
+        chosen = self._choose(ask, is_reached)
+        state.finished = chosen is None and not (this.accepted and state.now.proposal is None)
+        if chosen is not None or not this.accepted:
+            state.decision = Decision(not this.accepted, chosen)
+        yield Decided(chosen)
         if state.finished and not this.accepted:
             yield Stop()
         elif state.finished:
-            yield Stop(
-                f"the target is reached ({attained.words})" if attained and is_there else "no more may become so"
-            )
-        if not self.rules.tries_others:  # what was not chosen will not be
-            state.forget_fits()
+            yield Stop(f"the target is reached ({attained.words})" if attained and is_reached else "nothing is left")
+        if not self.rules.rejections.allow_others:  # what was not chosen will not be
+            state.forget_large_operations()
         if this.accepted:
             yield Keep(len(state.rounds) - 1)
 
-    def _choose(self, ask: Ask, is_there: bool = False) -> Removal | None:
-        """Take note of the last verdict, and choose what becomes linear next."""
+    def _choose(self, ask: Ask, is_reached: bool = False) -> Chosen | None:
+        """Take note of the last verdict, and choose what is done next."""
         state, now = self.state, self.state.now
         if state.rounds[-1].accepted:
             state.rejections = 0
@@ -261,9 +259,9 @@ class PruningLoop:
             # The end of the run may have come before it was measured
             measured = replace(now if now.is_whole else known, attained=now.attained or known.attained)
             state.snapshot = replace(state.snapshot, measured=measured)
-            goes_on = now.is_whole and not is_there
+            goes_on = now.is_whole and not is_reached
         else:
             state.rejections += 1
-            state.rejected += state.rounds[-1].removed
+            state.rejected += state.rounds[-1].chosen
             goes_on = not self.rules.rejections.are_too_many(state.rejections)
         return ask.choose(state.snapshot.measured) if goes_on else None

@@ -4,7 +4,7 @@ They are plain data and pure functions. The loop of the callback and ``compress`
 """
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ import torch
 from lightning_easier.report import Round
 from lightning_easier.support.arguments import check_choice, check_integer, check_non_negative
 
+Restart = Literal["none", "schedule", "optimizer"]
+RESTARTS: tuple[Restart, ...] = ("none", "schedule", "optimizer")
 # Words in the name of a score that tell whether less or more of it is better, and those that may turn it round.
 _LESS = {
     "loss",
@@ -126,44 +128,76 @@ class Rejections:
     def __post_init__(self) -> None:
         check_integer("max_rejections", self.most, 1)
 
+    @property
+    def allow_others(self) -> bool:
+        """Whether something else is tried after the first."""
+        return self.most > 1
+
     def are_too_many(self, in_a_row: int) -> bool:
         """Tell whether a run with so many is over."""
         return in_a_row >= self.most
 
 
 @dataclass(frozen=True)
-class Rules:
-    """The rules of a run of rounds; the arguments are those of :class:`~lightning_easier.EntropyPruningCallback`.
+class Rounds:
+    """How long a round is, how much goes in it, and what it is judged against.
+
+    Args:
+        epochs: Training epochs of a round.
+        removals: How much is removed at once, activations for example.
+        max_removals: How many activations may become linear in a run; no limit by default.
+        warmup_epochs: Epochs before the dense round.
+        max_rejections: How many rounds in a row may be taken back before the run stops. Below that the next candidate
+            is tried; what was taken back is not tried again. By default the run stops at the first.
+        reference: What a round is judged against: the dense score, or the best score of any round that was kept, the
+            dense one among them. The latter suits a network that goes on learning after its first round.
+        restart: What begins anew with every round: nothing, the learning-rate schedules and with them the
+            hyperparameters of the optimizers, or the optimizers with their moments too (EASIER).
 
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value out of range.
     """
 
-    tolerance: Tolerance = Tolerance()
-    rejections: Rejections = Rejections(1)
-    epochs_per_round: int = 1
-    removals_per_round: int = 1
+    epochs: int = 1
+    removals: int = 1
     max_removals: int | None = None
     warmup_epochs: int = 0
+    max_rejections: int = 1
     reference: Literal["dense", "best"] = "dense"
+    restart: Restart = "none"
 
     def __post_init__(self) -> None:
-        check_integer("epochs_per_round", self.epochs_per_round, 1)
-        check_integer("removals_per_round", self.removals_per_round, 1)
+        check_integer("epochs", self.epochs, 1)
+        check_integer("removals", self.removals, 1)
         check_integer("warmup_epochs", self.warmup_epochs, 0)
         if self.max_removals is not None:
             check_integer("max_removals", self.max_removals, 1)
+        Rejections(self.max_rejections)
         check_choice("reference", self.reference, ("dense", "best"))
+        check_choice("restart", self.restart, RESTARTS)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules by which rounds are judged.
+
+    Args:
+        tolerance: How far the score may fall.
+        rounds: What a round is.
+    """
+
+    tolerance: Tolerance = Tolerance()
+    rounds: Rounds = Rounds()
 
     @property
-    def tries_others(self) -> bool:
-        """Whether another candidate is tried after a round was taken back."""
-        return self.rejections.most > 1
+    def rejections(self) -> Rejections:
+        """How much may be taken back."""
+        return Rejections(self.rounds.max_rejections)
 
     def epochs_of(self, number: int) -> int:
         """Return how many epochs a round takes, the dense one being number 0."""
-        return self.epochs_per_round + (self.warmup_epochs if number == 0 else 0)
+        return self.rounds.epochs + (self.rounds.warmup_epochs if number == 0 else 0)
 
     def judge(self, rounds: Sequence[Round], score: float) -> None:
         """Accept the last round, or not, by its score and that of the dense round, or of the best that was kept."""
@@ -183,7 +217,7 @@ class Rules:
             if this.accepted and this.score_after is not None
         ]
         best = kept[0]
-        for each in kept[1:] if self.reference == "best" else ():
+        for each in kept[1:] if self.rounds.reference == "best" else ():
             if self.tolerance.is_better(each[1], best[1]):
                 best = each
         return best
@@ -221,12 +255,8 @@ class Rules:
         ]
         return len(overtaking) == 1 and overtaking[0] is rounds[-1]
 
-    @staticmethod
-    def eligible(ranks: Mapping[str, float], candidates: Container[str], rejected: Container[str]) -> dict[str, float]:
-        """Return the ranks of the activations that may become linear next."""
-        return {name: value for name, value in ranks.items() if name in candidates and name not in rejected}
-
     def how_many(self, removed: int, eligible: int) -> int:
-        """Return how many activations become linear next, when so many are linear and so many may become so."""
-        left = eligible if self.max_removals is None else self.max_removals - removed
-        return max(0, min(self.removals_per_round, left, eligible))
+        """Return how much is removed next, when so many activations are linear and so much may be removed."""
+        most = self.rounds.max_removals
+        left = eligible if most is None else most - removed
+        return max(0, min(self.rounds.removals, left, eligible))

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_easier.pruning.goals import Attained
-from lightning_easier.pruning.ranking import Ranked
+from lightning_easier.pruning.methods.base import Proposal
+from lightning_easier.pruning.targets import Attained
 from lightning_easier.report import Round
 
-VERSION = 1
+VERSION = 2
 """Of the form of a state; a checkpoint tells it."""
 
 Position = list[Any]
@@ -26,13 +26,13 @@ def is_plain_name(file: Any) -> bool:
 
 
 @dataclass
-class Removal:
-    """Activations that were chosen to become linear.
+class Chosen:
+    """What was chosen of a proposal.
 
     Attributes:
-        names: The activations.
-        entropies: Their entropies in bits.
-        operations: What makes them so, as plain data.
+        names: Of what is removed.
+        entropies: Their entropies in bits, as far as they have one.
+        operations: What removes it, as plain data.
     """
 
     names: list[str]
@@ -46,11 +46,11 @@ class Decision:
 
     Attributes:
         go_back: Whether the last good model comes back first.
-        remove: What becomes linear then; nothing if pruning is over.
+        chosen: What is done then; nothing if pruning is over.
     """
 
     go_back: bool
-    remove: Removal | None
+    chosen: Chosen | None
 
 
 @dataclass
@@ -72,35 +72,33 @@ class Measured:
 
     Attributes:
         entropies: Name -> entropy in bits; None while they were not measured.
-        affines: Name -> the affine that comes closest to an activation, as plain data, if they are measured.
-        ranked: The order in which activations would become linear; None while it was not found.
+        proposal: What the method would do next; None while it was not asked.
         asked: Whether it was asked how far it comes up to the targets of the run.
         attained: The answer; None where nothing was removed.
     """
 
     entropies: dict[str, float] | None = None
-    affines: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ranked: Ranked | None = None
+    proposal: Proposal | None = None
     asked: bool = False
     attained: Attained | None = None
 
     @property
     def is_whole(self) -> bool:
-        """Whether a removal can be chosen by it."""
-        return self.entropies is not None and self.ranked is not None
+        """Whether it can be decided by it what is done next."""
+        return self.entropies is not None and self.proposal is not None
 
-    def without_fits(self) -> "Measured":
-        """Forget the fitted operators: they may be as large as the model."""
-        return self if self.ranked is None else replace(self, ranked=Ranked(self.ranked.ranks))
+    def without_large_operations(self) -> "Measured":
+        """Forget the operations that may be as large as the model."""
+        return self if self.proposal is None else replace(self, proposal=self.proposal.without_large_operations())
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Measured":
         """Rebuild it from plain data."""
         measured = cls(**plain)
-        ranked, attained = plain["ranked"], plain["attained"]
+        proposal, attained = plain["proposal"], plain["attained"]
         return replace(
             measured,
-            ranked=None if ranked is None else Ranked(**ranked),
+            proposal=None if proposal is None else Proposal(**proposal),
             attained=None if attained is None else Attained(**attained),
         )
 
@@ -160,7 +158,7 @@ class RunState:
         folder: Where the run keeps its checkpoints.
         snapshot: The last good round.
         interruption: What has to be made up for.
-        rejected: Activations whose removal was taken back.
+        rejected: Names of what was taken back.
         rejections: Rounds taken back since the last that was kept.
         best: Number of linear activations, as a string -> their best checkpoint.
         operations: Those of this round, as plain data.
@@ -241,8 +239,8 @@ class RunState:
         state.snapshot = Snapshot(**{**plain["snapshot"], "measured": measured})
         state.interruption = Interruption(**plain["interruption"])
         if plain["decision"] is not None:
-            remove = plain["decision"]["remove"]
-            state.decision = Decision(plain["decision"]["go_back"], None if remove is None else Removal(**remove))
+            chosen = plain["decision"]["chosen"]
+            state.decision = Decision(plain["decision"]["go_back"], None if chosen is None else Chosen(**chosen))
         return state
 
     @contextmanager
@@ -272,10 +270,10 @@ class RunState:
         self.validated_this_epoch = self.scored_this_epoch = False
         self.interruption = Interruption()
 
-    def forget_fits(self) -> None:
-        """Forget the fitted operators that were not chosen."""
-        self.now = self.now.without_fits()
-        self.snapshot = replace(self.snapshot, measured=self.snapshot.measured.without_fits())
+    def forget_large_operations(self) -> None:
+        """Forget what was not chosen and may be as large as the model."""
+        self.now = self.now.without_large_operations()
+        self.snapshot = replace(self.snapshot, measured=self.snapshot.measured.without_large_operations())
 
     def path_of(self, file: str | None) -> Path | None:
         """Return where a file of the run is."""

@@ -67,13 +67,13 @@ class Round:
 
     Attributes:
         removed: The activations that became linear in this round; none in the dense round.
-        entropies: Their entropies in bits when they were chosen.
+        entropies: Entropies in bits of what was chosen, when it was.
         score_before: The monitored score before the round.
         score_after: The monitored score at its end; None while the round goes on.
         accepted: Whether the score stayed within the tolerance; None while the round goes on.
-        epoch: The epoch, counted from 0, at whose start the activations became linear.
-        shifts: Name -> what padding was moved when it became linear.
-        fitted: Name -> the operator that took the place of the chain around it, and how well it represents it.
+        epoch: The epoch, counted from 0, at whose start it began.
+        chosen: What was removed, activations for example; nothing in the dense round.
+        notes: Name -> what else there is to say of what was chosen.
         reference: The score that it was judged against; None for the dense round, and where there was no judgement.
         reference_round: The number of the round whose score that is.
         reason: Why it was taken back without a judgement; None otherwise.
@@ -85,8 +85,8 @@ class Round:
     score_after: float | None
     accepted: bool | None
     epoch: int
-    shifts: dict[str, str] = field(default_factory=dict)
-    fitted: dict[str, str] = field(default_factory=dict)
+    chosen: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     reference: float | None = None
     reference_round: int | None = None
     reason: str | None = None
@@ -120,14 +120,14 @@ class PruningReport(Report):
             tolerance: The fall that was allowed.
         """
         this = self.rounds[number]
-        what = ", ".join(f"`{name}` ({this.entropies[name]:.4f} bit)" for name in this.removed) or "nothing (dense)"
-        what += "".join(f"; {shift}" for shift in this.shifts.values())
-        what += "".join(f"; fitted in place of its chain: {fit}" for fit in this.fitted.values())
+        what = ", ".join(
+            _with_notes(f"`{name}`", _entropy(name, this), *this.notes.get(name, ())) for name in this.chosen
+        )
         score = "no score" if this.score_after is None else f"{self.monitor} {this.score_after:.4f}"
         if this.reference is not None:
             score += f" against {_reference(this)}"
         verdict = "kept" if this.accepted else this.reason or f"beyond the tolerance {tolerance:g}"
-        return f"Round {number}: made linear {what}; {score}: {verdict}."
+        return f"Round {number}: removed {what or 'nothing (dense)'}; {score}: {verdict}."
 
     def _table(self, numbers: Iterable[int]) -> Table:
         scores = f"{self.monitor} before", f"{self.monitor} after", "judged against"
@@ -137,8 +137,8 @@ class PruningReport(Report):
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
         return (
             str(number),
-            ", ".join(_removed(name, this) for name in this.removed) or "(dense)",
-            ", ".join(f"{this.entropies[name]:.4f}" for name in this.removed) or "-",
+            ", ".join(_with_notes(name, *this.notes.get(name, ())) for name in this.chosen) or "(dense)",
+            ", ".join(_number(this.entropies.get(name)) for name in this.chosen) or "-",
             _number(this.score_before),
             _number(this.score_after),
             _reference(this),
@@ -504,10 +504,13 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _removed(name: str, this: Round) -> str:
-    notes = [this.fitted[name]] if name in this.fitted else []
-    notes += ["padding moved"] if name in this.shifts else []
-    return f"{name} ({'; '.join(notes)})" if notes else name
+def _with_notes(name: str, *notes: str) -> str:
+    told = "; ".join(note for note in notes if note)
+    return f"{name} ({told})" if told else name
+
+
+def _entropy(name: str, this: Round) -> str:
+    return f"{this.entropies[name]:.4f} bit" if name in this.entropies else ""
 
 
 def _reference(this: Round) -> str:

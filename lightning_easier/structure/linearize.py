@@ -91,6 +91,25 @@ def linearize(
     return model
 
 
+def bypass(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Put identities in the place of modules, in place: of activations, or of blocks whose output is like their input.
+
+    A state dict marks them, and :func:`restore` brings them back, as it does after :func:`linearize`.
+
+    Args:
+        model: Any module; activations among the names are isolated.
+        names: Qualified names of modules.
+
+    Returns:
+        The same model.
+    """
+    inner = unwrap(model)
+    with _operators_as_built(inner):
+        for name in names:
+            replace_activation(inner, name, IdentityStandIn(inner.get_submodule(name)))
+    return model
+
+
 class _Wanted(NamedTuple):
     """What is to take the place of an activation.
 
@@ -326,7 +345,7 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     known, _ = _activations_for(inner, [name for name in marks if name not in linear])
     sites = {name: site.module for name, site in known.items()}
     for name, mark in marks.items():
-        found = linear[name].activation if name in linear else sites.get(name)
+        found = linear[name].activation if name in linear else sites.get(name, _block(inner, name))
         if found is None or type(found).__name__ != mark.activation or mark.stand_in not in STAND_INS:
             raise ValueError(
                 f"Expected the model to have an activation {name!r} of class {mark.activation}, which the checkpoint "
@@ -342,12 +361,22 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
 def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[str, Mark]) -> None:
     """Restore some activations and make others linear as they are marked."""
     restore(model, restored)
+    blocks = [name for name in linearized if _block(unwrap(model), name) is not None]
+    bypass(model, blocks)
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):
-        wanted = {name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts}
+        wanted = {
+            name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts and name not in blocks
+        }
         _make_linear(
             unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
         )
+
+
+def _block(model: nn.Module, name: str) -> nn.Module | None:
+    """Return a module that is no activation; None if there is none of that name."""
+    found = dict(model.named_modules()).get(name)
+    return None if found is None or isinstance(found, StandIn) or activation_kind(found) is not None else found
 
 
 def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, ActivationSite], frozenset[str]]:

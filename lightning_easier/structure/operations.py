@@ -1,11 +1,12 @@
 """What may be done to a model between two rounds, as plain data: each kind applies itself, and undoes itself.
 
 Whoever carries an operation out on a running Trainer need not know its kind: optimizers follow what it says of the
-parameters, a checkpoint holds its plain data, and a report its lines.
+parameters, a checkpoint holds its plain data, and a report its notes. A kind of one's own is a subclass that is a
+dataclass of plain data with a ``kind`` of its own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -13,8 +14,12 @@ from torch import nn
 from torch.nn import Parameter
 
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.sites.rectifiers import activation_kind
 from lightning_easier.structure.linearize import linearize, restore, stand_ins
+from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
+
+_KINDS: dict[str, "type[Operation]"] = {}
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,13 @@ class Change:
         lost: Parameters that the model does not have any more.
         joined: Names of modules whose parameters are new.
         rewritten: Parameters whose values, or shapes, are others now.
-        shifts: Name -> the padding that was moved.
+        notes: Name -> what the report says of it, beside that it was removed.
     """
 
     lost: list[Parameter] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
     rewritten: list[Parameter] = field(default_factory=list)
-    shifts: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,11 +44,26 @@ class Operation(ABC):
     """Something that is done to a model.
 
     Attributes:
+        kind: Name of the subclass in plain data.
+        is_large: Whether its plain data may be as large as the model. It is forgotten when it was not chosen.
         names: The activations that it makes linear, none for an operation that makes none so.
+
+    Raises:
+        TypeError: If a subclass has the kind of another.
     """
 
     kind: ClassVar[str]
+    is_large: ClassVar[bool] = False
     names: list[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" not in vars(cls):
+            return
+        known = _KINDS.setdefault(cls.kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"Expected {cls.__name__}.kind to be one of its own, but {cls.kind!r} is {known.__name__}")
+        _KINDS[cls.kind] = cls  # perhaps its module was imported anew
 
     @abstractmethod
     def apply(self, model: nn.Module) -> Change:
@@ -70,13 +90,10 @@ class Operation(ABC):
     def changes_parameters(self) -> bool:
         """Whether parameters leave or join with it, beside those of the activations themselves."""
 
-    def lines(self, known: Container[str]) -> dict[str, str]:
-        """Say what takes the place of an activation, by name, where that is more than the report says anyway.
-
-        Args:
-            known: The activations that may become linear.
-        """
-        return {}
+    @property
+    def parts(self) -> set[str]:
+        """The modules that it takes: another operation that takes one of them does not go with it."""
+        return set(self.names)
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain data, which :func:`from_plain` reads."""
@@ -100,6 +117,7 @@ class _StandIns(Operation):
     def apply(self, model: nn.Module) -> Change:
         """Carry it out, in place."""
         modules = {name: model.get_submodule(name) for name in self.names}
+        told = self._told(model)
         linearize(
             model,
             self.names,
@@ -110,8 +128,9 @@ class _StandIns(Operation):
         )
         linear = stand_ins(model)
         parts = [part for name in self.names for part in (modules[name], *linear[name].absorbed)]
-        shifts = {name: str(linear[name].shift) for name in self.names if linear[name].moves_padding}
-        return Change(_missing(model, parts), list(self.names), self._hosts(model), shifts)
+        notes = {name: [*told.get(name, ()), *_shifted(linear[name])] for name in self.names}
+        notes = {name: each for name, each in notes.items() if each}
+        return Change(_missing(model, parts), list(self.names), self._hosts(model), notes)
 
     def undo(self, model: nn.Module) -> list[Parameter]:
         """Undo it, in place."""
@@ -131,6 +150,10 @@ class _StandIns(Operation):
 
     def _hosts(self, model: nn.Module) -> list[Parameter]:
         return []
+
+    def _told(self, model: nn.Module) -> dict[str, list[str]]:
+        """Say what is about to take the place of an activation, where the kind does not say it all."""
+        return {}
 
 
 @dataclass
@@ -165,15 +188,22 @@ class FittedOperators(_StandIns):
     """Fitted operators take the places of the chains around activations."""
 
     kind = "fitted"
+    is_large = True
 
     @property
     def changes_parameters(self) -> bool:
         """Those of what goes with the chains leave."""
         return True
 
-    def lines(self, known: Container[str]) -> dict[str, str]:
+    @property
+    def parts(self) -> set[str]:
+        """The activations, and all that goes with their chains."""
+        names = (Substitution(fit.form, fit.tensors).names(name) for name, fit in self._measured().items())
+        return set(self.names).union(*names)
+
+    def _told(self, model: nn.Module) -> dict[str, list[str]]:
         """Say what takes the place of each chain, and which activations go with it."""
-        return {name: _told(name, fit, known) for name, fit in self._measured().items()}
+        return {name: [_fitted(model, name, fit)] for name, fit in self._measured().items()}
 
     def _measured(self) -> Mapping[str, ChainFit]:
         return {name: ChainFit.from_plain(plain) for name, plain in self.statistics.items()}
@@ -188,7 +218,19 @@ class FittedOperators(_StandIns):
         return [parameter for host in hosts if host is not None for parameter in host.parameters()]
 
 
-_KINDS: dict[str, type[Operation]] = {kind.kind: kind for kind in (Identities, Affines, FittedOperators)}
+def kind_of(plain: Mapping[str, Any]) -> type[Operation]:
+    """Return the class of an operation that is plain data.
+
+    Raises:
+        ValueError: If its kind is unknown.
+    """
+    kind = _KINDS.get(plain["kind"])
+    if kind is None:
+        raise ValueError(
+            f"Expected an operation of the kinds {sorted(_KINDS)}, but got {plain['kind']!r}. One of your own "
+            f"has to be imported before a run is taken up."
+        )
+    return kind
 
 
 def from_plain(plain: Mapping[str, Any]) -> Operation:
@@ -197,10 +239,7 @@ def from_plain(plain: Mapping[str, Any]) -> Operation:
     Raises:
         ValueError: If its kind is unknown.
     """
-    kind = _KINDS.get(plain["kind"])
-    if kind is None:
-        raise ValueError(f"Expected an operation of the kinds {sorted(_KINDS)}, but got {plain['kind']!r}")
-    return kind(**{name: value for name, value in plain.items() if name != "kind"})
+    return kind_of(plain)(**{name: value for name, value in plain.items() if name != "kind"})
 
 
 def _missing(model: nn.Module, modules: Sequence[nn.Module]) -> list[Parameter]:
@@ -209,7 +248,12 @@ def _missing(model: nn.Module, modules: Sequence[nn.Module]) -> list[Parameter]:
     return list(dict.fromkeys(p for module in modules for p in module.parameters() if p not in live))
 
 
-def _told(name: str, fit: ChainFit, known: Container[str]) -> str:
-    others = [other for other in Substitution(fit.form, fit.tensors).names(name) if other in known]
+def _shifted(stand_in: StandIn) -> list[str]:
+    return [str(stand_in.shift)] if stand_in.moves_padding else []
+
+
+def _fitted(model: nn.Module, name: str, fit: ChainFit) -> str:
+    parts = [part for part in Substitution(fit.form, fit.tensors).names(name) if part != name]
+    others = [part for part in parts if activation_kind(model.get_submodule(part)) is not None]
     beside = f", together with {' and '.join(f'`{other}`' for other in others)}" if others else ""
     return f"{fit.kind}{beside}, {fit.explained:.1%} explained"

@@ -30,6 +30,13 @@ def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Expected argument `{argument}` to be one of {choices}, but got {value!r}")
 
 
+def check_instance(argument: str, value: Any, kind: Any) -> None:
+    """Require an instance of a class, or of one of a union."""
+    if not isinstance(value, kind):
+        name = kind.__name__ if isinstance(kind, type) else kind.__args__[0].__name__
+        raise TypeError(f"Expected argument `{argument}` to be a {name}, but got {value!r}")
+
+
 def check_integer(argument: str, value: Any, least: int) -> None:
     """Require an integer of at least so much."""
     if isinstance(value, bool) or not isinstance(value, int):

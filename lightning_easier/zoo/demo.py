@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, collapse, export, isolate_activations, load_pruned
+from lightning_easier import EntropyPruningCallback, Rounds, collapse, export, isolate_activations, load_pruned
 from lightning_easier.report import ModelCost, Report, Table
 from lightning_easier.report.figures import plot_entropies
 from lightning_easier.support.storage import replacing
@@ -47,8 +47,7 @@ def main() -> None:
     pruning = EntropyPruningCallback(
         monitor="val_acc",
         tolerance=options.tolerance,
-        warmup_epochs=options.warmup_epochs,
-        epochs_per_round=options.epochs_per_round,
+        rounds=Rounds(epochs=options.epochs_per_round, warmup_epochs=options.warmup_epochs),
     )
     logger = TensorBoardLogger(options.output, name="logs", version=time.strftime("%Y%m%d-%H%M%S"))
     trainer = Trainer(

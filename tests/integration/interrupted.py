@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyPruningCallback
+from lightning_easier import Linearize, Method, PruningCallback
+from tests.settings import callback as callback_of
 
 BATCHES = 3
 HOOKS = [
@@ -114,17 +116,18 @@ def run(
     pruning: dict[str, Any] | None = None,
     epochs: int = 4,
     model: LightningModule | None = None,
-    kind: type[EntropyPruningCallback] = EntropyPruningCallback,
+    method: type[Method] = Linearize,
+    kind: Callable[..., PruningCallback] = callback_of,
     weights_only: bool | None = None,
     **options: Any,
-) -> tuple[Small, EntropyPruningCallback, Trainer]:
+) -> tuple[Small, PruningCallback, Trainer]:
     """Train from the same seed; returns model, callback and Trainer, also of a run that was stopped."""
     seed_everything(3, verbose=False)
     data = torch.randn(4 * BATCHES, 4, generator=torch.Generator().manual_seed(1))
     dataset = TensorDataset(data, (data.sum(1) > 0).long())
     model = Small(scores) if model is None else model
     settings = {"monitor": "score", "tolerance": 0.2, "dirpath": str(root / "rounds")}
-    callback = kind(**(settings | (pruning or {})))
+    callback = kind(**(settings | {"method": method} | (pruning or {})))
     trainer = Trainer(
         **{
             "max_epochs": epochs,
@@ -146,7 +149,7 @@ def run(
     return model, callback, trainer
 
 
-def outcome(model: Small, callback: EntropyPruningCallback, trainer: Trainer) -> dict[str, Any]:
+def outcome(model: Small, callback: PruningCallback, trainer: Trainer) -> dict[str, Any]:
     """Return all that has to be the same, however often a run was interrupted."""
     return {
         "rounds": [asdict(this) for this in callback.rounds],

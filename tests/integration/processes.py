@@ -19,11 +19,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_easier import EntropyPruningCallback, measure_entropy
+from lightning_easier import Linearize, Method, Proposal, PruningCallback, measure_entropy
 from lightning_easier.callbacks.surgery import fingerprint
 from lightning_easier.pruning import state
+from lightning_easier.pruning.methods import Evidence
 from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.operations import Identities
 from tests.integration.interrupted import At, Small, run, stop
+from tests.settings import callback as callback_of
 
 SLOPE = "layers.3"
 
@@ -124,31 +127,43 @@ class Elsewhere(type(Path())):
         return False
 
 
-class SlopeFirst(EntropyPruningCallback):
+class SlopeFirst(Linearize):
     """Removes the activation that has a parameter, then others."""
 
-    def select(self, entropies, count):
-        return [SLOPE] if SLOPE in entropies else super().select(entropies, count)
+    def select(self, ranks, count):
+        return [SLOPE] if SLOPE in ranks else super().select(ranks, count)
 
 
-def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCallback]:
+class LastFirst(Method):
+    """Removes the last activation, then the one before it, ..."""
+
+    def propose(self, model: nn.Module, evidence: Evidence) -> Proposal:
+        proposal = Proposal()
+        for place, name in enumerate(evidence.entropies):
+            proposal.add(Identities([name]), rank=-place)
+        return proposal
+
+
+def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]:
     """Prune."""
     seed_everything(3, verbose=False)  # for the models that are made here
     wanted: dict[str, Any] = {"scores": (0.9, 0.1, 0.9) if "taken back" in name else (0.9,)}
     callbacks: list[Callback] = [HoldsWhatLives()]
     strategy: dict[str, Any] = {"static_graph": "static" in name, "find_unused_parameters": "unused" in name}
     if "slope" in name:
-        wanted |= {"kind": SlopeFirst, "pruning": {"on_reject": "next"}}
+        wanted |= {"method": SlopeFirst, "pruning": {"max_rejections": 3}}
+    if "own" in name:
+        wanted["method"] = LastFirst
     if "training" in name:
-        wanted["pruning"] = {"measure_on": "training"}
+        wanted["pruning"] = {"on": "training"}
     if "affine" in name:
         wanted.setdefault("pruning", {}).update(stand_in="affine", trainable="trained" in name)
     if "fitted" in name:
-        wanted.setdefault("pruning", {}).update(collapse="fit", criterion="linearity", on_reject="next")
+        wanted.setdefault("pruning", {}).update(fit=True, criterion="linearity", max_rejections=3)
     if "priced" in name:
-        wanted.setdefault("pruning", {}).update(gain="macs", candidates="mergeable", target_depth=2)
+        wanted.setdefault("pruning", {}).update(gain="macs", mergeable_only=True, depth=2)
     if "mergeable" in name:
-        wanted.setdefault("pruning", {}).update(candidates="mergeable")
+        wanted.setdefault("pruning", {}).update(mergeable_only=True)
     if "distilled" in name:
         wanted.setdefault("pruning", {}).update(distill=True)
     if "logger's folder" in name:
@@ -171,7 +186,7 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, EntropyPruningCa
     made: Any = DDPStrategy(process_group_backend="gloo", **strategy)
     if "sharded" in name:
         made = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint="one file" not in name)
-        pruning = {"exclude": SLOPE, "on_reject": "next"} if "slope" not in name else {}
+        pruning = {"exclude": SLOPE, "max_rejections": 3} if "slope" not in name else {}
         wanted |= {"model": Sharded(wanted["scores"]), "pruning": wanted.get("pruning", {}) | pruning}
         callbacks = []
     if "resumed" in name:
@@ -198,7 +213,7 @@ def save_and_stop(trainer: Trainer) -> None:
     stop(trainer)
 
 
-def note(model: Small, callback: EntropyPruningCallback) -> dict[str, Any]:
+def note(model: Small, callback: PruningCallback) -> dict[str, Any]:
     """Return what has to be the same on all processes."""
     return {
         "rounds": callback.state_dict()["rounds"],
@@ -226,7 +241,7 @@ class Part(IterableDataset):
 def uneven_shards(world: int, rank: int) -> dict[str, Any]:
     """Measure where every process has another number of batches, and one has none."""
     torch.manual_seed(0)
-    model, callback = Small(), EntropyPruningCallback("score", stand_in="affine")
+    model, callback = Small(), callback_of("score", stand_in="affine")
     strategy = DDPStrategy(process_group_backend="gloo")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", devices=world, strategy=strategy, callbacks=[callback], **quiet)

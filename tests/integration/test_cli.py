@@ -13,8 +13,18 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
-from lightning_easier import EntropyPruningCallback, load_pruned
+from lightning_easier import (
+    Distillation,
+    EntropyPruningCallback,
+    FitChains,
+    Measuring,
+    Order,
+    Rounds,
+    Target,
+    load_pruned,
+)
 from lightning_easier.cli import EasierCLI, main, read_pruning_report
+from lightning_easier.pruning.rules import Rules, Tolerance
 from lightning_easier.zoo import CIFAR10DataModule, DigitsDataModule, ImageClassifier, ImageFolderDataModule
 
 ROOT = Path(__file__).parents[2]
@@ -57,18 +67,37 @@ def test_parts_can_be_swapped_on_the_command_line():
 
 
 def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
-    wanted = {"distill": True, "distill_weight": 0.25, "distill_temperature": 2.0, "reference": "best"}
-    given = [f"--trainer.callbacks.{name}={str(value).lower()}" for name, value in wanted.items()]
+    given = [
+        f"--trainer.callbacks.{argument}" for argument in (
+            "distillation.weight=0.25", "rounds.reference=best", "method=FitChains", "method.stand_in=affine",
+            "method.order.gain=macs", "measuring.neuron_dim={act*: 1}", "exclude=[conv1.act]", "target.depth=4",
+        )
+    ]  # fmt: skip
     arguments = [f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, *given, "--trainer.accelerator=cpu"]
     first = EasierCLI(arguments, run=False)
     saved = tmp_path / "config.yaml"
     saved.write_text(first.parser.dump(first.config, skip_none=False))
     cli = EasierCLI([f"--config={saved}"], run=False)
-    (block,) = cli.config["trainer"]["callbacks"]
-    assert {name: block["init_args"][name] for name in wanted} == wanted
-    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
-    assert callback.distill
-    assert callback.rules.reference == "best"
+    for each in (first, cli):
+        (callback,) = [one for one in each.trainer.callbacks if isinstance(one, EntropyPruningCallback)]
+        settings = callback.settings
+        assert settings.method == FitChains(stand_in="affine", order=Order(gain="macs"))
+        assert settings.rules == Rules(Tolerance(1.0, "max"), Rounds(reference="best"))
+        assert (settings.distillation, settings.target) == (Distillation(weight=0.25), Target(depth=4))
+        assert (settings.measuring, settings.exclude) == (Measuring(neuron_dim={"act*": 1}), ["conv1.act"])
+    assert first.config["trainer"]["callbacks"] == cli.config["trainer"]["callbacks"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("rounds.epochs=0", "`epochs` to be at least 1, but got 0"), ("distillation.weight=2", "`weight` to be"),
+     ("target.speedup=1", "`speedup` to be above 1"), ("method.trainable=true", "identity has nothing to train"),
+     ("rounds.on_reject=next", "on_reject")],
+)  # fmt: skip
+def test_bad_options_are_named_on_the_command_line(argument, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        EasierCLI([f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, f"--trainer.callbacks.{argument}"], run=False)
+    assert message in capsys.readouterr().err + str(error.value)
 
 
 def test_the_saved_config_loads_again(run, tmp_path):
@@ -85,7 +114,7 @@ def test_the_saved_config_loads_again(run, tmp_path):
 def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_path):
     recipe = yaml.safe_load((CONFIGS / "recipe" / "fitted.yaml").read_text())
     pruning = recipe["callbacks"][0]["init_args"]
-    pruning.update(warmup_epochs=1, epochs_per_round=2, tolerance=1.0, target_speedup=1e6)
+    pruning.update(rounds={"warmup_epochs": 1, "epochs": 2}, tolerance=1.0, target={"speedup": 1e6})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     short = [
         *SHORT,
@@ -96,7 +125,8 @@ def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_
     main(["fit", f"--config={CONFIGS / 'digits.yaml'}", f"--trainer={tmp_path / 'recipe.yaml'}", *short])
     folder = tmp_path / "lightning_logs" / "version_0"
     (block, _) = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
-    assert pruning.items() <= block["init_args"].items()
+    assert pruning["method"]["init_args"]["order"] == block["init_args"]["method"]["init_args"]["order"]
+    assert pruning["rounds"].items() <= block["init_args"]["rounds"].items()
     checkpoint = folder / "entropy_pruning" / "round_2.ckpt"
     rounds = read_pruning_report(checkpoint).rounds
     assert all(this.fitted.keys() == set(this.removed) != set() for this in rounds[1:])

@@ -18,7 +18,7 @@ from lightning_easier.structure.linearize import linearize, restore
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
 
-DISTILLED = {"distill": True, "distill_weight": 0.3, "distill_temperature": 2.0}
+DISTILLED = {"distill": True, "weight": 0.3, "temperature": 2.0}
 
 
 class Expected(Callback):
@@ -108,7 +108,7 @@ def test_the_weights_follow_the_divergence(tmp_path):
             return step((batch[0], wanted), batch_idx)
 
         model.training_step = relabelled
-        model, *_ = run(tmp_path / str(labels(0)), model=model, pruning=DISTILLED | {"distill_weight": 1.0}, epochs=3)
+        model, *_ = run(tmp_path / str(labels(0)), model=model, pruning=DISTILLED | {"weight": 1.0}, epochs=3)
         assert model.training_step is relabelled  # the user's own is back
         return model.state_dict()
 
@@ -116,7 +116,7 @@ def test_the_weights_follow_the_divergence(tmp_path):
 
 
 @pytest.mark.parametrize("moment", [("on_train_batch_end", 1), ("on_train_epoch_end", None)])
-@pytest.mark.parametrize("more", [{}, {"collapse": "fit", "on_reject": "next"}])
+@pytest.mark.parametrize("more", [{}, {"fit": True, "max_rejections": 3}])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment, more):
     path = tmp_path / "saved.ckpt"
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment, more):
         trainer.save_checkpoint(path)
         stop(trainer)
 
-    options = {"scores": (0.9, 0.9, 0.1, 0.9), "pruning": DISTILLED | {"on_reject": "next"} | more}
+    options = {"scores": (0.9, 0.9, 0.1, 0.9), "pruning": DISTILLED | {"max_rejections": 3} | more}
     whole = run(tmp_path / "whole", **options)
     run(tmp_path, At(moment[0], 2, moment[1], save), **options)
     resumed = run(tmp_path, ckpt_path=path, **options)
@@ -526,8 +526,8 @@ def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):
     ("options", "error", "message"),
     [
         ({"distill": "yes"}, TypeError, "`distill` to be a bool, but got 'yes'"),
-        ({"distill_weight": 0}, ValueError, "`distill_weight` to be above 0 and at most 1, but got 0"),
-        ({"distill_temperature": 0}, ValueError, "`distill_temperature` to be above 0, but got 0"),
+        ({"weight": 0}, ValueError, "`distill_weight` to be above 0 and at most 1, but got 0"),
+        ({"temperature": 0}, ValueError, "`distill_temperature` to be above 0, but got 0"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

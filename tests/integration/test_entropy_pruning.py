@@ -11,7 +11,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyPruningCallback, collapse, isolate_activations, load_pruned, measure_entropy
+from lightning_easier import (
+    EntropyPruningCallback,
+    Linearize,
+    collapse,
+    isolate_activations,
+    load_pruned,
+    measure_entropy,
+)
 from lightning_easier.structure.linearize import linearize, stand_ins
 from lightning_easier.support.inference import has_hooks
 from lightning_easier.zoo import DigitsDataModule
@@ -118,7 +125,7 @@ def test_a_lower_score_can_be_the_better_one(tmp_path):
 
 
 def test_warmup_length_and_size_of_rounds_and_their_limit(tmp_path):
-    callback, witness = pruning(warmup_epochs=1, epochs_per_round=2, removals_per_round=2, max_removals=3), Witness()
+    callback, witness = pruning(warmup_epochs=1, epochs=2, removals=2, max_removals=3), Witness()
     trainer = train(Tiny(), callback, witness, root=tmp_path, epochs=20)
     assert [len(names) for names in witness.linear_in_epoch] == [0, 0, 0, 2, 2, 3, 3]
     assert trainer.current_epoch == 7
@@ -139,10 +146,10 @@ def test_training_batches_can_be_measured_instead(tmp_path):
     class NoValidation(Tiny):
         validation_step = LightningModule.validation_step
 
-    callback = pruning(monitor="train_loss", mode="min", measure_on="training")
+    callback = pruning(monitor="train_loss", mode="min", on="training")
     train(NoValidation(), callback, root=tmp_path, epochs=3, num_sanity_val_steps=0)
     assert len(callback.removed) == 2
-    with_validation = pruning(measure_on="training")
+    with_validation = pruning(on="training")
     train(Tiny(), with_validation, root=tmp_path, epochs=3)
     assert len(with_validation.removed) == 2
 
@@ -167,7 +174,7 @@ def test_the_end_of_the_run_judges_a_round_that_it_cuts_short(tmp_path):
     for last, accepted in ((0.9, True), (0.1, False)):
         model, callback = (
             Tiny(scores=(0.9, 0.9, 0.9, last)),
-            pruning(monitor="scripted", epochs_per_round=3, tolerance=0.1),
+            pruning(monitor="scripted", epochs=3, tolerance=0.1),
         )
         train(model, callback, root=tmp_path, epochs=4)
         assert [this.accepted for this in callback.rounds] == [True, accepted]
@@ -178,7 +185,7 @@ def test_the_end_of_the_run_judges_a_round_that_it_cuts_short(tmp_path):
 
 def test_the_patience_of_early_stopping_begins_anew_with_a_removal_and_ends_the_run_judged(tmp_path):
     model = Tiny(scores=(0.6, 0.7, 0.8, 0.9, 0.85, 0.84, 0.83, 0.82))
-    callback = pruning(monitor="scripted", epochs_per_round=4, tolerance=0.15)
+    callback = pruning(monitor="scripted", epochs=4, tolerance=0.15)
     trainer = train(model, callback, EarlyStopping("scripted", mode="max", patience=2), root=tmp_path, epochs=9)
     assert trainer.current_epoch == 7  # a dense score to beat would have ended it an epoch earlier
     assert [(this.score_after, this.accepted) for this in callback.rounds] == [
@@ -252,20 +259,24 @@ class Padded(Tiny):
         return [layer.padding for layer in (self.conv, self.conv2, self.conv3)]
 
 
+class Act1First(Linearize):
+    def select(self, ranks, count):
+        return ["act1" if "act1" in ranks else "mid"]
+
+
 def test_the_padding_moves_with_the_removal_and_comes_back_with_it(tmp_path):
     model, callback = (
         Padded(scores=(0.9, 0.9, 0.1)),
-        pruning(monitor="scripted", tolerance=0.2, include=["act1", "mid"]),
+        pruning(monitor="scripted", tolerance=0.2, include=["act1", "mid"], method=Act1First),
     )
-    callback.select = lambda entropies, count: ["act1" if "act1" in entropies else "mid"]
     train(model, callback, root=tmp_path, epochs=4)
     assert [(this.removed, this.accepted) for this in callback.rounds] == [
         ([], True), (["act1"], True), (["mid"], False)
     ]  # fmt: skip
-    assert [this.shifts for this in callback.rounds] == [
-        {}, {"act1": "the padding of conv2 moves to conv"}, {}
+    assert [this.notes for this in callback.rounds] == [
+        {}, {"act1": ["the padding of conv2 moves to conv"]}, {}
     ]  # fmt: skip
-    assert "act1 (padding moved)" in str(callback.report())
+    assert "act1 (the padding of conv2 moves to conv)" in str(callback.report())
     assert model.paddings == [(2, 2), (0, 0), (0, 0)]
 
     loaded = load_pruned(Padded, callback.last_good).eval()
@@ -284,7 +295,7 @@ def test_the_padding_moves_with_the_removal_and_comes_back_with_it(tmp_path):
     model, callback = Padded(), pruning(include=["act1"], shift_padding=False)
     train(model, callback, root=tmp_path / "unmoved", epochs=2)
     assert callback.removed == ["act1"]
-    assert callback.rounds[-1].shifts == {}
+    assert callback.rounds[-1].notes == {}
     assert model.paddings == [(1, 1), (1, 1), (0, 0)]
 
 
@@ -342,11 +353,15 @@ def test_an_exception_in_validation_leaves_no_hook_behind(tmp_path):
     assert not model._load_state_dict_pre_hooks
 
 
+class Act4First(Linearize):
+    def select(self, ranks, count):
+        return [next(name for name in ("act4", "act2") if name in ranks)]
+
+
 def test_the_optimizer_holds_exactly_the_live_parameters(tmp_path):
     model = Tiny(scores=(0.9, 0.9, 0.1), activation="PReLU")
     slope = model.act2.weight
-    callback = pruning(monitor="scripted", include=["act2", "act4"], tolerance=0.1)
-    callback.select = lambda entropies, count: [next(name for name in ("act4", "act2") if name in entropies)]
+    callback = pruning(monitor="scripted", include=["act2", "act4"], tolerance=0.1, method=Act4First)
     live = []
 
     class Check(Callback):
@@ -482,20 +497,20 @@ def test_what_is_excluded_is_not_measured(tmp_path):
 
 
 def test_a_choice_of_ones_own_is_held_to_the_limit(tmp_path):
-    class Last(EntropyPruningCallback):
-        def select(self, entropies, count):
-            return list(entropies)[::-1]
+    class Last(Linearize):
+        def select(self, ranks, count):
+            return list(ranks)[::-1]
 
-    callback = Last("val_acc", tolerance=100.0, max_removals=2)
+    callback = pruning(method=Last, max_removals=2)
     train(Tiny(), callback, root=tmp_path, epochs=9)
     assert callback.removed == ["act4", "relu"]
 
-    class Unknown(EntropyPruningCallback):
-        def select(self, entropies, count):
+    class Unknown(Linearize):
+        def select(self, ranks, count):
             return ["conv"]
 
     with pytest.raises(ValueError, match=r"`select` to choose among .*but it returned \['conv'\]"):
-        train(Tiny(), Unknown("val_acc"), root=tmp_path)
+        train(Tiny(), pruning(method=Unknown), root=tmp_path)
 
 
 @pytest.mark.parametrize("steps", [6, 8])
@@ -580,12 +595,12 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"tolerance": -0.1}, ValueError, "`tolerance` to be finite and at least 0, but got -0.1"),
         ({"tolerance": math.nan}, ValueError, "`tolerance` to be finite and at least 0, but got nan"),
         ({"tolerance": "1%"}, TypeError, "`tolerance` to be a number, but got '1%'"),
-        ({"epochs_per_round": 0}, ValueError, "`epochs_per_round` to be at least 1, but got 0"),
-        ({"removals_per_round": 1.5}, TypeError, "`removals_per_round` to be an integer, but got 1.5"),
+        ({"epochs": 0}, ValueError, "`epochs` to be at least 1, but got 0"),
+        ({"removals": 1.5}, TypeError, "`removals` to be an integer, but got 1.5"),
         ({"max_removals": 0}, ValueError, "`max_removals` to be at least 1, but got 0"),
         ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),
         ({"reference": "last"}, ValueError, r"`reference` to be one of \('dense', 'best'\), but got 'last'"),
-        ({"measure_on": "test"}, ValueError, "`measure_on` to be one of"),
+        ({"on": "test"}, ValueError, "`on` to be one of"),
         ({"neuron_dim": 1}, TypeError, "`neuron_dim` to map name globs to axes, but got 1"),
         ({"neuron_dim": {"*": "last"}}, TypeError, "`neuron_dim` to map name globs to axes, but got {'\\*': 'last'}"),
         ({"dirpath": ""}, TypeError, "`dirpath` to be a path, but got ''"),
@@ -596,7 +611,7 @@ def test_a_second_fit_starts_anew(tmp_path):
 )
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
-        EntropyPruningCallback(**({"monitor": "val_acc"} | options))
+        pruning(**options)
 
 
 class Other(EntropyPruningCallback):

@@ -12,6 +12,7 @@ from lightning_easier import EntropyPruningCallback, measure_entropy
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.inference import has_hooks
 from tests.integration.interrupted import At, Small, run, stop
+from tests.settings import callback as callback_of
 
 
 class Fields(TQDMProgressBar):
@@ -74,7 +75,7 @@ def validating(callback: EntropyPruningCallback) -> Trainer:
 
 
 def test_validation_alone_is_a_pure_measurement():
-    model, callback = Small(), EntropyPruningCallback("score", max_removals=1)
+    model, callback = Small(), callback_of("score", max_removals=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = validating(callback)
     trainer.validate(model, loader(), verbose=False)
@@ -88,10 +89,10 @@ def test_validation_alone_is_a_pure_measurement():
 
 
 def test_a_dry_run_lists_the_candidates_and_touches_nothing(caplog):
-    model, callback = Small(), EntropyPruningCallback("score", dry_run=True, exclude="layers.1", removals_per_round=2)
+    model, callback = Small(), callback_of("score", dry_run=True, exclude="layers.1", removals=2)
     with caplog.at_level(logging.INFO):
         validating(callback).validate(model, loader(), verbose=False)
-    rows = {candidate.name: candidate for candidate in callback.candidates.candidates}
+    rows = {candidate.name: candidate for candidate in callback.listed.candidates}
     assert {name: row.entropy for name, row in rows.items() if name != "layers.1"} == callback.entropies
     assert rows["layers.3"].merges == (("layers.2", "layers.4"),)
     lowest = sorted(callback.entropies, key=callback.entropies.get)[:2]
@@ -101,9 +102,9 @@ def test_a_dry_run_lists_the_candidates_and_touches_nothing(caplog):
 
 
 def test_a_dry_run_of_a_fit_stops_at_the_first_decision(tmp_path):
-    model, callback, trainer = run(tmp_path, pruning={"dry_run": True, "epochs_per_round": 2}, epochs=9)
+    model, callback, trainer = run(tmp_path, pruning={"dry_run": True, "epochs": 2}, epochs=9)
     assert trainer.current_epoch == 2
-    assert callback.candidates.candidates[0].entropy == callback.entropies["layers.1"]
+    assert callback.listed.candidates[0].entropy == callback.entropies["layers.1"]
     assert callback.removed == []
     assert stand_ins(model) == {}
 
@@ -114,7 +115,7 @@ def test_a_share_of_each_batch_is_enough_and_the_same_in_every_run(tmp_path):
     exact = measure_entropy(model, data)
     runs = []
     for _ in range(2):
-        callback = EntropyPruningCallback("score", sample=0.25)
+        callback = callback_of("score", sample=0.25)
         validating(callback).validate(model, data, verbose=False)
         runs.append(callback.entropies)
     assert runs[0] == runs[1] != exact
@@ -122,7 +123,7 @@ def test_a_share_of_each_batch_is_enough_and_the_same_in_every_run(tmp_path):
 
 
 def test_a_share_of_training_batches_goes_on_after_an_interruption(tmp_path):
-    options = {"pruning": {"measure_on": "training", "sample": 0.5}}
+    options = {"pruning": {"on": "training", "sample": 0.5}}
     path = tmp_path / "saved.ckpt"
 
     def save(trainer):
@@ -140,7 +141,7 @@ def test_a_run_that_ends_before_its_first_round_says_that_nothing_was_pruned(tmp
         trainer.should_stop = True
 
     with pytest.warns(UserWarning, match="Nothing was pruned: the run ended before its first round, 3 epochs"):
-        run(tmp_path, At("on_train_epoch_end", 0, None, enough), pruning={"epochs_per_round": 3})
+        run(tmp_path, At("on_train_epoch_end", 0, None, enough), pruning={"epochs": 3})
 
 
 def test_a_dry_run_of_an_interrupted_run_carries_nothing_out_and_a_real_one_goes_on_from_it(tmp_path):
@@ -154,7 +155,7 @@ def test_a_dry_run_of_an_interrupted_run_carries_nothing_out_and_a_real_one_goes
     run(tmp_path, At("on_train_epoch_end", 1, None, save))
     model, dry, trainer = run(tmp_path, ckpt_path=path, pruning={"dry_run": True})
     assert len(stand_ins(model)) == 1
-    assert dry.candidates is not None
+    assert dry.listed is not None
     assert trainer.current_epoch == 2
     trainer.save_checkpoint(path)
     _, callback, _ = run(tmp_path, ckpt_path=path)
@@ -166,14 +167,14 @@ def test_a_module_that_is_completed_in_setup_is_measured_by_validation_alone():
         def setup(self, stage):
             self.norm = torch.nn.BatchNorm1d(4)
 
-    callback = EntropyPruningCallback("score", dry_run=True, exclude="layers.1")
+    callback = callback_of("score", dry_run=True, exclude="layers.1")
     validating(callback).validate(Completed(), loader(), verbose=False)
     assert list(callback.entropies) == ["layers.3", "layers.5", "layers.7", "layers.9"]
-    assert callback.candidates is not None
+    assert callback.listed is not None
 
 
 def test_fast_dev_run_is_not_too_short(tmp_path):
-    run(tmp_path, pruning={"epochs_per_round": 10, "warmup_epochs": 5}, fast_dev_run=True)
+    run(tmp_path, pruning={"epochs": 10, "warmup_epochs": 5}, fast_dev_run=True)
 
 
 def test_the_files_of_a_run_that_was_moved_are_found(tmp_path):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier import FitChains, candidates, collapse, load_pruned, measure_entropy, measure_fits
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support import timing
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
@@ -44,7 +44,7 @@ class Residual(LightningModule):
 
 
 INNER = [f"model.layer{stage}.0.relu1" for stage in (1, 2, 3)]
-FITTED = {"collapse": "fit", "candidates": "mergeable", "monitor": "val_acc"}
+FITTED = {"fit": True, "mergeable_only": True, "monitor": "val_acc"}
 
 
 def fits_of(pl_module, trainer):
@@ -81,7 +81,7 @@ def test_an_operator_fitted_to_the_validation_takes_the_place_of_a_chain(tmp_pat
     train(model, callback, watch, root=tmp_path, epochs=4, limit_val_batches=3)
     assert callback.removed == watch.outputs
     assert sorted(callback.removed) == INNER
-    assert all("convolution" in this.fitted[this.removed[0]] for this in callback.rounds[1:])
+    assert all("convolution" in this.notes[this.removed[0]][-1] for this in callback.rounds[1:])
     assert "% explained" in str(callback.report())
     # conv1 has the kernel, bn2 stays, what is between is gone
     names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -117,7 +117,7 @@ def test_the_body_of_an_inverted_residual_goes_as_one_in_a_run(tmp_path, scores,
     model, callback, trainer = whole
     this = callback.rounds[1]
     assert (this.removed, this.accepted) == (["layers.5"], scores == (0.9,))
-    assert this.fitted["layers.5"].startswith("convolution, together with `layers.8`, ")
+    assert this.notes["layers.5"][-1].startswith("convolution, together with `layers.8`, ")
     held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -135,7 +135,7 @@ def test_the_body_of_an_inverted_residual_goes_as_one_in_a_run(tmp_path, scores,
 
 
 def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_choice_is_carried_out(tmp_path):
-    class Last(EntropyPruningCallback):
+    class Last(FitChains):
         def select(self, ranks, count):
             return [max(name for name in ranks if name in INNER)]
 
@@ -157,12 +157,12 @@ def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_ch
     data.val_dataloader = lambda: loaders
     fits = Fits()
     monitor = {"monitor": "val_acc/dataloader_idx_1", "best_per_depth": True, "tolerance": 100.0}
-    callback = Last(**FITTED | monitor)
+    callback = pruning(**FITTED | monitor | {"method": Last})
     train(Two(), callback, fits, root=tmp_path, epochs=4, val_check_interval=0.5, data=data, limit_val_batches=1.0)
     assert callback.removed == sorted(INNER, reverse=True)
     for before, this in zip(fits.explained, callback.rounds[1:], strict=False):
         (name,) = this.removed
-        explained = float(this.fitted[name].rpartition(", ")[2].removesuffix("% explained")) / 100
+        explained = float(this.notes[name][-1].rpartition(", ")[2].removesuffix("% explained")) / 100
         assert explained == pytest.approx(before[name], abs=2e-3)
     assert sorted(callback.best_checkpoints) == [0, 1, 2, 3]
     for removed, path in callback.best_checkpoints.items():
@@ -187,7 +187,7 @@ def test_a_rejected_fit_brings_everything_back(tmp_path):
 
 
 def test_the_order_is_that_of_linearity_per_what_is_saved(tmp_path):
-    class Ranks(EntropyPruningCallback):
+    class Ranks(FitChains):
         seen: list = []  # noqa: RUF012
 
         def select(self, ranks, count):
@@ -202,7 +202,7 @@ def test_the_order_is_that_of_linearity_per_what_is_saved(tmp_path):
     for gain in (None, "macs", "latency"):
         Ranks.seen = []
         fits = Fits()
-        callback = Ranks("val_acc", tolerance=100.0, collapse="fit", criterion="linearity", gain=gain)
+        callback = pruning(method=Ranks, criterion="linearity", gain=gain)
         train(Residual(), callback, fits, root=tmp_path / str(gain), epochs=2, limit_val_batches=3)
         ranks = Ranks.seen[0]
         finite = {name for name, rank in ranks.items() if rank != float("inf")}
@@ -218,7 +218,7 @@ def test_the_order_is_that_of_linearity_per_what_is_saved(tmp_path):
 def test_linearity_without_fits_is_that_of_the_affine(tmp_path):
     _, callback, _ = run(tmp_path, pruning={"criterion": "linearity", "stand_in": "affine"}, epochs=2)
     (_, this) = callback.rounds
-    assert this.fitted == {}
+    assert this.notes == {}
     _, by_entropy, _ = run(tmp_path / "entropy", epochs=2)
     assert callback.entropies is not None
     assert by_entropy.rounds[1].entropies[by_entropy.removed[0]] <= this.entropies[this.removed[0]]
@@ -237,7 +237,7 @@ def test_what_merges_nothing_is_left_out_and_the_exact_merge_that_saves_most_goe
             self.layers = nn.Sequential(*layers[:-1], nn.ReLU())
 
     merges = {each.name for each in candidates(Wide()).candidates if each.merges}
-    model, callback, _ = run(tmp_path, model=Wide(), pruning={"gain": "macs", "candidates": "mergeable"}, epochs=8)
+    model, callback, _ = run(tmp_path, model=Wide(), pruning={"gain": "macs", "mergeable_only": True}, epochs=8)
     assert merges == {"layers.1", "layers.3", "layers.5", "layers.7"}
     # 4 → 64 → 4 saves most; 64 → 4 → 8 would cost more than it saves
     assert set(callback.removed) == merges - {"layers.3"}
@@ -245,33 +245,33 @@ def test_what_merges_nothing_is_left_out_and_the_exact_merge_that_saves_most_goe
 
 
 def test_a_run_is_over_when_its_target_is_reached(tmp_path):
-    deep = {"removals_per_round": 1, "gain": "macs"}
-    callback = pruning(**FITTED | deep | {"target_depth": 6})
+    deep = {"removals": 1, "gain": "macs"}
+    callback = pruning(**FITTED | deep | {"depth": 6})
     model = Residual()
     train(model, callback, root=tmp_path, epochs=6)
     assert len(callback.removed) == 2
     assert collapse(model.model.eval(), torch.randn(4, 1, 8, 8), objective="macs").report.after.depth == 6
-    at_once = pruning(**FITTED | deep | {"target_speedup": 1.01})
+    at_once = pruning(**FITTED | deep | {"speedup": 1.01})
     train(Residual(), at_once, root=tmp_path / "slow", epochs=6)
     assert len(at_once.removed) == 1  # the dense network is not asked
 
 
 def test_a_run_that_misses_its_target_says_what_it_has_reached(tmp_path):
-    callback = pruning(**FITTED | {"gain": "macs", "target_speedup": 50, "target_depth": 6})
+    callback = pruning(**FITTED | {"gain": "macs", "speedup": 50, "depth": 6})
     model = Residual()
     with pytest.warns(UserWarning, match="its target is not reached: 2.* of the 50× .* and a depth of 5, where 6 was"):
         train(model, callback, root=tmp_path, epochs=6)
     assert len(callback.removed) == 3
     # the figure is that of the last round that was kept
     callback = pruning(
-        **FITTED | {"gain": "macs", "monitor": "scripted", "target_depth": 1, "on_reject": "next", "tolerance": 0.1}
+        **FITTED | {"gain": "macs", "monitor": "scripted", "depth": 1, "max_rejections": 3, "tolerance": 0.1}
     )
     model = Residual(scores=(0.9, 0.9, 0.1))
     with pytest.warns(UserWarning, match="its target is not reached: a depth of 7, where 1 was asked for"):
         train(model, callback, root=tmp_path / "rejected", epochs=8)
     assert len(callback.removed) == 1
     # and nothing where nothing could go
-    callback = pruning(**FITTED | {"target_depth": 1, "monitor": "scripted", "tolerance": 0.1})
+    callback = pruning(**FITTED | {"depth": 1, "monitor": "scripted", "tolerance": 0.1})
     with pytest.warns(UserWarning, match="its target is not reached: no activation became linear"):
         train(Residual(scores=(0.9, 0.1)), callback, root=tmp_path / "none", epochs=5)
 
@@ -296,11 +296,11 @@ LIARS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"collapse": "fit", "criterion": "linearity", "target_speedup": 1.7}])
+@pytest.mark.parametrize("options", [{}, {"fit": True, "criterion": "linearity", "speedup": 1.7}])
 def test_a_run_removes_alike_under_a_clock_that_lies(tmp_path, monkeypatch, options):
     def removed_under(slowness, name):
         monkeypatch.setattr(timing, "stopwatch", Clock(slowness))
-        chosen = {"gain": "latency", "candidates": "mergeable"} | options
+        chosen = {"gain": "latency", "mergeable_only": True} | options
         _, callback, _ = run(tmp_path / name, model=Wider(), pruning=chosen, epochs=6)
         return callback.removed
 
@@ -312,7 +312,7 @@ def test_a_run_removes_alike_under_a_clock_that_lies(tmp_path, monkeypatch, opti
 
 @pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"min_epochs": 9}])
 def test_targets_in_rounds_of_several_epochs(tmp_path, options):
-    long = {"gain": "macs", "warmup_epochs": 1, "epochs_per_round": 2, "target_depth": 6}
+    long = {"gain": "macs", "warmup_epochs": 1, "epochs": 2, "depth": 6}
     callback, model = pruning(**FITTED | long), Residual()
     train(model, callback, root=tmp_path, epochs=11, **options)
     assert len(callback.removed) == 2
@@ -321,20 +321,20 @@ def test_targets_in_rounds_of_several_epochs(tmp_path, options):
 
 
 def test_hooks_of_several_validations_are_gone_where_training_is_measured(tmp_path):
-    options = {"measure_on": "training", "target_depth": 5, "gain": "macs"}
+    options = {"on": "training", "depth": 5, "gain": "macs"}
     model, callback, _ = run(tmp_path, pruning=options, epochs=4, val_check_interval=1)
     assert len(callback.removed) == 1
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 def test_a_target_without_a_validation_is_refused(tmp_path):
-    options = {"measure_on": "training", "target_depth": 5, "monitor": "train_loss", "mode": "min"}
+    options = {"on": "training", "depth": 5, "monitor": "train_loss", "mode": "min"}
     with pytest.raises(MisconfigurationException, match="prices the network on validation batches, but the run has no"):
         run(tmp_path, pruning=options, limit_val_batches=0)
 
 
 def test_a_target_does_not_excuse_a_fall_beyond_the_tolerance(tmp_path):
-    callback = pruning(**FITTED | {"target_depth": 7, "monitor": "scripted", "tolerance": 0.1})
+    callback = pruning(**FITTED | {"depth": 7, "monitor": "scripted", "tolerance": 0.1})
     model = Residual(scores=(0.9, 0.5))
     train(model, callback, root=tmp_path, epochs=5)
     assert [this.accepted for this in callback.rounds] == [True, False]
@@ -342,7 +342,7 @@ def test_a_target_does_not_excuse_a_fall_beyond_the_tolerance(tmp_path):
 
 
 def test_several_at_once_never_share_an_operator(tmp_path):
-    _, callback, _ = run(tmp_path, pruning={"collapse": "fit", "removals_per_round": 3}, epochs=4)
+    _, callback, _ = run(tmp_path, pruning={"fit": True, "removals": 3}, epochs=4)
     chosen = [this.removed for this in callback.rounds[1:]]
     assert len(chosen[0]) >= 1
     for names in chosen:
@@ -353,7 +353,7 @@ def test_several_at_once_never_share_an_operator(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["next", "stop"])
 def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, strategy):
-    run(tmp_path, pruning={"collapse": "fit", "on_reject": strategy}, epochs=2)
+    run(tmp_path, pruning={"fit": True, "on_reject": strategy}, epochs=2)
     saved = torch.load(tmp_path / "rounds" / "round_0.ckpt", weights_only=True)
     (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
     assert len(state["decision"]["remove"]["operations"][0]["statistics"]) == 1
@@ -365,7 +365,7 @@ def test_a_dry_run_ranks_as_a_run_does(tmp_path):
     model = Residual()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     train(model, callback, root=tmp_path, epochs=3)
-    assert callback.candidates is not None
+    assert callback.listed is not None
     assert callback.removed == []
     assert model.state_dict().keys() == before.keys()
 
@@ -384,11 +384,11 @@ def test_entropies_are_measured_as_ever(tmp_path):
         ({"collapse": "best"}, ValueError, r"`collapse` to be one of \('exact', 'fit'\), but got 'best'"),
         ({"criterion": "size"}, ValueError, r"`criterion` to be one of .*but got 'size'"),
         ({"gain": "joules"}, ValueError, r"`gain` to be one of \('latency', 'macs'\), but got 'joules'"),
-        ({"candidates": "some"}, ValueError, "`candidates` to be one of .*but got 'some'"),
-        ({"target_speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
-        ({"target_speedup": 1}, ValueError, "`target_speedup` to be above 1, .* but got 1"),
-        ({"target_depth": 1.5}, TypeError, "`target_depth` to be an integer, but got 1.5"),
-        ({"collapse": "fit", "measure_on": "training"}, ValueError, "`measure_on` to be 'validation' with collapse"),
+        ({"mergeable_only": "some"}, TypeError, "`mergeable_only` to be a bool, but got 'some'"),
+        ({"speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
+        ({"speedup": 1}, ValueError, "`target_speedup` to be above 1, .* but got 1"),
+        ({"depth": 1.5}, TypeError, "`target_depth` to be an integer, but got 1.5"),
+        ({"fit": True, "on": "training"}, ValueError, "`measure_on` to be 'validation' with collapse"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):
@@ -402,7 +402,7 @@ def test_lbfgs_can_not_let_operators_go(tmp_path):
             return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
     with pytest.raises(MisconfigurationException, match="with which parameters leave or join LBFGS"):
-        run(tmp_path, model=Full(), pruning={"collapse": "fit"})
+        run(tmp_path, model=Full(), pruning={"fit": True})
 
 
 class ByKeyword(Residual):
@@ -417,9 +417,9 @@ class ByKeyword(Residual):
 
 def test_a_target_of_a_network_that_can_not_be_priced_is_an_error(tmp_path):
     with pytest.raises(MisconfigurationException, match="can't be priced, since no module that holds all activations"):
-        train(ByKeyword(), pruning(**FITTED | {"target_depth": 6}), root=tmp_path, epochs=3)
+        train(ByKeyword(), pruning(**FITTED | {"depth": 6}), root=tmp_path, epochs=3)
 
 
 def test_a_target_is_seen_where_training_is_measured(tmp_path):
-    _, callback, _ = run(tmp_path, pruning={"measure_on": "training", "target_depth": 5, "gain": "macs"}, epochs=6)
+    _, callback, _ = run(tmp_path, pruning={"on": "training", "depth": 5, "gain": "macs"}, epochs=6)
     assert len(callback.removed) == 1

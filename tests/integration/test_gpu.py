@@ -23,7 +23,7 @@ DEVICE = "cuda"
 def test_pruning_on_a_gpu(tmp_path, precision):
     scores = (0.9, 0.1, 0.9)
     model, callback, _ = run(
-        tmp_path, kind=Slope, scores=scores, pruning={"on_reject": "next"}, precision=precision, **GPU
+        tmp_path, method=Slope, scores=scores, pruning={"max_rejections": 3}, precision=precision, **GPU
     )
     assert [this.accepted for this in callback.rounds] == [True, False, True, True]
     assert callback.rounds[1].removed == [SLOPE]
@@ -34,13 +34,13 @@ def test_pruning_on_a_gpu(tmp_path, precision):
     "pruning",
     [
         {"stand_in": "affine", "trainable": True},
-        {"collapse": "fit", "criterion": "linearity"},
-        {"collapse": "fit", "criterion": "linearity", "gain": "latency", "candidates": "mergeable", "target_depth": 1},
+        {"fit": True, "criterion": "linearity"},
+        {"fit": True, "criterion": "linearity", "gain": "latency", "mergeable_only": True, "depth": 1},
         {"distill": True},
     ],
 )
 def test_every_way_to_remove_on_a_gpu(tmp_path, pruning):
-    model, callback, trainer = run(tmp_path, pruning={"on_reject": "next"} | pruning, **GPU)
+    model, callback, trainer = run(tmp_path, pruning={"max_rejections": 3} | pruning, **GPU)
     assert all(this.accepted for this in callback.rounds)
     assert callback.removed
     device = trainer.strategy.root_device

@@ -20,28 +20,28 @@ from tests.integration.tiny import assert_equal_states
 RECIPES = {
     "plain": ((0.9,), {}, {}),
     "taken back": ((0.9, 0.9, 0.1), {}, {}),
-    "next": ((0.5, 0.9, 0.6, 0.1, 0.8), {"on_reject": "next", "reference": "best"}, {"epochs": 5}),
-    "next, four epochs": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next"}, {}),
-    "restart": ((0.9,), {"restart": "optimizer", "removals_per_round": 2}, {}),
-    "on training": ((0.9,), {"measure_on": "training"}, {}),
+    "next": ((0.5, 0.9, 0.6, 0.1, 0.8), {"max_rejections": 3, "reference": "best"}, {"epochs": 5}),
+    "next, four epochs": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3}, {}),
+    "restart": ((0.9,), {"restart": "optimizer", "removals": 2}, {}),
+    "on training": ((0.9,), {"on": "training"}, {}),
     "two validations": ((0.9,), {}, {"val_check_interval": 1}),
     "rare validations": ((0.9,), {}, {"check_val_every_n_epoch": 2, "epochs": 5}),
-    "long rounds": ((0.9,), {"epochs_per_round": 2, "warmup_epochs": 1}, {"epochs": 6}),
-    "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "stand_in": "affine"}, {"epochs": 5}),
+    "long rounds": ((0.9,), {"epochs": 2, "warmup_epochs": 1}, {"epochs": 6}),
+    "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3, "stand_in": "affine"}, {"epochs": 5}),
     "affine, trained": (
         (0.9, 0.9, 0.1, 0.1, 0.9),
-        {"on_reject": "next", "stand_in": "affine", "trainable": True},
+        {"max_rejections": 3, "stand_in": "affine", "trainable": True},
         {"epochs": 5},
     ),
-    "affine on training": ((0.9,), {"measure_on": "training", "stand_in": "affine"}, {}),
-    "fitted": ((0.9, 0.9, 0.1, 0.1, 0.9), {"on_reject": "next", "collapse": "fit"}, {"epochs": 5}),
+    "affine on training": ((0.9,), {"on": "training", "stand_in": "affine"}, {}),
+    "fitted": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3, "fit": True}, {"epochs": 5}),
     "fitted, by gain": (
         (0.9, 0.9, 0.9, 0.1),
-        {"collapse": "fit", "criterion": "linearity", "gain": "macs", "candidates": "mergeable", "stand_in": "affine"},
+        {"fit": True, "criterion": "linearity", "gain": "macs", "mergeable_only": True, "stand_in": "affine"},
         {},
     ),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
-    "steps": ((0.9,), {"measure_on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
+    "steps": ((0.9,), {"on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
 }
 # Where Lightning itself resumes exactly: moment -> batch, if the hook has one
 SAVED_AT = {
@@ -109,7 +109,7 @@ def be_killed(root: Path, hook: str) -> None:
     epoch = 4 if hook in ("on_train_end", "on_fit_end", "teardown") else 3
     batch = 1 if hook in ("on_train_batch_start", "on_train_batch_end") else None
     run(root, ModelCheckpoint(root / "saved", every_n_train_steps=1, save_last=True), At(hook, epoch, batch, kill),
-        scores=SCORES, pruning={"on_reject": "next"})  # fmt: skip
+        scores=SCORES, pruning={"max_rejections": 3})  # fmt: skip
 
 
 @pytest.mark.parametrize("hook", KILLED_AT)
@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, forked, refe
     process.start()
     process.join(120)
     assert process.exitcode == -SIGKILL
-    again = run(tmp_path, ckpt_path=tmp_path / "saved" / "last.ckpt", scores=SCORES, pruning={"on_reject": "next"})
+    again = run(tmp_path, ckpt_path=tmp_path / "saved" / "last.ckpt", scores=SCORES, pruning={"max_rejections": 3})
     assert_equal_states(outcome(*again), reference("next, four epochs"))
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_is_interrupted_again_and_again(tmp_path, reference):
 def test_a_round_that_the_end_of_the_run_cut_short_is_closed_when_the_run_goes_on(
     tmp_path, how, scores, accepted, linear
 ):
-    pruning = {"epochs_per_round": 3, "on_reject": "next", "max_rejections": 2, "max_removals": 2}
+    pruning = {"epochs": 3, "max_rejections": 2, "max_removals": 2}
     model, callback, trainer = run(tmp_path, scores=scores, pruning=pruning, epochs=4)
     assert [this.accepted for this in callback.rounds] == accepted[:2]
     if how == "another Trainer":
@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_saved_on_an_exception(tmp_path,
     def fail(trainer):
         raise KeyError("any")
 
-    pruning = {"measure_on": measure_on}
+    pruning = {"on": measure_on}
     whole = outcome(*run(tmp_path, pruning=pruning))
     with pytest.raises(KeyError):
         run(tmp_path, saver(tmp_path / "kept"), At(hook, 1, 1, fail), pruning=pruning)
@@ -207,7 +207,7 @@ def test_the_number_removed_and_the_score_are_known_again_at_once(tmp_path):
     def look(trainer):
         seen.update({name: value.item() for name, value in trainer.callback_metrics.items()})
 
-    options = {"scores": (0.9, 0.9, 0.8, 0.8), "pruning": {"epochs_per_round": 2}}
+    options = {"scores": (0.9, 0.9, 0.8, 0.8), "pruning": {"epochs": 2}}
     run(tmp_path, At("on_train_batch_end", 3, 1, save), **options)
     run(tmp_path, At("on_train_batch_start", 3, 2, look), ckpt_path=path, **options)
     assert seen["removed"] == 1

@@ -47,7 +47,7 @@ OPTIONS = [
     {},
     {"stand_in": "affine"},
     {"stand_in": "affine", "criterion": "linearity"},
-    {"collapse": "fit", "criterion": "linearity", "gain": "macs"},
+    {"fit": True, "criterion": "linearity", "gain": "macs"},
 ]
 
 
@@ -85,7 +85,7 @@ def test_nothing_is_removed_where_no_sample_is_finite(tmp_path, options):
 
 
 def test_nothing_is_said_of_chains_where_there_is_none(tmp_path, recwarn):
-    model, callback = Validated([*X.split(32)]), pruning(dirpath=str(tmp_path), collapse="fit")
+    model, callback = Validated([*X.split(32)]), pruning(dirpath=str(tmp_path), fit=True)
     train(model, callback, root=tmp_path, epochs=4, data=model)
     assert len(callback.removed) == 2  # all of them
     assert not [warning for warning in recwarn if "take the place of a chain: {}" in str(warning.message)]

@@ -28,7 +28,7 @@ UNDER_DDP = [
     "affine", "affine, on training, resumed mid-epoch", "affine, slope taken back", "fitted", "fitted, static graph",
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
-    "borrowed", "full", "in the logger's folder",
+    "borrowed", "full", "in the logger's folder", "own method, taken back", "own method, taken back, resumed mid-epoch",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -90,6 +90,7 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "sharded, resumed": "sharded",
         "sharded, one file, resumed": "sharded",
         "sharded, one file, taken back": "sharded, taken back",
+        "own method, taken back, resumed mid-epoch": "own method, taken back",
     }
     assert first == under_torchrun[same_as.get(name, name)][0]
 

@@ -16,11 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_easier import EntropyPruningCallback, load_pruned
+from lightning_easier import Linearize, load_pruned
 from lightning_easier.callbacks import wiring
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, run
 from tests.integration.tiny import assert_equal_states
+from tests.settings import callback as callback_of
 
 
 class Rates(Callback):
@@ -46,7 +47,7 @@ class Rates(Callback):
 )
 def test_what_begins_anew_with_a_removal(tmp_path, restart, rates, steps):
     noted = Rates()
-    _, callback, _ = run(tmp_path, noted, pruning={"restart": restart, "epochs_per_round": 2}, epochs=5)
+    _, callback, _ = run(tmp_path, noted, pruning={"restart": restart, "epochs": 2}, epochs=5)
     assert [this.epoch for this in callback.rounds] == [0, 2, 4]
     assert noted.rates == pytest.approx(rates)
     assert noted.steps == [{step} for step in steps]
@@ -79,7 +80,7 @@ def test_every_kind_of_schedule_runs_through_in_every_round(tmp_path, number):
             self.rates.append((trainer.current_epoch, group["lr"], group["momentum"]))
 
     noted = EveryBatch()
-    pruning = {"restart": "optimizer", "epochs_per_round": 2}
+    pruning = {"restart": "optimizer", "epochs": 2}
     run(tmp_path, noted, pruning=pruning, epochs=6, model=Scheduled())
     rounds = [[rate[1:] for rate in noted.rates if rate[0] // 2 == number] for number in range(3)]
     assert rounds[0] == rounds[1] == rounds[2]
@@ -98,7 +99,7 @@ def test_the_next_candidate_is_tried_from_the_last_good_model(tmp_path):
                 states[f"start of {trainer.current_epoch}"] = copy.deepcopy(dict(pl_module.state_dict()))
 
     scores = (0.9, 0.9, 0.1, 0.2, 0.9, 0.1, 0.1, 0.1, 0.9)
-    _, callback, trainer = run(tmp_path, Keep(), scores=scores, pruning={"on_reject": "next"}, epochs=20)
+    _, callback, trainer = run(tmp_path, Keep(), scores=scores, pruning={"max_rejections": 3}, epochs=20)
     assert [this.accepted for this in callback.rounds] == [True, True, False, False, True, False]
     tried = [this.removed[0] for this in callback.rounds[1:]]
     assert len(set(tried)) == 5  # nothing is tried twice
@@ -112,7 +113,7 @@ def test_the_next_candidate_is_tried_from_the_last_good_model(tmp_path):
 
 
 def test_rejections_in_a_row_have_a_bound(tmp_path):
-    pruning = {"on_reject": "next", "max_rejections": 2}
+    pruning = {"max_rejections": 2}
     model, callback, trainer = run(tmp_path, scores=(0.9, 0.1, 0.1, 0.9), pruning=pruning, epochs=20)
     assert [this.accepted for this in callback.rounds] == [True, False, False]
     assert trainer.current_epoch == 3
@@ -130,9 +131,7 @@ def test_scores_of_another_structure_are_nan_until_they_are_logged_again(tmp_pat
     scores = (0.9, 0.8, 0.1)
     saver = ModelCheckpoint(tmp_path / "saved", "{step}-{removed:.0f}-{score:.2f}", "score", mode="max", save_top_k=-1,
                             every_n_train_steps=2, save_last=False)  # fmt: skip
-    _, _, trainer = run(
-        tmp_path, See(), saver, scores=scores, epochs=5, pruning={"epochs_per_round": 2, "on_reject": "stop"}
-    )
+    _, _, trainer = run(tmp_path, See(), saver, scores=scores, epochs=5, pruning={"epochs": 2, "on_reject": "stop"})
     for linear, removed, score in seen[BATCHES:]:
         assert removed.item() == linear
         expected = {0: scores[0], 1: math.nan}[linear] if not score.isnan() else math.nan
@@ -151,7 +150,7 @@ def test_scores_of_another_structure_are_nan_until_they_are_logged_again(tmp_pat
 
 def test_the_best_checkpoint_for_each_depth_is_kept(tmp_path):
     scores = (0.6, 0.9, 0.7, 0.8, 0.85, 0.5, 0.1, 0.2)
-    pruning = {"epochs_per_round": 2, "tolerance": 0.45, "best_per_depth": True}
+    pruning = {"epochs": 2, "tolerance": 0.45, "best_per_depth": True}
     _, callback, _ = run(tmp_path, scores=scores, pruning=pruning, epochs=20)
     best = callback.best_checkpoints
     assert {removed: path.name for removed, path in best.items()} == {
@@ -170,7 +169,7 @@ def test_a_best_checkpoint_that_was_written_over_since_is_not_taken_for_this_run
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
 
     scores = (0.6, 0.7, 0.9)
-    options = {"pruning": {"epochs_per_round": 3, "best_per_depth": True}, "epochs": 3}
+    options = {"pruning": {"epochs": 3, "best_per_depth": True}, "epochs": 3}
     run(tmp_path, At("on_train_epoch_end", 1, None, save), scores=scores, **options)
     # Taken up again where the best had 0.7: the file holds the model of 0.9 by now.
     _, callback, _ = run(tmp_path, scores=(0.6, 0.7, 0.65), ckpt_path=tmp_path / "saved.ckpt", **options)
@@ -185,7 +184,7 @@ def test_the_best_checkpoint_by_a_score_of_training(tmp_path):
         def on_train_epoch_end(self, trainer, pl_module):
             noted[trainer.current_epoch] = trainer.callback_metrics["train_loss"].item()
 
-    pruning = {"monitor": "train_loss", "mode": "min", "tolerance": 9.0, "best_per_depth": True, "epochs_per_round": 3}
+    pruning = {"monitor": "train_loss", "mode": "min", "tolerance": 9.0, "best_per_depth": True, "epochs": 3}
     _, callback, _ = run(tmp_path, Note(), pruning=pruning, epochs=6)
     epochs = [torch.load(path, weights_only=True)["epoch"] for path in callback.best_checkpoints.values()]
     assert epochs == [min(range(start, start + 3), key=noted.get) for start in (0, 3)]  # not an epoch late
@@ -209,11 +208,11 @@ class ManualPair(Small):
         return [torch.optim.Adam(half, 0.01) for half in halves]
 
 
-class Slope(EntropyPruningCallback):
+class Slope(Linearize):
     """Removes the activation that has a parameter first."""
 
-    def select(self, entropies, count):
-        return sorted(entropies, key=lambda name: name != "layers.3")[:count]
+    def select(self, ranks, count):
+        return sorted(ranks, key=lambda name: name != "layers.3")[:count]
 
 
 class InHalf(Small):
@@ -253,7 +252,7 @@ def test_an_activation_with_a_parameter_leaves_and_comes_back(tmp_path, kind, op
     """The first removal is taken back, whatever the recipe, and the optimizers hold what lives."""
     epochs = 8
     scores = (0.9, 0.9, 0.1, 0.1, 0.9) if options.get("check_val_every_n_epoch") == 2 else (0.9, 0.1, 0.9)
-    model, callback, _ = run(tmp_path, Holds(), kind=Slope, model=kind(scores), pruning={"on_reject": "next"},
+    model, callback, _ = run(tmp_path, Holds(), method=Slope, model=kind(scores), pruning={"max_rejections": 3},
                              epochs=epochs, **options)  # fmt: skip
     assert [this.removed for this in callback.rounds[:2]] == [[], ["layers.3"]]
     assert [this.accepted for this in callback.rounds[:3]] == [True, False, True]
@@ -274,7 +273,7 @@ def signs_of(model: nn.Module, precision: str) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true", "16-true"])
 def test_the_same_signs_are_the_same_entropies_in_every_precision(tmp_path, precision):
     torch.manual_seed(1)
-    model, callback = Small(), EntropyPruningCallback("score")
+    model, callback = Small(), callback_of("score")
     signs = signs_of(model, precision)
     trainer = Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, callbacks=[callback])  # fmt: skip
@@ -298,18 +297,18 @@ def test_a_run_that_is_too_short_for_a_round_is_an_error_at_its_start(tmp_path):
     rare = {"epochs": 4, "check_val_every_n_epoch": 5}
     for options in ({"epochs": 2}, {"epochs": -1, "max_steps": 3 * BATCHES - 1}, rare):
         with pytest.raises(MisconfigurationException, match="`max_(epochs|steps)` to leave time for a round"):
-            run(tmp_path, pruning={"epochs_per_round": 2, "warmup_epochs": 1}, **options)
+            run(tmp_path, pruning={"epochs": 2, "warmup_epochs": 1}, **options)
 
 
 @pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": 9, "max_steps": 2 * BATCHES}])
 def test_a_run_that_ends_with_its_dense_round_says_so_at_its_start(tmp_path, options):
     with pytest.warns(UserWarning, match="Nothing will be pruned: the run ends with its dense round"):
-        run(tmp_path, pruning={"epochs_per_round": 2}, **options)
+        run(tmp_path, pruning={"epochs": 2}, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", module="lightning.pytorch")
-        run(tmp_path / "dry", pruning={"epochs_per_round": 2, "dry_run": True}, **options)
-        run(tmp_path / "longer", pruning={"epochs_per_round": 2}, epochs=3)
+        run(tmp_path / "dry", pruning={"epochs": 2, "dry_run": True}, **options)
+        run(tmp_path / "longer", pruning={"epochs": 2}, epochs=3)
 
 
 def test_gradients_of_the_rejected_model_are_gone(tmp_path):
@@ -328,7 +327,7 @@ def test_gradients_of_the_rejected_model_are_gone(tmp_path):
     for scores, gone in (((0.9, 0.1, 0.9), True), ((0.9, 0.9, 0.9), False)):
         model = Accumulates(scores)
         run(tmp_path / str(gone), model=model, epochs=3, num_sanity_val_steps=0,
-            pruning={"on_reject": "next", "measure_on": "training"})  # fmt: skip
+            pruning={"max_rejections": 3, "on": "training"})  # fmt: skip
         assert (model.left_over == []) == gone
 
 
@@ -386,7 +385,7 @@ def test_a_weights_only_checkpoint_is_enough(tmp_path):
         Small.load_from_checkpoint(path)
     fresh = Small()
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      callbacks=[EntropyPruningCallback("score")])  # fmt: skip
+                      callbacks=[callback_of("score")])  # fmt: skip
     trainer.validate(fresh, DataLoader(TensorDataset(torch.randn(4, 4), torch.zeros(4).long())), path, verbose=False)
     assert sorted(stand_ins(fresh)) == sorted(callback.removed)
 
@@ -413,7 +412,7 @@ def test_a_schedule_that_follows_the_score_comes_back_as_the_next_round_found_it
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             begun.setdefault(trainer.current_epoch, trainer.optimizers[0].param_groups[0]["lr"])
 
-    _, callback, _ = run(tmp_path, Rate(), model=Plateau((0.9, 0.8, 0.1, 0.8)), pruning={"on_reject": "next"}, epochs=4)
+    _, callback, _ = run(tmp_path, Rate(), model=Plateau((0.9, 0.8, 0.1, 0.8)), pruning={"max_rejections": 3}, epochs=4)
     assert [this.accepted for this in callback.rounds] == [True, True, False, True]
     assert begun == pytest.approx({0: 0.1, 1: 0.1, 2: 0.01, 3: 0.01})
 
@@ -441,7 +440,7 @@ def test_early_stopping_still_sees_a_training_that_diverges(tmp_path):
             self.log("val_loss", math.nan if self.current_epoch == 3 else 1.0)
             self(batch[0])
 
-    _, _, trainer = run(tmp_path, stopping, model=Diverges(), epochs=9, pruning={"epochs_per_round": 3})
+    _, _, trainer = run(tmp_path, stopping, model=Diverges(), epochs=9, pruning={"epochs": 3})
     assert trainer.current_epoch == 4
 
 
@@ -487,7 +486,7 @@ def test_a_loader_without_a_length(tmp_path, limit):
         def __iter__(self):
             yield from ((torch.full((4,), float(n)), n % 2) for n in range(12))
 
-    model, callback = Small(), EntropyPruningCallback("score", dirpath=str(tmp_path))
+    model, callback = Small(), callback_of("score", dirpath=str(tmp_path))
     trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, val_check_interval=2,
                       enable_progress_bar=False, limit_train_batches=limit, callbacks=[callback])  # fmt: skip
     trainer.fit(model, DataLoader(Stream(), 4), DataLoader(Stream(), 4))
@@ -517,8 +516,8 @@ def test_parameters_that_the_optimizer_knows_by_name(tmp_path):
             held.append(list(group["param_names"]))
             assert [names[id(p)] for p in group["params"]] == group["param_names"]
 
-    pruning = {"on_reject": "next", "restart": "optimizer"}
-    run(tmp_path, Names(), model=Named((0.9, 0.1, 0.9)), kind=Slope, pruning=pruning)
+    pruning = {"max_rejections": 3, "restart": "optimizer"}
+    run(tmp_path, Names(), model=Named((0.9, 0.1, 0.9)), method=Slope, pruning=pruning)
     assert {"layers.3.weight" in names for names in held} == {True, False}
 
 
@@ -531,7 +530,7 @@ def test_parameters_that_the_optimizer_knows_by_name(tmp_path):
 )
 def test_optimizers_that_could_not_go_back_are_refused(tmp_path, make, callbacks, message):
     with pytest.raises(MisconfigurationException, match=message):
-        run(tmp_path, *callbacks(), model=make(), kind=Slope)
+        run(tmp_path, *callbacks(), model=make(), method=Slope)
 
 
 class Stepping(Small):

@@ -20,20 +20,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_easier import EntropyPruningCallback, expect_pruned
+from lightning_easier import Linearize, expect_pruned
 from lightning_easier.callbacks import wiring
 from lightning_easier.structure.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
+from tests.settings import callback as callback_of
 
 SLOPE = "layers.3"
 
 
-class SlopeFirst(EntropyPruningCallback):
+class SlopeFirst(Linearize):
     """Removes the activation that has a parameter, then others."""
 
-    def select(self, entropies, count):
-        return [SLOPE] if SLOPE in entropies else super().select(entropies, count)
+    def select(self, ranks, count):
+        return [SLOPE] if SLOPE in ranks else super().select(ranks, count)
 
 
 def slopes_of(model: nn.Module) -> list[nn.Parameter]:
@@ -104,10 +105,10 @@ def saver(path: Path):
 @pytest.mark.parametrize("make", [GroupOfItsOwn, OptimizerOfItsOwn, GroupByName])
 def test_optimizers_are_built_again_as_they_were_before_a_parameter_left(tmp_path, make):
     path = tmp_path / "saved.ckpt"
-    whole = run(tmp_path / "whole", model=seeded(make), kind=SlopeFirst)
-    run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)), model=seeded(make), kind=SlopeFirst)
+    whole = run(tmp_path / "whole", model=seeded(make), method=SlopeFirst)
+    run(tmp_path, At("on_train_batch_end", 2, 1, saver(path)), model=seeded(make), method=SlopeFirst)
     model = seeded(make)
-    resumed = run(tmp_path, model=model, kind=SlopeFirst, ckpt_path=path)
+    resumed = run(tmp_path, model=model, method=SlopeFirst, ckpt_path=path)
     assert resumed[1].rounds[1].removed == [SLOPE]
     assert_equal_states(outcome(*resumed), outcome(*whole))
     assert slopes_of(model) == []
@@ -131,7 +132,7 @@ def test_a_run_whose_score_was_nan_goes_on_from_its_last_good_model(tmp_path, on
 
 def test_early_stopping_sees_the_end_of_an_epoch_that_lightning_skips(tmp_path):
     scores = (0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-    options = {"scores": scores, "pruning": {"epochs_per_round": 3, "tolerance": 5.0}, "epochs": 9}
+    options = {"scores": scores, "pruning": {"epochs": 3, "tolerance": 5.0}, "epochs": 9}
 
     def stopping():
         return EarlyStopping("score", mode="max", patience=2)
@@ -161,7 +162,7 @@ def test_early_stopping_waits_for_a_score_of_the_structure_as_it_is(tmp_path):
 
 
 def test_a_callback_that_is_used_again_knows_nothing_of_its_last_run(tmp_path):
-    callback = EntropyPruningCallback("score", dirpath=str(tmp_path / "rounds"))
+    callback = callback_of("score", dirpath=str(tmp_path / "rounds"))
     run(tmp_path / "first", kind=lambda **_: callback, epochs=1)
     path = tmp_path / "saved.ckpt"
     run(tmp_path / "second", At("on_validation_start", 0, None, saver(path)), kind=lambda **_: callback)
@@ -171,7 +172,7 @@ def test_a_callback_that_is_used_again_knows_nothing_of_its_last_run(tmp_path):
 
 
 def test_a_callback_that_goes_on_with_another_trainer_does_not_go_on_with_its_rounds(tmp_path):
-    callback = EntropyPruningCallback("score", tolerance=0.2, dirpath=str(tmp_path / "rounds"))
+    callback = callback_of("score", tolerance=0.2, dirpath=str(tmp_path / "rounds"))
     model, _, first = run(tmp_path / "first", kind=lambda **_: callback, epochs=2)
     run(tmp_path / "second", kind=lambda **_: callback, epochs=4)
     assert len(callback.removed) == 3
@@ -218,7 +219,7 @@ def test_a_finder_that_loads_its_own_checkpoint_takes_up_no_run(tmp_path):
     assert (tmp_path / "rounds" / "round_1.ckpt").read_bytes() == kept
     assert (tmp_path / "rounds-v1" / "round_1.ckpt").exists()
     with pytest.raises(MisconfigurationException, match="leave time for a round"):
-        run(tmp_path, finder, model=Found(), epochs=2, pruning={"epochs_per_round": 3})
+        run(tmp_path, finder, model=Found(), epochs=2, pruning={"epochs": 3})
 
 
 def test_a_best_checkpoint_that_can_not_be_read_is_forgotten(tmp_path):
@@ -317,7 +318,7 @@ def test_a_checkpoint_that_has_lost_the_record_is_an_error(tmp_path):
 
 
 def test_steps_are_counted_with_a_schedule_of_accumulation(tmp_path):
-    options = {"epochs": 9, "pruning": {"epochs_per_round": 3}}
+    options = {"epochs": 9, "pruning": {"epochs": 3}}
     schedule = {0: 1, 1: 3}  # 3 steps, then one an epoch
     _, callback, _ = run(tmp_path, GradientAccumulationScheduler(schedule), max_steps=6, **options)
     assert len(callback.rounds) == 2
@@ -326,7 +327,7 @@ def test_steps_are_counted_with_a_schedule_of_accumulation(tmp_path):
 
 
 def test_progress_is_logged_without_validation_too(tmp_path):
-    pruning = {"monitor": "train_loss", "mode": "min", "tolerance": 9.0, "measure_on": "training"}
+    pruning = {"monitor": "train_loss", "mode": "min", "tolerance": 9.0, "on": "training"}
     run(tmp_path, pruning=pruning, limit_val_batches=0, logger=CSVLogger(tmp_path, "logs", ""), log_every_n_steps=1)
     with (tmp_path / "logs" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("removed")]
@@ -340,12 +341,12 @@ def test_a_dry_run_writes_no_checkpoint(tmp_path):
 
 
 def test_a_choice_that_names_an_activation_twice_is_one(tmp_path):
-    class Stutters(EntropyPruningCallback):
-        def select(self, entropies, count):
-            first, *_ = entropies
+    class Stutters(Linearize):
+        def select(self, ranks, count):
+            first, *_ = ranks
             return [first, first]
 
-    _, callback, _ = run(tmp_path, kind=Stutters, pruning={"removals_per_round": 2})
+    _, callback, _ = run(tmp_path, method=Stutters, pruning={"removals": 2})
     assert callback.removed == ["layers.1", "layers.3", "layers.5"]
 
 

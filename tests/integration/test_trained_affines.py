@@ -8,10 +8,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, load_pruned
+from lightning_easier import load_pruned
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
 from tests.integration.tiny import assert_equal_states
+from tests.settings import callback as callback_of
 
 TRAINED = {"stand_in": "affine", "trainable": True}
 
@@ -105,9 +106,9 @@ def test_frozen_neighbours_are_passed_over(tmp_path):
 
 def test_an_identity_has_nothing_to_train():
     with pytest.raises(ValueError, match="`trainable` to be False with stand_in='identity', but got True"):
-        EntropyPruningCallback("score", trainable=True)
+        callback_of("score", trainable=True)
     with pytest.raises(TypeError, match="`trainable`"):
-        EntropyPruningCallback("score", stand_in="affine", trainable="yes")
+        callback_of("score", stand_in="affine", trainable="yes")
 
 
 def test_lbfgs_can_not_take_them(tmp_path):

@@ -18,6 +18,7 @@ from lightning_easier import EntropyPruningCallback
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
 from tests.integration.tiny import assert_equal_states
+from tests.settings import callback as callback_of
 
 
 class Sparse(Small):
@@ -101,7 +102,7 @@ def test_a_round_that_the_run_ends_without_a_score_is_taken_back_aloud(tmp_path,
 def test_a_round_waits_for_a_score_of_its_own_weights(tmp_path, by, epochs_per_round):
     """A score of every other epoch: rounds of two epochs wait for it once, rounds of one each time."""
     scores = tuple(0.9 + epoch / 100 for epoch in range(9))
-    pruning = {"epochs_per_round": epochs_per_round, "warmup_epochs": 2 - epochs_per_round}
+    pruning = {"epochs": epochs_per_round, "warmup_epochs": 2 - epochs_per_round}
     with pytest.warns(UserWarning, match="Round .* goes on, since epoch 1, .* has no 'score'") as noted:
         _, callback, _ = run(tmp_path, model=Sparse({0, 2, 4, 6, 8}, scores, by), pruning=pruning, epochs=9)
     assert [this.epoch for this in callback.rounds] == [0, 3, 5, 7]
@@ -115,7 +116,7 @@ def test_a_round_waits_for_a_score_of_its_own_weights(tmp_path, by, epochs_per_r
 )
 def test_a_run_that_waits_for_a_score_is_resumed_alike(tmp_path, moment):
     """Judged on an old score, the resumed run would differ: it does not know that score."""
-    options = {"pruning": {"epochs_per_round": 2}, "epochs": 5}
+    options = {"pruning": {"epochs": 2}, "epochs": 5}
     whole = run(tmp_path / "whole", model=sparse(0, 2, 4), **options)
 
     def save(trainer):
@@ -131,13 +132,12 @@ def test_a_run_that_waits_for_a_score_is_resumed_alike(tmp_path, moment):
 def test_a_score_that_is_not_a_number_is_told_in_the_report(tmp_path):
     noted = []
 
-    class Notes(EntropyPruningCallback):
-        def __init__(self, **options):
-            super().__init__(**options)
-            noted.append(self)
+    def noting(**options):
+        noted.append(callback_of(**options))
+        return noted[0]
 
     with pytest.raises(ValueError, match="finite, but got nan in epoch 1"):
-        run(tmp_path, scores=(0.9, math.nan), kind=Notes)
+        run(tmp_path, scores=(0.9, math.nan), kind=noting)
     assert "| - | - | taken back: score was nan |" in str(noted[0].report())
 
 
@@ -176,15 +176,15 @@ LEARNING = "The dense score, score .* the network was still learning"
     [
         (
             (0.1, 0.4, 0.8),
-            {"epochs_per_round": 3},
+            {"epochs": 3},
             "better by 0.4000 an epoch .*tolerance of 0.2.*`warmup_epochs`, or pass",
         ),
         (
             (0.1, 0.4, 0.8),
-            {"epochs_per_round": 3, "reference": "best"},
+            {"epochs": 3, "reference": "best"},
             "0.4000 an epoch .*`warmup_epochs`, or take a trained",
         ),
-        ((0.8, 0.4, 0.1), {"epochs_per_round": 3, "mode": "min"}, "better by 0.3000 an epoch"),
+        ((0.8, 0.4, 0.1), {"epochs": 3, "mode": "min"}, "better by 0.3000 an epoch"),
         ((0.24, 0.87, 0.9), {}, "score 0.2400, is exceeded by the 0.8700 of round 1"),
     ],
 )
@@ -198,8 +198,8 @@ def test_a_dense_network_that_is_still_learning_is_a_bad_reference(tmp_path, sco
 @pytest.mark.parametrize(
     ("scores", "pruning"),
     [
-        ((0.1, 0.7, 0.8), {"epochs_per_round": 3}),
-        ((0.1, 0.4, 0.8), {"epochs_per_round": 3, "mode": "min"}),
+        ((0.1, 0.7, 0.8), {"epochs": 3}),
+        ((0.1, 0.4, 0.8), {"epochs": 3, "mode": "min"}),
         ((0.24, 0.87, 0.9), {"reference": "best"}),
         ((0.8, 0.9, 0.95), {}),
     ],
@@ -213,7 +213,7 @@ def test_a_dense_network_that_has_learned_is_not_warned_of(tmp_path, scores, pru
     "moment", [("on_train_batch_end", 1), ("on_validation_end", None), ("on_train_epoch_end", None)]
 )
 def test_a_resumed_dense_round_knows_how_it_has_learned(tmp_path, moment):
-    options = {"scores": (0.1, 0.4, 0.8), "pruning": {"epochs_per_round": 3}, "epochs": 3}
+    options = {"scores": (0.1, 0.4, 0.8), "pruning": {"epochs": 3}, "epochs": 3}
 
     def save(trainer):
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
@@ -259,9 +259,9 @@ TIME = "Whether that saves time was not measured: pass gain='latency' to go by w
     [
         (Small, {}, (5, 5), [MERGE, TIME]),
         (Skips, {}, (4, 2), [MERGE, f"{IDLE}them out.", TIME]),
-        (Skips, {"candidates": "mergeable"}, (4, 2), [MERGE, "The others are left out: `first`, `second`.", TIME]),
+        (Skips, {"mergeable_only": True}, (4, 2), [MERGE, "The others are left out: `first`, `second`.", TIME]),
         (Skips, {"gain": "macs"}, (4, 2), ["save multiply-accumulates.", f"{IDLE}them out."]),
-        (Skips, {"collapse": "fit"}, (4, 2), ["let one fitted operator that saves multiply-accumulates take the place "
+        (Skips, {"fit": True}, (4, 2), ["let one fitted operator that saves multiply-accumulates take the place "
                                               "of a chain.", f"{IDLE}them out.", TIME]),
         (Untraced, {}, (4, 0), [MERGE, "Of `layers.1`, `first`, `second`, `more.1` that can't be told: their forward "
                                        "can't be traced.", TIME]),

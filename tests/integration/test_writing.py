@@ -279,7 +279,7 @@ def test_a_record_does_not_have_a_run_write_where_its_checkpoints_are_not(tmp_pa
 def test_a_run_goes_on_in_the_folder_of_the_user_where_that_of_its_record_is_another(tmp_path, changed, dirpath):
     path, other = changed()
     before = content_of(other)
-    pruning = {"dirpath": str(tmp_path / dirpath), "on_reject": "next"}
+    pruning = {"dirpath": str(tmp_path / dirpath), "max_rejections": 3}
     options = {
         "ckpt_path": path,
         "pruning": pruning,

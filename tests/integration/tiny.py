@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_easier import EntropyPruningCallback
 from lightning_easier.zoo import DigitsDataModule
+from tests.settings import callback
 
 
 class Tiny(LightningModule):
@@ -85,7 +86,8 @@ def train(
 
 def pruning(**options: Any) -> EntropyPruningCallback:
     """Never takes a round back unless told so."""
-    return EntropyPruningCallback(**({"monitor": "val_acc", "tolerance": 100.0} | options))
+    made: EntropyPruningCallback = callback(**({"monitor": "val_acc", "tolerance": 100.0} | options))
+    return made
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:

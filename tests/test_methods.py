@@ -1,4 +1,4 @@
-"""Tests of the order in which activations become linear."""
+"""Tests of what the methods propose, and in which order."""
 
 import math
 
@@ -16,8 +16,12 @@ from lightning_easier import (
     restore,
 )
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
-from lightning_easier.pruning.gains import Gains, ShapeProbe
-from lightning_easier.pruning.ranking import Ranked, Ranking, apart
+from lightning_easier.pruning.gains import Gains
+from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Order, Proposal, fit
+from lightning_easier.pruning.methods.fit import ChainEvidence
+from lightning_easier.pruning.methods.linearize import LinearEvidence
+from lightning_easier.sites.activations import isolated_sites
+from lightning_easier.structure.operations import FittedOperators
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
 from lightning_easier.support.costs import count_macs
@@ -26,32 +30,39 @@ from tests.test_collapse_fit import Bottleneck, randomized
 
 def test_what_has_no_affine_is_no_candidate_where_one_is_needed():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
-    affines = {"3": {"explained": 0.5}}
-    for options in ({"stand_in": "affine"}, {"criterion": "linearity"}):
-        found = Ranking(**options).rank(model, {"1": 0.1, "3": 0.2}, affines, None, None, None)
+    affine = measure_affines(model, [torch.randn(8, 2)])["3"].to_plain()
+    entropies = {"1": 0.1, "3": 0.2}
+    for method in (Linearize(stand_in="affine"), Linearize(order=Order("linearity"))):
+        found = method.propose(model, LinearEvidence(entropies, {"3": affine}, None, None))
         assert list(found.ranks) == ["3"]
-    assert list(Ranking().rank(model, {"1": 0.1, "3": 0.2}, {}, None, None, None).ranks) == ["1", "3"]
+    assert list(Linearize().propose(model, LinearEvidence(entropies, {}, None, None)).ranks) == ["1", "3"]
 
 
-def ranked(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **options) -> Ranked:
-    """Measure as the callback does, and rank."""
-    ranking = Ranking(**options)
-    sites = list(isolate_activations(model))
-    entropies = measure_entropy(model, batches)
-    affines = {name: fit.to_plain() for name, fit in measure_affines(model, batches).items()}
-    chains = ChainProbe(model, sites, len(batches), most) if ranking.needs_chains else None
-    shapes = ShapeProbe(model, sites) if ranking.needs_shapes else None
-    probes = [probe for probe in (chains, shapes) if probe is not None]
-    for probe in probes:
-        probe.attach()
+def proposed(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **options) -> Proposal:
+    """Measure as the callback does, and have the method propose; so many activations may be in a chain."""
+    order = Order(**{name: options.pop(name) for name in ("criterion", "gain", "mergeable_only") if name in options})
+    method = (FitChains if options.pop("fit", False) else Linearize)(order=order, **options)
+    sites = isolated_sites(model)
+    names = [site.name for site in sites]
+    worker = method.worker(Measuring())
+    worker.start(model, sites)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "ACTIVATIONS_IN_A_CHAIN", most)
+        worker.follow(model, names, len(batches))
     with torch.no_grad():
         for batch in batches:
             model(batch)
-    for probe in probes:
-        probe.detach()
+    worker.finish()
+    worker.detach()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    gains = None if ranking.prices_by is None else Gains(ranking.prices_by, ranking.shift_padding)
-    return ranking.rank(model, entropies, affines, chains, shapes, gains)
+    worker.reduce()
+    return worker.propose(model, names)
+
+
+def fits(proposal: Proposal) -> dict[str, dict]:
+    """Return the fitted operators of a proposal."""
+    fitted = {name: plain for name, plain in proposal.operations.items() if plain["kind"] == "fitted"}
+    return {name: plain["statistics"][name] for name, plain in fitted.items()}
 
 
 class Body(nn.Sequential):
@@ -76,14 +87,14 @@ VECTORS = [torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)) for
 
 def test_entropies_rank_by_themselves():
     model = mlps()
-    assert ranked(model, VECTORS).ranks == measure_entropy(model, VECTORS)
-    assert Ranking().is_free
+    assert proposed(model, VECTORS).ranks == measure_entropy(model, VECTORS)
+    assert Linearize().is_cheap
 
 
 def test_linearity_is_what_the_affine_leaves_unexplained():
     model = mlps()
     affines = measure_affines(model, VECTORS)
-    assert ranked(model, VECTORS, criterion="linearity").ranks == pytest.approx(
+    assert proposed(model, VECTORS, criterion="linearity").ranks == pytest.approx(
         {name: 1 - fit.explained for name, fit in affines.items()}
     )
 
@@ -92,12 +103,12 @@ def test_an_operator_that_saves_nothing_is_not_fitted():
     torch.manual_seed(0)
     model = Body().eval()
     assert measure_fits(model, MAPS)["1"].kind == "convolution"  # what explains most
-    result = ranked(model, MAPS, collapse="fit", criterion="linearity")
-    assert "1" not in result.fits
-    left_out = ranked(model, MAPS, collapse="fit", criterion="linearity", candidates="mergeable")
+    result = proposed(model, MAPS, fit=True, criterion="linearity")
+    assert "1" not in fits(result)
+    left_out = proposed(model, MAPS, fit=True, criterion="linearity", mergeable_only=True)
     assert "1" not in left_out.ranks
-    weighed = ranked(model, MAPS, collapse="fit", criterion="linearity", gain="macs")
-    assert weighed.fits["1"]["kind"] == "pointwise"  # explains less, and saves the 3×3
+    weighed = proposed(model, MAPS, fit=True, criterion="linearity", gain="macs")
+    assert fits(weighed)["1"]["kind"] == "pointwise"  # explains less, and saves the 3×3
 
 
 def inverted(expansion: int = 6) -> nn.Module:
@@ -118,15 +129,15 @@ def inverted(expansion: int = 6) -> nn.Module:
 def test_the_body_of_an_inverted_residual_goes_as_one():
     model = inverted()
     for options in ({}, {"criterion": "linearity"}, {"criterion": "linearity", "gain": "macs"}):
-        result = ranked(model, MAPS, most=2, collapse="fit", **options)
+        result = proposed(model, MAPS, most=2, fit=True, **options)
         for first, second in (("2", "5"), ("11", "14")):
-            fit = ChainFit.from_plain(result.fits[first])
-            assert second in Substitution(fit.form, fit.tensors).names(first)
-    result = ranked(model, MAPS, most=2, collapse="fit")
-    fits = {name: ChainFit.from_plain(plain) for name, plain in result.fits.items()}
+            chain_fit = ChainFit.from_plain(fits(result)[first])
+            assert second in Substitution(chain_fit.form, chain_fit.tensors).names(first)
+    result = proposed(model, MAPS, most=2, fit=True)
+    found = {name: ChainFit.from_plain(plain) for name, plain in fits(result).items()}
     with torch.no_grad():
         before = model(MAPS[0])
-        linearize(model, ["2"], stand_in="fitted", statistics=fits)
+        linearize(model, ["2"], stand_in="fitted", statistics=found)
         kept = [place for place in range(8) if not isinstance(model[place], nn.Identity | StandIn)]
         assert kept == [0, 7]  # the operator that has moved in, and the batch norm behind
         assert model[0].kernel_size == (3, 3)
@@ -138,36 +149,36 @@ def test_the_body_of_an_inverted_residual_goes_as_one():
 
 
 def test_what_goes_with_another_is_not_chosen_beside_it():
-    fits = ranked(inverted(), MAPS, most=2, collapse="fit").fits
-    assert apart(["2", "5", "11", "14"], fits) == ["2", "11"]
-    assert apart(["5", "2"], fits) == ["5"]
+    proposal = proposed(inverted(), MAPS, most=2, fit=True)
+    assert proposal.apart(["2", "5", "11", "14"]) == ["2", "11"]
+    assert proposal.apart(["5", "2"]) == ["5"]
 
 
 def test_a_rank_is_the_cost_per_multiply_accumulate_saved():
     model = mlps()
-    dense = ranked(model, VECTORS, collapse="fit", criterion="linearity")
-    result = ranked(model, VECTORS, collapse="fit", criterion="linearity", gain="macs")
+    dense = proposed(model, VECTORS, fit=True, criterion="linearity")
+    result = proposed(model, VECTORS, fit=True, criterion="linearity", gain="macs")
     assert result.ranks.keys() == {"1", "5"}
     for name, width in (("1", 64), ("5", 16)):
-        fit = result.fits[name]
-        after = {"linear": 8 * 8, "affine": 0}[fit["kind"]] * 64
+        fitted = fits(result)[name]
+        after = {"linear": 8 * 8, "affine": 0}[fitted["kind"]] * 64
         saved = count_macs(nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)), (VECTORS[0],)) - after
-        assert result.ranks[name] == pytest.approx((1 - fit["explained"]) / saved)
-    assert dense.ranks["1"] == pytest.approx(1 - dense.fits["1"]["explained"])
-    by_entropy = ranked(model, VECTORS, collapse="fit", gain="macs")
-    assert {fit["kind"] for fit in by_entropy.fits.values()} == {"linear"}  # entropy would not tell a bad affine
+        assert result.ranks[name] == pytest.approx((1 - fitted["explained"]) / saved)
+    assert dense.ranks["1"] == pytest.approx(1 - fits(dense)["1"]["explained"])
+    by_entropy = proposed(model, VECTORS, fit=True, gain="macs")
+    assert {fit["kind"] for fit in fits(by_entropy).values()} == {"linear"}  # entropy would not tell a bad affine
 
 
 def test_exact_merges_are_priced_as_a_collapse_makes_them():
     torch.manual_seed(0)
     model = randomized(Bottleneck())
-    result = ranked(model, MAPS, gain="macs")
+    result = proposed(model, MAPS, gain="macs")
     entropies = measure_entropy(model, MAPS)
     # 1×1 and 3×3 merge into a 3×3 of twelve channels, which is dearer; so do 3×3 and 1×1
     assert result.ranks == {"act1": math.inf, "act2": math.inf}
     model = mlps()
     entropies = measure_entropy(model, VECTORS)
-    result = ranked(model, VECTORS, gain="macs", candidates="mergeable")
+    result = proposed(model, VECTORS, gain="macs", mergeable_only=True)
     assert result.ranks == pytest.approx(
         {"1": entropies["1"] / ((2 * 8 * 64 - 64) * 64), "5": entropies["5"] / ((2 * 8 * 16 - 64) * 64)}
     )
@@ -180,7 +191,7 @@ def test_what_merges_nothing_saves_no_time():
     head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)]
     model = nn.Sequential(*pair, *head).eval()
     batches = [torch.randn(8, 64, 24, 24)]
-    found = ranked(model, batches, gain="latency", candidates="mergeable")
+    found = proposed(model, batches, gain="latency", mergeable_only=True)
     assert list(found.ranks) == ["6"]
 
 
@@ -189,8 +200,8 @@ def test_a_price_leaves_the_generators_of_a_run_alone():
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     batches = [torch.randn(64, 8)]
     before = torch.get_rng_state()
-    for options in ({"gain": "latency"}, {"gain": "macs", "collapse": "fit"}):
-        assert ranked(model, batches, **options).ranks
+    for options in ({"gain": "latency"}, {"gain": "macs", "fit": True}):
+        assert proposed(model, batches, **options).ranks
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -201,9 +212,9 @@ def test_why_nothing_is_fitted_is_told():
     with torch.no_grad():
         model(torch.randn(32, 12, 8, 8))
     chains.detach()
-    Ranking(collapse="fit").rank(
-        model, dict.fromkeys(isolate_activations(model), 0.5), {}, chains, None, Gains("macs", True)
-    )
+    entropies = dict.fromkeys(isolate_activations(model), 0.5)
+    with pytest.warns(UserWarning, match="No operator can take the place of a chain: .*saves anything"):
+        FitChains().propose(model, ChainEvidence(entropies, {}, None, Gains("macs", True), chains))
     assert "no operator that can move into the first of its chain saves anything" in chains.reasons.values()
 
 
@@ -212,7 +223,8 @@ def test_chains_that_share_an_operator_do_not_go_together():
     model = nn.Sequential(
         *[nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)]
     )
-    fits = {name: fit.to_plain() for name, fit in measure_fits(model, [torch.randn(64, 6)]).items()}
-    assert apart(["3", "1", "5"], fits) == ["3"]
-    assert apart(["1", "3", "5"], fits) == ["1", "5"]
-    assert apart(["1", "3"], {}) == ["1", "3"]
+    proposal = Proposal()
+    for name, chain_fit in measure_fits(model, [torch.randn(64, 6)]).items():
+        proposal.add(FittedOperators([name], {name: chain_fit.to_plain()}), 0.5)
+    assert proposal.apart(["3", "1", "5"]) == ["3"]
+    assert proposal.apart(["1", "3", "5"]) == ["1", "5"]

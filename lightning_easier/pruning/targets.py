@@ -25,22 +25,46 @@ _IMPOSSIBLE = 3.0
 _DOUBT = " (the timings leave it open whether it is that; objective='macs' and `target_depth` go by the work alone)"
 
 
-def check_targets(speedup: float | None, depth: int | None) -> None:
-    """Check the arguments ``target_speedup`` and ``target_depth``.
+@dataclass(frozen=True)
+class Target:
+    """How fast, or how shallow, a network should become; a run or a search is over when it is.
+
+    Args:
+        speedup: How many times faster than the dense network with its batch norms folded, both measured in turn; above
+            1. None for any.
+        depth: The most operators in a row; None for any.
 
     Raises:
-        TypeError: If one is of another type.
-        ValueError: If a speed-up is none, or a depth is below 1.
+        TypeError: If an argument is of another type.
+        ValueError: If a speed-up is none, a depth is below 1, or neither is given.
+    """
+
+    speedup: float | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.speedup is None and self.depth is None:
+            raise ValueError("Expected arguments `speedup` and `depth` of a Target not both to be None")
+        check_target(self.speedup, self.depth)
+
+
+def check_target(speedup: float | None, depth: int | None, prefix: str = "") -> None:
+    """Check a target.
+
+    Args:
+        speedup: As for :class:`Target`.
+        depth: As for :class:`Target`.
+        prefix: What the names of the arguments begin with.
     """
     if speedup is not None:
-        check_positive("target_speedup", speedup)
+        check_positive(f"{prefix}speedup", speedup)
         if speedup <= 1:
             raise ValueError(
-                f"Expected argument `target_speedup` to be above 1, how many times faster than the dense network the "
+                f"Expected argument `{prefix}speedup` to be above 1, how many times faster than the dense network the "
                 f"result is to be, but got {speedup}"
             )
     if depth is not None:
-        check_integer("target_depth", depth, 1)
+        check_integer(f"{prefix}depth", depth, 1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class Look:
     is_impossible: bool
 
 
-class Goal:
+class TargetWatch:
     """Tells whether a model has become as fast, or as shallow, as it should.
 
     What decides is a ratio of times that were measured in turn. When it is worth measuring is estimated, in shares of
@@ -89,8 +113,7 @@ class Goal:
         arguments: Example inputs.
         objective: What a collapse makes least.
         table: Times that were measured already; it tells how long timings may take, too.
-        speedup: How many times faster than the dense network with its batch norms folded; None for any.
-        depth: How many operators at most; None for any.
+        target: What is to be reached; None for nothing.
 
     Raises:
         CollapseError: If the model can't be collapsed.
@@ -102,15 +125,15 @@ class Goal:
         arguments: tuple[Tensor, ...],
         objective: Objective,
         table: LatencyTable,
-        speedup: float | None,
-        depth: int | None,
+        target: Target | None,
     ) -> None:
         self._source = source
         self._arguments = arguments
         self._objective: Objective = objective
         self._table = table
-        self._speedup = speedup
-        self._depth = depth
+        self._target = target
+        speedup = self._speedup = None if target is None else target.speedup
+        self._depth = None if target is None else target.depth
         self._exact = prepare(source, arguments, objective, table)
         self._dense = self._exact.baseline.model
         self._macs = None if speedup is None else counted(count_macs, self._dense, arguments)
@@ -119,18 +142,18 @@ class Goal:
         self._last: tuple[float, float, float] | None = None
 
     @property
-    def is_given(self) -> bool:
+    def has_target(self) -> bool:
         """Whether there is anything to reach."""
-        return self._speedup is not None or self._depth is not None
+        return self._target is not None
 
     def look_if_due(self, model: nn.Module, saved: float) -> Look | None:
-        """Look at a model that may have reached the goal; None for one that can't have, or if there is no goal.
+        """Look at a model that may have reached the target; None for one that can't have, or if there is none.
 
         Args:
             model: The model.
             saved: Of its price, in the unit of the objective; 0 for the model as it was given.
         """
-        if not self.is_given or (saved == 0 and not self._merges_exactly):  # it is the dense network still
+        if not self.has_target or (saved == 0 and not self._merges_exactly):  # it is the dense network still
             return None
         if self._speedup is None:
             prepared = self._prepared(model, saved)
@@ -224,20 +247,14 @@ def _attained(report: CollapseReport, speedup: float | None, depth: int | None) 
 
 
 def attained(
-    network: nn.Module,
-    arguments: tuple[Tensor, ...],
-    speedup: float | None,
-    depth: int | None,
-    objective: Objective,
-    table: LatencyTable,
+    network: nn.Module, arguments: tuple[Tensor, ...], target: Target, objective: Objective, table: LatencyTable
 ) -> Attained:
     """Tell how fast and how shallow a network with linear activations is, and whether that is enough.
 
     Args:
         network: A copy of the network.
         arguments: Example inputs.
-        speedup: How many times faster than the dense network with its batch norms folded; None for any.
-        depth: How many operators at most; None for any.
+        target: What is to be reached.
         objective: What a collapse makes least.
         table: Times that were measured already.
 
@@ -247,4 +264,4 @@ def attained(
     network = network.eval()
     arguments = copies([value.detach() for value in arguments])
     report = collapse(network, arguments, objective=objective, latencies=table).report
-    return _attained(report, speedup, depth)
+    return _attained(report, target.speedup, target.depth)

@@ -1,0 +1,195 @@
+"""Rounds in a Trainer: the loop says what is to be done, and here it is carried out."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_easier.callbacks import files, surgery, telling, wiring
+from lightning_easier.callbacks.recipe import plateaus, put_plateaus, reset_patience
+from lightning_easier.callbacks.run import Run
+from lightning_easier.callbacks.scores import REMOVED_KEY
+from lightning_easier.pruning.loop import (
+    Apply,
+    Ask,
+    Command,
+    CutShort,
+    Decided,
+    Diverged,
+    GoBack,
+    Keep,
+    Stop,
+    Verdict,
+    Wait,
+)
+from lightning_easier.pruning.methods import Proposal
+from lightning_easier.pruning.state import Chosen, Measured
+from lightning_easier.report import Round
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.operations import from_plain
+
+
+def begin_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Carry out what was decided, once, and distil where that is wanted."""
+    if not run.settings.dry_run:
+        carry_out(run, trainer, pl_module, run.loop.epoch_begins())
+    if run.teacher is not None and run.state.removed:
+        path, dense = run.state.path_of(files.round_file(0)), run.state.rounds[:1]
+        use = "checkpoint of the dense round", "be distilled from it"
+        run.teacher.start(
+            pl_module,
+            run.sites(pl_module),
+            run.state.removed,
+            lambda: run.files.find(trainer, path, run.settings.state_key, dense, *use)[1],
+        )
+    elif run.teacher is not None:
+        run.teacher.stop()
+
+
+def end_epoch(
+    run: Run, trainer: Trainer, pl_module: LightningModule, not_called: Sequence[str], ended: int, is_scored: bool
+) -> None:
+    """Count an epoch, and judge and decide if it was the last of its round.
+
+    Args:
+        run: The run.
+        trainer: The Trainer.
+        pl_module: The model.
+        not_called: Activations that were not called in training.
+        ended: How many epochs have ended.
+        is_scored: Whether the score was logged in this one.
+    """
+    is_measured = run.state.validated_this_epoch or not trainer.enable_validation
+    ask = _ask(run, trainer, not_called, is_scored)
+    commands = run.loop.epoch_ended(ended, is_scored=is_scored, is_measured=is_measured, ask=ask)
+    carry_out(run, trainer, pl_module, commands)
+
+
+def conclude(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Leave a model that was judged; a second call does nothing."""
+    if len(run.state.rounds) > 1 and run.state.rounds[-1].accepted is None:
+        run.note_score(trainer)
+    carry_out(run, trainer, pl_module, run.loop.run_ended(_ask(run, trainer)))
+
+
+def _ask(run: Run, trainer: Trainer, not_called: Sequence[str] = (), is_scored: bool = True) -> Ask:
+    """Have the loop ask all processes, which may hold values of their own: rank 0 decides."""
+    return Ask(
+        lambda: trainer.strategy.broadcast(run.state.score if is_scored else None),
+        lambda measured: choose(run, trainer, measured, not_called),
+    )
+
+
+def carry_out(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Iterable[Command]) -> None:
+    """Do what the loop says, in its order."""
+    dry_run = run.settings.dry_run
+    for command in commands:
+        match command:
+            case Verdict(number):
+                telling.tell_verdict(run, trainer, pl_module, number)
+            case CutShort(number):
+                rank_zero_warn(telling.cut_short(run, number))
+            case Wait(number):
+                rank_zero_warn(telling.waiting(run, number))
+            case Decided(chosen) if dry_run:
+                list_candidates(run, pl_module, chosen)
+                trainer.should_stop = True
+            case Stop(why):
+                trainer.should_stop = True
+                if why is not None and not dry_run:
+                    rank_zero_info(f"{len(run.state.removed)} activations are linear and {why}: pruning is over.")
+            case Keep() if not dry_run:
+                keep(run, trainer)
+            case GoBack():
+                _go_back(run, trainer, pl_module)
+            case Apply(chosen):
+                _apply(run, trainer, pl_module, chosen)
+            case Diverged(score):
+                raise ValueError(telling.diverged(run, trainer, score))
+
+
+def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Chosen | None:
+    """Choose from what was proposed; None if nothing is left. Some activations were not called in training."""
+    proposal, state, rules = measured.proposal or Proposal(), run.state, run.settings.rules
+    eligible = proposal.eligible(run.candidates or (), state.rejected)
+    unused = [  # by no process
+        name
+        for name in eligible
+        if trainer.strategy.reduce_boolean_decision(any(n in not_called for n in proposal.linear(name)), all=True)
+    ]
+    if unused:
+        rank_zero_warn(
+            f"Training does not call {unused}, which validation calls: they are left alone. Does `training_step` call "
+            f"other methods than the model's forward?"
+        )
+        eligible = {name: rank for name, rank in eligible.items() if name not in unused}
+    count = rules.how_many(len(state.removed), len(eligible))
+    names = list(dict.fromkeys(run.settings.method.select(eligible, count)))[:count] if count > 0 else []
+    names = trainer.strategy.broadcast(names)
+    if not set(names) <= set(eligible):
+        raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
+    names = proposal.apart(names)
+    if not names:
+        return None
+    entropies = measured.entropies or {}
+    operations = [proposal.operations[name] for name in names]
+    return Chosen(names, {name: entropies[name] for name in names if name in entropies}, operations)
+
+
+def list_candidates(run: Run, pl_module: LightningModule, chosen: Chosen | None) -> None:
+    """Say what would be done."""
+    entropies = run.entropies or run.state.snapshot.measured.entropies
+    run.listed = run.settings.method.list_candidates(pl_module, entropies)
+    names = "nothing" if chosen is None else ", ".join(f"`{name}`" for name in chosen.names)
+    rank_zero_info(f"{run.listed}\nDry run: {names} would be removed next. The model was not changed.")
+
+
+def _apply(run: Run, trainer: Trainer, pl_module: LightningModule, chosen: Chosen) -> None:
+    """Carry out operations: a round begins."""
+    state = run.state
+    before = state.kept[-1].score_after
+    state.snapshot = replace(state.snapshot, plateaus=plateaus(trainer))
+    operations = [from_plain(plain) for plain in chosen.operations]
+    linear = [name for operation in operations for name in operation.names]
+    changes_parameters = any(operation.changes_parameters for operation in operations)
+    wiring.check_optimizers_let_parameters_change(trainer, pl_module, linear, changes_parameters)
+    notes, dropped, joined = surgery.carry_out(trainer, pl_module, operations)
+    assert run.recipe is not None
+    run.recipe.restart(trainer, run.settings.rules.rounds.restart)
+    reset_patience(trainer)
+    epoch = trainer.current_epoch
+    run.loop.applied(Round(linear, chosen.entropies, before, None, None, epoch, chosen.names, notes))
+    state.operations, state.dropped = chosen.operations, dropped
+    state.joined += joined
+    run.scores.forget(trainer)
+    run.scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
+
+
+def keep(run: Run, trainer: Trainer) -> None:
+    """Save the state of a round that was kept on disk, where it costs no device memory.
+
+    Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
+    """
+    state = run.state
+    file, scores = files.round_file(len(state.rounds) - 1), run.scores.all(trainer)
+    with state.told(snapshot=replace(state.snapshot, file=file, scores=scores)):
+        assert run.last_good is not None
+        run.files.save(trainer, run.last_good)
+
+
+def _go_back(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Bring back structure, weights, optimizers and schedulers of the last good round."""
+    state = run.state
+    path, checkpoint = run.files.find(trainer, run.last_good, run.settings.state_key, state.kept)
+    operations = [from_plain(plain) for plain in state.operations]
+    surgery.go_back(trainer, pl_module, operations, state.dropped, path, checkpoint, run.files.load)
+    surgery.check_is_linear(pl_module, state.removed)
+    put_plateaus(trainer, state.snapshot.plateaus)
+    run.measurement.structure_changed()
+    run.loop.went_back()
+    run.scores.forget(trainer)
+    run.scores.put(trainer, state.snapshot.scores)
+    for logger in trainer.loggers:
+        logger.log_metrics({REMOVED_KEY: float(len(stand_ins(pl_module)))}, trainer.global_step)
+    rank_zero_info(f"Went back to the last good model, {path}, with {len(state.removed)} linear activations.")

@@ -1,0 +1,141 @@
+"""What the parts of the callback share: what the user has asked for, where the run stands, and who does what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_easier.callbacks.distillation import DenseTeacher, Distillation
+from lightning_easier.callbacks.files import Files, RunFiles
+from lightning_easier.callbacks.measuring import Measurement
+from lightning_easier.callbacks.recipe import InitialRecipe
+from lightning_easier.callbacks.scores import LoggedScores
+from lightning_easier.callbacks.targets import TargetCheck
+from lightning_easier.pruning.loop import PruningLoop
+from lightning_easier.pruning.methods import Measuring, Method, Proposal
+from lightning_easier.pruning.rules import Rules
+from lightning_easier.pruning.state import RunState
+from lightning_easier.pruning.targets import Target
+from lightning_easier.report import CandidateReport, PruningReport
+from lightning_easier.report.dashboard import Dashboard
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.hooks import Remembered, Undone
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user has asked for; see :class:`~lightning_easier.PruningCallback`.
+
+    Attributes:
+        state_key: Under which the callback's state is in a checkpoint.
+    """
+
+    monitor: str
+    rules: Rules
+    method: Method
+    include: list[str] | None
+    exclude: list[str] | None
+    measuring: Measuring
+    target: Target | None
+    distillation: Distillation | None
+    files: Files
+    dry_run: bool
+    state_key: str
+
+
+class Run:
+    """One run, and what is left of the last one.
+
+    Args:
+        settings: What the user has asked for.
+
+    Attributes:
+        settings: The same.
+        loop: Judges and decides; its state is what a checkpoint carries.
+        is_taken_up: Whether the state is that of a checkpoint.
+        of_trainer: The Trainer that the state is of.
+        candidates: The activations that may become linear; None while they were not looked for.
+        entropies: As measured last, whatever was validated; None before.
+        proposal: What the method would do by that.
+        listed: What a dry run has listed.
+        is_active: Whether anything is done; not in a ``fast_dev_run``.
+        stage: Of the Trainer, while it runs.
+        around: Undoes what was put around the objects of the user.
+        measurement: Owns the hooks.
+        teacher: Distils, if that is asked for.
+        target: Asks whether the target is reached, if there is one.
+        dashboard: Writes to TensorBoard.
+        recipe: Optimizers and schedules as they began.
+        scores: What was logged.
+        files: The checkpoints.
+        resumed_inside: The epoch that a checkpoint was saved in the middle of.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.loop = PruningLoop(settings.rules, settings.monitor)
+        self.is_taken_up = False
+        self.of_trainer = Remembered[Trainer]()
+        self.candidates: list[str] | None = None
+        self.entropies: dict[str, float] | None = None
+        self.proposal = Proposal()
+        self.listed: CandidateReport | None = None
+        self.is_active = False
+        self.stage: str | None = None
+        self.around = Undone()
+        self.measurement = Measurement(settings.method, settings.measuring, settings.exclude or ())
+        self.teacher = None if settings.distillation is None else DenseTeacher(settings.distillation)
+        self.target = None if settings.target is None else TargetCheck(settings.target, settings.method.objective)
+        self.dashboard: Dashboard | None = None
+        self.recipe: InitialRecipe | None = None
+        self.scores = LoggedScores()
+        self.files = RunFiles()
+        self.resumed_inside = -1
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands."""
+        return self.loop.state
+
+    @property
+    def report(self) -> PruningReport:
+        """What the run did."""
+        return PruningReport(self.settings.monitor, list(self.state.rounds))
+
+    @property
+    def last_good(self) -> Path | None:
+        """Checkpoint of the last round that was kept; None before the first was judged."""
+        return self.state.path_of(self.state.snapshot.file)
+
+    @property
+    def best_checkpoints(self) -> dict[int, Path]:
+        """Number of linear activations -> checkpoint with the best score."""
+        paths = {number: self.state.path_of(best.file) for number, best in self.state.best.items()}
+        return {int(number): path for number, path in paths.items() if path is not None}
+
+    def begin_anew(self, trainer: Trainer) -> None:
+        """Forget the last run, for one of a Trainer."""
+        self.loop = PruningLoop(self.settings.rules, self.settings.monitor)
+        self.is_taken_up = False
+        self.of_trainer = Remembered(trainer)
+        self.files.release()
+        self.files = RunFiles()
+
+    def note_score(self, trainer: Trainer) -> None:
+        """Take note of the score, if it was logged for the structure as it is."""
+        score = self.scores.get(trainer, self.settings.monitor)
+        if score is not None:
+            self.state.score = score
+
+    def is_seen(self, trainer: Trainer) -> bool:
+        """Tell whether a validation counts; the sanity check before training does not."""
+        return self.is_active and not trainer.sanity_checking
+
+    def may_decide(self, trainer: Trainer) -> bool:
+        """Tell whether a decision may follow the validation that goes on."""
+        return self.loop.may_decide if trainer.state.fn == TrainerFn.FITTING else self.settings.dry_run
+
+    def sites(self, pl_module: LightningModule) -> list[str]:
+        """Return the names of all activations, those that are linear among them."""
+        return list(dict.fromkeys([*(self.candidates or ()), *stand_ins(pl_module)]))

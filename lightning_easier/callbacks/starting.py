@@ -1,0 +1,74 @@
+"""The start of a run: its activations are found, and what it needs around the user's objects is put there."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_easier.callbacks import optimizers, surgery, wiring
+from lightning_easier.callbacks.recipe import InitialRecipe
+from lightning_easier.callbacks.run import Run
+from lightning_easier.structure.checkpoint import restructure_on_load
+from lightning_easier.structure.linearize import stand_ins
+
+
+def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    """Isolate the activations before weights are loaded and the strategy wraps the model."""
+    run.is_active = not trainer.fast_dev_run  # type: ignore[attr-defined]
+    run.around.close()  # what a setup that failed has left
+    run.candidates = run.entropies = run.listed = None
+    stop_measuring(run)
+    run.measurement.structure_changed()
+    run.stage = stage
+    if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or not run.of_trainer.is_(trainer)):
+        run.begin_anew(trainer)  # else a Trainer goes on
+    for undo in (run.files.release, run.scores.release, run.measurement.detach):
+        run.around.callback(undo)
+    if run.teacher is not None:
+        run.around.callback(run.teacher.stop)
+    # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
+    if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+        discover(run, trainer, pl_module)
+    run.around.callback(restructure_on_load(pl_module).remove)
+    run.around.callback(run.files.stop_watching_loading, trainer)
+    run.files.watch_loading(trainer, pl_module)
+    if stage == TrainerFn.FITTING:
+        run.around.callback(optimizers.stop_building_as_the_first, pl_module)
+        optimizers.build_as_the_first(pl_module, lambda: run.state.linear_by_now, lambda: run.state.joined)
+
+
+def begin_fit(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
+    if run.candidates is None:
+        discover(run, trainer, pl_module)
+    optimizers.stop_building_as_the_first(pl_module)
+    wiring.check_optimizers(trainer)
+    if run.teacher is not None:
+        run.teacher.check(trainer, pl_module)
+    run.recipe = InitialRecipe(trainer)
+    wiring.forget_compiled_code(pl_module)
+
+
+def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Find and isolate the activations; check globs and wiring before anything is changed."""
+    settings, method = run.settings, run.settings.method
+    found, axes = method.removable(pl_module), settings.measuring.axes
+    known = [*found, *stand_ins(pl_module)]
+    chosen = wiring.check_names(type(pl_module).__name__, known, settings.include, settings.exclude, axes)
+    is_fitting = trainer.state.fn == TrainerFn.FITTING
+    if is_fitting:
+        live = {name: found[name] for name in chosen if name in found}
+        wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath)
+        wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
+        if settings.target is not None or method.looks_at_operators:
+            wiring.check_network_can_be_priced(trainer, settings.target is not None)
+    run.candidates = chosen
+    if run.is_active:
+        run.measurement.look(pl_module)
+        if is_fitting:
+            surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in found])
+
+
+def stop_measuring(run: Run) -> None:
+    """Take all hooks away; what was counted is lost."""
+    run.measurement.stop()
+    run.measurement.stop_watching()

@@ -1,0 +1,7 @@
+"""What may be done to a model, and in which order: each method is a frozen config that a user writes."""
+
+from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Proposal, Worker
+from lightning_easier.pruning.methods.fit import FitChains
+from lightning_easier.pruning.methods.linearize import Linearize, Order
+
+__all__ = ["Evidence", "FitChains", "Linearize", "Measuring", "Method", "Order", "Proposal", "Worker"]

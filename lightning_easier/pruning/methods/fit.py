@@ -1,0 +1,226 @@
+"""One cheaper operator, fitted to what a chain of operators computes, takes the place of the chain at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_easier.collapsing.algebra.least_squares import Fit
+from lightning_easier.collapsing.fit.chain_fits import ChainProbe
+from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.pruning.gains import Gain
+from lightning_easier.pruning.methods.base import Measuring, Proposal, Worker
+from lightning_easier.pruning.methods.linearize import LinearEvidence, Linearize, LinearWorker, Option
+from lightning_easier.structure.operations import FittedOperators, from_plain
+from lightning_easier.support.calibration import tell, tell_left_out
+
+# Bodies of bottlenecks and inverted residuals have two.
+ACTIVATIONS_IN_A_CHAIN = 2
+# An operator that explains so much less of the variance than the best one does not stand for the chain.
+_SLACK = 0.02
+
+
+@dataclass(frozen=True)
+class ChainEvidence(LinearEvidence):
+    """What was measured of a model, besides the entropies.
+
+    Attributes:
+        chains: What was summed up of the chains around the activations; None if nothing was.
+    """
+
+    chains: ChainProbe | None
+
+
+@dataclass(frozen=True)
+class FitChains(Linearize):
+    """Put one cheaper operator in the place of the chain around an activation, fitted to what the chain computes.
+
+    It moves into the first operator of the chain, whose parameters stay the same objects; what comes after it becomes
+    identities, and a batch norm after the chain stays and, where it has a scale and an offset, is adjusted. Two
+    activations in a row, as in the bodies of bottlenecks and inverted residuals, go as one where the first alone saves
+    nothing. Chains are measured in the last validation of a round.
+
+    Args:
+        stand_in: What takes the place of an activation that lies in no such chain.
+        trainable: As for :class:`Linearize`.
+        shift_padding: As for :class:`Linearize`, where there is no chain.
+        gates: As for :class:`Linearize`.
+        order: Which goes first.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value that is not supported, or does not go with another.
+    """
+
+    @property
+    def needs_eval_mode(self) -> bool:
+        """Yes: what is fitted has to compute what the chain computes in eval mode."""
+        return True
+
+    def worker(self, measuring: Measuring) -> Worker:
+        """Return who measures for it in a run."""
+        return ChainWorker(self, measuring)
+
+    @property
+    def prices_by(self) -> Gain:
+        """What savings are measured in; a fitted operator has to save something in any case."""
+        return self.order.gain or "macs"
+
+    @property
+    def is_cheap(self) -> bool:
+        """No: chains are measured."""
+        return False
+
+    @property
+    def needs_whole_parameters(self) -> tuple[str, str] | None:
+        """Fitted operators do."""
+        if self.trainable:
+            return super().needs_whole_parameters
+        return "fit operators", "Pass method=Linearize(), or fit a gathered model with `compress`"
+
+    def propose(self, model: nn.Module, evidence: LinearEvidence) -> Proposal:
+        """Rank the activations; tell why no chain has an operator, if none has."""
+        proposal = super().propose(model, evidence)
+        assert isinstance(evidence, ChainEvidence)
+        if evidence.chains is not None and not self._fitted(proposal):
+            reasons = {name: why for name, why in evidence.chains.reasons.items() if name in evidence.entropies}
+            if reasons:
+                tell(f"No operator can take the place of a chain: {reasons}")
+        return proposal
+
+    def options(self, model: nn.Module, evidence: LinearEvidence) -> dict[str, Option]:
+        """Return how each activation may be removed."""
+        assert isinstance(evidence, ChainEvidence)
+        fitted = self._chains(evidence) if evidence.chains is not None else {}
+        if self.order.mergeable_only:  # what merges is in a chain
+            return fitted
+        return fitted | self.stand_ins(model, evidence, [name for name in evidence.entropies if name not in fitted])
+
+    def _chains(self, evidence: ChainEvidence) -> dict[str, Option]:
+        """Return the best way to put one operator in the place of a chain that begins with each activation.
+
+        What goes with a second activation in a row does so where the first alone saves nothing, or, by linearity, where
+        that costs less for what it saves.
+        """
+        chains, gains, entropies = evidence.chains, evidence.gains, evidence.entropies
+        assert chains is not None
+        assert gains is not None
+        options: dict[str, Option] = {}
+        for chain, fitted, shape in chains.fitted():  # the shorter ones first
+            name = chain.sites[0]
+            if not {*chain.sites} <= entropies.keys() or shape is None:
+                continue
+            ways = []
+            cost = sum(entropies[site] for site in chain.sites)
+            for choice in chains.price(chain, fitted, shape, gains.prices):
+                moved = chains.chain_fit(chain, choice.fit)
+                if moved is not None and choice.saving > 0:
+                    operation = FittedOperators([name], {name: moved.to_plain()})
+                    ways.append((choice, Option(operation, self._cost_of(cost, choice.fit), choice.saving)))
+            best = self._best(ways)
+            if best is None:
+                reason = "no operator that can move into the first of its chain saves anything"
+                chains.reasons.setdefault(name, reason)
+            elif name not in options or (self._weighs_savings and best.rank < options[name].rank):
+                options[name] = best
+        for name in options:
+            chains.reasons.pop(name, None)
+        return options
+
+    @property
+    def _weighs_savings(self) -> bool:
+        """Whether options for one activation are compared by their cost for what they save."""
+        return self.order.criterion == "linearity" and self.order.gain is not None
+
+    def _cost_of(self, entropy: float, fit: Fit) -> float:
+        return entropy if self.order.criterion == "entropy" else 1.0 - fit.explained
+
+    def _best(self, ways: Sequence[tuple[PricedFit, Option]]) -> Option | None:
+        """Choose among the operators for one chain that save something; None if none stands for it.
+
+        Entropy does not tell how well an operator represents a chain, and without a gain nothing weighs that against
+        what it saves: the cheapest is taken of those that represent it nearly as well as the best.
+        """
+        if self._weighs_savings:
+            return min((option for _, option in ways), key=lambda option: option.rank, default=None)
+        good = [option for choice, option in ways if choice.shortfall <= _SLACK]
+        return max(good, key=lambda option: option.gain, default=None)
+
+    def _does(self, device: str) -> str:
+        """Say what a removal that is of use does."""
+        if self.order.gain is not None:
+            return super()._does(device)
+        return "let one fitted operator that saves multiply-accumulates take the place of a chain"
+
+    def _useful(self, model: nn.Module, proposal: Proposal) -> tuple[set[str], set[str]]:
+        """Tell which removals are of use."""
+        useful = {part for each in self._fitted(proposal) for part in each.parts}
+        if self.order.gain is not None:
+            useful |= super()._useful(model, proposal)[0]
+        return useful, set()
+
+    @staticmethod
+    def _fitted(proposal: Proposal) -> list[FittedOperators]:
+        operations = (plain for plain in proposal.operations.values() if plain["kind"] == FittedOperators.kind)
+        return [made for plain in operations if isinstance(made := from_plain(plain), FittedOperators)]
+
+
+class ChainWorker(LinearWorker):
+    """Measures what the chains around activations compute, too.
+
+    Args:
+        method: The method.
+        measuring: What is measured on.
+    """
+
+    method: FitChains
+
+    def __init__(self, method: FitChains, measuring: Measuring) -> None:
+        super().__init__(method, measuring)
+        self.chains: ChainProbe | None = None
+        self._has_told_left_out = False  # that samples were left out of what was measured last
+
+    def follow(self, model: nn.Module, names: Sequence[str], batches: int) -> None:
+        """Sum up what the chains around activations read and compute."""
+        self.chains = ChainProbe(model, names, batches, ACTIVATIONS_IN_A_CHAIN)
+        self.chains.attach()
+        super().follow(model, names, batches)
+
+    def pause(self, paused: bool) -> None:
+        """Leave what runs now out of the counts, or count again."""
+        super().pause(paused)
+        if self.chains is not None:
+            self.chains.paused = paused
+
+    def take(self, probe: EntropyProbe) -> None:
+        """Take note of what was counted."""
+        super().take(probe)
+        self._has_told_left_out = probe.has_left_out
+
+    def reduce(self) -> None:
+        """Sum up over all processes what the chains have computed."""
+        if self.chains is not None:
+            self.chains.reduce()
+
+    def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
+        """Have the method propose by what was measured last."""
+        entropies = self._among(names)
+        evidence = ChainEvidence(entropies, self.affines, self.shapes, self.gains, self.chains)
+        proposal = self.method.propose(model, evidence)
+        if self.chains is not None and not self._has_told_left_out:
+            tell_left_out(*self.chains.left_out, "what fitted operators are fitted to")
+        return proposal
+
+    def detach(self) -> None:
+        """Take all hooks away; what was counted stays."""
+        super().detach()
+        if self.chains is not None:
+            self.chains.detach()
+
+    def forget(self) -> None:
+        """Forget the chains."""
+        if self.chains is not None:
+            self.chains.detach()
+        self.chains = None
+        super().forget()

@@ -1,0 +1,315 @@
+"""EASIER: the activation that matters least becomes linear.
+
+Each gets a rank, the lowest goes first. By default that is its entropy; a criterion tells how much a removal changes, a
+gain what it saves, and the rank is the one per the other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.pruning.candidates import candidates
+from lightning_easier.pruning.gains import GAINS, Gain, Gains, ShapeProbe
+from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Outlook, Proposal, Worker
+from lightning_easier.report import CandidateReport
+from lightning_easier.sites.activations import unwrap
+from lightning_easier.sites.discovery import Discovery
+from lightning_easier.sites.rectifiers import as_gates
+from lightning_easier.structure.operations import Affines, Identities, Operation
+from lightning_easier.structure.stand_in import STAND_INS
+from lightning_easier.support.arguments import check_bool, check_choice
+from lightning_easier.support.inference import evaluation_mode
+
+Criterion = Literal["entropy", "linearity"]
+CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
+# So many names are read in one line.
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order activations become linear.
+
+    Args:
+        criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
+            variance that the best linear operator does not explain: of a chain where one takes its place, else that of
+            the activation, by the affine for each channel.
+        gain: Rank by the criterion per second (``"latency"``, measured on rank 0's device) or per multiply-accumulate
+            (``"macs"``) that the removal saves; what saves nothing goes last. By the criterion alone by default.
+        mergeable_only: Whether to leave out activations whose removal merges nothing, and with a ``gain`` those whose
+            removal saves nothing.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value that is not supported.
+    """
+
+    criterion: Criterion = "entropy"
+    gain: Gain | None = None
+    mergeable_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+        if self.gain is not None:
+            check_choice("gain", self.gain, GAINS)
+        check_bool("mergeable_only", self.mergeable_only)
+
+
+class Option(NamedTuple):
+    """One way to remove an activation.
+
+    Attributes:
+        operation: What does it.
+        cost: How much it changes.
+        gain: What it saves.
+    """
+
+    operation: Operation
+    cost: float
+    gain: float
+
+    @property
+    def rank(self) -> float:
+        """The cost for what is saved."""
+        return self.cost / self.gain if self.gain > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class LinearEvidence(Evidence):
+    """What was measured of a model, besides the entropies.
+
+    Attributes:
+        affines: Name -> the affine that comes closest, as plain data, if it is needed.
+        shapes: The shapes of what the operators around the activations read, if they are needed.
+        gains: Tells what is saved; None where nothing is priced.
+    """
+
+    affines: Mapping[str, Mapping[str, Any]]
+    shapes: ShapeProbe | None
+    gains: Gains | None
+
+
+@dataclass(frozen=True)
+class Linearize(Method):
+    """Make the activation that matters least linear (EASIER).
+
+    Args:
+        stand_in: What takes the place of an activation: the identity (EASIER), or the affine that comes closest to it,
+            a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, and
+            keeps more of the accuracy.
+        trainable: Whether scales and offsets of affines are trained. They join the parameter group of what is trained
+            right before them in the model, the batch norm or the operator in front.
+        shift_padding: Whether the padding of a convolution after a removed activation moves to the one before it, where
+            the two would meet: training goes on with the very function that a collapse merges exactly. See
+            :func:`~lightning_easier.linearize`.
+        gates: Whether activations that bound their output (sigmoid, tanh, ...) may become linear too: all, or those
+            named, see :func:`~lightning_easier.isolate_activations`.
+        order: Which goes first.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value that is not supported, or does not go with another.
+
+    Source: EASIER, arXiv 2404.18949.
+    """
+
+    stand_in: Literal["identity", "affine"] = "identity"
+    trainable: bool = False
+    shift_padding: bool = True
+    gates: bool | list[str] = False
+    order: Order = Order()
+
+    def __post_init__(self) -> None:
+        check_choice("stand_in", self.stand_in, STAND_INS)
+        check_bool("trainable", self.trainable)
+        check_bool("shift_padding", self.shift_padding)
+        as_gates(self.gates)
+        if not isinstance(self.order, Order):
+            raise TypeError(f"Expected argument `order` to be an Order, but got {self.order!r}")
+        if self.trainable and self.stand_in == "identity":
+            raise ValueError(
+                f"Expected argument `trainable` to be False with stand_in={self.stand_in!r}, but got "
+                f"{self.trainable}: an identity has nothing to train. Pass stand_in='affine'."
+            )
+
+    def worker(self, measuring: Measuring) -> Worker:
+        """Return who measures for it in a run."""
+        return LinearWorker(self, measuring)
+
+    @property
+    def kinds_of_gates(self) -> list[str]:
+        """Which bounded activations count."""
+        return sorted(as_gates(self.gates))
+
+    @property
+    def prices_by(self) -> Gain | None:
+        """What savings are measured in; None where none are."""
+        return self.order.gain
+
+    @property
+    def objective(self) -> Gain:
+        """What the network is collapsed for when it is asked whether it has reached a target."""
+        return self.order.gain or "latency"
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether nothing has to be measured or looked at besides what is measured anyway."""
+        return self.order.gain is None and not self.order.mergeable_only
+
+    @property
+    def needs_affines(self) -> bool:
+        """Whether the affine that comes closest to each activation has to be measured."""
+        return self.stand_in == "affine" or self.order.criterion == "linearity"
+
+    @property
+    def needs_whole_parameters(self) -> tuple[str, str] | None:
+        """Trained affines do."""
+        return ("train affines", "Pass trainable=False") if self.trainable else None
+
+    def propose(self, model: nn.Module, evidence: LinearEvidence) -> Proposal:
+        """Rank the activations."""
+        options = self.options(model, evidence)
+        weighs = self.order.gain is not None
+        proposal = Proposal()
+        for name in evidence.entropies:
+            option = options.get(name)
+            if option is None or (self.order.mergeable_only and weighs and option.gain <= 0):
+                continue
+            proposal.add(option.operation, option.rank if weighs else option.cost)
+        return proposal
+
+    def options(self, model: nn.Module, evidence: LinearEvidence) -> dict[str, Option]:
+        """Return how each activation may be removed."""
+        return self.stand_ins(model, evidence, list(evidence.entropies))
+
+    def stand_ins(self, model: nn.Module, evidence: LinearEvidence, names: Sequence[str]) -> dict[str, Option]:
+        """Return how some activations may be removed by putting something in their places."""
+        if self.needs_affines:  # one that would not be finite is not there
+            names = [name for name in names if name in evidence.affines]
+        if self.order.mergeable_only:
+            found = self.list_candidates(model, None).candidates
+            mergeable = {each.name for each in found if each.merges}
+            names = [name for name in names if name in mergeable]
+        return {
+            name: Option(
+                self._operation(name, evidence), self._cost(name, evidence), self._saved(model, name, evidence)
+            )
+            for name in names
+        }
+
+    def _operation(self, name: str, evidence: LinearEvidence) -> Operation:
+        if self.stand_in == "affine":
+            return Affines([name], {name: dict(evidence.affines[name])}, self.shift_padding, self.trainable)
+        return Identities([name], shift_padding=self.shift_padding)
+
+    def _cost(self, name: str, evidence: LinearEvidence) -> float:
+        by_entropy = self.order.criterion == "entropy"
+        return evidence.entropies[name] if by_entropy else 1.0 - float(evidence.affines[name]["explained"])
+
+    def _saved(self, model: nn.Module, name: str, evidence: LinearEvidence) -> float:
+        """Return what is saved if an activation becomes linear and an exact collapse follows."""
+        shapes, gains = evidence.shapes, evidence.gains
+        if gains is None or shapes is None or name not in shapes.meetings or name not in shapes.shapes:
+            return 0.0
+        return gains.of_merge(shapes.meetings[name], model.get_submodule(name), shapes.shapes[name])
+
+    def list_candidates(self, model: nn.Module, entropies: Mapping[str, float] | None) -> CandidateReport:
+        """List what may be removed."""
+        return candidates(model, entropies, gates=self.gates, shift_padding=self.shift_padding)
+
+    def outlook(self, model: nn.Module, proposal: Proposal, names: Sequence[str], device: str) -> Outlook:
+        """Say how many removals would save something, and which option leaves out the others."""
+        useful, unknown = self._useful(model, proposal)
+        useful, unknown = useful & {*names}, (unknown - useful) & {*names}
+        idle = [name for name in names if name not in useful | unknown]
+        words = f"Of {len(names)} activations that may become linear, {len(useful)} would, each alone, "
+        words += f"{self._does(device)}."
+        if unknown:
+            words += f" Of {_listed([n for n in names if n in unknown])} that can't be told: their forward can't be"
+            words += f" traced.{' They are left out.' if self.order.mergeable_only else ''}"
+        if idle and self.order.mergeable_only:
+            words += f" The others are left out: {_listed(idle)}."
+        elif idle:
+            words += (
+                f" The others would not, and fewer layers are not less time: {_listed(idle)}. Pass "
+                f"Order(mergeable_only=True) to leave them out."
+            )
+        if self.order.gain is None:
+            words += (
+                " Whether that saves time was not measured: pass Order(gain='latency') to go by what each removal "
+                "saves."
+            )
+        return Outlook(words, bool(useful or unknown))
+
+    def _does(self, device: str) -> str:
+        """Say what a removal that is of use does."""
+        if self.order.gain is None:
+            return "let a collapse merge something"
+        return f"save {f'time on {device}' if self.order.gain == 'latency' else 'multiply-accumulates'}"
+
+    def _useful(self, model: nn.Module, proposal: Proposal) -> tuple[set[str], set[str]]:
+        """Tell which removals are of use, and of which that is not known; nothing is timed for it."""
+        if self.order.gain is not None:
+            return {name for name, rank in proposal.ranks.items() if rank < math.inf}, set()
+        useful = {each.name for each in self.list_candidates(model, None).candidates if each.merges}
+        with evaluation_mode(model):
+            return useful, {*Discovery(as_gates(self.gates)).plan(unwrap(model)).inside}
+
+
+class LinearWorker(Worker):
+    """Measures entropies, affines, and the shapes by which removals are priced.
+
+    Args:
+        method: The method.
+        measuring: What is measured on.
+    """
+
+    method: Linearize
+
+    def __init__(self, method: Linearize, measuring: Measuring) -> None:
+        super().__init__(method, measuring, affines=method.needs_affines)
+        self.gains = None if method.prices_by is None else Gains(method.prices_by, method.shift_padding)
+        self.affines: dict[str, dict[str, Any]] = {}
+        self.shapes: ShapeProbe | None = None
+
+    def follow(self, model: nn.Module, names: Sequence[str], batches: int) -> None:
+        """Note the shapes by which removals are priced."""
+        if self.method.order.gain is not None:
+            self.shapes = ShapeProbe(model, names)
+            self.shapes.attach()
+
+    def finish(self, known: Any = None) -> dict[str, float]:
+        """Stop counting and return the entropies."""
+        self.affines = {}
+        return super().finish(known)
+
+    def take(self, probe: EntropyProbe) -> None:
+        """Take note of affines and entropies."""
+        if self.method.needs_affines:
+            self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
+        super().take(probe)
+
+    def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
+        """Have the method propose by what was measured last."""
+        return self.method.propose(model, LinearEvidence(self._among(names), self.affines, self.shapes, self.gains))
+
+    def detach(self) -> None:
+        """Take all hooks away; what was counted stays."""
+        super().detach()
+        if self.shapes is not None:
+            self.shapes.detach()
+
+    def forget(self) -> None:
+        """Forget the shapes."""
+        if self.shapes is not None:
+            self.shapes.detach()
+        self.shapes = None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"`{name}`" for name in names[:_LISTED]) + more
