@@ -13,16 +13,18 @@ from lightning_easier.pruning.rules import Rounds
 from lightning_easier.pruning.targets import Target
 from lightning_easier.report import CandidateReport, CollapseReport, CompressReport, ExportReport, PruningReport
 from lightning_easier.sites.activations import isolate_activations
-from lightning_easier.structure.checkpoint import expect_pruned, load_pruned
+from lightning_easier.structure.checkpoint import load_pruned, restore_structure_on_load
 from lightning_easier.structure.linearize import linearize, restore
+from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EntropyPruningCallback", "PruningCallback",
-    "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files", "Method", "Proposal",
+    "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
+    "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators",
     "measure_entropy", "measure_affines", "measure_fits", "ActivationEntropy", "activation_entropy", "EntropyProbe",
-    "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "expect_pruned",
+    "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",
     "export", "ExportError",

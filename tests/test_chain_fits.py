@@ -9,12 +9,12 @@ from torch import nn
 from lightning_easier import (
     collapse,
     compress,
-    expect_pruned,
     isolate_activations,
     linearize,
     load_pruned,
     measure_fits,
     restore,
+    restore_structure_on_load,
 )
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.fit import chain_fits
@@ -145,7 +145,7 @@ def test_fits_build_on_fits_and_are_taken_back_in_the_opposite_order():
     both = model(batches[0])
     # weights go where they belong though the state dict names the later one first
     fresh = Plain().double().eval()
-    expect_pruned(fresh).load_state_dict(model.state_dict())
+    restore_structure_on_load(fresh).load_state_dict(model.state_dict())
     assert torch.equal(fresh(batches[0]), both)
     with pytest.raises(ValueError, match="`names` to hold '1' besides '3'"):
         restore(model, ["3"])
@@ -299,7 +299,7 @@ def test_names_with_slashes_and_operators_called_by_keyword():
     batches = [torch.randn(64, 8) for _ in range(4)]
     linearize(model, ["act"], stand_in="fitted", statistics=measure_fits(model, batches))
     assert model.parts["a/b"].weight.shape == (8, 8)
-    fresh = expect_pruned(ByKeyword()).eval()
+    fresh = restore_structure_on_load(ByKeyword()).eval()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(batches[0]), model(batches[0]))
     assert compress(ByKeyword().eval(), batches, objective="macs").report.trials

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 import lightning_easier
-from lightning_easier import expect_pruned, linearize, load_pruned
+from lightning_easier import linearize, load_pruned, restore_structure_on_load
 from lightning_easier.cli import read_pruning_report
 from lightning_easier.structure.checkpoint import restructure_on_load
 from lightning_easier.structure.linearize import stand_ins
@@ -72,7 +72,7 @@ def test_whoever_loads_a_pruned_checkpoint_as_any_other_is_told_what_to_call(pru
                  lambda: Net(5).load_state_dict(pruned.state_dict())):  # fmt: skip
         with pytest.raises(RuntimeError, match="Unexpected key") as caught:
             load()
-        for name in ("lightning_easier", "load_pruned", "expect_pruned"):
+        for name in ("lightning_easier", "load_pruned", "restore_structure_on_load"):
             assert name in str(caught.value)
             assert name == "lightning_easier" or hasattr(lightning_easier, name)  # it is one that can be called
 
@@ -172,7 +172,7 @@ class Expecting(Net):
 
     def __init__(self, width: int, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__(width, activation)
-        expect_pruned(self)
+        restore_structure_on_load(self)
 
 
 def test_a_module_that_expects_it_loads_from_a_pruned_checkpoint(pruned, tmp_path):
@@ -183,7 +183,7 @@ def test_a_module_that_expects_it_loads_from_a_pruned_checkpoint(pruned, tmp_pat
     model.load_state_dict(dense.state_dict())
     assert stand_ins(model) == {}
     assert torch.equal(model(x), dense(x))
-    assert expect_pruned(model) is model
+    assert restore_structure_on_load(model) is model
     assert len(model._load_state_dict_pre_hooks) == 1
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     again.load_state_dict(pruned.state_dict())

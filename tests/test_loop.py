@@ -284,7 +284,7 @@ def test_a_verdict_is_told_before_the_next_is_chosen():
 
 def test_a_record_is_plain_data_and_comes_back_whole(tmp_path):
     proposal = proposal_of({"act0": 0.1})
-    fit = {"kind": "fitted", "names": ["act1"], "statistics": {"act1": {"tensors": {"weight": torch.ones(2)}}}}
+    fit = {"kind": "fitted", "names": ["act1"], "fits": {"act1": {"tensors": {"weight": torch.ones(2)}}}}
     proposal.ranks["act1"], proposal.operations["act1"] = 0.5, fit
     measured = Measured({"act0": 0.1, "act1": 0.5}, proposal, True, Attained(False, "no"))
     state = RunState(
@@ -302,7 +302,7 @@ def test_a_record_is_plain_data_and_comes_back_whole(tmp_path):
     assert isinstance(again.now.proposal, Proposal)
     assert isinstance(again.snapshot.measured.attained, Attained)
     assert again.snapshot.scores == {"acc": 0.9}
-    torch.testing.assert_close(again.now.proposal.operations["act1"]["statistics"], fit["statistics"])
+    torch.testing.assert_close(again.now.proposal.operations["act1"]["fits"], fit["fits"])
     kept = again.now.without_large_operations().proposal
     assert (kept.ranks, list(kept.operations)) == (proposal.ranks, ["act0"])
     assert list(kept.eligible(["act0", "act1"], [])) == ["act0"]

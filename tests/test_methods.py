@@ -62,7 +62,7 @@ def proposed(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **opt
 def fits(proposal: Proposal) -> dict[str, dict]:
     """Return the fitted operators of a proposal."""
     fitted = {name: plain for name, plain in proposal.operations.items() if plain["kind"] == "fitted"}
-    return {name: plain["statistics"][name] for name, plain in fitted.items()}
+    return {name: plain["fits"][name] for name, plain in fitted.items()}
 
 
 class Body(nn.Sequential):

@@ -1,12 +1,14 @@
 """Operations apply and undo themselves, and say what they have done to parameters."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_easier import linearize, measure_affines, measure_fits
+from lightning_easier import callbacks, linearize, measure_affines, measure_fits
+from lightning_easier.structure import operations
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, from_plain
 
@@ -68,3 +70,21 @@ def test_marks_of_another_version_are_refused_by_that_name():
     state[key] = torch.tensor(list(text), dtype=torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match=r"of version 1, but got 7"):
         model.load_state_dict(state)
+
+
+def test_a_kind_is_that_of_one_class():
+    with pytest.raises(TypeError, match="Mine.kind to be one of its own, but 'affine' is Affines"):
+
+        class Mine(Operation):
+            kind = "affine"
+
+    assert operations.kind_of({"kind": "affine"}) is Affines
+
+
+@pytest.mark.parametrize("path", sorted(Path(callbacks.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_module_of_the_callback_knows_a_kind_of_operation(path):
+    """Beside the one whose default is EASIER's, which passes it on."""
+    kinds = [kind for kind in vars(operations).values() if isinstance(kind, type) and issubclass(kind, Operation)]
+    names = [name for each in kinds if "kind" in vars(each) for name in (each.__name__, f'"{each.kind}"')]
+    assert len(names) == 6
+    assert [name for name in names if name in path.read_text()] == []

@@ -156,7 +156,7 @@ def keep_best(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     is_better = settings.rules.tolerance.is_better
     if score is not None and math.isfinite(score) and (best is None or is_better(score, best.score)):
         now = BestCheckpoint(score, files.best_file(removed))
-        with state.told(best={**state.best, str(removed): now}):
+        with state.recording(best={**state.best, str(removed): now}):
             run.files.save(trainer, run.best_checkpoints[removed])
 
 

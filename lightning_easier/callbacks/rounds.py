@@ -173,7 +173,7 @@ def keep(run: Run, trainer: Trainer) -> None:
     """
     state = run.state
     file, scores = files.round_file(len(state.rounds) - 1), run.scores.all(trainer)
-    with state.told(snapshot=replace(state.snapshot, file=file, scores=scores)):
+    with state.recording(snapshot=replace(state.snapshot, file=file, scores=scores)):
         assert run.last_good is not None
         run.files.save(trainer, run.last_good)
 

@@ -73,7 +73,7 @@ def warn_of_a_missed_target(run: Run) -> None:
     what = attained.words if attained is not None else "no activation became linear"
     rank_zero_warn(
         f"The run is over, and its target is not reached: {what}. Raise `tolerance` or `max_epochs`, or let more go "
-        f"(`include`, `max_removals`, `max_rejections`, method=FitChains())."
+        f"(`include`, `max_removals`, `max_rejections`, another `method`)."
     )
 
 

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_easier.callbacks import private
 from lightning_easier.sites.activations import match_names
 from lightning_easier.sites.rectifiers import FunctionalPReLU
-from lightning_easier.structure.checkpoint import expects_pruned
+from lightning_easier.structure.checkpoint import will_restore_structure
 
 # Where a validation loader does not tell its length.
 _BATCHES_OF_ENDLESS_LOADERS = 16
@@ -58,10 +58,10 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
             "Pruning does not go with AsyncCheckpointIO: it goes back to checkpoints that have to be "
             "written by then. Use the checkpoint plugin that it wraps."
         )
-    if not trainer.lightning_module.strict_loading and not expects_pruned(trainer.lightning_module):
+    if not trainer.lightning_module.strict_loading and not will_restore_structure(trainer.lightning_module):
         raise MisconfigurationException(
-            "Pruning does not go with `strict_loading=False`, by which a pruned checkpoint would load "
-            "into the unpruned model without a word. Call `lightning_easier.expect_pruned(self)` at the end of the "
+            "Pruning does not go with `strict_loading=False`, by which a pruned checkpoint would load into the "
+            "unpruned model without a word. Call `lightning_easier.restore_structure_on_load(self)` at the end of the "
             "module's `__init__`, which brings the structure with the weights."
         )
     _check_parameters(trainer, candidates)
@@ -83,11 +83,13 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
                 f"Pruning does not go with {type(callback).__name__}, which keeps a second model "
                 f"that would stay unpruned. Remove one of the two."
             )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not expects_pruned(trainer.lightning_module):
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not will_restore_structure(
+        trainer.lightning_module
+    ):
         raise MisconfigurationException(
-            "A strategy that spawns or forks processes brings the pruned weights back into a model that is not "
-            "pruned. Call `lightning_easier.expect_pruned(model)` before `trainer.fit(model)`, or use strategy='ddp' "
-            "in a script, or torchrun."
+            "A strategy that spawns or forks processes brings the pruned weights back into a model that is not pruned. "
+            "Call `lightning_easier.restore_structure_on_load(model)` before `trainer.fit(model)`, or use "
+            "strategy='ddp' in a script, or torchrun."
         )
     if dirpath is not None and Path(dirpath).exists() and not Path(dirpath).is_dir():
         raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {dirpath} is a file")

@@ -86,7 +86,7 @@ class EntropyProbe:
     def _forget_samples(self) -> None:
         self._samples = dict.fromkeys(self._metrics, 0)
         self._left_out = {name: torch.zeros_like(metric.updates) for name, metric in self._metrics.items()}
-        self._told = self.has_left_out = False
+        self._has_told = self.has_left_out = False
         self.reasons: dict[str, str] = {}
 
     def __enter__(self) -> "EntropyProbe":
@@ -209,13 +209,13 @@ class EntropyProbe:
         for name, count in counts.items():
             if count["left_out"] == count["samples"]:
                 self.reasons[name] = "none of its samples is finite"
-        if not self._told:
+        if not self._has_told:
             for most in sorted(counts.values(), key=lambda count: count["left_out"])[-1:]:
                 self.has_left_out = most["left_out"] > 0
                 tell_left_out(most["left_out"], most["samples"], "what was measured")
             if self.reasons:
                 tell(f"{list(self.reasons)} were not measured: none of the samples that reach them is finite.")
-        self._told = True
+        self._has_told = True
         return counts
 
     def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:

@@ -34,8 +34,7 @@ def candidates(
         model: Any module.
         entropies: Name -> entropy in bits, as :func:`~lightning_easier.measure_entropy` returns them.
         gates: Whether bounded activations are listed too, see :func:`~lightning_easier.isolate_activations`.
-        shift_padding: Whether paddings move with the removal, as :class:`~lightning_easier.EntropyPruningCallback` does
-            by default; see :func:`~lightning_easier.linearize`.
+        shift_padding: Whether paddings move with the removal, see :func:`~lightning_easier.linearize`.
 
     Returns:
         A report with one row an activation, in execution order. A merge is one of two operators in a row that

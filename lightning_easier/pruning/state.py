@@ -244,7 +244,7 @@ class RunState:
         return state
 
     @contextmanager
-    def told(self, **news: Any) -> Iterator[None]:
+    def recording(self, **news: Any) -> Iterator[None]:
         """Have the state tell of a file while that is written, since the file holds the state, and after if it was.
 
         Args:

@@ -1,22 +1,12 @@
 """Plain results, shown: tables, Markdown, JSON, figures, and what a run writes to TensorBoard."""
 
-from lightning_easier.report.results import (
-    Candidate,
-    CandidateReport,
-    CollapseReport,
-    CompressReport,
-    ExportReport,
-    Fitted,
-    Merge,
-    ModelCost,
-    Parity,
-    PruningReport,
-    Refusal,
-    Report,
-    Round,
-    Table,
-    Trial,
-)
+from lightning_easier.report.candidates import Candidate, CandidateReport
+from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal
+from lightning_easier.report.compression import CompressReport, Trial
+from lightning_easier.report.costs import ModelCost
+from lightning_easier.report.exporting import ExportReport, Parity
+from lightning_easier.report.pruning import PruningReport, Round
+from lightning_easier.report.tables import Report, Table
 
 __all__ = [
     "Candidate", "CandidateReport", "CollapseReport", "CompressReport", "ExportReport", "Fitted", "Merge", "ModelCost",

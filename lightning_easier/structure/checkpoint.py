@@ -148,7 +148,7 @@ def restructure_on_load(module: nn.Module) -> RemovableHandle:
     return module.register_load_state_dict_pre_hook(_restructure)
 
 
-def expect_pruned(model: nn.Module) -> nn.Module:
+def restore_structure_on_load(model: nn.Module) -> nn.Module:
     """Have a model take the structure of every state dict that it loads from now on, in place.
 
     Without it a pruned state dict fails to load into a model as it was built; with it ``load_state_dict``, a Trainer
@@ -168,20 +168,20 @@ def expect_pruned(model: nn.Module) -> nn.Module:
         >>> from torch import nn
         >>> from lightning_easier import linearize
         >>> pruned = linearize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1"])
-        >>> model = expect_pruned(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        >>> model = restore_structure_on_load(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
         >>> model.load_state_dict(pruned.state_dict())
         <All keys matched successfully>
         >>> model[1]
         IdentityStandIn(in place of ReLU())
     """
     inner = unwrap(model)
-    if not expects_pruned(inner):
+    if not will_restore_structure(inner):
         inner.register_load_state_dict_pre_hook(_restructure_for_good)
     return model
 
 
-def expects_pruned(model: nn.Module) -> bool:
-    """Tell whether :func:`expect_pruned` was called for a model."""
+def will_restore_structure(model: nn.Module) -> bool:
+    """Tell whether :func:`restore_structure_on_load` was called for a model."""
     return any(
         getattr(hook, "hook", None) is _restructure_for_good for hook in model._load_state_dict_pre_hooks.values()
     )

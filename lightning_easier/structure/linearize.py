@@ -30,7 +30,7 @@ def linearize(
     *,
     stand_in: str = "identity",
     statistics: Mapping[str, AffineFit] | Mapping[str, ChainFit] | None = None,
-    shift_padding: bool = False,
+    shift_padding: bool = True,
     trainable: bool = False,
 ) -> nn.Module:
     """Make the named activations linear, in place.

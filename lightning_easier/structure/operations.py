@@ -102,35 +102,26 @@ class Operation(ABC):
 
 @dataclass
 class _StandIns(Operation):
-    """Stand-ins take the places of activations.
+    """Stand-ins take the places of activations."""
 
-    Attributes:
-        statistics: Name -> what was measured for it, as plain data.
-        shift_padding: As for :func:`~lightning_easier.linearize`.
-        trainable: As there.
-    """
-
-    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    shift_padding: bool = False
-    trainable: bool = False
+    @abstractmethod
+    def put(self, model: nn.Module) -> None:
+        """Put them there, in place."""
 
     def apply(self, model: nn.Module) -> Change:
         """Carry it out, in place."""
         modules = {name: model.get_submodule(name) for name in self.names}
-        told = self._told(model)
-        linearize(
-            model,
-            self.names,
-            stand_in=self.kind,
-            statistics=self._measured(),
-            shift_padding=self.shift_padding,
-            trainable=self.trainable,
-        )
+        described = self.describe(model)
+        self.put(model)
         linear = stand_ins(model)
         parts = [part for name in self.names for part in (modules[name], *linear[name].absorbed)]
-        notes = {name: [*told.get(name, ()), *_shifted(linear[name])] for name in self.names}
-        notes = {name: each for name, each in notes.items() if each}
-        return Change(_missing(model, parts), list(self.names), self._hosts(model), notes)
+        notes = {name: [*described.get(name, ()), *_shifted(linear[name])] for name in self.names}
+        return Change(
+            lost=_missing(model, parts),
+            joined=list(self.names),
+            rewritten=self.rewritten(model),
+            notes={name: each for name, each in notes.items() if each},
+        )
 
     def undo(self, model: nn.Module) -> list[Parameter]:
         """Undo it, in place."""
@@ -145,22 +136,29 @@ class _StandIns(Operation):
         linear = stand_ins(model)
         return [parameter for name in self.names for parameter in linear[name].parameters()]
 
-    def _measured(self) -> Mapping[str, Any] | None:
-        return None
-
-    def _hosts(self, model: nn.Module) -> list[Parameter]:
+    def rewritten(self, model: nn.Module) -> list[Parameter]:
+        """Return the parameters whose values, or shapes, are others now."""
         return []
 
-    def _told(self, model: nn.Module) -> dict[str, list[str]]:
+    def describe(self, model: nn.Module) -> dict[str, list[str]]:
         """Say what is about to take the place of an activation, where the kind does not say it all."""
         return {}
 
 
 @dataclass
 class Identities(_StandIns):
-    """Identities take the places of activations (EASIER)."""
+    """Identities take the places of activations (EASIER).
+
+    Attributes:
+        shift_padding: As for :func:`~lightning_easier.linearize`.
+    """
 
     kind = "identity"
+    shift_padding: bool = True
+
+    def put(self, model: nn.Module) -> None:
+        """Put them there, in place."""
+        linearize(model, self.names, shift_padding=self.shift_padding)
 
     @property
     def changes_parameters(self) -> bool:
@@ -170,25 +168,57 @@ class Identities(_StandIns):
 
 @dataclass
 class Affines(_StandIns):
-    """Affines take the places of activations, a scale and an offset for each channel."""
+    """Affines take the places of activations, a scale and an offset for each channel.
+
+    Attributes:
+        affines: Name -> the affine, as plain data.
+        shift_padding: As for :func:`~lightning_easier.linearize`.
+        trainable: As there.
+    """
 
     kind = "affine"
+    affines: dict[str, dict[str, Any]]
+    shift_padding: bool = True
+    trainable: bool = False
+
+    def put(self, model: nn.Module) -> None:
+        """Put them there, in place."""
+        fits = {name: AffineFit(**plain) for name, plain in self.affines.items()}
+        linearize(
+            model,
+            self.names,
+            stand_in="affine",
+            statistics=fits,
+            shift_padding=self.shift_padding,
+            trainable=self.trainable,
+        )
 
     @property
     def changes_parameters(self) -> bool:
         """Those that are trained join."""
         return self.trainable
 
-    def _measured(self) -> Mapping[str, AffineFit]:
-        return {name: AffineFit(**plain) for name, plain in self.statistics.items()}
-
 
 @dataclass
 class FittedOperators(_StandIns):
-    """Fitted operators take the places of the chains around activations."""
+    """Fitted operators take the places of the chains around activations.
+
+    Attributes:
+        fits: Name -> the operator, as plain data.
+    """
 
     kind = "fitted"
     is_large = True
+    fits: dict[str, dict[str, Any]]
+
+    def put(self, model: nn.Module) -> None:
+        """Put them there, in place."""
+        linearize(model, self.names, stand_in="fitted", statistics=self.chain_fits)
+
+    @property
+    def chain_fits(self) -> dict[str, ChainFit]:
+        """Name -> the operator."""
+        return {name: ChainFit.from_plain(plain) for name, plain in self.fits.items()}
 
     @property
     def changes_parameters(self) -> bool:
@@ -198,17 +228,11 @@ class FittedOperators(_StandIns):
     @property
     def parts(self) -> set[str]:
         """The activations, and all that goes with their chains."""
-        names = (Substitution(fit.form, fit.tensors).names(name) for name, fit in self._measured().items())
+        names = (Substitution(fit.form, fit.tensors).names(name) for name, fit in self.chain_fits.items())
         return set(self.names).union(*names)
 
-    def _told(self, model: nn.Module) -> dict[str, list[str]]:
-        """Say what takes the place of each chain, and which activations go with it."""
-        return {name: [_fitted(model, name, fit)] for name, fit in self._measured().items()}
-
-    def _measured(self) -> Mapping[str, ChainFit]:
-        return {name: ChainFit.from_plain(plain) for name, plain in self.statistics.items()}
-
-    def _hosts(self, model: nn.Module) -> list[Parameter]:
+    def rewritten(self, model: nn.Module) -> list[Parameter]:
+        """Return the parameters that the operators have moved into."""
         linear = stand_ins(model)
         hosts = [
             substitution.host(model, name)
@@ -216,6 +240,10 @@ class FittedOperators(_StandIns):
             if (substitution := linear[name].substitution) is not None and substitution.form.host is not None
         ]
         return [parameter for host in hosts if host is not None for parameter in host.parameters()]
+
+    def describe(self, model: nn.Module) -> dict[str, list[str]]:
+        """Say what takes the place of each chain, and which activations go with it."""
+        return {name: [_fitted(model, name, fit)] for name, fit in self.chain_fits.items()}
 
 
 def kind_of(plain: Mapping[str, Any]) -> type[Operation]:

@@ -189,7 +189,7 @@ class _Turns:
         self._seconds_a_round = sum(self._runs[name] * seconds for name, seconds in each.items())
         self._most = max(self._first, min(most, int(_MORE_SECONDS / max(self._seconds_a_round, 1e-9))))
         self._step = 1 / (len(calls) * self._most) if calls else 0.0
-        self._told = 0.0
+        self._share_told = 0.0
         self._bar = tqdm(
             total=len(calls) * self._most, desc=progress, leave=False, delay=1, disable=None if progress else True
         )
@@ -212,8 +212,8 @@ class _Turns:
                     self._tell(self._step)
 
     def _tell(self, share: float) -> None:
-        share = min(share, 1 - self._told)
-        self._told += share
+        share = min(share, 1 - self._share_told)
+        self._share_told += share
         self._pace.tell(share)
         self._bar.update(min(1, self._bar.total - self._bar.n))
 

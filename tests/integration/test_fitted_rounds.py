@@ -381,14 +381,14 @@ def test_entropies_are_measured_as_ever(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"collapse": "best"}, ValueError, r"`collapse` to be one of \('exact', 'fit'\), but got 'best'"),
         ({"criterion": "size"}, ValueError, r"`criterion` to be one of .*but got 'size'"),
         ({"gain": "joules"}, ValueError, r"`gain` to be one of \('latency', 'macs'\), but got 'joules'"),
         ({"mergeable_only": "some"}, TypeError, "`mergeable_only` to be a bool, but got 'some'"),
-        ({"speedup": 0}, ValueError, "`target_speedup` to be above 0, but got 0"),
-        ({"speedup": 1}, ValueError, "`target_speedup` to be above 1, .* but got 1"),
-        ({"depth": 1.5}, TypeError, "`target_depth` to be an integer, but got 1.5"),
-        ({"fit": True, "on": "training"}, ValueError, "`measure_on` to be 'validation' with collapse"),
+        ({"speedup": 0}, ValueError, "`speedup` to be above 0, but got 0"),
+        ({"speedup": 1}, ValueError, "`speedup` to be above 1, .* but got 1"),
+        ({"depth": 1.5}, TypeError, "`depth` to be an integer, but got 1.5"),
+        ({"fit": True, "on": "training"}, ValueError, "`on` of Measuring to be 'validation' with FitChains"),
+        ({"fit": True, "trainable": True}, ValueError, "identity has nothing to train"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

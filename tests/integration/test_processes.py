@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_easier import expect_pruned
+from lightning_easier import restore_structure_on_load
 from lightning_easier.structure.linearize import stand_ins
 from tests.forks import run_together
 from tests.integration.interrupted import Small, run
@@ -146,7 +146,7 @@ def spawning() -> DDPStrategy:
 
 
 def test_spawned_processes_bring_structure_and_weights_back(tmp_path, forked):
-    model = expect_pruned(Small())
+    model = restore_structure_on_load(Small())
     run(tmp_path, model=model, devices=2, strategy=spawning(), epochs=3)
     assert len(stand_ins(model)) == 2
     kept = max((tmp_path / "rounds").glob("round_*.ckpt"))
@@ -154,5 +154,5 @@ def test_spawned_processes_bring_structure_and_weights_back(tmp_path, forked):
 
 
 def test_spawned_processes_whose_structure_would_not_come_back_are_refused(tmp_path, forked):
-    with pytest.raises((MisconfigurationException, ProcessRaisedException), match="expect_pruned"):
+    with pytest.raises((MisconfigurationException, ProcessRaisedException), match="restore_structure_on_load"):
         run(tmp_path, devices=1, strategy=spawning())

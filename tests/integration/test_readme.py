@@ -35,7 +35,7 @@ def test_the_blocks_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, capsy
              "MyModule": ImageClassifier}  # fmt: skip
     ran = 0
     for block in blocks():
-        shorter = re.sub(r"(max_epochs|epochs_per_round)=\d+", lambda match: f"{match[1]}=1", block)
+        shorter = re.sub(r"(max_epochs|epochs)=\d+", lambda match: f"{match[1]}=1", block)
         shorter = shorter.replace("max_epochs=1, callbacks", "max_epochs=3, callbacks")
         before = dict(names)
         exec(compile(shorter, str(README), "exec"), names)

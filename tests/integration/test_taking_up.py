@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_easier import Linearize, expect_pruned
+from lightning_easier import Linearize, restore_structure_on_load
 from lightning_easier.callbacks import wiring
 from lightning_easier.structure.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
@@ -265,7 +265,7 @@ class Sharding(Small):
     ("make", "options", "message"),
     [
         (Averaging, {}, "the averaged model `average`"),
-        (Lenient, {}, r"`strict_loading=False`.*expect_pruned\(self\)"),
+        (Lenient, {}, r"`strict_loading=False`.*restore_structure_on_load\(self\)"),
         (Filtering, {}, r"Filtering.state_dict\(\) drops .* of \['layers.7'\]"),
         (Sharding, {}, "ZeroRedundancyOptimizer"),
         (Small, {"plugins": [AsyncCheckpointIO()]}, "AsyncCheckpointIO"),
@@ -281,9 +281,9 @@ def test_what_could_not_be_taken_up_is_refused(tmp_path, make, options, message)
 
 def test_a_lenient_module_that_expects_the_structure_is_taken_up_with_it(tmp_path):
     path = tmp_path / "saved.ckpt"
-    whole = run(tmp_path / "whole", model=expect_pruned(seeded(Lenient)))
-    run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)), model=expect_pruned(seeded(Lenient)))
-    resumed = run(tmp_path, model=expect_pruned(seeded(Lenient)), ckpt_path=path)
+    whole = run(tmp_path / "whole", model=restore_structure_on_load(seeded(Lenient)))
+    run(tmp_path, At("on_train_epoch_end", 2, None, saver(path)), model=restore_structure_on_load(seeded(Lenient)))
+    resumed = run(tmp_path, model=restore_structure_on_load(seeded(Lenient)), ckpt_path=path)
     assert_equal_states(outcome(*resumed), outcome(*whole))
 
 

@@ -1,0 +1,98 @@
+"""What a compression tried, kept and took back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lightning_easier.report.collapsing import CollapseReport
+from lightning_easier.report.costs import ModelCost, costs_table, prices_in_words
+from lightning_easier.report.tables import Report, Table, notes_table, number
+from lightning_easier.support.timing import Speedup, speed_up
+
+
+@dataclass
+class Trial:
+    """A chain that a fitted operator was tried in the place of.
+
+    Attributes:
+        sites: The activations in it.
+        operators: Its operators.
+        kind: Of the fitted operator, as in :class:`Fitted`.
+        explained: Share of the variance of the chain's output that it explains on data held out.
+        drift: Share of the variance of the model's outputs that changes if this chain alone goes.
+        price_before: Of the chain, in the unit of the objective.
+        price_after: Of the operator.
+        objective: What the prices are of.
+        score: Of the model with it; None if it was not evaluated.
+        kept: Whether it stayed.
+        reason: Why it did not.
+    """
+
+    sites: tuple[str, ...]
+    operators: tuple[str, ...]
+    kind: str
+    explained: float
+    drift: float
+    price_before: float
+    price_after: float
+    objective: str
+    score: float | None = None
+    kept: bool = True
+    reason: str | None = None
+
+
+# What a user does next with `CompressResult.fitted`.
+_MODES = "`.fitted`, the model to train on, is in eval mode: call `.fitted.train()` before fine-tuning"
+
+
+@dataclass
+class CompressReport(Report):
+    """What a compression tried, kept and took back, and what the model costs before and after.
+
+    Attributes:
+        trials: What was tried, in order.
+        reasons: Activation -> why nothing was tried for it.
+        score: Of the model as it was given; None if it was not evaluated.
+        before: Cost of the model as it was given, in eval mode.
+        dense: The same with its batch norms folded, and its activations back if some were linear.
+        exact: The model as it was given, collapsed exactly: what is to be had without a fit.
+        after: Cost of the result. All four were timed in turn.
+        drift: Share of the variance of the model's outputs on the calibration data that the fits have changed.
+        collapse: What the final collapse merged of the fitted model.
+        ended: Why nothing more was tried.
+        notes: What else there is to know, of the calibration data for example.
+    """
+
+    trials: list[Trial]
+    reasons: dict[str, str]
+    score: float | None
+    before: ModelCost
+    dense: ModelCost
+    exact: ModelCost
+    after: ModelCost
+    drift: float
+    collapse: CollapseReport
+    ended: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times faster the result is than the dense network with its batch norms folded."""
+        return speed_up(self.dense.latency, self.after.latency)
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the costs, and what was tried."""
+        last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
+        costs = {"as given": self.before, "collapsed exactly": self.exact, "compressed": self.after}
+        scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score, "compressed": last}
+        yield costs_table(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
+        if self.trials:
+            yield Table(
+                "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),
+                [(" + ".join(t.operators), t.kind, f"{t.explained:.1%}", f"{t.drift:.2%}",
+                  prices_in_words(t.price_before, t.price_after, t.objective), number(t.score),
+                  "kept" if t.kept else str(t.reason)) for t in self.trials],
+            )  # fmt: skip
+        if self.reasons:
+            yield Table("Not tried", ("activation", "reason"), list(self.reasons.items()))
+        drift = f"{self.drift:.2%} of the variance of the outputs has changed on the calibration data"
+        yield from notes_table([drift, *self.notes, _MODES])

@@ -1,0 +1,74 @@
+"""Tables of text, and what can be shown as some: as Markdown, a dict, JSON, or with rich."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """Render as a GitHub Markdown table under its title."""
+        lines = [f"**{self.title}**", "", _row(self.columns), _row(["---"] * len(self.columns))]
+        return "\n".join(lines + [_row(row) for row in self.rows])
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Render with rich, where it is installed: ``rich.print(table)``."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        rendered = RichTable(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            rendered.add_column(Text(column), overflow="fold", justify="left" if number == 0 else "right")
+        for row in self.rows:
+            rendered.add_row(*(Text(cell) for cell in row))
+        yield rendered
+
+
+class Report:
+    """Base of the reports: subclasses are dataclasses that say what their tables are."""
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the tables of the report."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+
+    def to_json(self) -> str:
+        """Return JSON."""
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def to_markdown(self) -> str:
+        """Render every table as Markdown."""
+        return "\n\n".join(table.to_markdown() for table in self.tables()) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Render with rich, where it is installed: ``rich.print(report)``."""
+        yield from self.tables()
+
+
+def notes_table(notes: Sequence[str]) -> Iterator[Table]:
+    """Yield a table of notes, if there are any."""
+    if notes:
+        yield Table("Notes", ("",), [(note,) for note in notes])
+
+
+def number(value: float | None) -> str:
+    """Write a score or an entropy; a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
