@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import (
     ALIASES,
     changes_its_input,
@@ -16,7 +17,7 @@ from lightning_easier.collapsing.exact.nodes import (
     name_of,
     shape_of,
 )
-from lightning_easier.collapsing.exact.reading import Link, Reader
+from lightning_easier.collapsing.exact.reading import Reader
 from lightning_easier.sites.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.structure.stand_in import IdentityStandIn
 from lightning_easier.support.inference import has_hooks
