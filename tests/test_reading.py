@@ -303,3 +303,47 @@ def test_a_product_whose_arguments_are_named_merges(forward):
     result = collapse(model, x, objective="depth")
     assert [merge.into for merge in result.report.merges] == ["Linear 3→2"]
     assert relative_difference(result.model(x), model(x)) <= 1e-9
+
+
+def pools_to_a_third(s, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3  # torch.export captures it
+    return s.b(F.adaptive_avg_pool2d(s.a(x), x.size(2) // 3))
+
+
+def pools_to_a_third_of_its_own(s, x: Tensor) -> Tensor:
+    y = s.a(x)
+    return s.b(F.adaptive_avg_pool2d(y, y.size(2) // 3))
+
+
+@pytest.mark.parametrize(
+    ("forward", "names", "reason"),
+    [
+        (pools_to_a_third, ("a", "adaptive_avg_pool2d", "b"),
+         "`adaptive_avg_pool2d` takes `floordiv`, which is computed after `a`"),
+        (pools_to_a_third_of_its_own, ("a", "adaptive_avg_pool2d"),
+         "its value has 2 readers: `size`, `adaptive_avg_pool2d`"),
+        (lambda s, x: s.b(s.a(x).view(x.size(0), 4, x.size(2) * x.size(3), 1)), ("a", "b"),
+         "`view` takes `mul`, which is computed after `a`"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", ["depth", "macs"])
+def test_a_size_that_is_computed_inside_a_chain_is_given_as_the_reason(forward, names, reason, objective):
+    model = Net(forward, a=conv(3, 4), b=conv(4, 2)).double().eval()
+    x = torch.randn(2, 3, 9, 6, dtype=torch.float64)
+    result = collapse(model, x, objective=objective)
+    assert result.report.merges == []
+    assert [(refusal.operators, refusal.reason) for refusal in result.report.refusals] == [(names, reason)]
+    other = torch.randn(3, 3, 12, 7, dtype=torch.float64)
+    assert relative_difference(result.model(other), model(other)) <= 1e-9
+
+
+def test_a_size_that_is_computed_before_a_chain_does_not_stop_it():
+    def forward(s, x: Tensor) -> Tensor:
+        size = x.size(2) // 3
+        return s.b(F.adaptive_avg_pool2d(s.a(x), size))
+
+    model = Net(forward, a=conv(3, 4), b=conv(4, 2)).double().eval()
+    result = collapse(model, torch.randn(2, 3, 9, 6, dtype=torch.float64), objective="depth")
+    assert [merge.operators for merge in result.report.merges] == [("a", "b")]
+    x = torch.randn(3, 3, 12, 7, dtype=torch.float64)
+    assert relative_difference(result.model(x), model(x)) <= 1e-9

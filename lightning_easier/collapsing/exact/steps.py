@@ -197,6 +197,7 @@ class Steps:
         self._explain_stand_ins(chains)
         explained = {value for _, value in self._stand_ins}
         self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
+        self.refusals += [Refusal(names, why) for names, why in chains.scattered()]
         for chain, plan, reason in plans:
             if reason is not None:
                 self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]
