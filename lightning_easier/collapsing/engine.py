@@ -10,12 +10,12 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
+from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.baseline import Baseline, baseline_of
 from lightning_easier.collapsing.errors import CaptureError, CollapseError, DifferenceError, Step, StepError
 from lightning_easier.collapsing.exact.capture import capture, duplicate, note_shapes
 from lightning_easier.collapsing.exact.chains import depth
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
-from lightning_easier.collapsing.exact.reading import uses_batch_statistics
 from lightning_easier.collapsing.exact.signatures import fixed_arguments, lost_arguments
 from lightning_easier.collapsing.exact.steps import Steps
 from lightning_easier.collapsing.exact.verification import (

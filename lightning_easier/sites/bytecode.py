@@ -4,7 +4,7 @@ import dis
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from types import CodeType, FrameType
@@ -86,7 +86,7 @@ def why_unfaithful(executed: ExecutedCode, forward: Any) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _why_unfaithful(code: CodeType, may_be_none: frozenset[str]) -> str | None:
-    if code.co_exceptiontable and not code.co_flags & inspect.CO_GENERATOR:
+    if not code.co_flags & inspect.CO_GENERATOR and _handles_exceptions(code):
         return "it handles exceptions or enters a context (`try`, `with`)"
     if any(instruction.opname.startswith("MATCH_") for instruction in dis.get_instructions(code)):
         return "it matches a value against patterns (`match`)"
@@ -95,6 +95,36 @@ def _why_unfaithful(code: CodeType, may_be_none: frozenset[str]) -> str | None:
     if names:
         return f"it asks for what a recording can't know (`{names[0]}`)"
     return "it asks whether a value is None" if _asks_for_none(code, may_be_none) else None
+
+
+def _handles_exceptions(code: CodeType) -> bool:
+    bytecode: Any = dis.Bytecode(code)  # typeshed doesn't know its exception_entries
+    return handles_exceptions(list(bytecode), bytecode.exception_entries)
+
+
+def handles_exceptions(instructions: Sequence[Any], entries: Iterable[Any]) -> bool:
+    """Tell whether a function has a handler of exceptions: `try` or `with`.
+
+    Since Python 3.12 a comprehension is part of the function that it stands in (PEP 709). It has a handler too, which
+    gives the comprehension's variables the values back that they had outside, and raises again: that is none.
+
+    Args:
+        instructions: Of the function, as ``dis`` gives them.
+        entries: Of its exception table, as ``dis.Bytecode(code).exception_entries`` gives them.
+    """
+    places = {instruction.offset: place for place, instruction in enumerate(instructions)}
+    return any(not _restores(instructions[places[entry.target] :]) for entry in entries)
+
+
+def _restores(handler: Sequence[Any]) -> bool:
+    """Tell whether a handler does nothing but give variables their values back, and raise again.
+
+    Every other handler begins by making the exception the current one: a ``finally`` or a ``with``, too.
+    """
+    names = [instruction.opname for instruction in handler if instruction.opname != "EXTENDED_ARG"]
+    end = names.index("RERAISE") if "RERAISE" in names else 0
+    drops, stores = names[:3], names[3:end]
+    return drops == ["SWAP", "POP_TOP", "SWAP"] and bool(stores) and all(name == "STORE_FAST" for name in stores)
 
 
 def _asks_for_none(code: CodeType, may_be_asked: frozenset[str]) -> bool:

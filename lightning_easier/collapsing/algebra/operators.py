@@ -43,6 +43,8 @@ from lightning_easier.collapsing.errors import CannotMergeError
 
 LINEAR_OPERATORS: tuple[type[nn.Module], ...] = (nn.Linear, *AFFINES, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 """Exact classes that :func:`compose` knows; subclasses may compute anything."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Exact classes that :func:`fold_batch_norm` and :func:`as_affine` are for."""
 
 
 @torch.no_grad()
@@ -219,6 +221,11 @@ def _as_transposed_pair(*pair: Any) -> nn.Module:
         each if isinstance(each, TRANSPOSED_CONVOLUTIONS) else convolutions.as_transposed(each) for each in pair
     ]
     return convolutions.compose_transposed(*backward)
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Tell whether a module is a batch norm in training mode, which normalises each batch by its own statistics."""
+    return isinstance(module, BATCH_NORMS) and module.training
 
 
 def fold_batch_norm(operator: nn.Module, batch_norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:

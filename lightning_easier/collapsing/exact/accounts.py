@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from lightning_easier.collapsing.algebra.operators import summary
 from lightning_easier.collapsing.exact.chains import Element, Fork
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.plans import Cut, Made, Split, Unit, operators_of, shapes_of
 from lightning_easier.collapsing.exact.prices import Objective, Pricer, Shape, macs_at, total
-from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Composer, Recipe
 from lightning_easier.report import Merge, Refusal
 

@@ -18,10 +18,10 @@ from torch.fx._symbolic_trace import PH
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
+from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.collapsing.exact.nodes import ALIASES, NUMBER, WRITES
-from lightning_easier.collapsing.exact.reading import uses_batch_statistics
 from lightning_easier.collapsing.exact.signatures import named_arguments, numbers, restore_arguments
 from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import (
     ALIASES,
     changes_its_input,
@@ -16,7 +17,7 @@ from lightning_easier.collapsing.exact.nodes import (
     name_of,
     shape_of,
 )
-from lightning_easier.collapsing.exact.reading import Link, Reader
+from lightning_easier.collapsing.exact.reading import Reader
 from lightning_easier.sites.dataflow import OPERATOR_FUNCTIONS, OPERATORS
 from lightning_easier.structure.stand_in import IdentityStandIn
 from lightning_easier.support.inference import has_hooks
@@ -88,6 +89,18 @@ class Chains:
 
     def __iter__(self) -> Iterator[Chain]:
         """Yield the chains of two elements or more, in execution order."""
+        return (chain for chain in self._found() if self._why_scattered(chain) is None)
+
+    def scattered(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield the names of the operations in each chain that can't be executed in one place, and why not."""
+        for chain in self._found():
+            reason = self._why_scattered(chain)
+            names = tuple(element.name for element in _elements_of(chain) if element.counts)
+            if reason is not None and len(names) > 1:
+                yield names, reason
+
+    def _found(self) -> Iterator[Chain]:
+        """Yield what is linear in a row, without the layouts at its ends."""
         chains: dict[fx.Node, list[Element]] = {}  # by the node that each ends with
         for node, element in self._elements.items():
             if node in self._joined_in:
@@ -96,22 +109,23 @@ class Chains:
             chain.append(element)
             chains[node] = chain
         for chain in sorted(chains.values(), key=lambda chain: self._place[chain[0].node]):
-            yield from self._usable(tuple(chain))
+            while chain and isinstance(chain[0], Link) and not chain[0].counts:
+                chain = chain[1:]
+            while chain and isinstance(chain[-1], Link) and not chain[-1].counts:
+                chain = chain[:-1]
+            if chain and not (len(chain) == 1 and isinstance(chain[0], Link)):
+                yield tuple(chain)
 
-    def _usable(self, chain: Chain) -> Iterator[Chain]:
-        while chain and isinstance(chain[0], Link) and not chain[0].counts:
-            chain = chain[1:]
-        while chain and isinstance(chain[-1], Link) and not chain[-1].counts:
-            chain = chain[:-1]
-        if not chain or (len(chain) == 1 and isinstance(chain[0], Link)):
-            return
-        own = set(nodes_of(chain))
-        first = min(self._place[node] for node in own)
-        for node in own:
+    def _why_scattered(self, chain: Chain) -> str | None:
+        """Give the reason why a chain can't be executed where it begins, a size computed later; None if it can."""
+        own = {element.node: element.name for element in _elements_of(chain)}
+        begin = min(own, key=lambda node: self._place[node])
+        for node, name in own.items():
             foreign = [other for other in node.all_input_nodes if other not in own and not is_constant(other)]
-            if any(self._place[other] > first and not self._can_move(other, own, first) for other in foreign):
-                return  # a size that is computed later than the chain begins
-        yield chain
+            for other in foreign:
+                if self._place[other] > self._place[begin] and not self._can_move(other, set(own), self._place[begin]):
+                    return f"`{name}` takes `{other.name}`, which is computed after `{own[begin]}`"
+        return None
 
     def _can_move(self, node: fx.Node, chain: set[fx.Node], first: int) -> bool:
         """Tell whether a question about a value can be asked where a chain begins."""
@@ -142,15 +156,22 @@ class Chains:
         return self._elements.get(node)
 
     def apart(self) -> Iterator[tuple[Link, Link, str]]:
-        """Yield the operators that would be neighbours in a chain, and why they are not."""
-        operators = {
+        """Yield the operators that would be neighbours in a chain, and why they are not.
+
+        An average is among them where only questions about the size of a value keep it from what it reads.
+        """
+        links = {
             node: element
             for node, element in (*self._elements.items(), *((node, kept) for node, (kept, _) in self._kept.items()))
-            if isinstance(element, Link) and element.carries_weight
+            if isinstance(element, Link)
         }
-        for second in sorted(operators.values(), key=lambda link: self._place[link.node]):
-            first = operators.get(second.value)
-            if first is None:
+        for second in sorted(links.values(), key=lambda link: self._place[link.node]):
+            first = links.get(second.value)
+            if first is None or not first.carries_weight:
+                continue
+            others = [reader for reader in self.readers(first.node) if reader is not second.node]
+            only_asked = bool(others) and all(_asks_for_size(reader) for reader in others)
+            if not (second.carries_weight or (second.averaging is not None and only_asked)):
                 continue
             reasons = [self._kept[link.node][1] for link in (first, second) if link.node in self._kept]
             if not reasons and len(self.readers(first.node)) > 1:
@@ -270,11 +291,16 @@ class Chains:
 
 def nodes_of(elements: Sequence[Element]) -> Iterator[fx.Node]:
     """Yield the nodes of a chain, those inside its forks included."""
+    return (element.node for element in _elements_of(elements))
+
+
+def _elements_of(elements: Sequence[Element]) -> Iterator[Element]:
+    """Yield the elements of a chain, those inside its forks included."""
     for element in elements:
         if isinstance(element, Fork):
             for branch in element.branches:
-                yield from nodes_of(branch)
-        yield element.node
+                yield from _elements_of(branch)
+        yield element
 
 
 def input_shape(chain: Chain) -> tuple[int, ...]:
@@ -292,6 +318,11 @@ def is_question(node: fx.Node) -> bool:
     if node.args[1] == "shape":
         return all(name_of(user) == "getitem" and user.args[1] == 0 for user in node.users)
     return node.args[1] in _QUESTIONS_OF_ATTRIBUTES
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    name = name_of(node)
+    return name in ("size", "sym_size") or (name == "getattr" and str(node.args[1]) == "shape")
 
 
 class Uses:

@@ -12,10 +12,10 @@ from typing import Any
 from lightning_easier.collapsing.algebra.affine import AFFINES
 from lightning_easier.collapsing.algebra.operators import channel_axis, channels, is_pointwise
 from lightning_easier.collapsing.errors import CannotMergeError
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import shape_of
 from lightning_easier.collapsing.exact.plans import Kept, Made, Split, Unit, shapes_of
 from lightning_easier.collapsing.exact.prices import Pricer, Shape
-from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Recipe, behind_flatten, moved, recipe_of
 
 

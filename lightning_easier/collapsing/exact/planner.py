@@ -17,6 +17,7 @@ from lightning_easier.collapsing.algebra.operators import channel_axis
 from lightning_easier.collapsing.exact.accounts import merges_of, refusals_of
 from lightning_easier.collapsing.exact.chains import Chain, Fork, input_shape
 from lightning_easier.collapsing.exact.commuting import commuted
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.plans import (
     Cut,
     Kept,
@@ -29,7 +30,6 @@ from lightning_easier.collapsing.exact.plans import (
     shapes_of,
 )
 from lightning_easier.collapsing.exact.prices import FREE, Price, Pricer, Shape, total
-from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Composer, Recipe, recipe_of
 
 WINDOW = 16

@@ -7,9 +7,9 @@ from typing import TypeAlias
 from torch import nn
 
 from lightning_easier.collapsing.exact.chains import Chain, Element, Fork
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import shape_of
 from lightning_easier.collapsing.exact.prices import FREE, Price, Shape, output_shape, total
-from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Recipe
 from lightning_easier.report import Merge, Refusal
 

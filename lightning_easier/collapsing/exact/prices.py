@@ -12,8 +12,8 @@ from lightning_easier.collapsing.algebra.affine import AFFINES
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS, padding_of
 from lightning_easier.collapsing.algebra.operators import channels, of_random_numbers
 from lightning_easier.collapsing.exact.chains import Chain, Fork, input_shape
+from lightning_easier.collapsing.exact.links import Link, structure_of
 from lightning_easier.collapsing.exact.nodes import shape_of
-from lightning_easier.collapsing.exact.reading import Link, structure_of
 from lightning_easier.support.timing import LatencyTable
 
 Objective = Literal["latency", "macs", "depth"]

@@ -16,8 +16,8 @@ from lightning_easier.collapsing.algebra.affine import ChannelAffine, ElementAff
 from lightning_easier.collapsing.algebra.operators import channel_axis, channels, flattened, on_axis
 from lightning_easier.collapsing.errors import CannotMergeError
 from lightning_easier.collapsing.exact.chains import Chain, Fork
+from lightning_easier.collapsing.exact.links import Link, structure_of
 from lightning_easier.collapsing.exact.prices import Shape, key_of
-from lightning_easier.collapsing.exact.reading import Link, structure_of
 
 # More weights than this (half a GiB in float64) and than before are not multiplied out whatever the objective.
 _MOST_WEIGHTS = 2**26

@@ -9,7 +9,12 @@ import torch
 from torch import fx, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from lightning_easier.collapsing.algebra.operators import fold_batch_norm, in_float64
+from lightning_easier.collapsing.algebra.operators import (
+    BATCH_NORMS,
+    fold_batch_norm,
+    in_float64,
+    uses_batch_statistics,
+)
 from lightning_easier.collapsing.errors import CannotMergeError, Step, StepError
 from lightning_easier.collapsing.exact.capture import duplicate
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
@@ -17,7 +22,6 @@ from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.planner import Planner
 from lightning_easier.collapsing.exact.plans import Plan, original_pieces
 from lightning_easier.collapsing.exact.prices import Objective, Pricer
-from lightning_easier.collapsing.exact.reading import BATCH_NORMS, uses_batch_statistics
 from lightning_easier.collapsing.exact.writing import EQUALS, Draft, Writer, equal_in_source
 from lightning_easier.report import Merge, Refusal
 from lightning_easier.sites.dataflow import OPERATORS, is_idle_dropout
@@ -193,6 +197,7 @@ class Steps:
         self._explain_stand_ins(chains)
         explained = {value for _, value in self._stand_ins}
         self.refusals += [Refusal((a.name, b.name), why) for a, b, why in chains.apart() if a.node not in explained]
+        self.refusals += [Refusal(names, why) for names, why in chains.scattered()]
         for chain, plan, reason in plans:
             if reason is not None:
                 self.refusals += [Refusal(merge.operators, reason) for merge in plan.merges]

@@ -16,10 +16,10 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards, read_guards
 from lightning_easier.collapsing.exact.nodes import bind
-from lightning_easier.collapsing.exact.reading import BATCH_NORMS
 from lightning_easier.support.programs import export_program, quiet
 
 GUARDS = "_guards_fn"

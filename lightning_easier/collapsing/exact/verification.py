@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.errors import CollapseError, DifferenceError
 from lightning_easier.collapsing.exact.chains import describe_node
-from lightning_easier.collapsing.exact.reading import uses_batch_statistics
 from lightning_easier.collapsing.exact.writing import equal_in_source
 from lightning_easier.support.inference import (
     TOLERANCES,

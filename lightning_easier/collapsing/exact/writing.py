@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lightning_easier.collapsing.algebra.operators import of_random_numbers
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Element, Fork, nodes_of
+from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import (
     ALIASES,
     NUMBER,
@@ -21,7 +22,6 @@ from lightning_easier.collapsing.exact.nodes import (
     shape_of,
 )
 from lightning_easier.collapsing.exact.plans import Kept, Made, Piece
-from lightning_easier.collapsing.exact.reading import Link
 from lightning_easier.collapsing.exact.recipes import Recipe
 
 EQUALS = "equals"

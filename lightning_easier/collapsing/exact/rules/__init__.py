@@ -1,0 +1,1 @@
+"""The linear steps that are known: a rule for each kind of call."""

@@ -1,0 +1,66 @@
+"""What the bytecode of a forward tells, in whatever version of Python it was compiled."""
+
+import dis
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_easier import isolate_activations
+from lightning_easier.sites.bytecode import handles_exceptions
+from tests.recorded_bytecode import RECORDED, SOURCES
+
+COMPREHENSIONS = ("one for each layer", "nested")
+
+
+def recorded(text: str) -> list[SimpleNamespace]:
+    pairs = (word.split(":") for word in text.split())
+    return [SimpleNamespace(offset=int(offset), opname=name) for offset, name in pairs]
+
+
+@pytest.mark.parametrize(("version", "name"), RECORDED)
+def test_a_comprehension_that_is_part_of_its_function_handles_no_exceptions(version, name):
+    # recorded: the Python that runs this may be 3.11, in which a comprehension is a function of its own
+    text, targets = RECORDED[version, name]
+    entries = [SimpleNamespace(target=target) for target in targets]
+    assert entries  # else the function would tell nothing
+    assert handles_exceptions(recorded(text), entries) is (name not in COMPREHENSIONS)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_this_python_tells_the_same_of_what_it_compiles(name):
+    made: dict = {}
+    exec(SOURCES[name], made)
+    bytecode = dis.Bytecode(made["forward"].__code__)
+    assert handles_exceptions(list(bytecode), bytecode.exception_entries) is (name not in COMPREHENSIONS)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        "PUSH_EXC_INFO POP_TOP POP_EXCEPT RETURN_VALUE",
+        "SWAP POP_TOP SWAP RERAISE",  # nothing is restored
+        "SWAP POP_TOP SWAP STORE_FAST",  # nothing is raised
+        "SWAP POP_TOP SWAP STORE_FAST LOAD_GLOBAL CALL RERAISE",  # something is done
+        "COPY POP_EXCEPT RERAISE",
+    ],
+)
+def test_only_what_restores_variables_and_raises_again_is_no_handler(handler):
+    instructions = [SimpleNamespace(offset=2 * place, opname=name) for place, name in enumerate(handler.split())]
+    assert handles_exceptions(instructions, [SimpleNamespace(target=0)])
+    assert not handles_exceptions(instructions, [])
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 4)])
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(torch.cat([self.act(layer(x)) for layer in self.layers], 1))
+
+
+def test_a_forward_with_a_comprehension_is_recorded():
+    assert list(isolate_activations(Branches())) == ["act", "act_1", "act_2"]
