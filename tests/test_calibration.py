@@ -319,6 +319,28 @@ def test_probes_see_nothing_in_a_batch_without_samples():
     assert shape == data.shape
 
 
+def test_probes_see_what_operators_are_called_with_by_name():
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(input=self.act(input=self.first(input=x)))
+
+    model = ByName().eval()
+    entropies, chains, shapes = (
+        EntropyProbe(isolated_sites(model)), ChainProbe(model, ["act"], 1), ShapeProbe(model, ["act"])
+    )  # fmt: skip
+    shapes.attach()
+    with entropies, chains, torch.no_grad():
+        model(torch.randn(32, 8))
+    shapes.detach()
+    assert shapes.shapes == {"act": (32, 8)}
+    assert list(entropies.entropies()) == ["act"]
+    assert [shape for _, _, shape in chains.fitted()] == [(32, 8)]
+
+
 @pytest.mark.parametrize(
     ("argument", "call"),
     [

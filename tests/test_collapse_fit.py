@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.fitting import with_statistics
 from lightning_easier.zoo import CifarResNet
@@ -429,3 +430,41 @@ def test_what_ran_before_a_chain_had_ended_is_told():
     ran = [one.ran for one in gathered(model, chains, [(torch.randn(9, 8),)] * 2, watched=watched).values()]
     assert ran == [{"mlps.0.0"}, {"mlps.0.0", "mlps.1.0", "mlps.1.3"}, {*watched}]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_pass_through_a_chain_is_told_once_as_it_ends():
+    model = Rows(2).eval()
+    (chain,) = FittableChains(model, ["mlps.0.1"]).in_windows(1)
+    passes: list[tuple[Tensor, Tensor]] = []
+    hooks = ChainHooks(model, chain, lambda *each: passes.append(each))
+    hooks.attach()
+    hooks.attach()  # once is enough
+    x, mlp = torch.randn(5, 8), model.mlps[0]
+    y = mlp(x)
+    assert [[torch.equal(a, b) for a, b in zip(each, (x, y), strict=True)] for each in passes] == [[True, True]]
+    assert not any(value.requires_grad for value in passes[0])
+    mlp[3](torch.randn(5, 32))  # its end alone is no pass, nor is what was left in the middle
+    mlp[0](torch.randn(2, 8))
+    hooks.forget()
+    mlp[3](torch.randn(2, 32))
+    copy.deepcopy(model)(x)  # nor is a pass through a copy
+    assert len(passes) == 1
+    mlp[0](input=torch.randn(2, 8))  # by name
+    mlp[3](torch.randn(2, 32))
+    assert [len(value) for value in passes[1]] == [2, 2]
+    hooks.detach()
+    model(x)
+    assert len(passes) == 2
+
+
+def test_a_copy_that_a_forward_runs_is_not_taken_for_a_chain():
+    class Copies(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            copy.deepcopy(self.mlps[0])(torch.zeros(3, 8))
+            return self.mlps[0](x)
+
+    model = Copies(1).eval()
+    batches = [(torch.randn(9, 8),) for _ in range(3)]
+    (found,) = gathered(model, FittableChains(Rows(1), ["mlps.0.1"]).in_windows(1), batches).values()
+    assert found.moments.samples == 27
+    assert found.shape == (9, 8)

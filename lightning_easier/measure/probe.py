@@ -22,7 +22,7 @@ from lightning_easier.sites.activations import ActivationSite, isolated_sites, u
 from lightning_easier.support.arguments import check_share
 from lightning_easier.support.calibration import check_iterable, tell, tell_left_out, usable_batches
 from lightning_easier.support.finite import finite_samples
-from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
 
 _T = TypeVar("_T")
@@ -223,7 +223,7 @@ class EntropyProbe:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.paused:
                 return
-            pre_activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+            pre_activation: Tensor = input_of(args, kwargs)
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
             if metric.device != pre_activation.device:

@@ -5,18 +5,19 @@ What a chain reads and what it computes are summed up on the spot (see
 pass over the data.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, is_available, is_initialized
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
 from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
@@ -28,7 +29,6 @@ from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
 from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
-from lightning_easier.support.hooks import HookOfOneModel
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
 
 # Of the sums of all chains together.
@@ -71,11 +71,13 @@ class ChainProbe:
         self._model = model
         self._batches = max(batches, 1)
         self._seen: list[_Seen] = []  # of each chain
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[ChainHooks] = []
         for chain in self.chains:
             last: Any = model.get_submodule(chain.operators[-1])
             outputs = last.out_channels if chain.geometry.kernel else last.out_features
-            self._seen.append(_Seen(Moments.of(chain.geometry, outputs, last.weight.device)))
+            seen = _Seen(Moments.of(chain.geometry, outputs, last.weight.device))
+            self._seen.append(seen)
+            self._hooks.append(ChainHooks(model, chain, partial(self._add, chain, seen)))
 
     def _leave_out(self, model: nn.Module) -> None:
         """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
@@ -106,43 +108,21 @@ class ChainProbe:
 
     def attach(self) -> None:
         """Register the hooks; a second call does nothing."""
-        if self._handles:
-            return
-        for chain, seen in zip(self.chains, self._seen, strict=True):
-            first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
-            begin, end = self._hooks(chain, seen)
-            self._handles += [
-                first.register_forward_pre_hook(HookOfOneModel(begin), with_kwargs=True),
-                last.register_forward_hook(HookOfOneModel(end)),
-            ]
+        for hooks in self._hooks:
+            hooks.attach()
 
     def detach(self) -> None:
         """Remove the hooks; the sums stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hooks in self._hooks:
+            hooks.detach()
 
-    def _hooks(self, chain: FittableChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
-        inputs: list[Tensor] = []
-        positions = -(-positions_wanted(chain) // self._batches)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.paused:
-                inputs[:] = [*args, *kwargs.values()][:1]
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.paused or not inputs:
-                return
-            if not inputs[0].numel():  # a batch without samples
-                inputs.clear()
-                return
-            seen.shape = seen.shape or inputs[0].shape
-            seen.calls += 1
-            seen.moments.add(inputs.pop().detach(), output.detach(), positions)
-
-        return begin, end
+    def _add(self, chain: FittableChain, seen: _Seen, value: Tensor, output: Tensor) -> None:
+        """Add a pass through a chain."""
+        if self.paused or not value.numel():  # a batch without samples
+            return
+        seen.shape = seen.shape or value.shape
+        seen.calls += 1
+        seen.moments.add(value, output, -(-positions_wanted(chain) // self._batches))
 
     def reduce(self) -> None:
         """Sum up over all processes, each of which has to call this once."""

@@ -7,6 +7,7 @@ forward of the model stays as it is written, and an exact collapse takes the ide
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
 from lightning_easier.sites.activations import replace_activation
@@ -150,7 +152,6 @@ def _run_up_to(
     Returns:
         For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
-    inputs: dict[FittableChain, Tensor] = {}
     running: set[str] = set()  # and what ran, in this batch
     ran: dict[FittableChain, set[str]] = {chain: set() for chain in chains}
     missing: set[FittableChain] = set()
@@ -158,37 +159,28 @@ def _run_up_to(
     def note(name: str) -> Callable[..., None]:
         return lambda module, arguments: running.add(name)
 
-    def begin(chain: FittableChain) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            for value in [*arguments, *keywords.values()][:1]:
-                inputs[chain] = value
-
-        return hook
-
-    def end(chain: FittableChain) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if chain not in missing or chain not in inputs:  # it was called before
-                return
-            missing.remove(chain)
-            ran[chain] |= running
-            see(chain, inputs.pop(chain), output)
-            if not missing:
-                raise _EndOfChainError
-
-        return hook
+    def end(chain: FittableChain, value: Tensor, output: Tensor) -> None:
+        if chain not in missing:  # it was called before
+            return
+        missing.remove(chain)
+        ran[chain] |= running
+        see(chain, value, output)
+        if not missing:
+            raise _EndOfChainError
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         for name in watched:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
-        for chain in chains:
-            first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
-            stack.callback(first.register_forward_pre_hook(begin(chain), with_kwargs=True).remove)
-            stack.callback(last.register_forward_hook(end(chain)).remove)
+        hooks = [ChainHooks(model, chain, partial(end, chain)) for chain in chains]
+        for each in hooks:
+            stack.callback(each.detach)
+            each.attach()
         for arguments in batches:
             missing.update(ran)
             running.clear()
-            inputs.clear()
+            for each in hooks:
+                each.forget()
             try:
                 model(*copies(arguments))
             except _EndOfChainError:
