@@ -18,6 +18,8 @@ from lightning_easier import (
 )
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.fit import chain_fits
+from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.collapsing.fit.placing import as_chain_fit, replace
 from lightning_easier.structure.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
@@ -119,6 +121,37 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     assert not stand_ins(fresh)
     assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
     assert fresh.state_dict().keys() == state.keys()
+
+
+NORMS = {
+    "that makes up for it": {},
+    "without a scale": {"affine": False},
+    "without statistics": {"track_running_stats": False},
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_new_modules_and_those_that_are_there_become_one_function_in_both_modes(norm, bias):
+    torch.manual_seed(0)
+    model = randomized(Block())
+    model.conv1, model.bn2 = nn.Conv2d(6, 6, 3, 1, 1, bias=bias), nn.BatchNorm2d(6, **NORMS[norm])
+    batches = [torch.randn(16, 6, 9, 7, dtype=torch.float64) for _ in range(4)]
+    model = trained_mode_statistics(model.double(), batches)
+    isolate_activations(model)
+    with chain_fits.ChainProbe(model, ["relu"], 4) as probe, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    ((chain, fits, _),) = probe.fitted()
+    for fit in fits:
+        moved_in = as_chain_fit(model, chain, fit)
+        if moved_in is None:  # of another kind than the first of the chain
+            continue
+        new, same = copy.deepcopy(model), copy.deepcopy(model)
+        replace(new, PricedFit(chain, fit, 0.0, 0.0, 0.0), batches[:1])
+        linearize(same, ["relu"], stand_in="fitted", statistics={"relu": moved_in})
+        for training in (False, True):
+            torch.testing.assert_close(new.train(training)(batches[0]), same.train(training)(batches[0]))
 
 
 def test_training_begins_with_the_function_that_was_fitted():

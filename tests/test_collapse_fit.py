@@ -12,7 +12,7 @@ from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.collapsing.fit import fitting
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChains
-from lightning_easier.collapsing.fit.fitting import with_statistics
+from lightning_easier.collapsing.fit.placing import with_statistics
 from lightning_easier.zoo import CifarResNet
 
 

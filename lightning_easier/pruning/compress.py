@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
-from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
+from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
+from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.goals import Goal, Look, check_targets
 from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.report import CompressReport, Trial

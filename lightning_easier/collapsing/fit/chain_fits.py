@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, is_available, is_initialized
 from tqdm import tqdm
 
-from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
-from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
-from lightning_easier.measure.affines import AffineFit
+from lightning_easier.collapsing.fit.fitting import positions_wanted
+from lightning_easier.collapsing.fit.placing import as_chain_fit
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.structure.stand_in import StandIn
-from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
+from lightning_easier.structure.substitution import ChainFit
 from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
@@ -178,58 +176,6 @@ def _tensors_of(moments: Moments) -> Iterator[Tensor]:
     for sums in (moments.fitted, moments.held_out):
         yield from (sums.gram, sums.cross, sums.squares)
     yield moments.left_out
-
-
-def as_chain_fit(model: nn.Module, chain: FittableChain, fit: Fit) -> ChainFit | None:
-    """Tell how an operator moves into the modules of a chain.
-
-    Args:
-        model: The model.
-        chain: The chain. The operator takes the place of its first activation; the others become identities.
-        fit: The operator.
-
-    Returns:
-        None if the operator is of another kind than the first of the chain, so that it can't move in, or its values are
-        too large for the dtype of the model.
-    """
-    site, *others = chain.sites
-    first: Any = model.get_submodule(chain.operators[0])
-    operator: Any = fit.operator
-    host: str | None = None
-    attributes: dict[str, Any] = {}
-    behind = [*others, *chain.between, *chain.operators[1:]]
-    norm: Any = None if chain.norm is None else model.get_submodule(chain.norm)
-    if norm is not None and not is_adjustable(norm):
-        norm = None
-    bias = operator.bias.detach() if type(operator) in (type(first), ChannelAffine) else None
-    affine: AffineFit | None = None
-    missing = torch.zeros_like(fit.mean)  # what the batch norm makes up for
-    tensors: dict[str, Tensor] = {}
-    if bias is None:
-        return None
-    if type(operator) is ChannelAffine:
-        behind.insert(0, chain.operators[0])
-        affine = AffineFit(operator.weight.detach(), bias, operator.dim, fit.explained)
-    else:
-        host, attributes = chain.operators[0], attributes_of(operator)
-        tensors[f"{host}.weight"] = operator.weight.detach()
-        if first.bias is not None:
-            tensors[f"{host}.bias"] = bias
-        elif norm is not None:
-            missing = bias
-        else:
-            affine = AffineFit(torch.ones_like(bias), bias, 1 if chain.geometry.kernel else -1, fit.explained)
-    if norm is not None:
-        adjusted: Any = with_statistics(norm, fit.mean - missing, fit.variance, missing)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensors[f"{chain.norm}.{name}"] = getattr(adjusted, name).detach()
-    absorbed = [name for name in behind if not isinstance(model.get_submodule(name), StandIn | Absorbed)]
-    form = Form(
-        None if host is None else seen_from(site, host), attributes, tuple(seen_from(site, name) for name in absorbed)
-    )
-    of_model = {seen_from(site, name): value.to(first.weight) for name, value in tensors.items()}
-    found = ChainFit(fit.kind, fit.explained, form, of_model, affine)
-    return found if found.is_finite_in(first.weight.dtype) else None
 
 
 def measure_fits(

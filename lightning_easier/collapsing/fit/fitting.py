@@ -1,14 +1,14 @@
 """Replace chains around activations that are not linear by single operators, fitted to what the chains compute.
 
-The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity, so that the
-forward of the model stays as it is written, and an exact collapse takes the identities out.
+The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity (see
+:mod:`~lightning_easier.collapsing.fit.placing`), so that the forward of the model stays as it is written, and an exact
+collapse takes the identities out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moment
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
-from lightning_easier.sites.activations import replace_activation
-from lightning_easier.structure.substitution import Absorbed
+from lightning_easier.collapsing.fit.placing import replace
 from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.inference import copies, evaluation_mode
 
@@ -29,8 +28,6 @@ _POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
 MOST_FITS = 7
 # Of the sums that are gathered in one run over the data.
 _MOST_BYTES = 2**30
-
-_T = TypeVar("_T")
 
 
 class _EndOfChainError(BaseException):
@@ -191,106 +188,6 @@ def _run_up_to(
             if not ran:
                 break
     return {chain: frozenset(names) for chain, names in ran.items()}
-
-
-def replace(model: nn.Module, choice: PricedFit, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place.
-
-    Args:
-        model: The model, in eval mode.
-        choice: The operator.
-        arguments: Example inputs, for a forward that shows whether the model still runs.
-
-    Returns:
-        What was there before, by name; :func:`put` brings it back.
-
-    Raises:
-        CannotFitError: If it does not, since its forward reads more of the operators than what they compute; the model
-            is as it was.
-    """
-    old = _put_fitted(model, choice)
-    try:
-        with torch.no_grad():
-            model(*copies(arguments))
-    except Exception as error:  # whatever the user's forward raises
-        put(model, old)
-        raise _does_not_run(error) from error
-    return old
-
-
-def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
-    """Run something while an operator is in the place of a chain; the model is as it was afterwards.
-
-    Args:
-        model: The model, in eval mode.
-        choice: The operator.
-        run: Runs the model; what it returns is returned.
-
-    Raises:
-        CannotFitError: As for :func:`replace`.
-    """
-    old = _put_fitted(model, choice)
-    try:
-        with torch.no_grad():
-            return run()
-    except Exception as error:  # whatever the user's forward raises
-        raise _does_not_run(error) from error
-    finally:
-        put(model, old)
-
-
-def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place; return what was there before, by name."""
-    chain = choice.chain
-    first: Any = model.get_submodule(chain.operators[0])
-    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(first.weight).eval()}
-    new.update({name: Absorbed().eval() for name in chain.behind})
-    if chain.norm is not None:
-        new[chain.norm] = with_statistics(model.get_submodule(chain.norm), choice.fit.mean, choice.fit.variance)
-    old = {name: model.get_submodule(name) for name in new}
-    put(model, new)
-    return old
-
-
-def _does_not_run(error: Exception) -> CannotFitError:
-    return CannotFitError(f"the model does not run with an operator in its place: {error}")
-
-
-def is_adjustable(norm: Any) -> bool:
-    """Tell whether a batch norm has statistics, and a scale and an offset that can make up for others."""
-    return norm.running_mean is not None and norm.weight is not None and norm.bias is not None
-
-
-def with_statistics(norm: Any, mean: Tensor, variance: Tensor, offset: Tensor | None = None) -> nn.Module:
-    """Copy a batch norm for values of other statistics; in eval mode it computes the same.
-
-    What is fitted varies less than what it was fitted to. In training mode a batch norm would scale that up again, and
-    training would begin with another function than the one that was fitted.
-
-    Args:
-        norm: The batch norm.
-        mean: Of its input from now on, shape ``(C,)``.
-        variance: Of its input from now on, shape ``(C,)``.
-        offset: What its input lacks from now on, shape ``(C,)``; the batch norm makes up for it.
-    """
-    copied = deepcopy(norm)
-    if not is_adjustable(norm):
-        return copied
-    mean, variance = mean.to(norm.running_mean), variance.to(norm.running_var)
-    shift = torch.zeros_like(mean) if offset is None else offset.to(mean)
-    with torch.no_grad():
-        before, after = (value + norm.eps for value in (norm.running_var, variance))
-        copied.bias += norm.weight * (mean + shift - norm.running_mean) / before.sqrt()
-        copied.weight *= (after / before).sqrt()
-        copied.running_mean.copy_(mean)
-        copied.running_var.copy_(variance)
-    return copied
-
-
-def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules under their names."""
-    for name, module in modules.items():
-        replace_activation(model, name, module)
 
 
 def fit_chain(
