@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, is_available, is_initialized
 from tqdm import tqdm
 
-from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, Sums, fits
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
@@ -28,6 +27,7 @@ from lightning_easier.structure.substitution import ChainFit
 from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+from lightning_easier.support.processes import sum_over_processes
 
 # Of the sums of all chains together.
 _MOST_BYTES = 2**32
@@ -124,14 +124,17 @@ class ChainProbe:
 
     def reduce(self) -> None:
         """Sum up over all processes, each of which has to call this once."""
-        if not (is_available() and is_initialized()):
+        if not self._seen:
             return
-        for seen in self._seen:
-            calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
-            samples = torch.tensor([seen.moments.samples], device=calls.device)
-            for tensor in (calls, samples, *_tensors_of(seen.moments)):
-                all_reduce(tensor)
-            seen.calls, seen.moments.samples = int(calls), int(samples)
+        device = self._seen[0].moments.left_out.device
+        numbers = torch.tensor([(seen.calls, seen.moments.samples) for seen in self._seen], device=device)
+        numbers, *left_out = sum_over_processes([numbers, *(seen.moments.left_out for seen in self._seen)])
+        for seen, (calls, samples), strange in zip(self._seen, numbers.tolist(), left_out, strict=True):
+            seen.calls, seen.moments.samples, seen.moments.left_out = calls, samples, strange
+            # one chain at a time: there may be no room for all of them twice
+            parts = [each for sums in (seen.moments.fitted, seen.moments.held_out) for each in vars(sums).values()]
+            totals = sum_over_processes(parts)
+            seen.moments.fitted, seen.moments.held_out = Sums(*totals[:3]), Sums(*totals[3:])
 
     def fitted(self) -> Iterator[tuple[FittableChain, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
@@ -170,12 +173,6 @@ def _may_pay(model: nn.Module, chain: FittableChain) -> bool:
         return False  # what a checkpoint names as absorbed has to be found without being told of gates
     operators: list[Any] = [model.get_submodule(name) for name in chain.operators]
     return chain.geometry.channels * len(operators[-1].weight) < sum(each.weight.numel() for each in operators)
-
-
-def _tensors_of(moments: Moments) -> Iterator[Tensor]:
-    for sums in (moments.fitted, moments.held_out):
-        yield from (sums.gram, sums.cross, sums.squares)
-    yield moments.left_out
 
 
 def measure_fits(
