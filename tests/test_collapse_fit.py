@@ -1,6 +1,7 @@
 """Tests of collapses that replace chains around activations by fitted operators."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier import collapse, compress, isolate_activations, linearize
 from lightning_easier.collapsing.fit import fitting
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
+from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.placing import with_statistics
+from lightning_easier.support.timing import LatencyTable
 from lightning_easier.zoo import CifarResNet
 
 
@@ -171,6 +174,16 @@ def test_an_operator_that_is_cheaper_is_taken_where_it_is_nearly_as_good():
     assert kinds == {0.0: "convolution", 0.02: "pointwise", 2.0: "affine"}
 
 
+@pytest.mark.parametrize(("slack", "price"), [(0.0, 30.0), (0.01, 30.0), (SLACK, 20.0), (0.5, 10.0)])
+def test_the_cheapest_is_taken_of_those_within_the_slack(slack, price):
+    chain = FittableChains(Rows(1), ["mlps.0.1"]).in_rows()[0]
+    choices = [PricedFit(chain, None, *each) for each in ((0.0, 99.0, 30.0), (SLACK, 99.0, 20.0), (0.3, 99.0, 10.0))]
+    assert choose(choices, ChainPrices("macs", LatencyTable()), slack).price_after == price
+    assert [each.represents_chain() for each in choices] == [True, True, False]
+    options = inspect.signature(collapse).parameters, inspect.signature(compress).parameters
+    assert [each["slack"].default for each in options] == [SLACK, SLACK]
+
+
 def test_a_second_collapse_prices_with_what_was_measured():
     torch.manual_seed(0)
     model = randomized(Mlp())
@@ -243,7 +256,7 @@ class Hooked(Reads):
         (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.ReLU(), nn.Conv2d(4, 4, 1)),
          "1", (8, 4, 6, 6), "no operator is fitted for Conv2d and ConvTranspose2d"),
         (lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 16, 1)),
-         "1", (8, 4, 6, 6), "does not pay: the cheapest takes 18,432 MACs instead of 11,520"),
+         "1", (8, 4, 6, 6), "does not pay: the cheapest takes 18,432 MACs instead of 11,520 MACs"),
     ],
 )  # fmt: skip
 def test_what_is_not_replaced_says_why_and_stays(make, site, shape, reason):

@@ -25,7 +25,7 @@ from lightning_easier.collapsing.exact.verification import (
     verify_in_float64,
     verify_rounded,
 )
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit
+from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit
 from lightning_easier.collapsing.fit.fitting import fit_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
@@ -64,7 +64,7 @@ def collapse(
     sites: Sequence[str] | None = None,
     calibration: Iterable[Any] | None = None,
     latencies: LatencyTable | None = None,
-    slack: float = 0.02,
+    slack: float = SLACK,
 ) -> CollapseResult:
     """Turn what is linear in a row into the cheapest equal operators, exactly.
 
