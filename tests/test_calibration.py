@@ -357,6 +357,53 @@ def test_data_on_the_meta_device_are_an_error(argument, call):
         call(Mlp().eval(), [torch.randn(64, 8, device="meta")])
 
 
+READERS = {
+    "compress": ("batches", lambda model, data: compress(model, data, **FREE)),
+    "collapse": (
+        "calibration",
+        lambda model, data: collapse(
+            model, torch.ones(2, 8), mode="fit", sites=["1"], calibration=data, objective="macs"
+        ),
+    ),
+    **{measure.__name__: ("batches", measure) for measure in MEASURES},
+}
+STRANGE = {
+    "a tensor": (lambda: torch.ones(4, 8), TypeError, r"a tensor .* whose samples would be taken .* `\[tensor\]`"),
+    "a mapping": (lambda: {"x": torch.ones(4, 8)}, TypeError, r"a .* dict, whose keys would .* `\[\({}\['x'\],\)\]`"),
+    "a string": (lambda: "train", TypeError, "a value of type str. Pass a list of tensors, or a DataLoader"),
+    "a number": (lambda: 3, TypeError, "a value of type int. Pass a list of tensors, or a DataLoader"),
+    "no batch": (list, ValueError, "but it yielded none$"),
+    "a generator that was read": (
+        lambda: (batch for batch in ()), ValueError, "but it yielded none: an iterator yields its batches only once",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("strange", STRANGE)
+def test_what_holds_no_batches_is_refused_by_all_in_the_same_words(reader, strange):
+    (argument, read), (make, error, message) = READERS[reader], STRANGE[strange]
+    model = Mlp()
+    modules = [type(module) for module in model.modules()]
+    expected = "be an iterable of batches, but got" if error is TypeError else "yield at least one batch .*,"
+    with pytest.raises(error, match=f"`{argument}` to {expected} {message.replace('{}', argument)}"):
+        read(model, make())
+    assert [type(module) for module in model.modules()] == modules
+    assert model.training
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_generator_is_read_as_a_list_is(reader):
+    _, read = READERS[reader]
+    model = Mlp().eval()
+    found, expected = (read(model, data) for data in (iter(batches()), batches()))
+    if isinstance(found, dict):
+        assert str(found) == str(expected)
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(torch.ones(2, 8)), expected.model(torch.ones(2, 8)))
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_model_on_the_meta_device_is_not_measured(measure):
     with pytest.raises(ValueError, match="`model` to have weights"):

@@ -20,7 +20,7 @@ from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine
 from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts
 from lightning_easier.sites.activations import ActivationSite, isolated_sites, unwrap
 from lightning_easier.support.arguments import check_share
-from lightning_easier.support.calibration import check_iterable, tell, tell_left_out, usable_batches
+from lightning_easier.support.calibration import tell, tell_left_out, usable_batches
 from lightning_easier.support.finite import finite_samples
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
@@ -391,7 +391,7 @@ def _measured(
     """Run a model over batches with its activations measured."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
-    check_iterable("batches", batches)
+    inputs = usable_batches(batches, max_batches)
     inner = unwrap(model)
     check_weights(inner)
     sites = isolated_sites(inner, gates)
@@ -401,6 +401,6 @@ def _measured(
         )
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
-        for value in usable_batches(batches, max_batches):
+        for value in inputs:
             forward(inner, (value.to(device),), "batches")
     return probe

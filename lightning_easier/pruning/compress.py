@@ -170,12 +170,10 @@ def compress(
     if given is not None:
         with torch.no_grad():
             forward(source, copies(given), "example_inputs")
-    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
-        batches = list(batches)
     data = read_calibration("batches", batches, source, count, [device] * count)
     notes = list(data.notes)
     if given is None:
-        doubt, decision = inputs_left_out(source, batches[0], count)
+        doubt, decision = inputs_left_out(source, data.first, count)
         if doubt is not None:
             rank_zero_warn(doubt)
         notes += [said for said in (doubt, decision) if said is not None]

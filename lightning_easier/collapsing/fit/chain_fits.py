@@ -25,7 +25,7 @@ from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.substitution import ChainFit
 from lightning_easier.support.arguments import as_globs
-from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
+from lightning_easier.support.calibration import tell_left_out, usable_batches
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
 from lightning_easier.support.processes import sum_over_processes
 
@@ -219,11 +219,11 @@ def measure_fits(
           (2): Absorbed()
         )
     """
-    check_iterable("batches", batches)
+    inputs = usable_batches(batches)
     inner = unwrap(model)
     check_weights(inner)
     sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(usable_batches(batches))
+    taken = list(inputs)
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
         for value in taken:
