@@ -2,7 +2,7 @@
 
 from lightning_easier.callbacks import EntropyPruningCallback
 from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
-from lightning_easier.collapsing.fit.chain_fits import measure_fits
+from lightning_easier.collapsing.fit.chain_fits import fit_chains
 from lightning_easier.exporting import ExportError, export
 from lightning_easier.measure.entropy import ActivationEntropy, activation_entropy
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EntropyPruningCallback",
-    "measure_entropy", "measure_affines", "measure_fits", "ActivationEntropy", "activation_entropy", "EntropyProbe",
+    "measure_entropy", "measure_affines", "fit_chains", "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "expect_pruned",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",

@@ -11,11 +11,11 @@ from lightning_easier import (
     EntropyProbe,
     collapse,
     compress,
+    fit_chains,
     isolate_activations,
     linearize,
     measure_affines,
     measure_entropy,
-    measure_fits,
 )
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.pruning.gains import ShapeProbe
@@ -191,7 +191,7 @@ def test_inputs_too_small_to_fit_to_are_named(scale):
     assert small.report.trials
 
 
-MEASURES = [measure_entropy, measure_affines, measure_fits]
+MEASURES = [measure_entropy, measure_affines, fit_chains]
 
 
 def convolutional() -> nn.Sequential:
@@ -212,8 +212,8 @@ def test_measurements_leave_out_samples_that_are_not_finite_and_say_how_many(str
         torch.testing.assert_close(found.scale, expected.scale)
         torch.testing.assert_close(found.offset, expected.offset)
         with pytest.warns(UserWarning, match="2 of the 256 samples in `batches`"):
-            fit = measure_fits(model, data)["1"]
-        assert fit.explained == pytest.approx(measure_fits(model, clean)["1"].explained, abs=0.05)
+            fit = fit_chains(model, data)["1"]
+        assert fit.explained == pytest.approx(fit_chains(model, clean)["1"].explained, abs=0.05)
         with pytest.warns(UserWarning, match="2 of the 256 samples in what was measured"):
             entropy = measure_entropy(model, data)["1"]
         assert entropy == pytest.approx(measure_entropy(model, clean)["1"], abs=0.02)
@@ -243,7 +243,7 @@ def test_sums_of_a_chain_are_those_without_the_samples_that_are_left_out():
 def test_what_is_measured_beside_a_strange_sample_gives_finite_numbers_again():
     data = batches()
     data[2][3, 2] = math.nan
-    for stand_in, measure in (("affine", measure_affines), ("fitted", measure_fits)):
+    for stand_in, measure in (("affine", measure_affines), ("fitted", fit_chains)):
         model = Mlp().eval()
         with pytest.warns(UserWarning, match="1 of the 256"):
             linearize(model, ["1"], stand_in=stand_in, statistics=measure(model, data))

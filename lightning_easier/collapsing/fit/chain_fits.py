@@ -175,7 +175,7 @@ def _may_pay(model: nn.Module, chain: FittableChain) -> bool:
     return chain.geometry.channels * len(operators[-1].weight) < sum(each.weight.numel() for each in operators)
 
 
-def measure_fits(
+def fit_chains(
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -211,7 +211,7 @@ def measure_fits(
         >>> from torch import nn
         >>> from lightning_easier import linearize
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-        >>> fits = measure_fits(model, [torch.randn(64, 4) for _ in range(4)])
+        >>> fits = fit_chains(model, [torch.randn(64, 4) for _ in range(4)])
         >>> linearize(model, ["1"], stand_in="fitted", statistics=fits)
         Sequential(
           (0): Linear(in_features=4, out_features=3, bias=True)

@@ -190,31 +190,6 @@ def _run_up_to(
     return {chain: frozenset(names) for chain, names in ran.items()}
 
 
-def fit_chain(
-    model: nn.Module,
-    chain: FittableChain,
-    batches: Sequence[tuple[Tensor, ...]],
-    arguments: Sequence[Tensor],
-    prices: ChainPrices,
-    advance: Callable[[], object] = _nothing,
-) -> list[PricedFit]:
-    """Fit and price every operator that may take the place of a chain; the model is not changed.
-
-    Args:
-        model: A model in eval mode, its activations isolated.
-        chain: The chain.
-        batches: Calibration data: the forward's positional arguments, for each batch.
-        arguments: Example inputs, at whose shapes operators are priced.
-        prices: Tells what modules cost.
-        advance: What is called behind each batch, and behind each fit.
-
-    Raises:
-        CannotFitError: If the forward does not get there.
-    """
-    ((_, gathered),) = gather(model, [chain], batches, arguments, advance=advance)
-    return fit_to(model, chain, gathered, prices, advance)
-
-
 def fit_to(
     model: nn.Module,
     chain: FittableChain,
@@ -225,10 +200,10 @@ def fit_to(
     """Fit and price every operator that may take the place of a chain whose sums are known.
 
     Args:
-        model: As for :func:`fit_chain`.
+        model: The model, in eval mode; it is not changed.
         chain: The chain.
         gathered: Its sums, as :func:`gather` yields them.
-        prices: As for :func:`fit_chain`.
+        prices: Tells what modules cost.
         advance: What is called after each fit.
 
     Raises:
@@ -252,7 +227,7 @@ def fit_to(
     return priced(model, chain, fitted, gathered.shape, prices)
 
 
-def fit_chains(
+def replace_chains(
     model: nn.Module,
     sites: Sequence[str],
     batches: Sequence[tuple[Tensor, ...]],
@@ -265,9 +240,9 @@ def fit_chains(
     Args:
         model: A model in eval mode, its activations isolated.
         sites: Names of the activations.
-        batches: As for :func:`fit_chain`.
-        arguments: As for :func:`fit_chain`.
-        prices: As for :func:`fit_chain`.
+        batches: Calibration data: the forward's positional arguments, for each batch.
+        arguments: Example inputs, at whose shapes operators are priced.
+        prices: Tells what modules cost.
         slack: How much less of the variance than the best an operator may explain to be chosen.
 
     Returns:
@@ -276,11 +251,16 @@ def fit_chains(
     chains = FittableChains(model, sites)
     choices = []
     rows = chains.in_rows()
+
+    def fit_alone(chain: FittableChain) -> list[PricedFit]:  # its sums are not kept beside those of the next
+        ((_, gathered),) = gather(model, [chain], batches, arguments, advance=progress.advance)
+        return fit_to(model, chain, gathered, prices, progress.advance)
+
     with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
         for chain in rows:
             progress.name(chain)
             try:
-                choice = choose(fit_chain(model, chain, batches, arguments, prices, progress.advance), prices, slack)
+                choice = choose(fit_alone(chain), prices, slack)
                 replace(model, choice, arguments)
                 choices.append(choice)
             except CannotFitError as error:
