@@ -8,11 +8,11 @@ from torch import nn
 
 from lightning_easier import (
     collapse,
+    fit_chains,
     isolate_activations,
     linearize,
     measure_affines,
     measure_entropy,
-    measure_fits,
     restore,
 )
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
@@ -91,7 +91,7 @@ def test_linearity_is_what_the_affine_leaves_unexplained():
 def test_an_operator_that_saves_nothing_is_not_fitted():
     torch.manual_seed(0)
     model = Body().eval()
-    assert measure_fits(model, MAPS)["1"].kind == "convolution"  # what explains most
+    assert fit_chains(model, MAPS)["1"].kind == "convolution"  # what explains most
     result = ranked(model, MAPS, collapse="fit", criterion="linearity")
     assert "1" not in result.fits
     left_out = ranked(model, MAPS, collapse="fit", criterion="linearity", candidates="mergeable")
@@ -212,7 +212,7 @@ def test_chains_that_share_an_operator_do_not_go_together():
     model = nn.Sequential(
         *[nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)]
     )
-    fits = {name: fit.to_plain() for name, fit in measure_fits(model, [torch.randn(64, 6)]).items()}
+    fits = {name: fit.to_plain() for name, fit in fit_chains(model, [torch.randn(64, 6)]).items()}
     assert apart(["3", "1", "5"], fits) == ["3"]
     assert apart(["1", "3", "5"], fits) == ["1", "5"]
     assert apart(["1", "3"], {}) == ["1", "3"]

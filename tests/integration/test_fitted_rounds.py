@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import EntropyPruningCallback, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier import EntropyPruningCallback, candidates, collapse, fit_chains, load_pruned, measure_entropy
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support import timing
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
@@ -49,7 +49,7 @@ FITTED = {"collapse": "fit", "candidates": "mergeable", "monitor": "val_acc"}
 
 def fits_of(pl_module, trainer):
     batches = list(trainer.val_dataloaders)[:3]
-    return {f"model.{name}": fit for name, fit in measure_fits(pl_module.model, batches).items()}
+    return {f"model.{name}": fit for name, fit in fit_chains(pl_module.model, batches).items()}
 
 
 class Watch(Callback):
@@ -146,7 +146,7 @@ def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_ch
     class Fits(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             batches = [batch for loader in trainer.val_dataloaders for batch in loader]
-            fits = measure_fits(pl_module.model, batches)
+            fits = fit_chains(pl_module.model, batches)
             self.explained.append({f"model.{name}": fit.explained for name, fit in fits.items()})
 
         explained: list = []  # noqa: RUF012
