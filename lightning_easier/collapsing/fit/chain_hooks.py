@@ -14,8 +14,8 @@ from lightning_easier.support.hooks import HookOfOneModel, input_of
 class ChainHooks:
     """Own the two hooks of a chain: before its first operator, and after its last.
 
-    A pass is a call of the last operator after one of the first; each is told once, as it ends. What else the chain may
-    be told of a pass, such as that it is left out, is up to the owner.
+    A pass is a call of the last operator after one of the first; each is told once, as it ends. Whether it counts is
+    decided by the one who is told.
 
     Args:
         model: A model whose activations are isolated.
