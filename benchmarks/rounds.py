@@ -18,7 +18,7 @@ import rich
 from cifar import Images, accuracy, add_arguments, drawn, load, tune
 from torch import Tensor, nn
 
-from lightning_easier import isolate_activations, linearize, measure_affines, measure_entropy, measure_fits
+from lightning_easier import fit_chains, isolate_activations, linearize, measure_affines, measure_entropy
 from lightning_easier.report import Table
 
 Round = Callable[[nn.Module, Sequence[str], Sequence[Tensor], int], Sequence[str]]
@@ -65,11 +65,11 @@ def to_fitted(order: str) -> Round:
         if order == "entropy":
             values = measure_entropy(model, calibration)
         else:
-            fits = measure_fits(model, calibration, include=list(sites))
+            fits = fit_chains(model, calibration, include=list(sites))
             values = {site: -fit.explained for site, fit in fits.items()}
         chosen = sorted((site for site in sites if site in values), key=values.__getitem__)[:count]
         for site in chosen:
-            linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, calibration, include=[site]))
+            linearize(model, [site], stand_in="fitted", statistics=fit_chains(model, calibration, include=[site]))
         return chosen
 
     return remove

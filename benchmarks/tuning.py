@@ -36,11 +36,11 @@ from torch.nn.utils import prune
 from lightning_easier import (
     collapse,
     compress,
+    fit_chains,
     isolate_activations,
     linearize,
     measure_affines,
     measure_entropy,
-    measure_fits,
 )
 from lightning_easier.report import Table
 from lightning_easier.support.costs import count_macs
@@ -69,7 +69,7 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
         return zeroed(model, pruning, 1 / 3)
     if method == "fitted":
         for _ in range(options.removed):
-            fits = measure_fits(model, calibration, include=inner)
+            fits = fit_chains(model, calibration, include=inner)
             best = max(fits, key=lambda name: fits[name].explained)
             linearize(model, [best], stand_in="fitted", statistics=fits)
             inner.remove(best)

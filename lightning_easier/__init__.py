@@ -2,7 +2,7 @@
 
 from lightning_easier.callbacks import Distillation, EntropyPruningCallback, Files, PruningCallback
 from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
-from lightning_easier.collapsing.fit.chain_fits import measure_fits
+from lightning_easier.collapsing.fit.chain_fits import fit_chains
 from lightning_easier.exporting import ExportError, export
 from lightning_easier.measure.entropy import ActivationEntropy, activation_entropy
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy
@@ -23,7 +23,7 @@ __all__ = [
     "EntropyPruningCallback", "PruningCallback",
     "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
     "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators",
-    "measure_entropy", "measure_affines", "measure_fits", "ActivationEntropy", "activation_entropy", "EntropyProbe",
+    "measure_entropy", "measure_affines", "fit_chains", "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_easier import collapse, linearize, load_pruned, measure_affines, measure_entropy, restore
-from lightning_easier.measure.affines import AffineFit, AffineStatistics
+from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Small, run
 from tests.test_collapse_fit import randomized
@@ -43,7 +43,7 @@ def test_scale_and_offset_are_those_of_least_squares(seed, mean, dtype, batches,
         statistics.update(z, y)
         seen.append((z.movedim(dim, -1).reshape(-1, 3), y.movedim(dim, -1).reshape(-1, 3)))
     z, y = (torch.cat(part) for part in zip(*seen, strict=True))
-    fit = statistics.fit()
+    fit = affine_of(statistics.sums, statistics.neuron_dim)
     varies = z.double().std(0) > 1e-3
     scale, offset = directly(z, y)
     torch.testing.assert_close(fit.scale[varies], scale[varies], rtol=2e-3, atol=2e-3)
@@ -58,7 +58,7 @@ def test_a_channel_that_does_not_vary_becomes_its_mean():
     z = torch.full((6, 2), 5.0)
     z[:, 1] = torch.arange(6.0)
     statistics.update(z, z.relu())
-    fit = statistics.fit()
+    fit = affine_of(statistics.sums, statistics.neuron_dim)
     torch.testing.assert_close(fit.scale, torch.tensor([0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(fit.offset, torch.tensor([5.0, 0.0], dtype=torch.float64))
 
@@ -73,12 +73,12 @@ def test_one_channel_is_a_vector_still():
 
 def test_nothing_seen_is_no_affine():
     with pytest.raises(RuntimeError, match="has seen no pre-activation"):
-        AffineStatistics().fit()
+        affine_of(AffineStatistics().sums, 1)
     statistics = AffineStatistics()
     statistics.update(torch.full((3, 2), torch.nan), torch.full((3, 2), torch.nan))
     assert statistics.left_out == 3
     with pytest.raises(RuntimeError, match="no sample whose values are all finite"):
-        statistics.fit()
+        affine_of(statistics.sums, statistics.neuron_dim)
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((12, 3), 1), ((12, 5, 3), -1), ((12, 3, 4, 5), 1), ((3, 12, 5), 0)])

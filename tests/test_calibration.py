@@ -11,11 +11,11 @@ from lightning_easier import (
     EntropyProbe,
     collapse,
     compress,
+    fit_chains,
     isolate_activations,
     linearize,
     measure_affines,
     measure_entropy,
-    measure_fits,
 )
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.pruning.gains import ShapeProbe
@@ -191,7 +191,7 @@ def test_inputs_too_small_to_fit_to_are_named(scale):
     assert small.report.trials
 
 
-MEASURES = [measure_entropy, measure_affines, measure_fits]
+MEASURES = [measure_entropy, measure_affines, fit_chains]
 
 
 def convolutional() -> nn.Sequential:
@@ -212,8 +212,8 @@ def test_measurements_leave_out_samples_that_are_not_finite_and_say_how_many(str
         torch.testing.assert_close(found.scale, expected.scale)
         torch.testing.assert_close(found.offset, expected.offset)
         with pytest.warns(UserWarning, match="2 of the 256 samples in `batches`"):
-            fit = measure_fits(model, data)["1"]
-        assert fit.explained == pytest.approx(measure_fits(model, clean)["1"].explained, abs=0.05)
+            fit = fit_chains(model, data)["1"]
+        assert fit.explained == pytest.approx(fit_chains(model, clean)["1"].explained, abs=0.05)
         with pytest.warns(UserWarning, match="2 of the 256 samples in what was measured"):
             entropy = measure_entropy(model, data)["1"]
         assert entropy == pytest.approx(measure_entropy(model, clean)["1"], abs=0.02)
@@ -243,7 +243,7 @@ def test_sums_of_a_chain_are_those_without_the_samples_that_are_left_out():
 def test_what_is_measured_beside_a_strange_sample_gives_finite_numbers_again():
     data = batches()
     data[2][3, 2] = math.nan
-    for stand_in, measure in (("affine", measure_affines), ("fitted", measure_fits)):
+    for stand_in, measure in (("affine", measure_affines), ("fitted", fit_chains)):
         model = Mlp().eval()
         with pytest.warns(UserWarning, match="1 of the 256"):
             linearize(model, ["1"], stand_in=stand_in, statistics=measure(model, data))
@@ -319,6 +319,28 @@ def test_probes_see_nothing_in_a_batch_without_samples():
     assert shape == data.shape
 
 
+def test_probes_see_what_operators_are_called_with_by_name():
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.second = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(input=self.act(input=self.first(input=x)))
+
+    model = ByName().eval()
+    entropies, chains, shapes = (
+        EntropyProbe(isolated_sites(model)), ChainProbe(model, ["act"], 1), ShapeProbe(model, ["act"])
+    )  # fmt: skip
+    shapes.attach()
+    with entropies, chains, torch.no_grad():
+        model(torch.randn(32, 8))
+    shapes.detach()
+    assert shapes.shapes == {"act": (32, 8)}
+    assert list(entropies.entropies()) == ["act"]
+    assert [shape for _, _, shape in chains.fitted()] == [(32, 8)]
+
+
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
@@ -333,6 +355,53 @@ def test_probes_see_nothing_in_a_batch_without_samples():
 def test_data_on_the_meta_device_are_an_error(argument, call):
     with pytest.raises(ValueError, match=f"`{argument}` to hold data, but got a tensor of shape .* on the meta device"):
         call(Mlp().eval(), [torch.randn(64, 8, device="meta")])
+
+
+READERS = {
+    "compress": ("batches", lambda model, data: compress(model, data, **FREE)),
+    "collapse": (
+        "calibration",
+        lambda model, data: collapse(
+            model, torch.ones(2, 8), mode="fit", sites=["1"], calibration=data, objective="macs"
+        ),
+    ),
+    **{measure.__name__: ("batches", measure) for measure in MEASURES},
+}
+STRANGE = {
+    "a tensor": (lambda: torch.ones(4, 8), TypeError, r"a tensor .* whose samples would be taken .* `\[tensor\]`"),
+    "a mapping": (lambda: {"x": torch.ones(4, 8)}, TypeError, r"a .* dict, whose keys would .* `\[\({}\['x'\],\)\]`"),
+    "a string": (lambda: "train", TypeError, "a value of type str. Pass a list of tensors, or a DataLoader"),
+    "a number": (lambda: 3, TypeError, "a value of type int. Pass a list of tensors, or a DataLoader"),
+    "no batch": (list, ValueError, "but it yielded none$"),
+    "a generator that was read": (
+        lambda: (batch for batch in ()), ValueError, "but it yielded none: an iterator yields its batches only once",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("strange", STRANGE)
+def test_what_holds_no_batches_is_refused_by_all_in_the_same_words(reader, strange):
+    (argument, read), (make, error, message) = READERS[reader], STRANGE[strange]
+    model = Mlp()
+    modules = [type(module) for module in model.modules()]
+    expected = "be an iterable of batches, but got" if error is TypeError else "yield at least one batch .*,"
+    with pytest.raises(error, match=f"`{argument}` to {expected} {message.replace('{}', argument)}"):
+        read(model, make())
+    assert [type(module) for module in model.modules()] == modules
+    assert model.training
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_generator_is_read_as_a_list_is(reader):
+    _, read = READERS[reader]
+    model = Mlp().eval()
+    found, expected = (read(model, data) for data in (iter(batches()), batches()))
+    if isinstance(found, dict):
+        assert str(found) == str(expected)
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(torch.ones(2, 8)), expected.model(torch.ones(2, 8)))
 
 
 @pytest.mark.parametrize("measure", MEASURES)

@@ -9,15 +9,17 @@ from torch import nn
 from lightning_easier import (
     collapse,
     compress,
+    fit_chains,
     isolate_activations,
     linearize,
     load_pruned,
-    measure_fits,
     restore,
     restore_structure_on_load,
 )
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.fit import chain_fits
+from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.collapsing.fit.placing import as_chain_fit, replace
 from lightning_easier.structure.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
 from tests.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
@@ -66,7 +68,7 @@ def test_it_computes_what_a_fitting_collapse_computes_and_comes_back(name):
     model = randomized(make()).double()
     batches = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
     state, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
-    fits = measure_fits(model, batches)
+    fits = fit_chains(model, batches)
     expected = collapse(model, batches[0], mode="fit", sites=[site], calibration=batches, objective="depth", slack=0.0)
     assert expected.report.fitted[0].kind == fits[site].kind
     assert fits[site].explained == pytest.approx(expected.report.fitted[0].explained)
@@ -89,7 +91,7 @@ def test_a_state_dict_brings_the_structure_or_fails_loudly(name, tmp_path):
     make, site, shape = CASES[name]
     model = randomized(make())
     batches = [torch.randn(shape) for _ in range(4)]
-    linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(model, [site], stand_in="fitted", statistics=fit_chains(model, batches))
     torch.save(model.state_dict(), tmp_path / "pruned.pt")
     fresh = make().eval()
     with pytest.raises(RuntimeError, match="Unexpected key|Missing key|size mismatch"):
@@ -110,7 +112,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     torch.manual_seed(0)
     model = randomized(Block())
     batches = [torch.randn(16, 6, 9, 7) for _ in range(4)]
-    linearize(model, ["relu"], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(model, ["relu"], stand_in="fitted", statistics=fit_chains(model, batches))
     torch.save({**model.state_dict(), "other": torch.zeros(1)}, tmp_path / "pruned.pt")
     fresh = randomized(Block())
     state = copy.deepcopy(fresh.state_dict())
@@ -121,6 +123,37 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
     assert fresh.state_dict().keys() == state.keys()
 
 
+NORMS = {
+    "that makes up for it": {},
+    "without a scale": {"affine": False},
+    "without statistics": {"track_running_stats": False},
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_new_modules_and_those_that_are_there_become_one_function_in_both_modes(norm, bias):
+    torch.manual_seed(0)
+    model = randomized(Block())
+    model.conv1, model.bn2 = nn.Conv2d(6, 6, 3, 1, 1, bias=bias), nn.BatchNorm2d(6, **NORMS[norm])
+    batches = [torch.randn(16, 6, 9, 7, dtype=torch.float64) for _ in range(4)]
+    model = trained_mode_statistics(model.double(), batches)
+    isolate_activations(model)
+    with chain_fits.ChainProbe(model, ["relu"], 4) as probe, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    ((chain, fits, _),) = probe.fitted()
+    for fit in fits:
+        moved_in = as_chain_fit(model, chain, fit)
+        if moved_in is None:  # of another kind than the first of the chain
+            continue
+        new, same = copy.deepcopy(model), copy.deepcopy(model)
+        replace(new, PricedFit(chain, fit, 0.0, 0.0, 0.0), batches[:1])
+        linearize(same, ["relu"], stand_in="fitted", statistics={"relu": moved_in})
+        for training in (False, True):
+            torch.testing.assert_close(new.train(training)(batches[0]), same.train(training)(batches[0]))
+
+
 def test_training_begins_with_the_function_that_was_fitted():
     torch.manual_seed(0)
     model = randomized(CifarResNet(8))
@@ -128,7 +161,7 @@ def test_training_begins_with_the_function_that_was_fitted():
     trained_mode_statistics(model, batches)
     sites = [name for name in isolate_activations(model) if name.endswith("relu1")]
     for site in sites:
-        linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches, include=site))
+        linearize(model, [site], stand_in="fitted", statistics=fit_chains(model, batches, include=site))
     with torch.no_grad():
         expected, trained = model(batches[0]), copy.deepcopy(model).train()(batches[0])
     assert float((trained - expected).norm() / expected.norm()) < 0.1
@@ -140,7 +173,7 @@ def test_fits_build_on_fits_and_are_taken_back_in_the_opposite_order():
     batches = [torch.randn(16, 3, 10, 8, dtype=torch.float64) for _ in range(4)]
     dense, state = model(batches[0]), copy.deepcopy(model.state_dict())
     for site in ("3", "1"):
-        linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+        linearize(model, [site], stand_in="fitted", statistics=fit_chains(model, batches))
     assert collapse(model, batches[0], objective="depth").report.after.depth == 1
     both = model(batches[0])
     # weights go where they belong though the state dict names the later one first
@@ -155,8 +188,8 @@ def test_fits_build_on_fits_and_are_taken_back_in_the_opposite_order():
     restore(model)
     assert torch.equal(model(batches[0]), dense)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    linearize(model, ["1"], stand_in="fitted", statistics=measure_fits(model, batches))
-    linearize(model, ["3"], stand_in="fitted", statistics=measure_fits(model, batches))  # the host hosts again
+    linearize(model, ["1"], stand_in="fitted", statistics=fit_chains(model, batches))
+    linearize(model, ["3"], stand_in="fitted", statistics=fit_chains(model, batches))  # the host hosts again
     assert torch.equal(restore(model)(batches[0]), dense)
 
 
@@ -164,7 +197,7 @@ def test_what_was_trained_since_stays_when_something_else_becomes_linear():
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block()).double().eval()
     batches = [torch.randn(16, 6, 9, 7, dtype=torch.float64) for _ in range(4)]
-    linearize(model, ["0.relu"], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(model, ["0.relu"], stand_in="fitted", statistics=fit_chains(model, batches))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01
@@ -177,15 +210,15 @@ def test_what_was_trained_since_stays_when_something_else_becomes_linear():
 def test_two_fits_that_share_an_operator_are_refused_together():
     torch.manual_seed(0)
     model = Plain().eval()
-    fits = measure_fits(model, [torch.randn(16, 3, 10, 8) for _ in range(4)])
+    fits = fit_chains(model, [torch.randn(16, 3, 10, 8) for _ in range(4)])
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"that of '3' needs \['2'\]"):
         linearize(model, ["1", "3"], stand_in="fitted", statistics=fits)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     linearize(model, ["1"], stand_in="fitted", statistics=fits)
-    with pytest.raises(ValueError, match="Linearize one of the two, and measure again"):
+    with pytest.raises(ValueError, match="Linearize one of the two, and fit again"):
         linearize(model, ["3"], stand_in="fitted", statistics=fits)
-    with pytest.raises(ValueError, match="`statistics` to hold the operator of '3', as `measure_fits"):
+    with pytest.raises(ValueError, match="`statistics` to hold the operator of '3', as `fit_chains"):
         linearize(model, ["3"], stand_in="fitted")
 
 
@@ -194,7 +227,7 @@ def test_an_almost_linear_chain_is_found_whatever_its_channels_mean():
     model = almost_linear(randomized(Mlp())).double()
     batches = [torch.randn(64, 8, dtype=torch.float64) + 100 for _ in range(4)]
     expected = model(batches[0])
-    fits = measure_fits(model, batches)
+    fits = fit_chains(model, batches)
     assert fits["1"].explained > 1 - 1e-9
     linearize(model, ["1"], stand_in="fitted", statistics=fits)
     torch.testing.assert_close(model(batches[0]), expected, rtol=1e-6, atol=1e-6)
@@ -202,11 +235,11 @@ def test_an_almost_linear_chain_is_found_whatever_its_channels_mean():
 
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="`batches` to be an iterable of batches, but got a tensor"):
-        measure_fits(Mlp(), torch.randn(4, 8))
+        fit_chains(Mlp(), torch.randn(4, 8))
     with pytest.raises(ValueError, match="at least one batch"):
-        measure_fits(Mlp(), [])
+        fit_chains(Mlp(), [])
     with pytest.raises(ValueError, match="`include`"):
-        measure_fits(Mlp(), [torch.randn(4, 8)], include="x")
+        fit_chains(Mlp(), [torch.randn(4, 8)], include="x")
 
 
 def test_a_padding_that_moves_and_a_fit_leave_each_other_alone():
@@ -215,28 +248,28 @@ def test_a_padding_that_moves_and_a_fit_leave_each_other_alone():
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, 1, 1)
     ).eval()  # fmt: skip
-    fit_first = linearize(copy.deepcopy(model), ["1"], stand_in="fitted", statistics=measure_fits(model, batches))
+    fit_first = linearize(copy.deepcopy(model), ["1"], stand_in="fitted", statistics=fit_chains(model, batches))
     linearize(fit_first, ["3"], shift_padding=True)
     assert fit_first(batches[0]).shape == model(batches[0]).shape
     assert torch.equal(restore(fit_first)(batches[0]), model(batches[0]))
     shift_first = linearize(copy.deepcopy(model), ["3"], shift_padding=True)
-    assert measure_fits(shift_first, batches) == {}
+    assert fit_chains(shift_first, batches) == {}
 
 
 def test_single_vectors_are_held_out_batch_by_batch():
     torch.manual_seed(0)
     model = Mlp().eval()
     vectors = torch.randn(400, 8)
-    one_by_one = measure_fits(model, vectors.split(1))["1"].explained
-    assert one_by_one == pytest.approx(measure_fits(model, vectors.split(50))["1"].explained, abs=0.1)
-    assert measure_fits(model, [vectors[:1]]) == {}
-    assert measure_fits(model, [vectors[:2]]) == {}
+    one_by_one = fit_chains(model, vectors.split(1))["1"].explained
+    assert one_by_one == pytest.approx(fit_chains(model, vectors.split(50))["1"].explained, abs=0.1)
+    assert fit_chains(model, [vectors[:1]]) == {}
+    assert fit_chains(model, [vectors[:2]]) == {}
 
 
 def test_fits_to_values_whose_sums_overflow_are_not_made():
     batches = [1e30 * torch.randn(32, 8) for _ in range(4)]
     model = Mlp().eval()
-    assert measure_fits(model, batches) == {}
+    assert fit_chains(model, batches) == {}
     probe = chain_fits.ChainProbe(model, ["1"], 4)
     with probe, torch.no_grad():
         for batch in batches:
@@ -251,7 +284,7 @@ def test_a_fit_too_large_for_the_dtype_of_the_model_does_not_move_in():
     for operator in (model[0], model[3]):
         operator.weight.data *= 1e4
     batches = [torch.randn(64, 8) for _ in range(4)]
-    (fit,) = measure_fits(model, batches).values()
+    (fit,) = fit_chains(model, batches).values()
     with pytest.raises(
         ValueError, match="`statistics` to hold finite numbers in the dtype of the model, torch.float16"
     ):
@@ -272,7 +305,7 @@ def test_what_was_absorbed_keeps_its_dtype_and_a_fit_is_not_shared():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(3, 8).bfloat16(), Mlp()).eval()
     values = torch.randn(64, 8)
-    fits = measure_fits(model[1], [values, values + 1])
+    fits = fit_chains(model[1], [values, values + 1])
     of_whole = {f"1.{name}": fit for name, fit in fits.items()}
     first, second = copy.deepcopy(model), copy.deepcopy(model)
     for each in (first, second):
@@ -297,7 +330,7 @@ def test_names_with_slashes_and_operators_called_by_keyword():
     torch.manual_seed(0)
     model = ByKeyword().eval()
     batches = [torch.randn(64, 8) for _ in range(4)]
-    linearize(model, ["act"], stand_in="fitted", statistics=measure_fits(model, batches))
+    linearize(model, ["act"], stand_in="fitted", statistics=fit_chains(model, batches))
     assert model.parts["a/b"].weight.shape == (8, 8)
     fresh = restore_structure_on_load(ByKeyword()).eval()
     fresh.load_state_dict(model.state_dict())
@@ -321,7 +354,7 @@ def test_an_operator_may_change_its_shape_while_an_old_graph_is_alive():
     model = Mlp()
     kept = model(torch.randn(4, 8)).sum()
     kept.backward(retain_graph=True)
-    linearize(model, ["1"], stand_in="fitted", statistics=measure_fits(model, [torch.randn(64, 8)]))
+    linearize(model, ["1"], stand_in="fitted", statistics=fit_chains(model, [torch.randn(64, 8)]))
     model(torch.randn(4, 8)).sum().backward()
     assert model[0].weight.grad.shape == model[0].weight.shape == (8, 8)
     restore(model)
@@ -333,7 +366,7 @@ def test_an_operator_may_change_its_shape_while_an_old_graph_is_alive():
 def test_a_forward_may_read_plain_attributes_of_what_is_gone():
     torch.manual_seed(0)
     model = Reads().eval()
-    linearize(model, ["act"], stand_in="fitted", statistics=measure_fits(model, [torch.randn(256, 4)]))
+    linearize(model, ["act"], stand_in="fitted", statistics=fit_chains(model, [torch.randn(256, 4)]))
     x = torch.randn(3, 4)
     torch.testing.assert_close(model(x), model.first(x) / 4)
     assert copy.deepcopy(model).second.out_features == 4

@@ -1,6 +1,7 @@
 """Tests of collapses that replace chains around activations by fitted operators."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_easier import collapse, isolate_activations, linearize
+from lightning_easier import collapse, compress, isolate_activations, linearize
 from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
+from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import FittableChains
-from lightning_easier.collapsing.fit.fitting import with_statistics
+from lightning_easier.collapsing.fit.placing import with_statistics
+from lightning_easier.support.timing import LatencyTable
 from lightning_easier.zoo import CifarResNet
 
 
@@ -170,6 +174,16 @@ def test_an_operator_that_is_cheaper_is_taken_where_it_is_nearly_as_good():
     assert kinds == {0.0: "convolution", 0.02: "pointwise", 2.0: "affine"}
 
 
+@pytest.mark.parametrize(("slack", "price"), [(0.0, 30.0), (0.01, 30.0), (SLACK, 20.0), (0.5, 10.0)])
+def test_the_cheapest_is_taken_of_those_within_the_slack(slack, price):
+    chain = FittableChains(Rows(1), ["mlps.0.1"]).in_rows()[0]
+    choices = [PricedFit(chain, None, *each) for each in ((0.0, 99.0, 30.0), (SLACK, 99.0, 20.0), (0.3, 99.0, 10.0))]
+    assert choose(choices, ChainPrices("macs", LatencyTable()), slack).price_after == price
+    assert [each.represents_chain() for each in choices] == [True, True, False]
+    options = inspect.signature(collapse).parameters, inspect.signature(compress).parameters
+    assert [each["slack"].default for each in options] == [SLACK, SLACK]
+
+
 def test_a_second_collapse_prices_with_what_was_measured():
     torch.manual_seed(0)
     model = randomized(Mlp())
@@ -242,7 +256,7 @@ class Hooked(Reads):
         (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.ReLU(), nn.Conv2d(4, 4, 1)),
          "1", (8, 4, 6, 6), "no operator is fitted for Conv2d and ConvTranspose2d"),
         (lambda: nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 16, 1)),
-         "1", (8, 4, 6, 6), "does not pay: the cheapest takes 18,432 MACs instead of 11,520"),
+         "1", (8, 4, 6, 6), "does not pay: the cheapest takes 18,432 MACs instead of 11,520 MACs"),
     ],
 )  # fmt: skip
 def test_what_is_not_replaced_says_why_and_stays(make, site, shape, reason):
@@ -429,3 +443,41 @@ def test_what_ran_before_a_chain_had_ended_is_told():
     ran = [one.ran for one in gathered(model, chains, [(torch.randn(9, 8),)] * 2, watched=watched).values()]
     assert ran == [{"mlps.0.0"}, {"mlps.0.0", "mlps.1.0", "mlps.1.3"}, {*watched}]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_pass_through_a_chain_is_told_once_as_it_ends():
+    model = Rows(2).eval()
+    (chain,) = FittableChains(model, ["mlps.0.1"]).in_windows(1)
+    passes: list[tuple[Tensor, Tensor]] = []
+    hooks = ChainHooks(model, chain, lambda *each: passes.append(each))
+    hooks.attach()
+    hooks.attach()  # once is enough
+    x, mlp = torch.randn(5, 8), model.mlps[0]
+    y = mlp(x)
+    assert [[torch.equal(a, b) for a, b in zip(each, (x, y), strict=True)] for each in passes] == [[True, True]]
+    assert not any(value.requires_grad for value in passes[0])
+    mlp[3](torch.randn(5, 32))  # its end alone is no pass, nor is what was left in the middle
+    mlp[0](torch.randn(2, 8))
+    hooks.forget()
+    mlp[3](torch.randn(2, 32))
+    copy.deepcopy(model)(x)  # nor is a pass through a copy
+    assert len(passes) == 1
+    mlp[0](input=torch.randn(2, 8))  # by name
+    mlp[3](torch.randn(2, 32))
+    assert [len(value) for value in passes[1]] == [2, 2]
+    hooks.detach()
+    model(x)
+    assert len(passes) == 2
+
+
+def test_a_copy_that_a_forward_runs_is_not_taken_for_a_chain():
+    class Copies(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            copy.deepcopy(self.mlps[0])(torch.zeros(3, 8))
+            return self.mlps[0](x)
+
+    model = Copies(1).eval()
+    batches = [(torch.randn(9, 8),) for _ in range(3)]
+    (found,) = gathered(model, FittableChains(Rows(1), ["mlps.0.1"]).in_windows(1), batches).values()
+    assert found.moments.samples == 27
+    assert found.shape == (9, 8)

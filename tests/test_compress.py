@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_easier import collapse, compress, isolate_activations, linearize, measure_fits
+from lightning_easier import collapse, compress, fit_chains, isolate_activations, linearize
 from lightning_easier.pruning import compress as compress_module
 from lightning_easier.pruning import targets
 from lightning_easier.support import progress, timing
@@ -550,7 +550,7 @@ def test_a_run_that_fitted_is_compared_with_its_dense_network():
     dense = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 64), nn.ReLU(),
                           nn.Linear(64, 8)).eval()  # fmt: skip
     model = copy.deepcopy(dense)
-    fits = measure_fits(model, BATCHES, include=["1", "5"])
+    fits = fit_chains(model, BATCHES, include=["1", "5"])
     linearize(model, ["1", "5"], stand_in="fitted", statistics=fits)
     report = collapse(model, BATCHES[0], objective="macs").report
     assert report.dense.macs == collapse(dense, BATCHES[0], objective="macs").report.before.macs == 64 * 4 * 8 * 64

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import isolate_activations, linearize, measure_affines, measure_fits
+from lightning_easier import fit_chains, isolate_activations, linearize, measure_affines
 from lightning_easier.collapsing.exact import torch_export
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.sites.discovery import Discovery, KnownForwards
@@ -51,7 +51,7 @@ def linear_mlp(depth: int, kind: str) -> nn.Sequential:
     sites = list(isolate_activations(model))
     if kind == "fitted":
         for site in sites:
-            linearize(model, [site], stand_in="fitted", statistics=measure_fits(model, batches))
+            linearize(model, [site], stand_in="fitted", statistics=fit_chains(model, batches))
         return model
     statistics = measure_affines(model, batches) if kind == "affine" else None
     return linearize(model, sites, stand_in=kind, statistics=statistics)

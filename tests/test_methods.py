@@ -8,11 +8,11 @@ from torch import nn
 
 from lightning_easier import (
     collapse,
+    fit_chains,
     isolate_activations,
     linearize,
     measure_affines,
     measure_entropy,
-    measure_fits,
     restore,
 )
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
@@ -102,7 +102,7 @@ def test_linearity_is_what_the_affine_leaves_unexplained():
 def test_an_operator_that_saves_nothing_is_not_fitted():
     torch.manual_seed(0)
     model = Body().eval()
-    assert measure_fits(model, MAPS)["1"].kind == "convolution"  # what explains most
+    assert fit_chains(model, MAPS)["1"].kind == "convolution"  # what explains most
     result = proposed(model, MAPS, fit=True, criterion="linearity")
     assert "1" not in fits(result)
     left_out = proposed(model, MAPS, fit=True, criterion="linearity", mergeable_only=True)
@@ -224,7 +224,7 @@ def test_chains_that_share_an_operator_do_not_go_together():
         *[nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)]
     )
     proposal = Proposal()
-    for name, chain_fit in measure_fits(model, [torch.randn(64, 6)]).items():
+    for name, chain_fit in fit_chains(model, [torch.randn(64, 6)]).items():
         proposal.add(FittedOperators([name], {name: chain_fit.to_plain()}), 0.5)
     assert proposal.apart(["3", "1", "5"]) == ["3"]
     assert proposal.apart(["1", "3", "5"]) == ["1", "5"]

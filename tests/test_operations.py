@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import callbacks, linearize, measure_affines, measure_fits
+from lightning_easier import callbacks, fit_chains, linearize, measure_affines
 from lightning_easier.structure import operations
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, from_plain
@@ -25,7 +25,7 @@ def operation(kind: str, model: nn.Module, data: torch.Tensor) -> Operation:
     if kind == "identity":
         return Identities([NAME])
     if kind == "fitted":
-        return FittedOperators([NAME], {NAME: measure_fits(model, [data])[NAME].to_plain()})
+        return FittedOperators([NAME], {NAME: fit_chains(model, [data])[NAME].to_plain()})
     return Affines([NAME], {NAME: measure_affines(model, [data])[NAME].to_plain()}, trainable="trained" in kind)
 
 

@@ -25,8 +25,8 @@ from lightning_easier.collapsing.exact.verification import (
     verify_in_float64,
     verify_rounded,
 )
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit
-from lightning_easier.collapsing.fit.fitting import fit_chains
+from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit
+from lightning_easier.collapsing.fit.fitting import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.substitution import Absorbed
@@ -64,7 +64,7 @@ def collapse(
     sites: Sequence[str] | None = None,
     calibration: Iterable[Any] | None = None,
     latencies: LatencyTable | None = None,
-    slack: float = 0.02,
+    slack: float = SLACK,
 ) -> CollapseResult:
     """Turn what is linear in a row into the cheapest equal operators, exactly.
 
@@ -213,7 +213,7 @@ def _fit(
             )
     devices = [x.device for x in arguments]
     data = read_calibration("calibration", calibration, fitted, len(arguments), devices)
-    return _Fits(*fit_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
+    return _Fits(*replace_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
 
 
 class Prepared:

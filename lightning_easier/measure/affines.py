@@ -10,13 +10,11 @@ them. They are merged over batches and processes by Chan's formula, which loses 
 A sample of which a value of :math:`z` or :math:`\varphi(z)` is not finite is left out: it would make every sum so.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_easier.support.finite import finite_samples, is_finite, zeroed
 
@@ -47,37 +45,42 @@ class AffineFit(NamedTuple):
         return self._replace(scale=self.scale.cpu(), offset=self.offset.cpu())._asdict()
 
 
-class AffineStatistics(Metric):
-    """Sums for the affine that comes closest to an activation, over all batches and processes together.
+class AffineStatistics:
+    """Sums for the affine that comes closest to an activation, over batches.
 
-    Samples whose values are not all finite are left out and counted in ``left_out``.
+    Samples whose values are not all finite are left out and counted.
 
     Args:
-        neuron_dim: The axis of the channels: 1 behind convolutions and batch norm, -1 behind Linear and LayerNorm.
-        **kwargs: Arguments of :class:`torchmetrics.Metric`.
+        neuron_dim: The axis of the channels: 1 after convolutions and batch norm, -1 after Linear and LayerNorm.
+
+    Attributes:
+        sums: The six numbers of each channel, shape ``(6, C)``; ``(6, 0)`` before the first update.
+        left_out: How many samples were left out, an int64 scalar.
 
     Example:
         >>> import torch
         >>> statistics = AffineStatistics()
         >>> z = torch.tensor([[1.0], [-1.0], [3.0], [-3.0]])
         >>> statistics.update(z, z.relu())
-        >>> fit = statistics.fit()
+        >>> fit = affine_of(statistics.sums, statistics.neuron_dim)
         >>> fit.scale, fit.offset
         (tensor([0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = True
-
-    sums: Tensor
-    left_out: Tensor
-
-    def __init__(self, neuron_dim: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, neuron_dim: int = 1) -> None:
         self.neuron_dim = neuron_dim
-        self.add_state("sums", torch.zeros(_NUMBERS, 0), dist_reduce_fx=_merged_over_processes)
-        self.add_state("left_out", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.sums = torch.zeros(_NUMBERS, 0, dtype=torch.float64)
+        self.left_out = torch.zeros((), dtype=torch.int64)
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        self.sums = self.sums.new_zeros(_NUMBERS, 0)
+        self.left_out = torch.zeros_like(self.left_out)
+
+    def to(self, device: torch.device) -> "AffineStatistics":
+        """Move the sums to a device, as precise as that can hold them."""
+        self.sums, self.left_out = self.sums.to(_wide(device)).to(device), self.left_out.to(device)
+        return self
 
     def update(self, pre_activation: Tensor, activation: Tensor) -> None:
         """Add one batch.
@@ -89,62 +92,54 @@ class AffineStatistics(Metric):
         if not pre_activation.numel():
             return
         now, left_out = _sums(pre_activation.detach(), activation.detach(), self.neuron_dim)
-        now = now.to(self.sums.device)
-        self.left_out = self.left_out + left_out.to(self.left_out.device)
         # Out of place: a state made under inference_mode must not be written to outside of it.
-        self.sums = now if self.sums.shape[1] == 0 else _merged(self.sums.to(now), now)
-
-    def compute(self) -> Tensor:
-        """Compute the six numbers of each channel, shape ``(6, C)``.
-
-        Raises:
-            RuntimeError: If there was no update on any process.
-        """
-        if self.sums.shape[1] == 0:
-            raise RuntimeError("AffineStatistics has seen no pre-activation. Call `update` first.")
-        return self.sums
-
-    def fit(self) -> AffineFit:
-        """Compute scale and offset of each channel, and the share of variance that they explain.
-
-        Raises:
-            RuntimeError: If there was no update on any process, or no sample was finite.
-        """
-        count, z, y, zz, zy, yy = self.compute().cpu().double()
-        if not count.any():
-            raise RuntimeError(
-                "AffineStatistics has seen no sample whose values are all finite. Look for NaN in the data, and in the "
-                "weights."
-            )
-        varies = zz > torch.finfo(torch.float32).eps ** 2 * z.square().clamp(min=torch.finfo(torch.float64).tiny)
-        scale = torch.where(varies, zy / zz, 0.0)
-        variance = float(yy.sum())
-        explained = float((scale * zy).sum()) / variance if variance > 0 else 1.0
-        return AffineFit(scale, y - scale * z, self.neuron_dim, explained)
+        self.left_out = self.left_out + left_out.to(self.left_out.device)
+        self.add(now)
 
     def add(self, sums: Tensor) -> None:
         """Add the numbers of another part of the data, shape ``(6, C)``."""
-        sums = sums.to(_wide(self.sums.device)).to(self.sums.device)
-        self.sums = sums if self.sums.shape[1] == 0 else _merged(self.sums.to(sums), sums)
+        device = self.sums.device
+        self.sums = merged([self.sums, sums.to(_wide(device)).to(device)])
 
-    def merged(self) -> Tensor:
-        """Return the numbers over all processes, each of which has to call this; shape ``(6, C)`` on the CPU."""
-        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return self.sums.cpu()
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> "AffineStatistics":
-        """Keep the sums as precise as they are."""
-        return self
+def affine_of(sums: Tensor, neuron_dim: int) -> AffineFit:
+    """Compute scale and offset of each channel, and the share of variance that they explain.
 
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
-    ) -> None:
-        # A process that got no batch does not know the number of channels yet; it learns it from the others.
-        group = process_group or self.process_group
-        sizes = dist_sync_fn(torch.tensor([self.sums.shape[1]], device=self.device), group=group)
-        missing = int(torch.cat(list(sizes)).max()) - self.sums.shape[1]
-        self.sums = torch.cat([self.sums, self.sums.new_zeros(_NUMBERS, missing)], 1).to(_wide(self.sums.device))
-        super()._sync_dist(dist_sync_fn, process_group=process_group)
+    Args:
+        sums: The six numbers of each channel, shape ``(6, C)``.
+        neuron_dim: The axis of the channels.
+
+    Raises:
+        RuntimeError: If nothing was summed up, or no sample was finite.
+    """
+    if sums.shape[1] == 0:
+        raise RuntimeError("AffineStatistics has seen no pre-activation. Call `update` first.")
+    count, z, y, zz, zy, yy = sums.cpu().double()
+    if not count.any():
+        raise RuntimeError(
+            "AffineStatistics has seen no sample whose values are all finite. Look for NaN in the data, and in the "
+            "weights."
+        )
+    varies = zz > torch.finfo(torch.float32).eps ** 2 * z.square().clamp(min=torch.finfo(torch.float64).tiny)
+    scale = torch.where(varies, zy / zz, 0.0)
+    variance = float(yy.sum())
+    explained = float((scale * zy).sum()) / variance if variance > 0 else 1.0
+    return AffineFit(scale, y - scale * z, neuron_dim, explained)
+
+
+def merged(parts: Iterable[Tensor]) -> Tensor:
+    """Merge the numbers of parts of the data, one after the other.
+
+    Args:
+        parts: Shape ``(6, C)`` each; ``(6, 0)`` where nothing was seen.
+    """
+    first, *others = parts
+    for other in others:
+        if first.shape[1] and other.shape[1]:
+            first = _merged(first, other)
+        elif other.shape[1]:
+            first = other
+    return first
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -180,10 +175,3 @@ def _merged(a: Tensor, b: Tensor) -> Tensor:
         [count, a[1] + share * z, a[2] + share * y, a[3] + b[3] + weight * z * z, a[4] + b[4] + weight * z * y,
          a[5] + b[5] + weight * y * y]
     )  # fmt: skip
-
-
-def _merged_over_processes(stacked: Tensor) -> Tensor:
-    merged = stacked[0]
-    for other in stacked[1:]:
-        merged = _merged(merged, other)
-    return merged

@@ -5,14 +5,13 @@ They add over batches and over processes, so the entropy of a whole data set is 
 logarithm is taken once, at the end.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from math import log, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 # A float32 holds every integer up to here, so a sum of that many signs is exact.
@@ -227,56 +226,6 @@ class ActivationEntropy(Metric):
         sizes = dist_sync_fn(torch.tensor([self.on.numel()], device=self.device), group=group)
         self._resize(int(torch.cat(list(sizes)).max()))
         super()._sync_dist(dist_sync_fn, process_group=process_group)
-
-
-def reduced_counts(
-    metrics: Sequence[ActivationEntropy], calls: Iterable[int], samples: Iterable[int], left_out: Iterable[Tensor]
-) -> list[dict[str, Any]]:
-    """Sum the counts of several activations over all processes, with one communication for all of them.
-
-    Args:
-        metrics: One metric an activation, the same ones on all processes; those that saw nothing know no neurons.
-        calls: How often each activation was called.
-        samples: How many samples each was called with.
-        left_out: How many of those were not finite, int64 scalars.
-
-    Returns:
-        For each ``on`` and ``off``, summed, as int64 tensors of shape ``(C,)`` on the CPU; ``calls``, the most; and
-        ``samples`` and ``left_out``, summed.
-    """
-    if not metrics:
-        return []
-    parts = []
-    for metric, called, seen, strange in zip(metrics, calls, samples, left_out, strict=True):
-        header = torch.tensor([metric.on.numel(), called, seen], device=metric.device)
-        parts += [header, strange.view(1), metric.on, metric.off]
-    mine = torch.cat([part.to(metrics[0].device) for part in parts])
-    packed = gather_all_tensors(mine) if jit_distributed_available() else [mine]
-    results: list[dict[str, Any]] = [
-        {name: torch.zeros(0, dtype=torch.int64) for name in ("on", "off")} | {"calls": 0, "samples": 0, "left_out": 0}
-        for _ in metrics
-    ]
-    for process in packed:
-        for result, (on, off, (called, seen, not_finite)) in zip(results, _unpacked(process.cpu()), strict=True):
-            result["on"], result["off"] = _sum(result["on"], on), _sum(result["off"], off)
-            result["calls"] = max(result["calls"], called)
-            result["samples"] += seen
-            result["left_out"] += not_finite
-    return results
-
-
-def _unpacked(packed: Tensor) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    place = 0
-    while place < packed.numel():
-        neurons, *numbers = packed[place : place + 4].tolist()
-        place += 4
-        yield packed[place:][:neurons], packed[place + neurons :][:neurons], numbers
-        place += 2 * neurons
-
-
-def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """Add counts, where those of a process that saw nothing are empty."""
-    return a + b if a.numel() and b.numel() else a if a.numel() else b.clone()
 
 
 class Sampler:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.measure.affines import AffineFit, AffineStatistics
-from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts, reduced_counts
+from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of, merged
+from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts
 from lightning_easier.sites.activations import ActivationSite, isolated_sites, unwrap
 from lightning_easier.support.arguments import check_share
-from lightning_easier.support.calibration import check_iterable, tell, tell_left_out, usable_batches
+from lightning_easier.support.calibration import tell, tell_left_out, usable_batches
 from lightning_easier.support.finite import finite_samples
-from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+from lightning_easier.support.processes import gather_from_processes
 
 _T = TypeVar("_T")
 
@@ -119,14 +120,18 @@ class EntropyProbe:
     def reset(self) -> None:
         """Forget the counts."""
         self._calls = dict.fromkeys(self._calls, 0)
-        for metric in (*self._metrics.values(), *self._affines.values()):
+        for metric in self._metrics.values():
             metric.reset()
+        for statistics in self._affines.values():
+            statistics.reset()
         self._forget_samples()
 
     def to(self, device: torch.device) -> "EntropyProbe":
         """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
-        for metric in (*self._metrics.values(), *self._affines.values()):
+        for metric in self._metrics.values():
             metric.to(device)
+        for statistics in self._affines.values():
+            statistics.to(device)
         self._left_out = {name: count.to(device) for name, count in self._left_out.items()}
         return self
 
@@ -141,15 +146,20 @@ class EntropyProbe:
             ``samples`` and ``left_out``: how many samples it was called with, and of how many not all values were
             finite. With ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
         """
-        left_out = dict(self._left_out)
-        for name, statistics in self._affines.items():
-            left_out[name] = left_out[name] + statistics.left_out
-        metrics = list(self._metrics.values())
-        counts = reduced_counts(metrics, self._calls.values(), self._samples.values(), left_out.values())
-        by_name = dict(zip(self._metrics, counts, strict=True))
-        for name, statistics in self._affines.items():
-            by_name[name]["affine"] = statistics.merged()
-        return by_name
+        of_processes = gather_from_processes([part for name in self._metrics for part in self._parts(name)])
+        parts = 4 if self._affines else 3
+        return {
+            name: _put_together([process[parts * place :][:parts] for process in of_processes])
+            for place, name in enumerate(self._metrics)
+        }
+
+    def _parts(self, name: str) -> list[Tensor]:
+        """Return what this process has: calls, samples, how many of these were left out; ON; OFF; sums for affines."""
+        metric, left_out, sums = self._metrics[name], self._left_out[name], []
+        if name in self._affines:
+            left_out, sums = left_out + self._affines[name].left_out, [self._affines[name].sums]
+        called = torch.tensor([self._calls[name], self._samples[name]], device=left_out.device)
+        return [torch.cat([called, left_out.view(1)]), metric.on, metric.off, *sums]
 
     def resume(self, counts: Mapping[str, Mapping[str, Any]], is_global_zero: bool = True) -> None:
         """Go on from what :meth:`counts` returned; one process takes all counts, since they will be summed."""
@@ -197,7 +207,11 @@ class EntropyProbe:
             UserWarning: If samples were not finite, once, or an affine is not.
         """
         called = self._called()  # fills the reasons
-        fits = {name: self._affines[name].fit() for name in called if name not in self.reasons}
+        fits = {
+            name: affine_of(count["affine"], self._affines[name].neuron_dim)
+            for name, count in called.items()
+            if name not in self.reasons
+        }
         strange = [name for name, fit in fits.items() if not fit.is_finite_in(fit.scale.dtype)]
         if strange:
             tell(f"No affine can take the place of {strange}: sums over their values overflow.")
@@ -223,7 +237,7 @@ class EntropyProbe:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.paused:
                 return
-            pre_activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+            pre_activation: Tensor = input_of(args, kwargs)
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
             if metric.device != pre_activation.device:
@@ -249,6 +263,22 @@ class EntropyProbe:
                 ) from error
 
         return count
+
+
+def _put_together(of_processes: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    """Put together what processes have counted of one activation; those that saw nothing know no neurons."""
+    numbers, on, off, *affine = zip(*of_processes, strict=True)
+    calls, samples, left_out = torch.stack(numbers).unbind(1)
+    counts: dict[str, Any] = {"on": _total(on), "off": _total(off)}
+    counts |= {"calls": int(calls.max()), "samples": int(samples.sum()), "left_out": int(left_out.sum())}
+    if affine:
+        counts["affine"] = merged(affine[0])
+    return counts
+
+
+def _total(counts: Sequence[Tensor]) -> Tensor:
+    """Add up counts, of which those of a process that saw nothing are empty."""
+    return torch.stack([each for each in counts if each.numel()] or [counts[0]]).sum(0)
 
 
 def measure_entropy(
@@ -361,7 +391,7 @@ def _measured(
     """Run a model over batches with its activations measured."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
-    check_iterable("batches", batches)
+    inputs = usable_batches(batches, max_batches)
     inner = unwrap(model)
     check_weights(inner)
     sites = isolated_sites(inner, gates)
@@ -371,6 +401,6 @@ def _measured(
         )
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
-        for value in usable_batches(batches, max_batches):
+        for value in inputs:
             forward(inner, (value.to(device),), "batches")
     return probe

@@ -12,9 +12,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
-from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
-from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather, put, replace, try_out
+from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit, choose
+from lightning_easier.collapsing.fit.fittable import (
+    ACTIVATIONS_IN_A_CHAIN,
+    CannotFitError,
+    FittableChain,
+    FittableChains,
+)
+from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
+from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
 from lightning_easier.report import CompressReport, Trial
@@ -35,8 +41,6 @@ from lightning_easier.support.inference import (
 from lightning_easier.support.progress import Stages
 from lightning_easier.support.timing import LatencyTable, Pace
 
-# Bodies of bottlenecks and inverted residuals have two.
-_ACTIVATIONS_IN_A_CHAIN = 2
 # Of its price, an operator in the place of a chain has to save so much more than another.
 _WORTH_A_TRIAL = 0.1
 # So many tell the order in which chains go.
@@ -83,7 +87,7 @@ def compress(
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,
     max_rejections: int = 3,
-    slack: float = 0.02,
+    slack: float = SLACK,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> CompressResult:
     """Replace chains around activations by fitted operators, the one that changes least per second saved first.
@@ -168,12 +172,10 @@ def compress(
     if given is not None:
         with torch.no_grad():
             forward(source, copies(given), "example_inputs")
-    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
-        batches = list(batches)
     data = read_calibration("batches", batches, source, count, [device] * count)
     notes = list(data.notes)
     if given is None:
-        doubt, decision = inputs_left_out(source, batches[0], count)
+        doubt, decision = inputs_left_out(source, data.first, count)
         if doubt is not None:
             rank_zero_warn(doubt)
         notes += [said for said in (doubt, decision) if said is not None]
@@ -503,7 +505,7 @@ class _Search:
         """Fit operators for every chain alone, and return those that may take its place, the best first."""
         chains = FittableChains(self.model, sites, self._known)
         found: list[_Candidate] = []
-        whole = chains.in_windows(_ACTIVATIONS_IN_A_CHAIN)
+        whole = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
         self._replaceable = sorted({name for chain in whole for name in chain.replaced})
         looked_at = 0
         progress.begin(_SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
@@ -556,7 +558,7 @@ class _Search:
         Raises:
             CannotFitError: If nothing does.
         """
-        good = [choice for choice in choices if choice.shortfall <= self._slack]
+        good = [choice for choice in choices if choice.represents_chain(self._slack)]
         if not math.isinf(self._slack) or all(choice.saving <= 0 for choice in good):
             return [choose(good, self._prices, self._slack)]
         return [

@@ -14,7 +14,7 @@ from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.structure.linearize import linearize
-from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import evaluation_mode, random_like
 from lightning_easier.support.timing import LatencyTable
 
@@ -46,12 +46,13 @@ class ShapeProbe:
         for site, meeting in self.meetings.items():
 
             @torch.compiler.disable  # type: ignore[untyped-decorator]
-            def note(module: nn.Module, args: tuple[Any, ...], site: str = site) -> None:
-                if args and args[0].numel() and site not in self.shapes:  # a batch without samples tells nothing
-                    self.shapes[site] = args[0].shape
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site: str = site) -> None:
+                value = input_of(args, kwargs)
+                if site not in self.shapes and value is not None and value.numel():  # else it tells nothing
+                    self.shapes[site] = value.shape
 
             first = self._model.get_submodule(meeting.first)
-            self._handles.append(first.register_forward_pre_hook(HookOfOneModel(note)))
+            self._handles.append(first.register_forward_pre_hook(HookOfOneModel(note), with_kwargs=True))
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_easier.report.tables import Table, number
+from lightning_easier.support.costs import price_in_words
 from lightning_easier.support.timing import Latency, speed_up
 
 
@@ -47,10 +48,7 @@ def costs_table(
 
 def prices_in_words(before: float, after: float, objective: str) -> str:
     """Write what something cost before and costs after, in the unit of an objective; seconds in microseconds."""
-    then, now = (
-        f"{value * 1e6:.1f} µs" if objective == "latency" else f"{value:,.0f} {objective}" for value in (before, after)
-    )
-    return f"{then} → {now}"
+    return f"{price_in_words(before, objective)} → {price_in_words(after, objective)}"
 
 
 def _bytes(count: int | None) -> str:

@@ -44,7 +44,7 @@ def linearize(
             operator takes the place of the operators around it, too. It moves into the first of them, whose parameters
             stay the same objects; the others become identities.
         statistics: For ``"affine"``: name -> scale and offset, as :func:`~lightning_easier.measure_affines` returns
-            them. For ``"fitted"``: name -> operator, as :func:`~lightning_easier.measure_fits` returns them for the
+            them. For ``"fitted"``: name -> operator, as :func:`~lightning_easier.fit_chains` returns them for the
             model as it is.
         shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
             second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
@@ -152,8 +152,8 @@ def _check_fit(model: nn.Module, site: str, fit: ChainFit, taken: Collection[str
     if gone:
         raise ValueError(
             f"Expected argument `statistics` to hold operators fitted to the model as it is, but that of {site!r} "
-            f"needs {gone}, which are not there, or gone into another operator. Linearize one of the two, and measure "
-            f"again with `measure_fits`."
+            f"needs {gone}, which are not there, or gone into another operator. Linearize one of the two, and fit "
+            f"again with `fit_chains`."
         )
     return set(names)
 
@@ -205,7 +205,7 @@ def _checked(
         return {}
     what, measured, kind = {
         "affine": ("affine", "measure_affines", AffineFit),
-        "fitted": ("operator", "measure_fits", ChainFit),
+        "fitted": ("operator", "fit_chains", ChainFit),
     }[stand_in]
     for name in names:
         if not isinstance((statistics or {}).get(name), kind):

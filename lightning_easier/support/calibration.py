@@ -1,7 +1,7 @@
 """Read calibration data: what a model is called with, batch by batch, and what has to be left out of it."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,12 @@ class Calibration:
     Attributes:
         batches: The forward's positional arguments, for each batch.
         notes: What was left out.
+        first: The first batch as it was given, labels and all.
     """
 
     batches: list[Arguments]
     notes: list[str]
+    first: Any
 
 
 def read_calibration(
@@ -56,9 +58,11 @@ def read_calibration(
     Warns:
         UserWarning: If something is left out.
     """
-    check_iterable(argument, data)
+    _check_batches(argument, data)
+    first = None
     read, empty, samples, strange = [], 0, 0, 0
-    for batch in data:
+    for number, batch in enumerate(data):
+        first = batch if number == 0 else first
         arguments = tuple(x.to(device) for x, device in zip(model_inputs(batch, count, argument), devices, strict=True))
         if any(_is_empty(x) for x in arguments):
             empty += 1
@@ -76,10 +80,10 @@ def read_calibration(
             f"{strange} of the {samples} samples in `{argument}` were left out: their values, or what the model makes "
             f"of them, are not all finite"
         )
-    _check_left(argument, len(read), notes)
+    _check_left(argument, data, len(read), notes)
     for note in notes:
         rank_zero_warn(note)
-    return Calibration(read, notes)
+    return Calibration(read, notes, first)
 
 
 def tell_left_out(left_out: int, samples: int, what: str) -> None:
@@ -103,7 +107,7 @@ def tell(note: str) -> None:
 
 
 def usable_batches(batches: Iterable[Any], most: int | None = None) -> Iterator[Tensor]:
-    """Yield the input in each batch, and leave out batches without samples.
+    """Check batches at once, then yield the input in each, those without samples left out.
 
     Args:
         batches: A tensor each, or a sequence whose first element is the input.
@@ -116,7 +120,11 @@ def usable_batches(batches: Iterable[Any], most: int | None = None) -> Iterator[
     Warns:
         UserWarning: If something is left out.
     """
-    check_iterable("batches", batches)
+    _check_batches("batches", batches)
+    return _inputs(batches, most)
+
+
+def _inputs(batches: Iterable[Any], most: int | None) -> Iterator[Tensor]:
     yielded = empty = 0
     for batch in batches:
         value = model_input(batch)
@@ -127,22 +135,27 @@ def usable_batches(batches: Iterable[Any], most: int | None = None) -> Iterator[
         yield value
         if yielded == most:
             break
-    _check_left("batches", yielded, notes := _notes_of_empty("batches", empty))
+    _check_left("batches", batches, yielded, notes := _notes_of_empty("batches", empty))
     for note in notes:
         rank_zero_warn(note)
 
 
-def check_iterable(argument: str, data: Any) -> None:
-    """Refuse what holds no batches.
+def _check_batches(argument: str, data: Any) -> None:
+    """Refuse what holds no batches, before anything is read of it.
 
     Raises:
-        TypeError: If the data is no iterable, or a tensor.
+        TypeError: If the data is no iterable, or one of something else: a tensor, a mapping, a string.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"Expected argument `{argument}` to be an iterable of batches, but got {describe(data)}"
-            f"{', whose samples would be taken for batches' if isinstance(data, Tensor) else ''}. Pass `[tensor]`."
-        )
+    if isinstance(data, Tensor):
+        why = ", whose samples would be taken for batches. Pass `[tensor]`."
+    elif isinstance(data, Mapping):
+        first = f"{argument}[{next(iter(data), '...')!r}]"
+        why = f", whose keys would be taken for batches. Pass the forward's arguments in their order: `[({first},)]`."
+    elif isinstance(data, str | bytes) or not isinstance(data, Iterable):
+        why = ". Pass a list of tensors, or a DataLoader."
+    else:
+        return
+    raise TypeError(f"Expected argument `{argument}` to be an iterable of batches, but got {describe(data)}{why}")
 
 
 def _is_empty(value: Tensor) -> bool:
@@ -153,10 +166,15 @@ def _notes_of_empty(argument: str, empty: int) -> list[str]:
     return [f"{empty} of the batches in `{argument}` hold no sample and were left out"] if empty else []
 
 
-def _check_left(argument: str, left: int, notes: Sequence[str]) -> None:
+def _check_left(argument: str, data: Iterable[Any], left: int, notes: Sequence[str]) -> None:
     if not left:
-        why = "; ".join(notes) or "it yielded none"
-        raise ValueError(f"Expected argument `{argument}` to yield at least one batch that can be used, but {why}")
+        nothing = "it yielded none"
+        if isinstance(data, Iterator):
+            nothing += ": an iterator yields its batches only once. Pass a list of them"
+        raise ValueError(
+            f"Expected argument `{argument}` to yield at least one batch that can be used, but "
+            f"{'; '.join(notes) or nothing}"
+        )
 
 
 def _finite_samples(model: nn.Module, arguments: Arguments, argument: str) -> Tensor:

@@ -13,6 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 
+def price_in_words(price: float, objective: str) -> str:
+    """Write a price with its unit.
+
+    Args:
+        price: In seconds, multiply-accumulates or operators.
+        objective: ``"latency"``, ``"macs"`` or ``"depth"``.
+
+    Example:
+        >>> price_in_words(1.26e-5, "latency"), price_in_words(18432.0, "macs"), price_in_words(2.0, "depth")
+        ('12.6 µs', '18,432 MACs', '2 operators')
+    """
+    unit, scale = {
+        "latency": ("{:.1f} µs", 1e6), "macs": ("{:,.0f} MACs", 1), "depth": ("{:,.0f} operators", 1),
+    }[objective]  # fmt: skip
+    return unit.format(price * scale)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count the numbers in all parameters, each shared one once."""
     return sum(parameter.numel() for parameter in model.parameters())

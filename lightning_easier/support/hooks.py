@@ -1,6 +1,6 @@
 """Hooks that belong to one model: a copy of it, or a pickle, does not inherit what they count or notice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -18,13 +18,18 @@ def _ignoring() -> Callable[..., None]:
     return _ignore
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module of one input is called with, by position or by name; None if it is called with nothing."""
+    return next(iter((*args, *kwargs.values())), None)
+
+
 class HookOfOneModel:
-    """A forward pre-hook whose owner is somewhere else; in a copy of the module there is one that does nothing.
+    """A forward hook or pre-hook whose owner is somewhere else; in a copy of the module there is one that does nothing.
 
     A closure would be shared with the copy, whose calls would then be counted as the model's own, and can't be pickled.
 
     Args:
-        call: What the hook does; it takes what a forward pre-hook takes.
+        call: What the hook does; it takes what such a hook takes.
     """
 
     def __init__(self, call: Callable[..., None]) -> None:

@@ -153,7 +153,7 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
     if "slope" in name:
         wanted |= {"method": SlopeFirst, "pruning": {"max_rejections": 3}}
     if "own" in name:
-        wanted["method"] = LastFirst
+        wanted |= {"method": LastFirst, "pruning": {"max_rejections": 3}}
     if "training" in name:
         wanted["pruning"] = {"on": "training"}
     if "affine" in name:

@@ -129,7 +129,7 @@ def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_
     assert pruning["rounds"].items() <= block["init_args"]["rounds"].items()
     checkpoint = folder / "entropy_pruning" / "round_2.ckpt"
     rounds = read_pruning_report(checkpoint).rounds
-    assert all(this.fitted.keys() == set(this.removed) != set() for this in rounds[1:])
+    assert all(this.notes.keys() == set(this.removed) != set() for this in rounds[1:])
     common = [f"--config={folder / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
     main(["export", *common, f"--output={tmp_path / 'model.onnx'}"])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")

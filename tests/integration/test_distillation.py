@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_easier.callbacks.distillation import Distillation, divergence
+from lightning_easier.callbacks.distillation import DenseTeacher, Distillation, divergence
 from lightning_easier.structure.linearize import linearize, restore
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
@@ -421,7 +421,7 @@ def test_the_teacher_has_the_dense_structure_without_a_hook_that_restructures_it
     removed = ["layers.3", "layers.5"]
     linearize(model, removed)
     model.layers[0].weight.data += 1
-    distillation = Distillation(1.0, 2.0)
+    distillation = DenseTeacher(Distillation(1.0, 2.0))
     distillation.start(model, [f"layers.{index}" for index in (1, 3, 5, 7, 9)], removed, lambda: {"state_dict": dense})
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     loss = model.training_step([x, torch.zeros(5, dtype=torch.long)], 0)
@@ -499,14 +499,14 @@ def test_what_can_not_be_distilled_is_an_error_and_leaves_nothing_behind(tmp_pat
 def test_manual_optimization_is_refused_at_the_start(tmp_path):
     model = Small()
     model.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match="`distill` to be False with manual optimization"):
+    with pytest.raises(MisconfigurationException, match="`distillation` to be None with manual optimization"):
         run(tmp_path, model=model, pruning=DISTILLED)
 
 
 def test_sharded_parameters_are_refused():
     trainer = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(MisconfigurationException, match="`distill` to be False under ModelParallelStrategy"):
-        Distillation(0.5, 4.0).check(trainer, Small())
+    with pytest.raises(MisconfigurationException, match="`distillation` to be None under ModelParallelStrategy"):
+        DenseTeacher.check(trainer, Small())
 
 
 def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):
@@ -525,9 +525,9 @@ def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"distill": "yes"}, TypeError, "`distill` to be a bool, but got 'yes'"),
-        ({"weight": 0}, ValueError, "`distill_weight` to be above 0 and at most 1, but got 0"),
-        ({"temperature": 0}, ValueError, "`distill_temperature` to be above 0, but got 0"),
+        ({"distillation": "yes"}, TypeError, "`distillation` to be a Distillation, but got 'yes'"),
+        ({"distill": True, "weight": 0}, ValueError, "`weight` to be above 0 and at most 1, but got 0"),
+        ({"distill": True, "temperature": 0}, ValueError, "`temperature` to be above 0, but got 0"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

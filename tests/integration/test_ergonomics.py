@@ -57,9 +57,9 @@ def test_one_line_a_round(tmp_path, caplog):
     (first,), (second,) = callback.rounds[1].removed, callback.rounds[2].removed
     bits = [callback.rounds[number].entropies[name] for number, name in ((1, first), (2, second))]
     assert lines == [
-        "Round 0: made linear nothing (dense); score 0.9000: kept.",
-        f"Round 1: made linear `{first}` ({bits[0]:.4f} bit); score 0.9000 against 0.9000 (dense): kept.",
-        f"Round 2: made linear `{second}` ({bits[1]:.4f} bit); score 0.1000 against 0.9000 (dense): beyond the "
+        "Round 0: removed nothing (dense); score 0.9000: kept.",
+        f"Round 1: removed `{first}` ({bits[0]:.4f} bit); score 0.9000 against 0.9000 (dense): kept.",
+        f"Round 2: removed `{second}` ({bits[1]:.4f} bit); score 0.1000 against 0.9000 (dense): beyond the "
         f"tolerance 0.2.",
     ]
 
@@ -96,7 +96,7 @@ def test_a_dry_run_lists_the_candidates_and_touches_nothing(caplog):
     assert {name: row.entropy for name, row in rows.items() if name != "layers.1"} == callback.entropies
     assert rows["layers.3"].merges == (("layers.2", "layers.4"),)
     lowest = sorted(callback.entropies, key=callback.entropies.get)[:2]
-    assert f"`{lowest[0]}`, `{lowest[1]}` would become linear next" in caplog.text
+    assert f"`{lowest[0]}`, `{lowest[1]}` would be removed next" in caplog.text
     assert ".2 + .4" in caplog.text
     assert stand_ins(model) == {}
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_easier import FitChains, candidates, collapse, load_pruned, measure_entropy, measure_fits
+from lightning_easier import FitChains, candidates, collapse, fit_chains, load_pruned, measure_entropy
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support import timing
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
@@ -49,7 +49,7 @@ FITTED = {"fit": True, "mergeable_only": True, "monitor": "val_acc"}
 
 def fits_of(pl_module, trainer):
     batches = list(trainer.val_dataloaders)[:3]
-    return {f"model.{name}": fit for name, fit in measure_fits(pl_module.model, batches).items()}
+    return {f"model.{name}": fit for name, fit in fit_chains(pl_module.model, batches).items()}
 
 
 class Watch(Callback):
@@ -146,7 +146,7 @@ def test_fits_are_those_of_the_last_validation_over_all_loaders_and_the_users_ch
     class Fits(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             batches = [batch for loader in trainer.val_dataloaders for batch in loader]
-            fits = measure_fits(pl_module.model, batches)
+            fits = fit_chains(pl_module.model, batches)
             self.explained.append({f"model.{name}": fit.explained for name, fit in fits.items()})
 
         explained: list = []  # noqa: RUF012
@@ -346,18 +346,20 @@ def test_several_at_once_never_share_an_operator(tmp_path):
     chosen = [this.removed for this in callback.rounds[1:]]
     assert len(chosen[0]) >= 1
     for names in chosen:
-        places = sorted(int(name.rpartition(".")[2]) for name in names if name in callback.rounds[1].fitted)
+        places = sorted(int(name.rpartition(".")[2]) for name in names if name in callback.rounds[1].notes)
         assert all(b - a > 2 for a, b in pairwise(places))
     assert len(callback.removed) > len(chosen[0])
 
 
-@pytest.mark.parametrize("strategy", ["next", "stop"])
-def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, strategy):
-    run(tmp_path, pruning={"fit": True, "on_reject": strategy}, epochs=2)
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_checkpoint_holds_no_fits_that_can_not_be_chosen_any_more(tmp_path, most):
+    run(tmp_path, pruning={"fit": True, "max_rejections": most}, epochs=2)
     saved = torch.load(tmp_path / "rounds" / "round_0.ckpt", weights_only=True)
     (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
-    assert len(state["decision"]["remove"]["operations"][0]["statistics"]) == 1
-    assert (len(state["snapshot"]["measured"]["ranked"]["fits"]) > 1) == (strategy == "next")
+    assert [len(operation["fits"]) for operation in state["decision"]["chosen"]["operations"]] == [1]
+    proposal = state["snapshot"]["measured"]["proposal"]
+    assert len(proposal["ranks"]) > 1
+    assert (len(proposal["operations"]) > 1) == (most > 1)
 
 
 def test_a_dry_run_ranks_as_a_run_does(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyProbe, collapse, compress, measure_entropy, measure_fits
+from lightning_easier import EntropyProbe, collapse, compress, fit_chains, measure_entropy
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import At, Small, outcome, run, stop
@@ -57,8 +57,8 @@ def test_every_way_to_remove_on_a_gpu(tmp_path, pruning):
 def test_fits_are_those_of_the_cpu():
     torch.manual_seed(0)
     model, batches = Mlp().eval(), [torch.randn(256, 8) for _ in range(4)]
-    expected = measure_fits(model, batches)
-    found = measure_fits(model.to(DEVICE), batches)
+    expected = fit_chains(model, batches)
+    found = fit_chains(model.to(DEVICE), batches)
     assert {name: fit.explained for name, fit in found.items()} == pytest.approx(
         {name: fit.explained for name, fit in expected.items()}, abs=1e-3
     )

@@ -131,7 +131,7 @@ def test_scores_of_another_structure_are_nan_until_they_are_logged_again(tmp_pat
     scores = (0.9, 0.8, 0.1)
     saver = ModelCheckpoint(tmp_path / "saved", "{step}-{removed:.0f}-{score:.2f}", "score", mode="max", save_top_k=-1,
                             every_n_train_steps=2, save_last=False)  # fmt: skip
-    _, _, trainer = run(tmp_path, See(), saver, scores=scores, epochs=5, pruning={"epochs": 2, "on_reject": "stop"})
+    _, _, trainer = run(tmp_path, See(), saver, scores=scores, epochs=5, pruning={"epochs": 2})
     for linear, removed, score in seen[BATCHES:]:
         assert removed.item() == linear
         expected = {0: scores[0], 1: math.nan}[linear] if not score.isnan() else math.nan

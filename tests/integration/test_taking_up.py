@@ -117,10 +117,9 @@ def test_optimizers_are_built_again_as_they_were_before_a_parameter_left(tmp_pat
     assert "configure_optimizers" not in vars(model)
 
 
-@pytest.mark.parametrize(("on_reject", "accepted"), [("stop", [True, True, False]),
-                                                     ("next", [True, True, False, True])])  # fmt: skip
-def test_a_run_whose_score_was_nan_goes_on_from_its_last_good_model(tmp_path, on_reject, accepted):
-    scores, options = (0.9, 0.9, math.nan), {"pruning": {"on_reject": on_reject}, "epochs": 4}
+@pytest.mark.parametrize(("most", "accepted"), [(1, [True, True, False]), (3, [True, True, False, True])])
+def test_a_run_whose_score_was_nan_goes_on_from_its_last_good_model(tmp_path, most, accepted):
+    scores, options = (0.9, 0.9, math.nan), {"pruning": {"max_rejections": most}, "epochs": 4}
     saved = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(ValueError, match="finite, but got nan in epoch 2"):
         run(tmp_path, saved, scores=scores, **options)

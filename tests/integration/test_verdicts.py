@@ -249,9 +249,10 @@ class Untraced(Skips):
 
 MERGE = "let a collapse merge something."
 IDLE = (
-    "The others would not, and fewer layers are not less time: `first`, `second`. Pass candidates='mergeable' to leave "
+    "The others would not, and fewer layers are not less time: `first`, `second`. Pass Order(mergeable_only=True) to "
+    "leave them out."
 )
-TIME = "Whether that saves time was not measured: pass gain='latency' to go by what each removal saves."
+TIME = "Whether that saves time was not measured: pass Order(gain='latency') to go by what each removal saves."
 
 
 @pytest.mark.parametrize(

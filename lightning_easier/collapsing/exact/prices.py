@@ -14,6 +14,7 @@ from lightning_easier.collapsing.algebra.operators import channels, of_random_nu
 from lightning_easier.collapsing.exact.chains import Chain, Fork, input_shape
 from lightning_easier.collapsing.exact.links import Link, structure_of
 from lightning_easier.collapsing.exact.nodes import shape_of
+from lightning_easier.support.costs import price_in_words
 from lightning_easier.support.timing import LatencyTable
 
 Objective = Literal["latency", "macs", "depth"]
@@ -184,10 +185,7 @@ class Pricer:
 
     def compared(self, after: Price, before: Price) -> str:
         """Say in words what something would cost beside what it costs."""
-        unit, scale = {
-            "latency": ("{:.1f} µs", 1e6), "macs": ("{:,.0f} MACs", 1), "depth": ("{:.0f} operators", 1),
-        }[self.objective]  # fmt: skip
-        return f"{unit.format(after[0] * scale)} instead of {unit.format(before[0] * scale)}"
+        return f"{price_in_words(after[0], self.objective)} instead of {price_in_words(before[0], self.objective)}"
 
     def _price_of_node(self, node: fx.Node) -> Price:
         if self.objective == "latency":

@@ -5,31 +5,29 @@ What a chain reads and what it computes are summed up on the spot (see
 pass over the data.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce, is_available, is_initialized
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from lightning_easier.collapsing.algebra.affine import ChannelAffine
-from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, Sums, fits
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
-from lightning_easier.collapsing.fit.fitting import is_adjustable, positions_wanted, with_statistics
-from lightning_easier.measure.affines import AffineFit
+from lightning_easier.collapsing.fit.fitting import positions_wanted
+from lightning_easier.collapsing.fit.placing import as_chain_fit
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.structure.stand_in import StandIn
-from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of, seen_from
+from lightning_easier.structure.substitution import ChainFit
 from lightning_easier.support.arguments import as_globs
-from lightning_easier.support.calibration import check_iterable, tell_left_out, usable_batches
-from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.calibration import tell_left_out, usable_batches
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+from lightning_easier.support.processes import sum_over_processes
 
 # Of the sums of all chains together.
 _MOST_BYTES = 2**32
@@ -71,11 +69,13 @@ class ChainProbe:
         self._model = model
         self._batches = max(batches, 1)
         self._seen: list[_Seen] = []  # of each chain
-        self._handles: list[RemovableHandle] = []
+        self._hooks: list[ChainHooks] = []
         for chain in self.chains:
             last: Any = model.get_submodule(chain.operators[-1])
             outputs = last.out_channels if chain.geometry.kernel else last.out_features
-            self._seen.append(_Seen(Moments.of(chain.geometry, outputs, last.weight.device)))
+            seen = _Seen(Moments.of(chain.geometry, outputs, last.weight.device))
+            self._seen.append(seen)
+            self._hooks.append(ChainHooks(model, chain, partial(self._add, chain, seen)))
 
     def _leave_out(self, model: nn.Module) -> None:
         """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
@@ -106,54 +106,35 @@ class ChainProbe:
 
     def attach(self) -> None:
         """Register the hooks; a second call does nothing."""
-        if self._handles:
-            return
-        for chain, seen in zip(self.chains, self._seen, strict=True):
-            first, last = (self._model.get_submodule(chain.operators[place]) for place in (0, -1))
-            begin, end = self._hooks(chain, seen)
-            self._handles += [
-                first.register_forward_pre_hook(HookOfOneModel(begin), with_kwargs=True),
-                last.register_forward_hook(HookOfOneModel(end)),
-            ]
+        for hooks in self._hooks:
+            hooks.attach()
 
     def detach(self) -> None:
         """Remove the hooks; the sums stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hooks in self._hooks:
+            hooks.detach()
 
-    def _hooks(self, chain: FittableChain, seen: _Seen) -> tuple[Callable[..., None], Callable[..., None]]:
-        inputs: list[Tensor] = []
-        positions = -(-positions_wanted(chain) // self._batches)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.paused:
-                inputs[:] = [*args, *kwargs.values()][:1]
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.paused or not inputs:
-                return
-            if not inputs[0].numel():  # a batch without samples
-                inputs.clear()
-                return
-            seen.shape = seen.shape or inputs[0].shape
-            seen.calls += 1
-            seen.moments.add(inputs.pop().detach(), output.detach(), positions)
-
-        return begin, end
+    def _add(self, chain: FittableChain, seen: _Seen, value: Tensor, output: Tensor) -> None:
+        """Add a pass through a chain."""
+        if self.paused or not value.numel():  # a batch without samples
+            return
+        seen.shape = seen.shape or value.shape
+        seen.calls += 1
+        seen.moments.add(value, output, -(-positions_wanted(chain) // self._batches))
 
     def reduce(self) -> None:
         """Sum up over all processes, each of which has to call this once."""
-        if not (is_available() and is_initialized()):
+        if not self._seen:
             return
-        for seen in self._seen:
-            calls = torch.tensor([seen.calls], device=seen.moments.fitted.gram.device)
-            samples = torch.tensor([seen.moments.samples], device=calls.device)
-            for tensor in (calls, samples, *_tensors_of(seen.moments)):
-                all_reduce(tensor)
-            seen.calls, seen.moments.samples = int(calls), int(samples)
+        device = self._seen[0].moments.left_out.device
+        numbers = torch.tensor([(seen.calls, seen.moments.samples) for seen in self._seen], device=device)
+        numbers, *left_out = sum_over_processes([numbers, *(seen.moments.left_out for seen in self._seen)])
+        for seen, (calls, samples), strange in zip(self._seen, numbers.tolist(), left_out, strict=True):
+            seen.calls, seen.moments.samples, seen.moments.left_out = calls, samples, strange
+            # one chain at a time: there may be no room for all of them twice
+            parts = [each for sums in (seen.moments.fitted, seen.moments.held_out) for each in vars(sums).values()]
+            totals = sum_over_processes(parts)
+            seen.moments.fitted, seen.moments.held_out = Sums(*totals[:3]), Sums(*totals[3:])
 
     def fitted(self) -> Iterator[tuple[FittableChain, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
@@ -194,65 +175,7 @@ def _may_pay(model: nn.Module, chain: FittableChain) -> bool:
     return chain.geometry.channels * len(operators[-1].weight) < sum(each.weight.numel() for each in operators)
 
 
-def _tensors_of(moments: Moments) -> Iterator[Tensor]:
-    for sums in (moments.fitted, moments.held_out):
-        yield from (sums.gram, sums.cross, sums.squares)
-    yield moments.left_out
-
-
-def as_chain_fit(model: nn.Module, chain: FittableChain, fit: Fit) -> ChainFit | None:
-    """Tell how an operator moves into the modules of a chain.
-
-    Args:
-        model: The model.
-        chain: The chain. The operator takes the place of its first activation; the others become identities.
-        fit: The operator.
-
-    Returns:
-        None if the operator is of another kind than the first of the chain, so that it can't move in, or its values are
-        too large for the dtype of the model.
-    """
-    site, *others = chain.sites
-    first: Any = model.get_submodule(chain.operators[0])
-    operator: Any = fit.operator
-    host: str | None = None
-    attributes: dict[str, Any] = {}
-    behind = [*others, *chain.between, *chain.operators[1:]]
-    norm: Any = None if chain.norm is None else model.get_submodule(chain.norm)
-    if norm is not None and not is_adjustable(norm):
-        norm = None
-    bias = operator.bias.detach() if type(operator) in (type(first), ChannelAffine) else None
-    affine: AffineFit | None = None
-    missing = torch.zeros_like(fit.mean)  # what the batch norm makes up for
-    tensors: dict[str, Tensor] = {}
-    if bias is None:
-        return None
-    if type(operator) is ChannelAffine:
-        behind.insert(0, chain.operators[0])
-        affine = AffineFit(operator.weight.detach(), bias, operator.dim, fit.explained)
-    else:
-        host, attributes = chain.operators[0], attributes_of(operator)
-        tensors[f"{host}.weight"] = operator.weight.detach()
-        if first.bias is not None:
-            tensors[f"{host}.bias"] = bias
-        elif norm is not None:
-            missing = bias
-        else:
-            affine = AffineFit(torch.ones_like(bias), bias, 1 if chain.geometry.kernel else -1, fit.explained)
-    if norm is not None:
-        adjusted: Any = with_statistics(norm, fit.mean - missing, fit.variance, missing)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensors[f"{chain.norm}.{name}"] = getattr(adjusted, name).detach()
-    absorbed = [name for name in behind if not isinstance(model.get_submodule(name), StandIn | Absorbed)]
-    form = Form(
-        None if host is None else seen_from(site, host), attributes, tuple(seen_from(site, name) for name in absorbed)
-    )
-    of_model = {seen_from(site, name): value.to(first.weight) for name, value in tensors.items()}
-    found = ChainFit(fit.kind, fit.explained, form, of_model, affine)
-    return found if found.is_finite_in(first.weight.dtype) else None
-
-
-def measure_fits(
+def fit_chains(
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -288,7 +211,7 @@ def measure_fits(
         >>> from torch import nn
         >>> from lightning_easier import linearize
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-        >>> fits = measure_fits(model, [torch.randn(64, 4) for _ in range(4)])
+        >>> fits = fit_chains(model, [torch.randn(64, 4) for _ in range(4)])
         >>> linearize(model, ["1"], stand_in="fitted", statistics=fits)
         Sequential(
           (0): Linear(in_features=4, out_features=3, bias=True)
@@ -296,11 +219,11 @@ def measure_fits(
           (2): Absorbed()
         )
     """
-    check_iterable("batches", batches)
+    inputs = usable_batches(batches)
     inner = unwrap(model)
     check_weights(inner)
     sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(usable_batches(batches))
+    taken = list(inputs)
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
         for value in taken:

@@ -12,9 +12,12 @@ from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain
-from lightning_easier.support.costs import count_macs
+from lightning_easier.support.costs import count_macs, price_in_words
 from lightning_easier.support.inference import random_like
 from lightning_easier.support.timing import LatencyTable
+
+SLACK = 0.02
+"""An operator that explains so much less of the variance than the best one does not stand for the chain."""
 
 
 class ChainPrices:
@@ -54,9 +57,7 @@ class ChainPrices:
 
     def compared(self, after: float, before: float) -> str:
         """Say in words what something would cost beside what it costs."""
-        if self.objective == "latency":
-            return f"{after * 1e6:.1f} µs instead of {before * 1e6:.1f} µs"
-        return f"{after:,.0f} {'MACs' if self.objective == 'macs' else 'operators'} instead of {before:,.0f}"
+        return f"{price_in_words(after, self.objective)} instead of {price_in_words(before, self.objective)}"
 
 
 def _depth(module: nn.Module) -> int:
@@ -86,6 +87,14 @@ class PricedFit:
         """What it saves, in the unit of the objective."""
         return self.price_before - self.price_after
 
+    def represents_chain(self, slack: float = SLACK) -> bool:
+        """Tell whether it represents the chain nearly as well as the best does.
+
+        Args:
+            slack: How much less of the variance than the best it may explain.
+        """
+        return self.shortfall <= slack
+
 
 def priced(
     model: nn.Module, chain: FittableChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
@@ -114,7 +123,7 @@ def choose(choices: Sequence[PricedFit], prices: ChainPrices, slack: float) -> P
     Raises:
         CannotFitError: If it is not cheaper than the chain.
     """
-    best = min((each for each in choices if each.shortfall <= slack), key=lambda each: each.price_after)
+    best = min((each for each in choices if each.represents_chain(slack)), key=lambda each: each.price_after)
     if best.saving <= 0:
         compared = prices.compared(best.price_after, best.price_before)
         raise CannotFitError(f"does not pay: the cheapest takes {compared}")

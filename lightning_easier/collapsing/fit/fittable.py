@@ -20,6 +20,9 @@ from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.sites.rectifiers import GATES, FunctionalPReLU
 from lightning_easier.structure.padding import numeric_padding
 
+ACTIVATIONS_IN_A_CHAIN = 2
+"""How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
+
 
 @dataclass(frozen=True)
 class FittableChain:

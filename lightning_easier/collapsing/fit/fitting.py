@@ -1,23 +1,24 @@
 """Replace chains around activations that are not linear by single operators, fitted to what the chains compute.
 
-The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity, so that the
-forward of the model stays as it is written, and an exact collapse takes the identities out.
+The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity (see
+:mod:`~lightning_easier.collapsing.fit.placing`), so that the forward of the model stays as it is written, and an exact
+collapse takes the identities out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
-from lightning_easier.sites.activations import replace_activation
-from lightning_easier.structure.substitution import Absorbed
+from lightning_easier.collapsing.fit.placing import replace
 from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.inference import copies, evaluation_mode
 
@@ -27,8 +28,6 @@ _POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
 MOST_FITS = 7
 # Of the sums that are gathered in one run over the data.
 _MOST_BYTES = 2**30
-
-_T = TypeVar("_T")
 
 
 class _EndOfChainError(BaseException):
@@ -150,7 +149,6 @@ def _run_up_to(
     Returns:
         For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
-    inputs: dict[FittableChain, Tensor] = {}
     running: set[str] = set()  # and what ran, in this batch
     ran: dict[FittableChain, set[str]] = {chain: set() for chain in chains}
     missing: set[FittableChain] = set()
@@ -158,37 +156,28 @@ def _run_up_to(
     def note(name: str) -> Callable[..., None]:
         return lambda module, arguments: running.add(name)
 
-    def begin(chain: FittableChain) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            for value in [*arguments, *keywords.values()][:1]:
-                inputs[chain] = value
-
-        return hook
-
-    def end(chain: FittableChain) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if chain not in missing or chain not in inputs:  # it was called before
-                return
-            missing.remove(chain)
-            ran[chain] |= running
-            see(chain, inputs.pop(chain), output)
-            if not missing:
-                raise _EndOfChainError
-
-        return hook
+    def end(chain: FittableChain, value: Tensor, output: Tensor) -> None:
+        if chain not in missing:  # it was called before
+            return
+        missing.remove(chain)
+        ran[chain] |= running
+        see(chain, value, output)
+        if not missing:
+            raise _EndOfChainError
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         for name in watched:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
-        for chain in chains:
-            first, last = (model.get_submodule(chain.operators[place]) for place in (0, -1))
-            stack.callback(first.register_forward_pre_hook(begin(chain), with_kwargs=True).remove)
-            stack.callback(last.register_forward_hook(end(chain)).remove)
+        hooks = [ChainHooks(model, chain, partial(end, chain)) for chain in chains]
+        for each in hooks:
+            stack.callback(each.detach)
+            each.attach()
         for arguments in batches:
             missing.update(ran)
             running.clear()
-            inputs.clear()
+            for each in hooks:
+                each.forget()
             try:
                 model(*copies(arguments))
             except _EndOfChainError:
@@ -201,131 +190,6 @@ def _run_up_to(
     return {chain: frozenset(names) for chain, names in ran.items()}
 
 
-def replace(model: nn.Module, choice: PricedFit, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place.
-
-    Args:
-        model: The model, in eval mode.
-        choice: The operator.
-        arguments: Example inputs, for a forward that shows whether the model still runs.
-
-    Returns:
-        What was there before, by name; :func:`put` brings it back.
-
-    Raises:
-        CannotFitError: If it does not, since its forward reads more of the operators than what they compute; the model
-            is as it was.
-    """
-    old = _put_fitted(model, choice)
-    try:
-        with torch.no_grad():
-            model(*copies(arguments))
-    except Exception as error:  # whatever the user's forward raises
-        put(model, old)
-        raise _does_not_run(error) from error
-    return old
-
-
-def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
-    """Run something while an operator is in the place of a chain; the model is as it was afterwards.
-
-    Args:
-        model: The model, in eval mode.
-        choice: The operator.
-        run: Runs the model; what it returns is returned.
-
-    Raises:
-        CannotFitError: As for :func:`replace`.
-    """
-    old = _put_fitted(model, choice)
-    try:
-        with torch.no_grad():
-            return run()
-    except Exception as error:  # whatever the user's forward raises
-        raise _does_not_run(error) from error
-    finally:
-        put(model, old)
-
-
-def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place; return what was there before, by name."""
-    chain = choice.chain
-    first: Any = model.get_submodule(chain.operators[0])
-    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(first.weight).eval()}
-    new.update({name: Absorbed().eval() for name in chain.behind})
-    if chain.norm is not None:
-        new[chain.norm] = with_statistics(model.get_submodule(chain.norm), choice.fit.mean, choice.fit.variance)
-    old = {name: model.get_submodule(name) for name in new}
-    put(model, new)
-    return old
-
-
-def _does_not_run(error: Exception) -> CannotFitError:
-    return CannotFitError(f"the model does not run with an operator in its place: {error}")
-
-
-def is_adjustable(norm: Any) -> bool:
-    """Tell whether a batch norm has statistics, and a scale and an offset that can make up for others."""
-    return norm.running_mean is not None and norm.weight is not None and norm.bias is not None
-
-
-def with_statistics(norm: Any, mean: Tensor, variance: Tensor, offset: Tensor | None = None) -> nn.Module:
-    """Copy a batch norm for values of other statistics; in eval mode it computes the same.
-
-    What is fitted varies less than what it was fitted to. In training mode a batch norm would scale that up again, and
-    training would begin with another function than the one that was fitted.
-
-    Args:
-        norm: The batch norm.
-        mean: Of its input from now on, shape ``(C,)``.
-        variance: Of its input from now on, shape ``(C,)``.
-        offset: What its input lacks from now on, shape ``(C,)``; the batch norm makes up for it.
-    """
-    copied = deepcopy(norm)
-    if not is_adjustable(norm):
-        return copied
-    mean, variance = mean.to(norm.running_mean), variance.to(norm.running_var)
-    shift = torch.zeros_like(mean) if offset is None else offset.to(mean)
-    with torch.no_grad():
-        before, after = (value + norm.eps for value in (norm.running_var, variance))
-        copied.bias += norm.weight * (mean + shift - norm.running_mean) / before.sqrt()
-        copied.weight *= (after / before).sqrt()
-        copied.running_mean.copy_(mean)
-        copied.running_var.copy_(variance)
-    return copied
-
-
-def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules under their names."""
-    for name, module in modules.items():
-        replace_activation(model, name, module)
-
-
-def fit_chain(
-    model: nn.Module,
-    chain: FittableChain,
-    batches: Sequence[tuple[Tensor, ...]],
-    arguments: Sequence[Tensor],
-    prices: ChainPrices,
-    advance: Callable[[], object] = _nothing,
-) -> list[PricedFit]:
-    """Fit and price every operator that may take the place of a chain; the model is not changed.
-
-    Args:
-        model: A model in eval mode, its activations isolated.
-        chain: The chain.
-        batches: Calibration data: the forward's positional arguments, for each batch.
-        arguments: Example inputs, at whose shapes operators are priced.
-        prices: Tells what modules cost.
-        advance: What is called behind each batch, and behind each fit.
-
-    Raises:
-        CannotFitError: If the forward does not get there.
-    """
-    ((_, gathered),) = gather(model, [chain], batches, arguments, advance=advance)
-    return fit_to(model, chain, gathered, prices, advance)
-
-
 def fit_to(
     model: nn.Module,
     chain: FittableChain,
@@ -336,10 +200,10 @@ def fit_to(
     """Fit and price every operator that may take the place of a chain whose sums are known.
 
     Args:
-        model: As for :func:`fit_chain`.
+        model: The model, in eval mode; it is not changed.
         chain: The chain.
         gathered: Its sums, as :func:`gather` yields them.
-        prices: As for :func:`fit_chain`.
+        prices: Tells what modules cost.
         advance: What is called after each fit.
 
     Raises:
@@ -363,7 +227,7 @@ def fit_to(
     return priced(model, chain, fitted, gathered.shape, prices)
 
 
-def fit_chains(
+def replace_chains(
     model: nn.Module,
     sites: Sequence[str],
     batches: Sequence[tuple[Tensor, ...]],
@@ -376,9 +240,9 @@ def fit_chains(
     Args:
         model: A model in eval mode, its activations isolated.
         sites: Names of the activations.
-        batches: As for :func:`fit_chain`.
-        arguments: As for :func:`fit_chain`.
-        prices: As for :func:`fit_chain`.
+        batches: Calibration data: the forward's positional arguments, for each batch.
+        arguments: Example inputs, at whose shapes operators are priced.
+        prices: Tells what modules cost.
         slack: How much less of the variance than the best an operator may explain to be chosen.
 
     Returns:
@@ -387,11 +251,16 @@ def fit_chains(
     chains = FittableChains(model, sites)
     choices = []
     rows = chains.in_rows()
+
+    def fit_alone(chain: FittableChain) -> list[PricedFit]:  # its sums are not kept beside those of the next
+        ((_, gathered),) = gather(model, [chain], batches, arguments, advance=progress.advance)
+        return fit_to(model, chain, gathered, prices, progress.advance)
+
     with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
         for chain in rows:
             progress.name(chain)
             try:
-                choice = choose(fit_chain(model, chain, batches, arguments, prices, progress.advance), prices, slack)
+                choice = choose(fit_alone(chain), prices, slack)
                 replace(model, choice, arguments)
                 choices.append(choice)
             except CannotFitError as error:

@@ -8,17 +8,13 @@ from torch import nn
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.collapsing.fit.fittable import ACTIVATIONS_IN_A_CHAIN
 from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.gains import Gain
 from lightning_easier.pruning.methods.base import Measuring, Proposal, Worker
 from lightning_easier.pruning.methods.linearize import LinearEvidence, Linearize, LinearWorker, Option
 from lightning_easier.structure.operations import FittedOperators, from_plain
 from lightning_easier.support.calibration import tell, tell_left_out
-
-# Bodies of bottlenecks and inverted residuals have two.
-ACTIVATIONS_IN_A_CHAIN = 2
-# An operator that explains so much less of the variance than the best one does not stand for the chain.
-_SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class FitChains(Linearize):
         """
         if self._weighs_savings:
             return min((option for _, option in ways), key=lambda option: option.rank, default=None)
-        good = [option for choice, option in ways if choice.shortfall <= _SLACK]
+        good = [option for choice, option in ways if choice.represents_chain()]
         return max(good, key=lambda option: option.gain, default=None)
 
     def _does(self, device: str) -> str:
