@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_easier import collapse, compress, fit_chains, isolate_activations, linearize
-from lightning_easier.pruning import compress as compress_module
-from lightning_easier.pruning import targets
+from lightning_easier.pruning import judge, search, stages, targets
 from lightning_easier.support import progress, timing
 from lightning_easier.zoo import CifarResNet
 from tests.clocks import Clock, jittering
@@ -372,7 +371,7 @@ def test_an_operator_that_a_forward_can_not_live_with_does_not_end_its_chain():
 def test_without_a_score_drift_bounds_what_goes(monkeypatch):
     model = mlps(4)
     free = compress(model, BATCHES, **OPTIONS).report
-    monkeypatch.setattr(compress_module, "MAX_DRIFT", free.drift / 2)
+    monkeypatch.setattr(judge, "MAX_DRIFT", free.drift / 2)
     bounded = compress(model, BATCHES, objective="macs")
     assert 0 < bounded.report.drift <= free.drift / 2
     with torch.no_grad():
@@ -386,7 +385,7 @@ def test_without_a_score_drift_bounds_what_goes(monkeypatch):
 
 
 def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeypatch):
-    monkeypatch.setattr(compress_module, "MAX_DRIFT", 1e-9)
+    monkeypatch.setattr(judge, "MAX_DRIFT", 1e-9)
     model = mlps(4)
     alone = compress(model, BATCHES, evaluate=lambda _: 1.0, objective="macs").report
     assert alone.drift > 1e-9
@@ -399,7 +398,7 @@ def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeyp
 def at_a_pace(monkeypatch, seconds):
     """Compress within two minutes, where so many seconds pass between two looks at the clock."""
     moments = iter(range(0, 10**6, seconds))
-    monkeypatch.setattr(compress_module, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(stages, "monotonic", lambda: next(moments))
     return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
 
 
@@ -502,14 +501,14 @@ def test_what_it_will_take_is_known_from_the_start(monkeypatch):
 
 def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before_has_changed(monkeypatch):
     runs, looks = [], []
-    gather, around = compress_module.gather, compress_module.FittableChains.around
+    gather, around = search.gather, search.FittableChains.around
 
     def counted(model, chains, *args):
         runs.append([chain.sites for chain in chains])
         yield from gather(model, chains, *args)
 
-    monkeypatch.setattr(compress_module, "gather", counted)
-    monkeypatch.setattr(compress_module.FittableChains, "around", lambda *args: looks.append(args[1]) or around(*args))
+    monkeypatch.setattr(search, "gather", counted)
+    monkeypatch.setattr(search.FittableChains, "around", lambda *args: looks.append(args[1]) or around(*args))
     report = compress(mlps(4), BATCHES, **OPTIONS).report
     chains = [(f"mlps.{number}.1",) for number in range(4)]
     assert [trial.sites for trial in report.trials] == chains[::-1]  # nothing that goes lies before the next
@@ -535,8 +534,7 @@ def test_a_fit_that_is_used_again_is_the_one_that_would_be_made(monkeypatch):
         "max_rejections": 5,
     }
     once = compress(model, images, **options)
-    search = compress_module._Search
-    monkeypatch.setattr(search, "_in_place", lambda self, names: {"": nn.Identity()})  # nothing is what it was
+    monkeypatch.setattr(search.Search, "_in_place", lambda self, names: {"": nn.Identity()})  # nothing is what it was
     again = compress(model, images, **options)
     assert len({trial.kept for trial in once.report.trials}) == 2
     assert [vars(trial) for trial in once.report.trials] == [vars(trial) for trial in again.report.trials]

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
-from lightning_easier.pruning import compress as compress_module
-from lightning_easier.pruning import targets
+from lightning_easier.pruning import stages, targets
 from lightning_easier.support import timing
 from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
@@ -256,7 +255,7 @@ def test_timings_keep_to_the_minutes(monkeypatch, options):
 
     def seconds_within(minutes):
         clock = under(monkeypatch, jittering(0.3))
-        monkeypatch.setattr(compress_module, "monotonic", lambda: clock.now)
+        monkeypatch.setattr(stages, "monotonic", lambda: clock.now)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the target may not be reached in time
             report = compress(Residual(), batches(), max_drift=math.inf, max_minutes=minutes, **options).report

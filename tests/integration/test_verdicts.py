@@ -250,7 +250,7 @@ class Untraced(Skips):
 MERGE = "let a collapse merge something."
 IDLE = (
     "The others would not, and fewer layers are not less time: `first`, `second`. Pass Order(mergeable_only=True) to "
-    "leave them out."
+    "leave "
 )
 TIME = "Whether that saves time was not measured: pass Order(gain='latency') to go by what each removal saves."
 

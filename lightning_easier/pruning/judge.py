@@ -1,0 +1,100 @@
+"""Whether a compressed model is still good enough: by its score, by how much its outputs have changed, or both."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lightning_easier.pruning.rules import Tolerance
+from lightning_easier.support.inference import describe
+
+# What keeps a network usable where nobody says how good it has to be, see docs/collapse.md.
+MAX_DRIFT = 0.1
+
+
+class Judge:
+    """Tells whether a model is still good enough.
+
+    Args:
+        source: The model as it was given.
+        evaluate: Returns its score; None if there is none.
+        tolerance: How far the score may fall.
+        max_drift: How much of the variance of the outputs may change; None for the default.
+        device: Where the model belongs.
+
+    Attributes:
+        dense_score: The score of the model as it was given; None if there is none.
+
+    Raises:
+        ValueError: If that is not finite.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        evaluate: Callable[[nn.Module], float] | None,
+        tolerance: Tolerance,
+        max_drift: float | None,
+        device: torch.device,
+    ) -> None:
+        self._evaluate = evaluate
+        self._tolerance = tolerance
+        self._device = device
+        self._max_drift = max_drift if max_drift is not None else math.inf if evaluate is not None else MAX_DRIFT
+        self._went_beyond = False
+        self.dense_score = self.score(source)
+        if self.dense_score is not None and not math.isfinite(self.dense_score):
+            raise ValueError(
+                f"Expected argument `evaluate` to return a finite score of the model, but got {self.dense_score}"
+            )
+
+    def score(self, model: nn.Module) -> float | None:
+        """Return the score of a model, None if there is none; the model is in eval mode and in its place afterwards.
+
+        Raises:
+            TypeError: If what is returned is no number.
+        """
+        return None if self._evaluate is None else _score(self._evaluate, model, self._device)
+
+    def why_not(self, score: float | None, drift: float) -> str | None:
+        """Say why a model of this score and drift is not good enough; None if it is."""
+        if not drift <= self._max_drift:  # of NaN
+            self._went_beyond = True
+            return (
+                f"{drift:.2%} of the variance of the outputs changed, beyond the {self._max_drift:.2%} of `max_drift`"
+            )
+        if score is None or self.dense_score is None:
+            return None
+        if self._tolerance.allows(score, self.dense_score):
+            return None
+        return f"beyond the tolerance {self._tolerance.amount:g} of {self.dense_score:.4f}"
+
+    def why_nothing_is_left(self, was_cut: bool) -> str:
+        """Say why nothing is left to try.
+
+        Args:
+            was_cut: Whether the time was over before all was looked at.
+        """
+        ended = "nothing is left to try"
+        if was_cut:
+            ended += " of what was found in half of the time of `max_minutes`"
+        if self._went_beyond:
+            ended += f" within the {self._max_drift:.0%} of `max_drift`; pass `evaluate` or a larger one to go on"
+        return ended
+
+
+def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
+    """Evaluate a model in eval mode, and have it in that mode and place afterwards.
+
+    Raises:
+        TypeError: If what is returned is no number.
+    """
+    score = evaluate(model.eval())
+    model.to(device).eval()
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Expected argument `evaluate` to return the score, a number, but it returned {describe(score)}"
+        ) from error

@@ -1,0 +1,342 @@
+"""The search of a compression: which operators might take the places of chains, and one trial after the other."""
+
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
+from lightning_easier.collapsing.fit.fittable import (
+    ACTIVATIONS_IN_A_CHAIN,
+    CannotFitError,
+    FittableChain,
+    FittableChains,
+)
+from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
+from lightning_easier.collapsing.fit.placing import put, replace, try_out
+from lightning_easier.pruning.stages import SEARCHING, Clock
+from lightning_easier.report import Trial
+from lightning_easier.sites.discovery import KnownForwards
+from lightning_easier.support.inference import (
+    copies,
+    tensors_in,
+)
+from lightning_easier.support.progress import Stages
+
+# Of its price, an operator in the place of a chain has to save so much more than another.
+_WORTH_A_TRIAL = 0.1
+# So many tell the order in which chains go.
+_SAMPLES_FOR_DRIFT = 256
+# Units of the bar in which one chain's operators are timed, beside one for each batch and each fit.
+_UNITS_OF_PRICES = 10
+
+
+class FittedCandidate(NamedTuple):
+    """An operator that might take the place of a chain.
+
+    Attributes:
+        choice: The operator, as it was fitted to the model that was given.
+        drift: Share of the variance of the outputs that changes if it alone is put in place.
+    """
+
+    choice: PricedFit
+    drift: float
+
+    @property
+    def rank(self) -> float:
+        """Drift per saving."""
+        return self.drift / self.choice.saving
+
+    def follows(self, other: "FittedCandidate") -> bool:
+        """Tell whether it saves more of what another has begun with."""
+        return {*other.choice.chain.sites} <= {*self.choice.chain.sites} and self.choice.saving > other.choice.saving
+
+    def rank_behind(self, other: "FittedCandidate") -> float:
+        """Drift per saving, of what it adds to another."""
+        return (self.drift - other.drift) / (self.choice.saving - other.choice.saving)
+
+
+def hull(candidates: Sequence[FittedCandidate]) -> list[FittedCandidate]:
+    """Return those for one chain that are worth their drift, each beside the one that saves less: the convex hull."""
+    hull: list[FittedCandidate] = []
+    for candidate in sorted(candidates, key=lambda each: (each.choice.saving, -each.drift)):
+        while hull and (
+            candidate.choice.saving <= hull[-1].choice.saving
+            or candidate.rank_behind(hull[-1]) <= (hull[-1].rank_behind(hull[-2]) if hull[1:] else hull[-1].rank)
+        ):
+            hull.pop()
+        begun_with = hull[-1].choice.saving if hull else 0.0
+        if candidate.choice.saving - begun_with >= _WORTH_A_TRIAL * candidate.choice.price_before:
+            hull.append(candidate)
+    return hull
+
+
+class Step(NamedTuple):
+    """What one trial has changed.
+
+    Attributes:
+        trial: The trial.
+        saving: Of the price.
+        old: What was there before, by name.
+        new: What has taken its place, by name.
+    """
+
+    trial: Trial
+    saving: float
+    old: dict[str, nn.Module]
+    new: dict[str, nn.Module]
+
+
+class FittedChain(NamedTuple):
+    """What was fitted to a chain, and what that depends on.
+
+    Attributes:
+        chain: The chain.
+        choices: The operators that save something.
+        ran: Which of the modules that may be replaced ran before the chain had ended.
+        beside: What had taken the place of those by then, by name.
+    """
+
+    chain: FittableChain
+    choices: list[PricedFit]
+    ran: frozenset[str]
+    beside: dict[str, nn.Module]
+
+
+class Search:
+    """Tries operators in the places of chains.
+
+    Args:
+        source: The model as it was given, in eval mode, its activations isolated.
+        batches: Calibration data.
+        arguments: Example inputs.
+        prices: Tells what modules cost.
+        slack: How much less of the variance of a chain than the best operator one may explain to be tried.
+
+    Attributes:
+        model: What it has become.
+        trials: What was tried.
+        reasons: Site -> why nothing was tried.
+        was_cut: Whether the time was over before all chains were looked at.
+        looked_at: How many chains were, in words.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        batches: Sequence[tuple[Tensor, ...]],
+        arguments: Sequence[Tensor],
+        prices: ChainPrices,
+        slack: float,
+    ) -> None:
+        self.model = deepcopy(source)
+        self.trials: list[Trial] = []
+        self.reasons: dict[str, str] = {}
+        self.was_cut = False
+        self.looked_at = ""
+        self._batches = batches
+        self._arguments = arguments
+        self._prices = prices
+        self._slack = slack
+        self._dense_outputs = self._outputs()
+        self._known = KnownForwards()
+        self._replaceable: list[str] = []
+        self._fitted: dict[tuple[str, ...], FittedChain] = {}
+        self._steps: list[Step] = []  # those that are in place, in the order they were taken
+        self._taken_back: list[Trial] = []
+        self._undone: list[tuple[int, Step]] = []  # those that the last one has taken the place of, and where they were
+
+    @property
+    def saved(self) -> float:
+        """What is saved of the price so far."""
+        return sum(step.saving for step in self._steps)
+
+    @property
+    def drift(self) -> float:
+        """Share of the variance of the outputs that all that is in place has changed."""
+        return drift_of(self._outputs(), self._dense_outputs)
+
+    def candidates(self, sites: Sequence[str], clock: Clock, progress: Stages) -> list[FittedCandidate]:
+        """Fit operators for every chain alone, and return those that may take its place, the best first."""
+        chains = FittableChains(self.model, sites, self._known)
+        found: list[FittedCandidate] = []
+        whole = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
+        self._replaceable = sorted({name for chain in whole for name in chain.replaced})
+        looked_at = 0
+        progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
+        sums = self._gather(whole, progress.advance)
+        while looked_at < len(whole) and not clock.is_over():
+            chain, gathered = next(sums)
+            progress.name(" + ".join(chain.operators))
+            found += self._candidates_for(chain, gathered, chains.reasons, progress.advance)
+            progress.finish()
+            looked_at += 1
+        self.was_cut = looked_at < len(whole)
+        self.looked_at = f"{looked_at} of {len(whole)} chains around activations were looked at"
+        for site in (site for chain in whole[looked_at:] for site in chain.sites):
+            chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
+        tried = {site for each in found for site in each.choice.chain.sites}
+        self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
+        of_chain: dict[tuple[str, ...], list[FittedCandidate]] = {}
+        for each in found:
+            of_chain.setdefault(each.choice.chain.sites, []).append(each)
+        best = [each for candidates in of_chain.values() for each in hull(candidates)]
+
+        def rank(candidate: FittedCandidate) -> float:
+            return max([candidate.rank, *(candidate.rank_behind(o) for o in best if candidate.follows(o))])
+
+        return sorted(best, key=rank)
+
+    def _candidates_for(
+        self, chain: FittableChain, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+    ) -> list[FittedCandidate]:
+        """Return what may take the place of one chain; add why nothing may, by site."""
+        try:
+            choices = self._worthwhile(self._fit_to(chain, gathered, advance))
+        except CannotFitError as error:
+            if len(chain.sites) == 1:
+                reasons[chain.sites[0]] = str(error)
+            return []
+        found = []
+        for choice in choices:
+            try:
+                outputs = try_out(self.model, choice, self._outputs)
+            except CannotFitError as error:  # the forward reads what only an operator of another kind has
+                reasons.update(dict.fromkeys(chain.sites, str(error)))
+                continue
+            found.append(FittedCandidate(choice, drift_of(outputs, self._dense_outputs)))
+        return found
+
+    def _worthwhile(self, choices: Sequence[PricedFit]) -> list[PricedFit]:
+        """Return what saves something and has no equal that saves more.
+
+        Raises:
+            CannotFitError: If nothing does.
+        """
+        good = [choice for choice in choices if choice.represents_chain(self._slack)]
+        if not math.isinf(self._slack) or all(choice.saving <= 0 for choice in good):
+            return [choose(good, self._prices, self._slack)]
+        return [
+            choice
+            for choice in good
+            if choice.saving > 0
+            and not any(o.saving >= choice.saving and o.fit.explained > choice.fit.explained for o in good)
+        ]
+
+    def take(self, candidate: FittedCandidate) -> Trial | None:
+        """Put an operator in the place of a chain, fitted to what the model has become; None if none pays any more."""
+        chain, wanted = candidate.choice.chain, candidate.choice.fit
+        begun = [step for step in self._steps if {*step.trial.sites} & {*chain.sites}]
+        if self._was_rejected(candidate) or not all(self._may_follow(candidate, step) for step in begun):
+            return None
+        self._undone = [(self._steps.index(step), step) for step in begun]
+        for step in reversed(begun):
+            put(self.model, step.old)
+            self._steps.remove(step)
+        try:
+            # a neighbour may have gone, and one of its ends with it
+            chain = FittableChains(self.model, chain.sites, self._known).around(chain.sites)
+            choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind]
+            if not choices:
+                raise CannotFitError("does not pay any more beside its neighbours")
+            choice = next((each for each in choices if str(each.fit.operator) == str(wanted.operator)), choices[0])
+            old = replace(self.model, choice, self._arguments)
+        except CannotFitError as error:
+            self._redo()
+            if not begun:
+                self.reasons.update(dict.fromkeys(chain.sites, str(error)))
+            return None
+        trial = Trial(chain.sites, chain.operators, wanted.kind, choice.fit.explained, candidate.drift,
+                      choice.price_before, choice.price_after, self._prices.objective)  # fmt: skip
+        for step in begun:
+            step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
+        new = {name: self.model.get_submodule(name) for name in old}
+        self._steps.append(Step(trial, choice.saving, old, new))
+        self.trials.append(trial)
+        for site in chain.sites:
+            self.reasons.pop(site, None)
+        return trial
+
+    def _was_rejected(self, candidate: FittedCandidate) -> bool:
+        """Tell whether something that changes less of the same was taken back."""
+        sites = {*candidate.choice.chain.sites}
+        return any({*each.sites} <= sites and each.drift <= candidate.drift for each in self._taken_back)
+
+    def _may_follow(self, candidate: FittedCandidate, step: Step) -> bool:
+        """Tell whether a candidate saves more than what is in place of a part of its chain and can be undone."""
+        is_whole = all(self.model.get_submodule(name) is module for name, module in step.new.items())
+        is_part = {*step.trial.sites} <= {*candidate.choice.chain.sites}
+        return is_whole and is_part and candidate.choice.saving > step.saving
+
+    def take_back(self, reason: str) -> None:
+        """Undo the last trial."""
+        step = self._steps.pop()
+        put(self.model, step.old)
+        step.trial.kept, step.trial.reason = False, reason
+        self._taken_back.append(step.trial)
+        self._redo()
+
+    def _redo(self) -> None:
+        for place, step in self._undone:
+            put(self.model, step.new)
+            self._steps.insert(place, step)
+            step.trial.kept, step.trial.reason = True, None
+        self._undone = []
+
+    def _fit(self, chain: FittableChain) -> list[PricedFit]:
+        """Return the operators for a chain that save something, those of the last time where nothing before it changed.
+
+        Raises:
+            CannotFitError: If there are none.
+        """
+        known = self._fitted.get(chain.sites)
+        if known is None or known.chain != chain or known.beside != self._in_place(known.ran):
+            ((_, gathered),) = self._gather([chain])
+            self._fit_to(chain, gathered)
+        return self._fitted[chain.sites].choices
+
+    def _gather(
+        self, chains: Sequence[FittableChain], advance: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[FittableChain, Gathered | None]]:
+        return gather(self.model, chains, self._batches, self._arguments, self._replaceable, advance)
+
+    def _fit_to(
+        self, chain: FittableChain, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
+    ) -> list[PricedFit]:
+        choices = fit_to(self.model, chain, gathered, self._prices, advance)
+        ran = frozenset() if gathered is None else gathered.ran
+        saving = [choice for choice in choices if choice.saving > 0]
+        self._fitted[chain.sites] = FittedChain(chain, saving, ran, self._in_place(ran))
+        return choices
+
+    def _in_place(self, names: Container[str]) -> dict[str, nn.Module]:
+        """Return what has taken the place of modules of these names."""
+        return {name: module for step in self._steps for name, module in step.new.items() if name in names}
+
+    def _outputs(self) -> list[Tensor]:
+        """Return what the model makes of some of the calibration data: a matrix for each of its outputs."""
+        some, samples = [], 0
+        for batch in self._batches:
+            some.append(batch)
+            samples += len(batch[0])
+            if samples >= _SAMPLES_FOR_DRIFT:
+                break
+        with torch.no_grad():
+            each = [tensors_in(self.model(*copies(batch))) for batch in some]
+        outputs: list[Tensor] = []
+        for column in zip(*each, strict=True):
+            rows = [x.reshape(len(x), -1) for x in column if x.ndim]
+            is_one = len({x.shape[1] for x in rows}) == 1  # else sequences of other lengths
+            outputs += [torch.cat(rows)] if is_one else rows
+        return outputs
+
+
+def drift_of(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """Return the share of the variance of outputs that has changed, over all of them."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, before, strict=True) if b.is_floating_point()]
+    changed = sum(float((a - b).square().sum()) for a, b in pairs)
+    variance = sum(float((b - b.mean(0)).square().sum()) for _, b in pairs)
+    return changed / variance if variance > 0 else changed

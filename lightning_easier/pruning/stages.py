@@ -1,0 +1,34 @@
+"""The stages of a compression, and how much of its time each may take."""
+
+import math
+from time import monotonic
+
+# What a compression does, and about how much of its time that takes; with a limit, when a stage has to be over.
+PREPARING, SEARCHING, TRYING, TIMING = "Preparing", "Looking for operators", "Trying operators", "Timing the result"
+STAGES = {PREPARING: 0.1, SEARCHING: 0.4, TRYING: 0.3, TIMING: 0.2}
+
+
+class Clock:
+    """Tells how much of the time that a compression may take is left, for the stage that it is in.
+
+    Args:
+        minutes: How many it may take; None for no limit.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._begin = monotonic()
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self._end = self._seconds
+
+    def begin(self, stage: str) -> None:
+        """Begin a stage."""
+        shares = list(STAGES.values())[: list(STAGES).index(stage) + 1]
+        self._end = sum(shares) * self._seconds
+
+    def left(self) -> float:
+        """Return how many seconds are left for the stage."""
+        return max(0.0, self._begin + self._end - monotonic())
+
+    def is_over(self) -> bool:
+        """Tell whether the time for the stage has gone."""
+        return self.left() <= 0
