@@ -8,6 +8,8 @@ import torchvision
 from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MeanMetric
+from torchvision.models.mobilenetv2 import MobileNetV2
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_easier import candidates, collapse, linearize
@@ -159,13 +161,21 @@ def test_a_block_that_is_called_twice_has_no_neighbourhood_of_its_own():
 
 def narrow_resnet50() -> nn.Module:
     with torch.device("meta"):
-        model = torchvision.models.resnet50()
+        model = ResNet(Bottleneck, [2, 1, 1, 1])
     return narrow(model, 4)
+
+
+# Each block of them in all its forms, and not as often
+MOBILE_BLOCKS = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
 
 
 @pytest.mark.parametrize(
     "build",
-    [partial(VisionTransformer, 64, 32, 12, 4, 64, 256), torchvision.models.mobilenet_v2, narrow_resnet50],
+    [
+        partial(VisionTransformer, 64, 32, 2, 4, 64, 256),
+        partial(MobileNetV2, inverted_residual_setting=MOBILE_BLOCKS),
+        narrow_resnet50,
+    ],
     ids=["vit_b_32", "mobilenet_v2", "resnet50"],
 )
 def test_what_is_said_to_merge_is_what_a_collapse_merges(build):

@@ -525,7 +525,7 @@ def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before
 
 def test_a_fit_that_is_used_again_is_the_one_that_would_be_made(monkeypatch):
     torch.manual_seed(1)
-    model = randomized(CifarResNet(20))
+    model = randomized(CifarResNet(8))
     images = [torch.randn(24, 3, 12, 12) for _ in range(3)]
     options = {
         **OPTIONS,

@@ -15,12 +15,11 @@ from lightning_easier.collapsing.exact import torch_export
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.rectifiers import GATES
+from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
 from lightning_easier.structure.substitution import Absorbed
 from tests.settings import callback as callback_of
 
-TRACERS = [
-    (room, name) for room in ("discovery", "rectifiers", "tracing") for name in ("read_forward", "trace_forward")
-]
+TRACERS = [("tracing", "_read"), ("discovery", "trace_forward")]
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[str, str]) -> Counter[str]:
@@ -28,9 +27,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[str, str]) -> Cou
     counts: Counter[str] = Counter()
     for room, name in functions:
         module = import_module(f"lightning_easier.sites.{room}")
-        original = getattr(module, name, None)
-        if original is None:
-            continue
+        original = getattr(module, name)
 
         def count(*args, original=original, name=name, **kwargs):
             counts[name] += 1
@@ -113,20 +110,21 @@ def test_a_round_does_no_more_than_the_one_before(monkeypatch, tmp_path, options
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         self.norm, self.up, self.act, self.down = (
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width),
         )  # fmt: skip
 
     def forward(self, x):
-        return x + self.down(self.act(self.up(self.norm(x)))) * torch.softmax(x, -1)
+        return x + self.scale * self.down(self.act(self.up(self.norm(x)))) * torch.softmax(x, -1)
 
 
 class Stack(nn.Module):
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, scales: tuple[float, ...] = (1.0,)) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(4) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(4, scales[number % len(scales)]) for number in range(depth))
 
     def forward(self, x):
         for block in self.blocks:
@@ -141,9 +139,36 @@ def described(plan) -> list:
     return [flow, sites, plan.left_alone, [type(edit).__name__ for edit in plan.edits]]
 
 
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0)])
+def test_forwards_that_are_alike_are_traced_once(monkeypatch, scales):
+    counts = counted(monkeypatch, *TRACERS)
+
+    def traced(depth: int) -> int:
+        counts.clear()
+        assert len(isolate_activations(Stack(depth, scales))) == 2 * depth
+        return sum(counts.values())
+
+    assert traced(8) == traced(4)
+
+
+def test_what_makes_activations_linear_looks_at_the_model_once(monkeypatch):
+    counts = counted(monkeypatch, *TRACERS)
+    isolate_activations(Stack(3))
+    isolated = dict(counts)
+    counts.clear()
+    model = linearize(Stack(3), ["blocks.1.act", "relu_1"])
+    assert dict(counts) == isolated
+    assert {*stand_ins(model)} == {"blocks.1.act", "relu_1"}
+
+    counts.clear()
+    restructure_as_marked(other := Stack(3), model.state_dict())
+    assert {*stand_ins(other)} == {*stand_ins(model)}
+    assert sum(counts.values()) <= 2 * sum(isolated.values())
+
+
 @pytest.mark.parametrize("is_isolated", [False, True])
 def test_what_is_known_of_forwards_is_what_would_be_found(monkeypatch, is_isolated):
-    model, gates, known = Stack(5).eval(), frozenset(GATES), KnownForwards()
+    model, gates, known = Stack(5, (1.0, 2.0, 3.0, 4.0, 5.0)).eval(), frozenset(GATES), KnownForwards()
     if is_isolated:
         isolate_activations(model)
     first = described(Discovery(gates, known).plan(model))

@@ -82,9 +82,11 @@ def test_is_idempotent_and_copies_with_the_model():
 
 def test_a_marked_state_dict_does_not_load_into_the_dense_model_nor_a_dense_one_into_the_pruned():
     pruned, dense = linearize(make_mlp(), ["3"]), make_mlp()
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*3\..*load_pruned_or_expect_pruned\._extra_state"):
+    with pytest.raises(
+        RuntimeError, match=r"Unexpected key.*3\..*load_pruned_or_restore_structure_on_load\._extra_state"
+    ):
         dense.load_state_dict(pruned.state_dict())
-    with pytest.raises(RuntimeError, match=r"Missing key.*3\..*load_pruned_or_expect_pruned\._extra_state"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\..*load_pruned_or_restore_structure_on_load\._extra_state"):
         pruned.load_state_dict(dense.state_dict())
     pruned.load_state_dict(pruned.state_dict())
 

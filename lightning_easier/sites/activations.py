@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lightning_easier.sites.discovery import ActivationSite, Discovery
+from lightning_easier.sites.discovery import ActivationSite, Discovery, IsolationPlan
 from lightning_easier.sites.rectifiers import as_gates
 from lightning_easier.sites.rewriting import carry_out
 
@@ -54,7 +54,18 @@ def isolate_activations(model: nn.Module, *, gates: bool | Iterable[str] = False
 
 def isolated_sites(model: nn.Module, gates: bool | Iterable[str] = False) -> list[ActivationSite]:
     """Isolate the activations of a model in place and describe each; see :func:`isolate_activations`."""
-    plan = Discovery(as_gates(gates)).plan(unwrap(model))
+    plan = plan_isolation(model, gates)
+    isolate(model, plan)
+    return plan.sites
+
+
+def plan_isolation(model: nn.Module, gates: bool | Iterable[str] = False) -> IsolationPlan:
+    """Look for the sites of a model, and plan what would isolate them; the model is not touched."""
+    return Discovery(as_gates(gates)).plan(unwrap(model))
+
+
+def isolate(model: nn.Module, plan: IsolationPlan) -> None:
+    """Carry out a plan that was made for a model as it still is."""
     carry_out(plan.edits)
     if plan.left_alone:
         listing = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in plan.left_alone.items())
@@ -63,14 +74,13 @@ def isolated_sites(model: nn.Module, gates: bool | Iterable[str] = False) -> lis
             f"rewritten faithfully: {listing}. Call each activation through an nn.Module of its own there to have it "
             f"measured and pruned.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return plan.sites
 
 
 def planned_sites(model: nn.Module, gates: bool | Iterable[str] = False) -> list[ActivationSite]:
     """Describe the sites that :func:`isolated_sites` would find; the model is not touched."""
-    return Discovery(as_gates(gates)).plan(unwrap(model)).sites
+    return plan_isolation(model, gates).sites
 
 
 def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -54,7 +54,7 @@ from lightning_easier.sites.rewriting import (
     Rewriting,
     copy_activation,
 )
-from lightning_easier.sites.tracing import read_forward, trace_forward, variants
+from lightning_easier.sites.tracing import Reading, trace_forward, variants
 from lightning_easier.sites.watching import UntraceableError
 from lightning_easier.support.inference import has_hooks
 
@@ -193,6 +193,7 @@ class Discovery:
     def __init__(self, gates: frozenset[str], known: KnownForwards | None = None) -> None:
         self._gates = gates
         self._known = KnownForwards() if known is None else known
+        self._reading = Reading()
         self._plan = IsolationPlan()
         self._flow = self._plan.flow
         self._names: dict[nn.Module, str] = {}  # of the modules met so far; the first name of each counts
@@ -333,8 +334,8 @@ class Discovery:
         if type(module).forward in _CONTAINER_FORWARDS and not forward_was_replaced(module):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
         # Most forwards call no activation but through children of their own: to look is enough.
-        graph = read_forward(module)
-        if graph is not None and not _names_an_activation(module, self._gates):
+        graph = None if _names_an_activation(module, self._gates) else self._reading.read(module)
+        if graph is not None:
             look = Rewriting(module, graph, self._gates, module.training, self._can_be_doubled)
             if not look.targets:
                 if look.unsupported:
@@ -344,6 +345,7 @@ class Discovery:
         try:
             recordings, reasons = self._record(module, rewritings)
         except UntraceableError as error:
+            graph = self._reading.read(module)
             found = any(rewriting.targets for rewriting in rewritings.values())
             if found or self._calls_one(graph) or self._seems_to_hide_sites(module):
                 self._plan.left_alone[name] = str(error)

@@ -11,8 +11,8 @@ import inspect
 import operator
 import random
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from itertools import combinations
@@ -25,9 +25,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_easier.sites.bytecode import ExecutedCode, why_unfaithful
 from lightning_easier.sites.recording import Recording, Variant, forward_was_replaced
-from lightning_easier.sites.watching import LooseWatch, UntraceableError, Watch, is_foreign_frame, same_items
+from lightning_easier.sites.watching import LooseWatch, UntraceableError, Watch, has_alike, is_foreign_frame, same_items
 
 _MAX_OPTIONAL_ARGUMENTS = 3  # recordings double with each
+_MOST_KINDS = 16  # of one class that a forward is compared with, so that many that differ don't take their square
 
 
 class InPlaceProxy(fx.Proxy):
@@ -230,9 +231,10 @@ def read_forward(module: nn.Module) -> fx.Graph | None:
         What it does in the module's own mode, on one way through its control flow, not fit to be run; None if it can't
         be traced at all.
     """
-    if forward_was_replaced(module):
-        return None
-    watch = LooseWatch(module)
+    return None if forward_was_replaced(module) else _read(module, LooseWatch(module))
+
+
+def _read(module: nn.Module, watch: LooseWatch) -> fx.Graph | None:
     try:
         with undone(module), chance_restored(), watch:
             return _Reader().trace(module)
@@ -240,6 +242,61 @@ def read_forward(module: nn.Module) -> fx.Graph | None:
         return None
     finally:
         watch.undo()
+
+
+class Reading:
+    """Look at forwards as :func:`read_forward` does, and of those that are alike at the first only.
+
+    Two forwards are alike if their modules are of one class, modules of the same classes are in the same places inside,
+    and all that the first asked for while it was traced is the same in the second. Globals and modules have to stay as
+    they are: it is good for one look at a model.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[nn.Module, fx.Graph | None] = {}
+        self._known: dict[type[nn.Module], deque[tuple[nn.Module, dict[str, set[str]]]]] = {}
+
+    def read(self, module: nn.Module) -> fx.Graph | None:
+        """Return what a module's forward does; None if it can't be traced. The graph may be that of another module."""
+        if forward_was_replaced(module):
+            return None
+        if module not in self._graphs:
+            known = self._known.setdefault(type(module), deque(maxlen=_MOST_KINDS))
+            alike = next((other for other, asked in known if _is_alike(other, module, asked)), None)
+            self._graphs[module] = self._graphs[alike] if alike is not None else self._trace(module)
+        return self._graphs[module]
+
+    def _trace(self, module: nn.Module) -> fx.Graph | None:
+        watch = LooseWatch(module)
+        graph = _read(module, watch)
+        names = {part: name for name, part in module.named_modules()}
+        if not watch.asks_for_more and watch.asked.keys() <= names.keys():
+            asked = {names[part]: attributes for part, attributes in watch.asked.items()}
+            self._known[type(module)].appendleft((module, asked))
+        return graph
+
+
+def _is_alike(first: nn.Module, second: nn.Module, asked: Mapping[str, Collection[str]]) -> bool:
+    """Tell whether two modules of one class look alike to a forward that asks for these attributes of its parts."""
+    ours, theirs = (dict(module.named_modules(remove_duplicate=False)) for module in (first, second))
+    if ours.keys() != theirs.keys():
+        return False
+    if not all(has_alike(ours[name], theirs[name], each) for name, attributes in asked.items() for each in attributes):
+        return False
+    return _layout(ours.values()) == _layout(theirs.values())
+
+
+def _layout(parts: Iterable[nn.Module]) -> list[tuple[object, ...]]:
+    """Describe what each part holds: under which names, of which classes, and where the same as elsewhere."""
+    places: dict[object, int] = {}
+    described: list[tuple[object, ...]] = []
+    for part in parts:
+        held: tuple[Mapping[str, Any], ...] = (part._modules, part._parameters, part._buffers)
+        described.append((type(part), *(
+            (kind, name, type(value), places.setdefault(value, len(places)))
+            for kind, values in enumerate(held) for name, value in values.items()
+        )))  # fmt: skip
+    return described
 
 
 def is_readable(module: nn.Module) -> bool:

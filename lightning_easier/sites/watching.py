@@ -25,6 +25,7 @@ _BY_IDENTITY = (
 )  # fmt: skip
 _CONTAINERS = (list, tuple, set, dict)
 _KEYED = ("_modules", "_parameters", "_buffers")
+_ON_A_CLASS = (*_PLAIN, *_CONTAINERS, FunctionType, BuiltinFunctionType, type, property, staticmethod, classmethod)
 _INTERNAL = frozenset(vars(nn.Module())) - {"training", *_KEYED} | {"forward"}
 _OWN_FRAMES = (
     "torch.fx", "torch.nn.modules.module", "torch._", "torch.overrides", "contextlib", "lightning_easier.sites.tracing",
@@ -68,11 +69,16 @@ class Watch:
         self._containers: dict[int, tuple[str, Any, Any]] = {}
 
     def __enter__(self) -> "Watch":
-        read, write = self.read, self.write
+        read, miss, write = self.read, self.miss, self.write
 
         def getattribute(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            return read(module, name, value) if name[:2] != "__" and is_user_frame(1) else value
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:  # a child, a parameter or a buffer, or nothing
+                if is_user_frame(1):
+                    miss(module, name)
+                raise
+            return read(module, name, value) if name != "__class__" and is_user_frame(1) else value
 
         def setattribute(module: nn.Module, name: str, value: Any) -> None:
             constructing = sys._getframe(1).f_code.co_name == "__init__"  # a module that is made in the forward
@@ -93,6 +99,8 @@ class Watch:
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note a read; return what the reader gets."""
+        if name[:2] == "__":
+            return value
         if name == "training":
             self.reads_training = True
             if module is not self._root:
@@ -109,6 +117,9 @@ class Watch:
         elif isinstance(value, _PLAIN) and isinstance(getattr(type(module), name, None), _PLAIN):
             self._note(module, name, "value", value)
         return value
+
+    def miss(self, module: nn.Module, name: str) -> None:
+        """Note that an attribute was asked for which is none of the module's own or its class's."""
 
     def write(self, module: nn.Module, name: str, value: Any) -> bool:
         """Refuse a write; true would say that it was taken care of."""
@@ -133,26 +144,75 @@ class Watch:
 
 
 class LooseWatch(Watch):
-    """For a look only: what is written is kept aside, and every attribute may be read."""
+    """For a look only: what is written is kept aside, and every attribute may be read.
+
+    Attributes:
+        asked: The modules that were asked for attributes, each with the names.
+        asks_for_more: Whether the forward may know more of a module than its class, its attributes that were asked for,
+            and which children, parameters and buffers it has.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root, training=False)
         self._written: dict[tuple[int, str], Any] = {}
+        self.asked: dict[nn.Module, set[str]] = {}
+        self.asks_for_more = False
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return what was written, or else what is there."""
+        self.asks_for_more |= name[:2] == "__" or _tells_more(module, name)
+        if name[:2] == "__":
+            return value
         if name == "training":
             return False
+        self.miss(module, name)
         if name in vars(module) and name not in _INTERNAL:
             _snapshot(name, value)  # what can't be watched is not touched either
         if isinstance(value, _CONTAINERS) and name not in _INTERNAL and name not in _KEYED:
             self._containers.setdefault(id(value), (name, value, copy(value)))
         return self._written.get((id(module), name), value)
 
+    def miss(self, module: nn.Module, name: str) -> None:
+        """Note what was asked for."""
+        self.asked.setdefault(module, set()).add(name)
+
     def write(self, module: nn.Module, name: str, value: Any) -> bool:
         """Keep the value aside."""
         self._written[id(module), name] = value
         return True
+
+
+def _tells_more(module: nn.Module, name: str) -> bool:
+    """Tell whether an attribute opens others, as the method ``parameters`` does, or is kept in a place of its own."""
+    if name in vars(module):
+        return name not in ("training", "_modules") and (name in _INTERNAL or name in _KEYED)
+    owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), nn.Module)
+    return owner is nn.Module or not isinstance(vars(owner)[name], _ON_A_CLASS)
+
+
+def has_alike(first: nn.Module, second: nn.Module, name: str) -> bool:
+    """Tell whether two modules have the same attribute under a name: an equal value, or the same object.
+
+    Of a child, a parameter or a buffer it only matters whether there is one.
+    """
+    own, other = vars(first), vars(second)
+    for kind in _KEYED:
+        if (name in own[kind], own[kind].get(name) is None) != (name in other[kind], other[kind].get(name) is None):
+            return False
+    if name not in own or name not in other or name == "_modules":
+        return (name in own) == (name in other)
+    a, b = own[name], other[name]
+    if not isinstance(a, _CONTAINERS):
+        return _is_equal(a, b)
+    return type(a) is type(b) and len(a) == len(b) and all(map(_is_equal, _items(a), _items(b)))
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and bool(a == b))
 
 
 def holds(guard: Guard) -> bool:

@@ -10,13 +10,8 @@ import torch
 from torch import nn
 
 from lightning_easier.measure.affines import AffineFit
-from lightning_easier.sites.activations import (
-    ActivationSite,
-    isolate_activations,
-    planned_sites,
-    replace_activation,
-    unwrap,
-)
+from lightning_easier.sites.activations import isolate, plan_isolation, replace_activation, unwrap
+from lightning_easier.sites.discovery import IsolationPlan
 from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
 from lightning_easier.structure.stand_in import MARK_KEY, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
@@ -166,20 +161,24 @@ def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding:
         wanted: Name -> what takes its place.
         shift_padding: As for :func:`linearize`.
     """
-    known, gates = _activations_for(model, wanted)
+    plan, gates = _plan_for(model, wanted)
     for name in wanted:
-        if name not in known:
-            close = get_close_matches(name, known, n=3) or list(known)[:5]
+        if name not in plan.found:
+            close = get_close_matches(name, plan.found, n=3) or list(plan.found)[:5]
             raise ValueError(
                 f"Expected argument `names` to hold names of activations, but got {name!r}. Did you mean one of "
-                f"{close}? `isolate_activations(model)` lists all {len(known)}."
+                f"{close}? `isolate_activations(model)` lists all {len(plan.found)}."
             )
-    shifts = {name: possible_shift(known[name].neighbourhood) for name in wanted} if shift_padding else {}
+    sites = {site.name: site for site in plan.sites} if shift_padding else {}
+    shifts = {name: possible_shift(sites[name].neighbourhood) for name in wanted if shift_padding}
     fitted = {name for site, each in _substitutions(model).items() for name in each.names(site)}
     for name, shift in shifts.items():
         if shift is not None and {shift.first, shift.second} & fitted:  # a fit has a padding of its own
             shifts[name] = None
-    activations = isolate_activations(model, gates=gates)
+    if gates:  # only those that are named become modules
+        plan = plan_isolation(model, gates)
+    isolate(model, plan)
+    activations = {name: module for name, (module, _) in plan.found.items()}
     like = _floating(model)
     with _operators_as_built(model):
         for name, want in wanted.items():
@@ -342,8 +341,8 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     linear = stand_ins(inner)
     if marks == {name: stand_in.mark for name, stand_in in linear.items()}:
         return {}, {}
-    known, _ = _activations_for(inner, [name for name in marks if name not in linear])
-    sites = {name: site.module for name, site in known.items()}
+    plan, _ = _plan_for(inner, [name for name in marks if name not in linear])
+    sites = {name: module for name, (module, _) in plan.found.items()}
     for name, mark in marks.items():
         found = linear[name].activation if name in linear else sites.get(name, _block(inner, name))
         if found is None or type(found).__name__ != mark.activation or mark.stand_in not in STAND_INS:
@@ -368,9 +367,10 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
         wanted = {
             name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts and name not in blocks
         }
-        _make_linear(
-            unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
-        )
+        if wanted:
+            _make_linear(
+                unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
+            )
 
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:
@@ -379,14 +379,14 @@ def _block(model: nn.Module, name: str) -> nn.Module | None:
     return None if found is None or isinstance(found, StandIn) or activation_kind(found) is not None else found
 
 
-def _activations_for(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, ActivationSite], frozenset[str]]:
-    """Return the activations of a model that names can stand for, and the gates among those named."""
-    sites = {site.name: site for site in planned_sites(model)}
-    if all(name in sites for name in names):
-        return sites, frozenset()
-    sites = {site.name: site for site in planned_sites(model, gates=True)}
-    kinds = {activation_kind(sites[name].module) for name in names if name in sites}
-    return sites, frozenset(GATES.keys() & kinds)
+def _plan_for(model: nn.Module, names: Iterable[str]) -> tuple[IsolationPlan, frozenset[str]]:
+    """Look for the activations that names can stand for; return the gates among those named, too."""
+    plan = plan_isolation(model)
+    if all(name in plan.found for name in names):
+        return plan, frozenset()
+    plan = plan_isolation(model, gates=True)
+    kinds = {activation_kind(plan.found[name][0]) for name in names if name in plan.found}
+    return plan, frozenset(GATES.keys() & kinds)
 
 
 def _as_names(names: Iterable[str]) -> list[str]:

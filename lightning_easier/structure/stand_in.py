@@ -21,7 +21,7 @@ from lightning_easier.structure.substitution import Form, Substitution
 
 STAND_INS = ("identity", "affine")
 EXTRA_STATE = "_extra_state"
-HINT = "made_linear_by_lightning_easier__use_load_pruned_or_expect_pruned"
+HINT = "made_linear_by_lightning_easier__use_load_pruned_or_restore_structure_on_load"
 MARK_KEY = f"{HINT}.{EXTRA_STATE}"
 _MAGIC = "lightning_easier.linear"
 _VERSION = 1

@@ -1,5 +1,6 @@
 """A run that was killed, at any moment, and started again ends as one that was not."""
 
+import shutil
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -71,28 +72,48 @@ def has_a_part_in(hook: str) -> bool:
     return getattr(EntropyPruningCallback, hook) is not getattr(Callback, hook)
 
 
+MOMENTS = [
+    (moment, first) for moment, (hook, _) in SAVED_AT.items() for first in (True, False)
+    if has_a_part_in(hook) or not first
+]  # fmt: skip
+
+
+@cache
+def saved(recipe: str, root: Path) -> dict[tuple[str, bool], At]:
+    """Train once and save at each of the moments, with a copy of what was on the disk then."""
+    scores, pruning, options = RECIPES[recipe]
+
+    def saver(moment: str, saved_first: bool) -> At:
+        hook, batch = SAVED_AT[moment]
+        epoch = 3 if recipe == "long rounds" or (recipe == "rare validations" and "validation" in moment) else 2
+
+        def save(trainer):
+            at = root / f"{moment}, {saved_first}"
+            trainer.save_checkpoint(at / "saved.ckpt")
+            shutil.copytree(root / "rounds", at / "rounds")
+
+        return At(hook, epoch, batch, save)
+
+    savers = {when: saver(*when) for when in MOMENTS}
+    before = tuple(saver for (_, first), saver in savers.items() if first)
+    after = [saver for (_, first), saver in savers.items() if not first]
+    run(root, *after, before=before, scores=scores, pruning=pruning, **options)
+    return savers
+
+
 @pytest.mark.parametrize(("moment", "saved_first"), [
     pytest.param(moment, first, id=f"{moment}-{'before' if first else 'after'} the callback")
-    for moment, (hook, _) in SAVED_AT.items() for first in (True, False) if has_a_part_in(hook) or not first
+    for moment, first in MOMENTS
 ])  # fmt: skip
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "next, four epochs"])
-def test_a_run_goes_on_from_wherever_it_was_saved(tmp_path, reference, recipe, moment, saved_first):
+def test_a_run_goes_on_from_wherever_it_was_saved(tmp_path_factory, reference, recipe, moment, saved_first):
     scores, pruning, options = RECIPES[recipe]
-    hook, batch = SAVED_AT[moment]
-    ckpt_path = tmp_path / "saved.ckpt"
-
-    def save(trainer):
-        trainer.save_checkpoint(ckpt_path)
-        stop(trainer)
-
-    epoch = 3 if recipe == "long rounds" else 2
-    if recipe == "rare validations" and "validation" in moment:
-        epoch = 3
-    saver = At(hook, epoch, batch, save)
-    run(tmp_path, *[] if saved_first else [saver], before=(saver,) if saved_first else (), scores=scores,
-        pruning=pruning, **options)  # fmt: skip
-    assert saver.done
-    resumed = run(tmp_path, scores=scores, pruning=pruning, ckpt_path=ckpt_path, **options)
+    root = tmp_path_factory.getbasetemp() / "saved" / recipe
+    assert saved(recipe, root)[moment, saved_first].done
+    at = root / f"{moment}, {saved_first}"
+    shutil.rmtree(root / "rounds")
+    shutil.copytree(at / "rounds", root / "rounds")  # as if the run had ended then
+    resumed = run(root, scores=scores, pruning=pruning, ckpt_path=at / "saved.ckpt", **options)
     assert_equal_states(outcome(*resumed), reference(recipe))
 
 

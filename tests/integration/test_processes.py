@@ -61,9 +61,11 @@ def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def under_torchrun(tmp_path_factory):
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    return launch(tmp_path_factory.mktemp("torchrun"), 2, UNDER_DDP + SHARDED, *torchrun)
+def under_torchrun(tmp_path_factory, forked):
+    folder, names = tmp_path_factory.mktemp("torchrun"), UNDER_DDP + SHARDED
+    told = 2, find_free_network_port(), str(folder), *names
+    run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(2)], seconds=300)
+    return noted(folder, 2, names)
 
 
 @pytest.mark.parametrize("name", [name for name in UNDER_DDP + SHARDED if name not in REFUSED])
