@@ -5,7 +5,6 @@ known, and before ModelCheckpoint saves: a checkpoint pairs the score with the s
 decision. The *operation* follows at the start of the next epoch (or when a run is taken up again).
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,17 +14,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_easier.callbacks import observing, resuming, rounds, starting, telling, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.files import Files
+from lightning_easier.callbacks.results import Results
 from lightning_easier.callbacks.run import Run, Settings
 from lightning_easier.pruning.methods import Measuring, Method
 from lightning_easier.pruning.rules import Rounds, Rules, Tolerance
-from lightning_easier.pruning.state import RunState
 from lightning_easier.pruning.targets import Target
-from lightning_easier.report import CandidateReport, PruningReport, Round
 from lightning_easier.structure.checkpoint import warn_if_rejected
 from lightning_easier.support.arguments import as_globs, check_bool, check_instance
 
 
-class PruningCallback(Callback):
+class PruningCallback(Results, Callback):
     """Prune by a method, round by round, while the score allows.
 
     The first round trains the dense model for ``warmup_epochs + epochs`` epochs; its score is the reference. Every
@@ -134,52 +132,6 @@ class PruningCallback(Callback):
             )
         )
 
-    # What a user may ask for
-
-    @property
-    def settings(self) -> Settings:
-        """What was asked for."""
-        return self._run.settings
-
-    @property
-    def _state(self) -> RunState:
-        """Where the run stands."""
-        return self._run.state
-
-    @property
-    def rounds(self) -> list[Round]:
-        """The rounds so far, the dense one first."""
-        return list(self._state.rounds)
-
-    @property
-    def removed(self) -> list[str]:
-        """The activations that are linear by now, in the order of their removal."""
-        return self._state.removed
-
-    @property
-    def entropies(self) -> dict[str, float] | None:
-        """Name -> entropy in bits as measured last, in ``trainer.validate`` too; None before."""
-        return None if self._run.entropies is None else dict(self._run.entropies)
-
-    @property
-    def last_good(self) -> Path | None:
-        """Checkpoint of the last round that was kept; None before the first was judged."""
-        return self._run.last_good
-
-    @property
-    def best_checkpoints(self) -> dict[int, Path]:
-        """Number of linear activations -> checkpoint with the best score, if ``best_per_depth``."""
-        return self._run.best_checkpoints
-
-    @property
-    def listed(self) -> CandidateReport | None:
-        """What a dry run has listed: activations, their entropies, and what each removal would merge."""
-        return self._run.listed
-
-    def report(self) -> PruningReport:
-        """Return what the run did, round by round."""
-        return self._run.report
-
     # Start and end of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -242,14 +194,14 @@ class PruningCallback(Callback):
         """Carry out what was decided at the end of the last epoch."""
         if not self._run.is_active:
             return
-        self._state.begin_epoch()
+        self._run.state.begin_epoch()
         rounds.begin_epoch(self._run, trainer, pl_module)
         self._run.scores.mark(trainer, self._run.settings.monitor, "epoch")
         observing.watch_training(self._run, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the round, if this was its last epoch, and decide on the next."""
-        run, state = self._run, self._state
+        run, state = self._run, self._run.state
         if not run.is_active:
             return
         if state.finished:
@@ -271,7 +223,7 @@ class PruningCallback(Callback):
         if not run.is_active:
             return
         starting.stop_measuring(run)
-        if self._state.rounds[0].accepted is None:
+        if self._run.state.rounds[0].accepted is None:
             telling.warn_that_nothing_was_pruned(run)
         rounds.conclude(run, trainer, pl_module)
         if run.target is not None and not run.settings.dry_run:
@@ -286,7 +238,7 @@ class PruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data: it loads with ``weights_only=True``."""
-        return resuming.to_plain(self._run, self._state)
+        return resuming.to_plain(self._run, self._run.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it; the structure comes with the model's own state dict.
