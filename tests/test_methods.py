@@ -21,7 +21,7 @@ from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Or
 from lightning_easier.pruning.methods.fit import ChainEvidence
 from lightning_easier.pruning.methods.linearize import LinearEvidence
 from lightning_easier.sites.activations import isolated_sites
-from lightning_easier.structure.operations import FittedOperators
+from lightning_easier.structure.operations import FittedOperators, Identities
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
 from lightning_easier.support.costs import count_macs
@@ -36,6 +36,19 @@ def test_what_has_no_affine_is_no_candidate_where_one_is_needed():
         found = method.propose(model, LinearEvidence(entropies, {"3": affine}, None, None))
         assert list(found.ranks) == ["3"]
     assert list(Linearize().propose(model, LinearEvidence(entropies, {}, None, None)).ranks) == ["1", "3"]
+
+
+def test_what_is_proposed_has_a_name_of_its_own():
+    proposal = Proposal()
+    proposal.add(Identities(["a", "b"]), rank=1.0)
+    assert proposal.ranks == {"a": 1.0}
+    with pytest.raises(ValueError, match="`name` to be proposed once, but 'a' is there already"):
+        proposal.add(Identities(["a"]), rank=2.0)
+    with pytest.raises(ValueError, match="`name` to say what Identities removes"):
+        proposal.add(Identities([]), rank=2.0)
+    assert list(proposal.eligible(["a"], [])) == []  # b may not become linear
+    assert list(proposal.eligible(["a", "b"], [])) == ["a"]
+    assert list(proposal.eligible(["a", "b"], ["a"])) == []
 
 
 def proposed(model: nn.Module, batches: list[torch.Tensor], most: int = 1, **options) -> Proposal:

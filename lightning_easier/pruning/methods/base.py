@@ -81,8 +81,18 @@ class Proposal:
             operation: The operation.
             rank: Its rank; the lowest goes first.
             name: What it removes; by default the first activation that it makes linear.
+
+        Raises:
+            ValueError: If it has no name, or another operation has the same.
         """
+        if name is None and not operation.names:
+            raise ValueError(
+                f"Expected argument `name` to say what {type(operation).__name__} removes, since it makes no "
+                f"activation linear, but got None"
+            )
         name = operation.names[0] if name is None else name
+        if name in self.operations:
+            raise ValueError(f"Expected argument `name` to be proposed once, but {name!r} is there already")
         self.ranks[name] = rank
         self.operations[name] = operation.to_plain()
 
