@@ -1,7 +1,7 @@
 """What does measuring cost? A validation epoch with the callback, against the same epoch of the same Trainer without.
 
 Run it with ``make bench``. The epochs are timed interleaved, from before the first callback's ``on_validation_start``
-to behind the last one's ``on_validation_end``: what the callback adds there (hooks, counting, reducing the counts,
+to after the last one's ``on_validation_end``: what the callback adds there (hooks, counting, reducing the counts,
 logging) is in the time. Medians are shown, and the quartiles of the ratio of neighbouring epochs. The peak memory is
 that of all values that operators allocate at a time, those of the hooks among them, without parameters and batches.
 """
@@ -62,7 +62,7 @@ class Clock(Callback):
         self.started = self._now()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the time; the clock behind the other callbacks is the one that counts."""
+        """Take the time; the clock after the other callbacks is the one that counts."""
         self.ended = self._now()
 
     def _now(self) -> float:

@@ -352,7 +352,7 @@ def test_a_transformer_layer_is_reached_though_its_fused_path_does_not_call_its_
     sites = isolated_sites(model)
     assert [(site.name, site.neuron_dim) for site in sites] == [(name, -1) for name in names]
     assert sites[0].neighbourhood.before == ("layers.0.linear1",)
-    assert sites[0].neighbourhood.behind == ("layers.0.linear2",)
+    assert sites[0].neighbourhood.after == ("layers.0.linear2",)
     with torch.no_grad():
         assert torch.equal(model(x), reference(x))
         assert torch.equal(model(x, src_key_padding_mask=padding), reference(x, src_key_padding_mask=padding))

@@ -25,16 +25,16 @@ def test_what_lies_around_each_activation_of_a_residual_network():
     found = by_name(torchvision.models.resnet18())
     assert list(found)[:3] == ["relu", "layer1.0.relu", "layer1.0.relu_1"]
     assert found["relu"].before == ("conv1",)
-    assert found["relu"].behind == ()
-    assert found["relu"].reason == "what comes behind it is `maxpool` (MaxPool2d), not a linear operator"
+    assert found["relu"].after == ()
+    assert found["relu"].reason == "what comes after it is `maxpool` (MaxPool2d), not a linear operator"
     inner = found["layer1.0.relu"]
-    assert (inner.before, inner.behind) == (("layer1.0.conv1",), ("layer1.0.conv2",))
+    assert (inner.before, inner.after) == (("layer1.0.conv1",), ("layer1.0.conv2",))
     assert (inner.merges, inner.reason) == ((("layer1.0.conv1", "layer1.0.conv2"),), None)
     unmoved = by_name(torchvision.models.resnet18(), shift_padding=False)["layer1.0.relu"]
     assert unmoved.merges == ()
     assert "`layer1.0.conv1` and `layer1.0.conv2` would meet, but the second pads its input by (1, 1)" in unmoved.reason
     outer = found["layer2.0.relu_1"]
-    assert (outer.before, outer.behind) == (("layer2.0.conv2", "layer2.0.downsample.0"), ("layer2.1.conv1",))
+    assert (outer.before, outer.after) == (("layer2.0.conv2", "layer2.0.downsample.0"), ("layer2.1.conv1",))
     assert outer.reason.startswith("its value has 2 readers: `layer2.1.conv1` (Conv2d), `layer2.1.")
     assert outer.merges == ()
 
@@ -105,11 +105,11 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (nn.Sequential(conv(2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 2)), IMAGES, [],
          "`0` and `3` would meet, but a flatten lies between them"),
         (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 3)), VECTORS, [],
-         "what comes behind it is `2` (LayerNorm), not a linear operator"),
+         "what comes after it is `2` (LayerNorm), not a linear operator"),
         (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), VECTORS, [],
          "what comes before it is the model's input, not a linear operator"),
         (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), VECTORS, [],
-         "what comes behind it is the model's output, not a linear operator"),
+         "what comes after it is the model's output, not a linear operator"),
         (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), conv(2, 2)), (1, 2, 4, 5), [],
          "`0` and `2` would meet, but no merge of Linear and Conv2d is known"),
         (net(lambda s, x: s.b(s.act(s.a(x) + x))), VECTORS, [],
@@ -124,14 +124,14 @@ IMAGES, VECTORS = (2, 2, 4, 5), (3, 5)
         (net(lambda s, x: (y := s.act(s.a(x)), s.b(y))), VECTORS, [],
          "its value has 2 readers: `b` (Linear), `outputs`"),
         (net(lambda s, x: s.b(torch.cat([y := s.a(x), s.act(y)]))), VECTORS, [],
-         "what comes behind it is `cat` (function)"),
+         "what comes after it is `cat` (function)"),
         # what a block does with a value that it is given is followed, or taken for another reader
         (Net(lambda s, x: s.t([y := s.act(s.a(x)), y]), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
-         None, [], "what comes behind it is `list` (function)"),
+         None, [], "what comes after it is `list` (function)"),
         (Net(lambda s, x: s.t(x, s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
-         VECTORS, [], "what comes behind it is an optional argument of `t`, not a linear operator"),
+         VECTORS, [], "what comes after it is an optional argument of `t`, not a linear operator"),
         (Net(lambda s, x: s.t(x, skip=s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
-         VECTORS, [], "what comes behind it is an optional argument of `t`, not a linear operator"),
+         VECTORS, [], "what comes after it is an optional argument of `t`, not a linear operator"),
         (Net(lambda s, x: s.t(s.act(s.a(x))), a=nn.Linear(5, 5), act=nn.ReLU(), t=Takes(nn.Linear(5, 5))),
          None, [("a", "t.layer")], None),
         (tied(), VECTORS, [], "one of them shares its parameters with something else"),
@@ -179,14 +179,14 @@ MOBILE_BLOCKS = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
     ids=["vit_b_32", "mobilenet_v2", "resnet50"],
 )
 def test_what_is_said_to_merge_is_what_a_collapse_merges(build):
-    listed = [candidate for candidate in candidates(build()).candidates if candidate.before and candidate.behind]
+    listed = [candidate for candidate in candidates(build()).candidates if candidate.before and candidate.after]
     for chosen in ([c for c in listed if c.merges][:1], [c for c in listed if not c.merges][:1]):
         for candidate in chosen:
             torch.manual_seed(0)
             pruned = randomize_batch_norms(build().eval())
             linearize(pruned, [candidate.name], shift_padding=True)
             merges = collapse(pruned, torch.randn(1, 3, 64, 64), objective="depth").report.merges
-            around = {candidate.before[0], candidate.behind[0]}
+            around = {candidate.before[0], candidate.after[0]}
             assert any(around <= set(merge.operators) for merge in merges) == bool(candidate.merges), candidate
 
 

@@ -163,7 +163,7 @@ def hooked() -> nn.Module:
          ("0", "1"), "would have put its bias"),
         (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1)), (2, 1, 6, 6), ("0", "1"), "borders"),
         (lambda: linearize(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2)), ["1"]), (2, 1, 6, 6), ("1",),
-         "nothing to merge: what comes behind it is `2` \\(MaxPool2d\\)"),
+         "nothing to merge: what comes after it is `2` \\(MaxPool2d\\)"),
         (lambda: linearize(nn.Sequential(nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(1, 2, 3)), ["1"]), (2, 1, 6, 6), ("1",),
          "what comes before it is `0` \\(MaxPool2d\\)"),
     ],

@@ -156,7 +156,7 @@ def test_neighbouring_activations_go_one_after_the_other():
         torch.testing.assert_close(result.fitted(batches[0]), result.model(batches[0]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_norm_behind_a_chain_computes_in_training_what_it_computes_in_eval_mode():
+def test_a_batch_norm_after_a_chain_computes_in_training_what_it_computes_in_eval_mode():
     """What is fitted varies less: with the old statistics training would begin with another function."""
     torch.manual_seed(0)
     model = randomized(Block())

@@ -20,12 +20,12 @@ class MatrixProduct(nn.Module):
         return F.gelu(x.flatten(2).transpose(1, 2) @ self.weight)
 
 
-def test_the_neuron_axis_behind_matrix_products_and_norms_that_permute():
+def test_the_neuron_axis_after_matrix_products_and_norms_that_permute():
     assert [(site.name, site.neuron_dim) for site in isolated_sites(MatrixProduct())] == [("act", 1), ("gelu", -1)]
 
 
 class Convolutional(nn.Module):
-    """A convolution map, then tokens, then channels last, each with a rectifier behind it."""
+    """A convolution map, then tokens, then channels last, each with a rectifier after it."""
 
     def __init__(self):
         super().__init__()

@@ -235,7 +235,7 @@ def test_an_average_goes_in_front_of_what_treats_every_position_alone():
     assert [node.target for node in result.model.graph.nodes if node.op == "call_module"] == ["1", "0", "2"]
 
 
-def test_an_average_that_would_change_the_bias_stays_behind():
+def test_an_average_that_would_change_the_bias_stays_after():
     assert merges_of(nn.Sequential(conv(3, 8), nn.AvgPool2d(3, 1, 1), nn.ReLU()), (2, 3, 8, 8), "macs") == {}
 
 
@@ -396,7 +396,7 @@ def test_what_holds_at_the_example_only_is_not_used():
          (2, 5, 8)),
         (Net(lambda s, x: s.b(s.a(x).reshape(-1, 8, 16)), a=conv(3, 8), b=nn.Conv1d(8, 5, 1)), (2, 3, 4, 4),
          (2, 3, 8, 8)),
-        # the number of samples is another behind it
+        # the number of samples is another after it
         (Net(lambda s, x: (y := s.b(s.f(s.a(x)))) / y.size(0), a=nn.Linear(4, 8), b=nn.Linear(8, 8),
              f=nn.Flatten(0, 1)), (2, 1, 4), (2, 3, 4)),
         (Net(lambda s, x: s.c(z := s.b(s.f(s.a(x)))).view(z.size(0), -1), a=nn.Linear(4, 8), b=nn.Linear(8, 8),
@@ -423,7 +423,7 @@ def test_a_model_keeps_its_function_at_other_sizes(model, shape, other, objectiv
     merges_of(model, shape, objective, other)
 
 
-def test_an_affine_behind_an_average_has_the_axes_that_are_left():
+def test_an_affine_after_an_average_has_the_axes_that_are_left():
     merges_of(Net(lambda s, x: (x * s.g).mean((1, 2)), g=numbers(1, 1, 1, 8)), (16, 32, 32, 8), "latency", (3, 8, 8, 8))
 
 
@@ -437,8 +437,8 @@ def test_an_affine_behind_an_average_has_the_axes_that_are_left():
         lambda y: (y.view(torch.int64) >> 40).double(),
     ],
 )
-def test_a_view_behind_a_chain_reads_what_is_laid_out_in_another_order(view):
-    # what the permutation gives, behind the merged convolution, is not contiguous; what a Linear gives is
+def test_a_view_after_a_chain_reads_what_is_laid_out_in_another_order(view):
+    # what the permutation gives, after the merged convolution, is not contiguous; what a Linear gives is
     model = Net(lambda s, x: view(s.b(s.a(x).permute(0, 2, 3, 1))), a=conv(3, 4, 3), b=nn.Linear(4, 2))
     assert merges_of(model, (2, 3, 5, 5), "depth", (4, 3, 7, 6)) == {("a", "b"): "Conv2d 3×3 3→2"}
 

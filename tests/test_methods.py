@@ -86,7 +86,7 @@ class Body(nn.Sequential):
 
 
 def mlps() -> nn.Module:
-    """Two MLPs of other widths behind each other, with a norm between that keeps them apart."""
+    """Two MLPs of other widths in a row, with a norm between that keeps them apart."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8),
@@ -152,7 +152,7 @@ def test_the_body_of_an_inverted_residual_goes_as_one():
         before = model(MAPS[0])
         linearize(model, ["2"], stand_in="fitted", statistics=found)
         kept = [place for place in range(8) if not isinstance(model[place], nn.Identity | StandIn)]
-        assert kept == [0, 7]  # the operator that has moved in, and the batch norm behind
+        assert kept == [0, 7]  # the operator that has moved in, and the batch norm after
         assert model[0].kernel_size == (3, 3)
         linear = collapse(model[:8], MAPS[0], objective="macs").model
         torch.testing.assert_close(linear(MAPS[0]), model[:8](MAPS[0]), rtol=1e-4, atol=1e-5)

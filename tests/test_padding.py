@@ -15,7 +15,7 @@ DTYPE = torch.float64
 
 
 def make(*options):
-    """Convolutions with a batch norm and a rectifier behind each but the last; channels 2, 3, 4, ..."""
+    """Convolutions with a batch norm and a rectifier after each but the last; channels 2, 3, 4, ..."""
     torch.manual_seed(0)
     modules = []
     for number, kwargs in enumerate(options):

@@ -161,7 +161,7 @@ def test_a_pointwise_operator_for_another_place_of_the_channels():
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}])
-def test_a_batch_norm_as_an_affine_and_behind_a_grouped_transposed_convolution(options):
+def test_a_batch_norm_as_an_affine_and_after_a_grouped_transposed_convolution(options):
     norm = randomize_batch_norms(nn.BatchNorm2d(4, **options)).double().eval()
     operator = nn.ConvTranspose2d(6, 4, 3, 2, groups=2, dtype=torch.float64).eval()
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)

@@ -51,7 +51,7 @@ def groups_for(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterabl
     """Return which parameter groups the parameters of stand-ins join: those of what is trained right before them.
 
     That is the batch norm or the operator in front, as far as parameters are registered in the order of their use; what
-    a recipe does to it alone (no weight decay, another learning rate) it does to a scale and an offset behind it, too.
+    a recipe does to it alone (no weight decay, another learning rate) it does to a scale and an offset after it, too.
 
     Args:
         model: The model.
@@ -68,15 +68,15 @@ def groups_for(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterabl
     for name in names:
         own = set(model.get_submodule(name).parameters())
         before: list[tuple[int, int]] = []
-        behind: list[tuple[int, int]] = []
+        after: list[tuple[int, int]] = []
         found = before
         for parameter in model.parameters():
             if parameter in own:
-                found = behind
+                found = after
             elif parameter in groups:
                 found.append(groups[parameter])
-        if own and (before or behind):
-            places.append([name, *(before[-1] if before else behind[0])])
+        if own and (before or after):
+            places.append([name, *(before[-1] if before else after[0])])
     return places
 
 

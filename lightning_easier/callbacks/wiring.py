@@ -129,7 +129,7 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
         epochs: How many the first round takes.
 
     Returns:
-        Whether there is time for anything behind it.
+        Whether there is time for anything after it.
 
     Raises:
         MisconfigurationException: If the run is shorter.
@@ -361,7 +361,7 @@ def epoch_end_has_begun(trainer: Trainer) -> bool:
 
 
 def check_early_stopping(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Have EarlyStopping look at the end of an epoch that Lightning skips when it resumes behind its last batch."""
+    """Have EarlyStopping look at the end of an epoch that Lightning skips when it resumes after its last batch."""
     for callback in trainer.early_stopping_callbacks:
         assert isinstance(callback, EarlyStopping)
         if callback.monitor in trainer.callback_metrics:  # else that is lost

@@ -110,7 +110,7 @@ class ActivationEntropy(Metric):
 
     Args:
         num_neurons: How many neurons the activation has. Taken from the first batch when not given.
-        neuron_dim: The axis of the neurons: 1 behind convolutions and batch norm, -1 behind Linear and LayerNorm.
+        neuron_dim: The axis of the neurons: 1 after convolutions and batch norm, -1 after Linear and LayerNorm.
         **kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:

@@ -96,7 +96,7 @@ def _candidate(site: ActivationSite, around: Neighbourhood, entropy: float | Non
         except CannotMergeError as error:
             reasons.append(f"`{meeting.first}` and `{meeting.second}` would meet, but {error}")
     return Candidate(
-        site.name, type(site.module).__name__, site.neuron_dim, entropy, around.before, around.behind, tuple(merges),
+        site.name, type(site.module).__name__, site.neuron_dim, entropy, around.before, around.after, tuple(merges),
         "; ".join(reasons) or None,
     )  # fmt: skip
 

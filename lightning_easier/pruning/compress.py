@@ -91,7 +91,7 @@ def compress(
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
         target_speedup: Stop when the collapsed model is measured to be so many times faster at ``example_inputs`` than
             the dense network with its batch norms folded, both timed in turn.
-        target_depth: Stop when it has no more operators than this one behind the other.
+        target_depth: Stop when it has no more operators than this in a row.
         max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
             may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
         max_minutes: Stop after so many minutes with what is there then; no limit by default. The first half is for

@@ -54,7 +54,7 @@ class FittedCandidate(NamedTuple):
         """Tell whether it saves more of what another has begun with."""
         return {*other.choice.chain.sites} <= {*self.choice.chain.sites} and self.choice.saving > other.choice.saving
 
-    def rank_behind(self, other: "FittedCandidate") -> float:
+    def rank_after(self, other: "FittedCandidate") -> float:
         """Drift per saving, of what it adds to another."""
         return (self.drift - other.drift) / (self.choice.saving - other.choice.saving)
 
@@ -65,7 +65,7 @@ def hull(candidates: Sequence[FittedCandidate]) -> list[FittedCandidate]:
     for candidate in sorted(candidates, key=lambda each: (each.choice.saving, -each.drift)):
         while hull and (
             candidate.choice.saving <= hull[-1].choice.saving
-            or candidate.rank_behind(hull[-1]) <= (hull[-1].rank_behind(hull[-2]) if hull[1:] else hull[-1].rank)
+            or candidate.rank_after(hull[-1]) <= (hull[-1].rank_after(hull[-2]) if hull[1:] else hull[-1].rank)
         ):
             hull.pop()
         begun_with = hull[-1].choice.saving if hull else 0.0
@@ -186,7 +186,7 @@ class Search:
         best = [each for candidates in of_chain.values() for each in hull(candidates)]
 
         def rank(candidate: FittedCandidate) -> float:
-            return max([candidate.rank, *(candidate.rank_behind(o) for o in best if candidate.follows(o))])
+            return max([candidate.rank, *(candidate.rank_after(o) for o in best if candidate.follows(o))])
 
         return sorted(best, key=rank)
 

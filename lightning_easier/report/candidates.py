@@ -16,7 +16,7 @@ class Candidate:
         neuron_dim: The axis of its neurons.
         entropy: In bits; None where it was not measured.
         before: Qualified names of the linear operators before it.
-        behind: Qualified names of the linear operators behind it.
+        after: Qualified names of the linear operators after it.
         merges: Pairs of operators that would become one.
         reason: Why none would, or not all that would meet; None otherwise.
     """
@@ -26,7 +26,7 @@ class Candidate:
     neuron_dim: int
     entropy: float | None
     before: tuple[str, ...]
-    behind: tuple[str, ...]
+    after: tuple[str, ...]
     merges: tuple[tuple[str, str], ...]
     reason: str | None
 
@@ -43,7 +43,7 @@ class CandidateReport(Report):
 
     def tables(self) -> Iterator[Table]:
         """Yield one table with a row an activation."""
-        columns = ("activation", "kind", "entropy [bit]", "before → behind", "would merge")
+        columns = ("activation", "kind", "entropy [bit]", "before → after", "would merge")
         note = "names that begin with a dot are beside the activation"
         yield Table(f"Candidates ({note})", columns, [self._row(candidate) for candidate in self.candidates])
 
@@ -56,6 +56,6 @@ class CandidateReport(Report):
             )
 
         merges = "; ".join(shown(pair, " + ") for pair in this.merges)
-        around = f"{shown(this.before, ', ') or '-'} → {shown(this.behind, ', ') or '-'}"
+        around = f"{shown(this.before, ', ') or '-'} → {shown(this.after, ', ') or '-'}"
         verdict = "; ".join(part for part in (merges, this.reason and f"not: {this.reason}") if part)
         return (this.name, this.kind, number(this.entropy), around, verdict)

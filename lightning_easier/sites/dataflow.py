@@ -258,7 +258,7 @@ def _is_one_of(node: fx.Node, functions: tuple[Any, ...]) -> bool:
     return node.op == "call_function" and any(node.target is function for function in functions)
 
 
-def _neuron_axis_behind(layout: Layout, axis: int | None) -> int | None:
+def _neuron_axis_after(layout: Layout, axis: int | None) -> int | None:
     """Return the neuron axis of a step's value, from that of its input."""
     match layout:
         case ("set", int(there)):
@@ -289,11 +289,11 @@ def _neuron_axis_behind(layout: Layout, axis: int | None) -> int | None:
     return None
 
 
-def _likely_axis_behind(layout: Layout, axis: int | None) -> int | None:
-    """Return the neuron axis behind a swap that names one side by its distance from the end, for three axes."""
+def _likely_axis_after(layout: Layout, axis: int | None) -> int | None:
+    """Return the neuron axis after a swap that names one side by its distance from the end, for three axes."""
     if layout[0] == "swap" and axis is not None:
-        behind = _neuron_axis_behind(("swap", layout[1] % 3, layout[2] % 3), axis % 3)
-        return -1 if behind == 2 else behind
+        after = _neuron_axis_after(("swap", layout[1] % 3, layout[2] % 3), axis % 3)
+        return -1 if after == 2 else after
     return axis
 
 
@@ -341,11 +341,11 @@ class Flow:
         layout: Layout = _KEEP,
         module: nn.Module | None = None,
     ) -> FlowNode:
-        """Add a node behind others."""
+        """Add a node after others."""
         known = next((node.axis for node in inputs if node.axis is not None), None)
-        axis = _neuron_axis_behind(layout, known)
+        axis = _neuron_axis_after(layout, known)
         earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
-        earlier = _likely_axis_behind(layout, earlier)
+        earlier = _likely_axis_after(layout, earlier)
         node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module)
         for parent in inputs:
             parent.readers.append(node)

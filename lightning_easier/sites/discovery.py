@@ -78,8 +78,8 @@ class ActivationSite:
     Attributes:
         name: Qualified name of the module, stable across processes and runs.
         module: The activation module.
-        neuron_dim: The axis of its neurons: 1 behind convolutions and batch norm, -1 behind Linear and LayerNorm.
-        neighbourhood: Which linear operators lie before and behind it, and which would meet if it were linear.
+        neuron_dim: The axis of its neurons: 1 after convolutions and batch norm, -1 after Linear and LayerNorm.
+        neighbourhood: Which linear operators lie before and after it, and which would meet if it were linear.
     """
 
     name: str

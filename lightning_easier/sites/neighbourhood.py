@@ -17,7 +17,7 @@ class Meeting:
 
     Attributes:
         first: Qualified name of the operator before the activation.
-        second: Qualified name of the operator behind it.
+        second: Qualified name of the operator after it.
         through: What stays between them: ``"batch norm"``, ``"flatten"``, ``"addition"``.
         between: The modules between them, identities and the activation aside; None for a function.
         idle: The modules between them that compute the identity in eval mode.
@@ -38,13 +38,13 @@ class Neighbourhood:
 
     Attributes:
         before: Qualified names of the operators before it, through what is linear in eval mode.
-        behind: Qualified names of the operators behind it.
+        after: Qualified names of the operators after it.
         meetings: Which of them would meet if it were linear.
         reason: Why none would; None if some do.
     """
 
     before: tuple[str, ...]
-    behind: tuple[str, ...]
+    after: tuple[str, ...]
     meetings: tuple[Meeting, ...]
     reason: str | None
 
@@ -58,8 +58,8 @@ def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside:
         inside: The forward it lies in that can't be traced, if there is one; a collapse keeps all of that as it is.
     """
     before = [node for node in _reached(site, back=True) if node.kind == Kind.OPERATOR]
-    behind = [node for node in _reached(site, back=False) if node.kind == Kind.OPERATOR]
-    several = [node for node in (site, *before, *behind) if node.module is not None and calls[node.module] > 1]
+    after = [node for node in _reached(site, back=False) if node.kind == Kind.OPERATOR]
+    several = [node for node in (site, *before, *after) if node.module is not None and calls[node.module] > 1]
     meetings: list[Meeting] = []
     reason: str | None
     if inside is not None:
@@ -68,8 +68,8 @@ def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside:
         reason = f"`{several[0].name}` is called {calls[several[0].module]} times"
     else:
         meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None]
-        reason = None if meetings else _why_none_meets(site, before, behind)
-    return Neighbourhood(_names(before), _names(behind), tuple(meetings), reason)
+        reason = None if meetings else _why_none_meets(site, before, after)
+    return Neighbourhood(_names(before), _names(after), tuple(meetings), reason)
 
 
 def _reached(site: FlowNode, *, back: bool) -> Iterator[FlowNode]:
@@ -108,16 +108,16 @@ def _meeting(first: FlowNode, site: FlowNode) -> Meeting | None:
     return None
 
 
-def _why_none_meets(site: FlowNode, before: list[FlowNode], behind: list[FlowNode]) -> str:
+def _why_none_meets(site: FlowNode, before: list[FlowNode], after: list[FlowNode]) -> str:
     if not before:
         return f"what comes before it is {_listing(_reached(site, back=True))}, not a linear operator"
-    if not behind:
-        return f"what comes behind it is {_listing(_reached(site, back=False))}, not a linear operator"
+    if not after:
+        return f"what comes after it is {_listing(_reached(site, back=False))}, not a linear operator"
     node = before[0]
     while len(node.readers) == 1:
         node = node.readers[0]
         if node.kind not in _TRANSPARENT and node is not site:
-            return f"what comes behind it is {_describe(node)}, not a linear operator"
+            return f"what comes after it is {_describe(node)}, not a linear operator"
     whose = "its value" if node is site else f"the value of {_describe(node)}"
     return f"{whose} has {len(node.readers)} readers: {_listing(iter(node.readers))}"
 

@@ -48,7 +48,7 @@ class _Spelling:
     """A function or method that computes what a module class computes."""
 
     cls: type[nn.Module]
-    arguments: tuple[str, ...] = ()  # behind the input
+    arguments: tuple[str, ...] = ()  # after the input
     fixed: tuple[tuple[str, Any], ...] = ()
     kind: str = RECTIFIER
 

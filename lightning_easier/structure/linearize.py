@@ -41,7 +41,7 @@ def linearize(
         statistics: For ``"affine"``: name -> scale and offset, as :func:`~lightning_easier.measure_affines` returns
             them. For ``"fitted"``: name -> operator, as :func:`~lightning_easier.fit_chains` returns them for the
             model as it is.
-        shift_padding: Where a convolution before the activation and one behind it would meet, move the padding of the
+        shift_padding: Where a convolution before the activation and one after it would meet, move the padding of the
             second to the first: with strides s₁ and paddings p₁, p₂ the first then pads p₁ + s₁·p₂ and the second
             nothing. The function changes at the borders, and the two can be merged exactly. Operators of other kinds,
             with other padding modes or with a second reader keep theirs.

@@ -24,7 +24,7 @@ class PaddingShift:
 
     Args:
         first: Qualified name of the convolution before an activation.
-        second: Qualified name of the one behind it.
+        second: Qualified name of the one after it.
     """
 
     def __init__(self, first: str, second: str) -> None:
@@ -62,7 +62,7 @@ class PaddingShift:
 def possible_shift(around: Neighbourhood) -> PaddingShift | None:
     """Return the shift that makes the merge around an activation exact; None if there is none.
 
-    A second convolution that pads nothing yet may come to, by a later shift from behind it; it passes that on.
+    A second convolution that pads nothing yet may come to, by a later shift from after it; it passes that on.
 
     Args:
         around: What lies around the activation.

@@ -34,7 +34,7 @@ class Mark:
     Attributes:
         stand_in: The kind of stand-in: ``"identity"`` or ``"affine"``.
         activation: Class name of the activation it replaces.
-        shifts_padding: Whether the padding of the convolution behind it was moved to the one before it.
+        shifts_padding: Whether the padding of the convolution after it was moved to the one before it.
         channels: Of an affine; 0 for an identity.
         dim: The axis of an affine's channels.
         trainable: Whether an affine's scale and offset are trained.

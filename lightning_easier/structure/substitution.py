@@ -2,7 +2,7 @@
 
 While a model is trained, an optimizer and a wrapper hold its parameters. A fitted operator therefore moves into the
 first operator of its chain, the *host*: its parameters stay the same objects, with other values and, where needed, in
-another shape. What is behind it in the chain becomes identities. A batch norm behind the chain stays, and gets the
+another shape. What is after it in the chain becomes identities. A batch norm after the chain stays, and gets the
 statistics of what is fitted.
 """
 
@@ -28,7 +28,7 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Absorbed(nn.Identity):
-    """What was behind the first operator of a chain that one fitted operator has taken the place of."""
+    """What was after the first operator of a chain that one fitted operator has taken the place of."""
 
     forward_is_alike = True  # as in stand-ins
 

@@ -87,7 +87,7 @@ def _of_attention(query: Any, key: Any, value: Any, width: int, *_: Any, **__: A
 def _of_transformer_layer(source: Any, width: int, *others: Any, **_: Any) -> int:
     """Count the operations of a layer of a transformer."""
     samples, length, _ = source
-    hidden, _ = others[12]  # the shape of the first weight behind the attention
+    hidden, _ = others[12]  # the shape of the first weight after the attention
     return _of_attention(source, source, source, width) + 4 * samples * length * width * hidden
 
 

@@ -232,8 +232,8 @@ def test_what_merges_nothing_is_left_out_and_the_exact_merge_that_saves_most_goe
             super().__init__()
             sizes = [4, 64, 4, 8, 32, 2]
             layers = []
-            for before, behind in pairwise(sizes):
-                layers += [nn.Linear(before, behind), nn.ReLU()]
+            for before, after in pairwise(sizes):
+                layers += [nn.Linear(before, after), nn.ReLU()]
             self.layers = nn.Sequential(*layers[:-1], nn.ReLU())
 
     merges = {each.name for each in candidates(Wide()).candidates if each.merges}

@@ -18,7 +18,7 @@ TRAINED = {"stand_in": "affine", "trainable": True}
 
 
 class Grouped(Small):
-    """Norms are not decayed; what lies behind the last rectifier learns faster; parameters are known by name."""
+    """Norms are not decayed; what lies after the last rectifier learns faster; parameters are known by name."""
 
     def __init__(self, scores=(0.9,)):
         super().__init__(scores)
@@ -96,7 +96,7 @@ def test_a_checkpoint_holds_them(tmp_path):
 def test_frozen_neighbours_are_passed_over(tmp_path):
     class Frozen(Small):
         def configure_optimizers(self):
-            return torch.optim.SGD(self.layers[10].parameters(), 0.1)  # behind all rectifiers
+            return torch.optim.SGD(self.layers[10].parameters(), 0.1)  # after all rectifiers
 
     model, _, trainer = run(tmp_path, model=Frozen(), pruning=TRAINED, epochs=2)
     ((_, affine),) = stand_ins(model).items()

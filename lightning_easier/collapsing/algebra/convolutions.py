@@ -126,17 +126,15 @@ def compose_transposed(first: TransposedConvolution, second: TransposedConvoluti
     pointwise = is_pointwise(second)
     if has_bias(first) and not pointwise:
         raise CannotMergeError(
-            "the bias of the first reaches the outputs of the transposed convolution behind it unevenly"
+            "the bias of the first reaches the outputs of the transposed convolution after it unevenly"
         )
     p1, p2 = padding_of(first), padding_of(second)
     if any(p > 0 and k > 1 for p, k in zip(p1, second.kernel_size, strict=True)):
         raise CannotMergeError(
-            f"the first crops its output by {p1}: the transposed convolution behind it would reach across that border"
+            f"the first crops its output by {p1}: the transposed convolution after it would reach across that border"
         )
     if any(p > 0 and o > 0 for p, o in zip(p1, second.output_padding, strict=True)):
-        raise CannotMergeError(
-            f"the first crops its output by {p1}: the output padding behind it would show that again"
-        )
+        raise CannotMergeError(f"the first crops its output by {p1}: the output padding after it would show that again")
     kernel, dilation, groups = _compose_kernels(_adjoint(second), _adjoint(first))
     stride = _products(first.stride, second.stride)
     beyond = tuple(

@@ -27,7 +27,7 @@ from lightning_easier.support.finite import finite_samples, is_finite, zeroed
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that are tried, as a share of the mean square of each column."""
-# Where to look next behind what is known to be too small a ridge. What a ridge leaves falls, then grows: four solutions
+# Where to look next after what is known to be too small a ridge. What a ridge leaves falls, then grows: four solutions
 # find the least of seven, where a walk from one end may take all.
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
 HELD_OUT = 4
@@ -447,18 +447,18 @@ def _low_rank(moments: Moments, weight: Tensor) -> Iterator[Fit]:
     break_even = geometry.channels * outputs / (geometry.channels + outputs)
     ranks = {int(break_even * share) for share in _SHARES_OF_RANK}
     for rank in sorted(ranks - {0}, reverse=True):
-        behind = directions[:, -rank:]
-        before = weight[:-1] @ behind
-        bias = offset - mean[:-1] @ before @ behind.T
+        after = directions[:, -rank:]
+        before = weight[:-1] @ after
+        bias = offset - mean[:-1] @ before @ after.T
         taps = geometry.kernel
         first = _operator(geometry, before.T.reshape(rank, geometry.channels, *taps), None)
-        second = _operator(_behind(geometry, rank), behind.reshape(outputs, rank, *taps), bias)
-        whole = torch.cat([before @ behind.T, bias[None]])
+        second = _operator(_after(geometry, rank), after.reshape(outputs, rank, *taps), bias)
+        whole = torch.cat([before @ after.T, bias[None]])
         yield _fit("low-rank", moments, whole, nn.Sequential(first, second))
 
 
-def _behind(geometry: Geometry, channels: int) -> Geometry:
-    """Return the geometry of a product with a matrix, behind an operator that has done the rest."""
+def _after(geometry: Geometry, channels: int) -> Geometry:
+    """Return the geometry of a product with a matrix, after an operator that has done the rest."""
     axes = len(geometry.kernel)
     return Geometry(channels, (1,) * axes, (1,) * axes, (0,) * axes)
 
@@ -484,7 +484,7 @@ def _affine(moments: Moments) -> Fit:
 
 
 def _separable(moments: Moments, dense: Tensor) -> Fit:
-    """Fit a depthwise convolution and a pointwise one behind it, each in closed form given the other, in turn."""
+    """Fit a depthwise convolution and a pointwise one after it, each in closed form given the other, in turn."""
     geometry, sums = moments.geometry, moments.fitted
     channels, taps, outputs = geometry.channels, geometry.taps, dense.shape[1]
     # the kernel of each channel that is nearest to those of the dense convolution
@@ -498,7 +498,7 @@ def _separable(moments: Moments, dense: Tensor) -> Fit:
         if before - left_over < _WORTH_ANOTHER_ROUND * sums.variance():
             break
         kernels = _kernels_given(sums, pointwise, kernels)
-    between = _behind(geometry, channels)
+    between = _after(geometry, channels)
     part = Moments(between, sums.through(kernels), moments.held_out.through(kernels))
     pointwise = _regular(part.fitted)
     first = _operator(geometry, kernels.reshape(channels, 1, *geometry.kernel), None, groups=channels)

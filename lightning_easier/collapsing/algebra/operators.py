@@ -386,9 +386,9 @@ def channels(operator: Any) -> tuple[int, int]:
 
 def summary(operator: nn.Module) -> str:
     """Describe an operator in a few words."""
-    before, behind = channels(operator)
+    before, after = channels(operator)
     if isinstance(operator, nn.Linear):
-        return f"Linear {before}→{behind}"
+        return f"Linear {before}→{after}"
     if isinstance(operator, ChannelAffine):
         return f"ChannelAffine {before}"
     if isinstance(operator, ElementAffine):
@@ -396,7 +396,7 @@ def summary(operator: nn.Module) -> str:
     shape: Any = operator
     kernel = "×".join(map(str, shape.kernel_size))
     groups = f", {shape.groups} groups" if shape.groups > 1 else ""
-    return f"{type(operator).__name__} {kernel} {before}→{behind}{groups}"
+    return f"{type(operator).__name__} {kernel} {before}→{after}{groups}"
 
 
 def _check_alike(parts: Sequence[nn.Module]) -> None:

@@ -27,7 +27,7 @@ def merges_of(cut: Cut, objective: Objective) -> Iterator[Merge]:
             for branch in unit.branches:
                 yield from merges_of(branch, objective)
         elif unit.link is not None and unit.link.carries_weight and unit.price[0] != unit.before[0]:
-            yield Merge(_names_of(unit.elements), "the same, behind the average", objective, *prices)
+            yield Merge(_names_of(unit.elements), "the same, after the average", objective, *prices)
 
 
 def refusals_of(cut: Cut, pricer: Pricer, composer: Composer) -> Iterator[Refusal]:

@@ -194,14 +194,14 @@ class Chains:
             return self.why_several(node)
         if self.element(reader) is None:
             kept = self._kept[reader][1] if reader in self._kept else None
-            return kept or f"what comes behind it is {describe_node(self._captured, reader)}, not a linear operator"
+            return kept or f"what comes after it is {describe_node(self._captured, reader)}, not a linear operator"
         return None
 
     def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """Sort nodes by execution."""
         return sorted(nodes, key=lambda node: self._place[node])
 
-    def is_behind(self, node: fx.Node, other: fx.Node) -> bool:
+    def is_after(self, node: fx.Node, other: fx.Node) -> bool:
         """Tell whether a node is executed later than another."""
         return self._place[node] > self._place[other]
 

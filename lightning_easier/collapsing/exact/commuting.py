@@ -16,11 +16,11 @@ from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import shape_of
 from lightning_easier.collapsing.exact.plans import Kept, Made, Split, Unit, shapes_of
 from lightning_easier.collapsing.exact.prices import Pricer, Shape
-from lightning_easier.collapsing.exact.recipes import Recipe, behind_flatten, moved, recipe_of
+from lightning_easier.collapsing.exact.recipes import Recipe, after_flatten, moved, recipe_of
 
 
 def commuted(units: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit] | None:
-    """Return the units with averages in front of, and layouts behind, what treats every position alone.
+    """Return the units with averages in front of, and layouts after, what treats every position alone.
 
     Args:
         units: The units as they stand.
@@ -76,7 +76,7 @@ def _swapped(order: Sequence[Unit], place: int) -> list[Unit] | None:
         if second.is_average:
             return _averaged_first(first, second)
         if second.is_layout and place + 2 < len(order):
-            return _behind_the_layout(order[:place], first, second, order[place + 2])
+            return _after_the_layout(order[:place], first, second, order[place + 2])
         if first.is_layout and place > 0:
             return _before_the_layout(order[:place], first, second)
     except CannotMergeError:  # more axes than there are convolutions for
@@ -95,18 +95,18 @@ def _averaged_first(first: Unit, second: Unit) -> list[Unit] | None:
     return [second, _moved(first, axis, max(len(shape_of(link.node) or ()) - 2, 1))]
 
 
-def _behind_the_layout(before: Sequence[Unit], first: Unit, second: Unit, behind: Unit) -> list[Unit] | None:
+def _after_the_layout(before: Sequence[Unit], first: Unit, second: Unit, after: Unit) -> list[Unit] | None:
     """Let an operator on a map of one position, or an affine, work on the vector that a Linear reads."""
     link, operator = second.link, _movable(first)
-    if link is None or first.recipe is None or behind.recipe is None or channel_axis(behind.recipe.structure) != -1:
+    if link is None or first.recipe is None or after.recipe is None or channel_axis(after.recipe.structure) != -1:
         return None
-    if not behind.recipe.anchored:  # nothing says that there are as many positions at other sizes, too
+    if not after.recipe.anchored:  # nothing says that there are as many positions at other sizes, too
         return None
     if _flattens(link) and isinstance(first.recipe.structure, AFFINES):
         sample = list(shape_of(link.value) or ())[1:]
         channel = channel_axis(first.recipe.structure)
-        sample[0 if channel == 1 else -1] = channels(first.recipe.structure)[1]  # what changed them may be behind now
-        return [second, _written(first, behind_flatten(first.recipe, tuple(sample)))]
+        sample[0 if channel == 1 else -1] = channels(first.recipe.structure)[1]  # what changed them may be after now
+        return [second, _written(first, after_flatten(first.recipe, tuple(sample)))]
     if operator is None or not _is_of_one_position(link) or channel_axis(operator) != 1 or not _all_pointwise(before):
         return None
     return [second, _moved(first, -1, 1)]
@@ -152,8 +152,8 @@ def _is_of_one_position(link: Link) -> bool:
 
 def _flattens(link: Link) -> bool:
     """Tell whether a layout makes a vector of each sample."""
-    before, behind = shape_of(link.value) or (), shape_of(link.node) or ()
-    return len(before) > 2 and len(behind) == 2 and before[0] == behind[0]
+    before, after = shape_of(link.value) or (), shape_of(link.node) or ()
+    return len(before) > 2 and len(after) == 2 and before[0] == after[0]
 
 
 def _all_pointwise(units: Sequence[Unit]) -> bool:

@@ -182,7 +182,7 @@ class Planner:
         return Unit(Made(recipe), price, recipe, recipe.elements, before=before)
 
     def _possible_pieces(self, units: Sequence[Unit], shapes: Sequence[Shape]) -> dict[tuple[int, int], Recipe]:
-        """Return what runs of units could become, by first and behind the last, and see to their prices."""
+        """Return what runs of units could become, by first and after the last, and see to their prices."""
         pieces: dict[tuple[int, int], Recipe] = {}
         runs: dict[tuple[int, int], Recipe] = {}
         for end in range(1, len(units) + 1):

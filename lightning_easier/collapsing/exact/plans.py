@@ -144,24 +144,24 @@ def shapes_of(units: Sequence[Unit], shape: Shape) -> list[Shape]:
     shapes = []
     for unit in units:
         shapes.append(shape)
-        shape = _shape_behind(unit, shape)
+        shape = _shape_after(unit, shape)
     return shapes
 
 
-def _shape_behind(unit: Unit, shape: Shape) -> Shape:
+def _shape_after(unit: Unit, shape: Shape) -> Shape:
     if unit.recipe is not None and not unit.is_average:
         return output_shape(unit.recipe.structure, shape)
     if unit.link is not None and unit.link.unchanged:
         return shape
     element = unit.elements[-1]
-    before, behind = shape_of(element.value), tuple(shape_of(element.node) or ())
+    before, after = shape_of(element.value), tuple(shape_of(element.node) or ())
     if before is None or tuple(before) == shape:
-        return behind
+        return after
     # The same positions with other channels
     (axis, to) = next((axis, to) for axis, to in (unit.link.moves or {}).items()  # type: ignore[union-attr]
                       if [n for i, n in enumerate(before) if i != axis % len(before)]
                       == [n for i, n in enumerate(shape) if i != axis % len(shape)])  # fmt: skip
-    changed = list(behind)
+    changed = list(after)
     changed[to] = shape[axis]
     return tuple(changed)
 

@@ -134,7 +134,7 @@ def moved(recipe: Recipe, axis: int, axes: int) -> Recipe:
     return Recipe(made, partial(_build_on_axis, recipe, axis, axes), recipe.elements, recipe.anchored)
 
 
-def behind_flatten(recipe: Recipe, shape: Shape) -> Recipe:
+def after_flatten(recipe: Recipe, shape: Shape) -> Recipe:
     """Return the recipe of an affine for flattened samples.
 
     Args:

@@ -40,7 +40,7 @@ class _Writing(ABC):
     _graph: fx.Graph
 
     def pieces(self, pieces: Sequence[Piece], value: fx.Node) -> fx.Node:
-        """Write pieces behind a value; returns the node of the last."""
+        """Write pieces after a value; returns the node of the last."""
         for piece in pieces:
             if isinstance(piece, Kept):
                 value = self._kept(piece, value)
@@ -109,7 +109,7 @@ class Writer(_Writing):
             for node in question.all_input_nodes:
                 if node in inside:
                     question.replace_input_with(node, source)
-            if chains.is_behind(question, old[0]):
+            if chains.is_after(question, old[0]):
                 old[0].prepend(question)
         with self._graph.inserting_before(old[0]):
             end = self.pieces(pieces, source)

@@ -197,7 +197,7 @@ def fit_chains(
 
     Returns:
         Qualified name -> fit, in execution order. Activations that no operator can take the place of, with one before
-        and one behind them, are left out.
+        and one after them, are left out.
 
     Raises:
         TypeError: If ``model`` is not a Module, or ``batches`` do not hold tensors.

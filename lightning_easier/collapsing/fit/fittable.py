@@ -43,14 +43,14 @@ class FittableChain:
     norm: str | None = None
 
     @property
-    def behind(self) -> tuple[str, ...]:
+    def after(self) -> tuple[str, ...]:
         """Names of all but the first operator, which become identities."""
         return (*self.sites, *self.between, *self.operators[1:])
 
     @property
     def replaced(self) -> tuple[str, ...]:
         """Names of all that something else takes the place of when an operator is put in the place of the chain."""
-        return (self.operators[0], *self.behind, *([] if self.norm is None else [self.norm]))
+        return (self.operators[0], *self.after, *([] if self.norm is None else [self.norm]))
 
 
 class CannotFitError(Exception):
@@ -74,7 +74,7 @@ class FittableChains:
         adjacency = Adjacency(model, plan)
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self._norms = dict(_norms_behind(plan.flow.nodes, self._names))
+        self._norms = dict(_norms_after(plan.flow.nodes, self._names))
         self._meetings: dict[str, Meeting] = {}
         self.reasons: dict[str, str] = {}
         for site in plan.sites:
@@ -119,7 +119,7 @@ class FittableChains:
             if site not in self._meetings:
                 raise CannotFitError(self.reasons.get(site, "it is gone"))
         meetings = [self._meetings[site] for site in sites]
-        if any(before.second != behind.first for before, behind in pairwise(meetings)):
+        if any(before.second != after.first for before, after in pairwise(meetings)):
             raise CannotFitError("its activations lie in a row no more")
         return _chain(self._model, sites, meetings, self._names, self._norms)
 
@@ -139,11 +139,11 @@ class FittableChains:
 
 
 def _runs(meetings: dict[str, Meeting]) -> Iterator[list[str]]:
-    """Yield the sites that lie in a row, each the operator behind it in common with the next."""
+    """Yield the sites that lie in a row, each the operator after it in common with the next."""
     by_first = {meeting.first: site for site, meeting in meetings.items()}
-    behind = {meeting.second for meeting in meetings.values()}
+    after = {meeting.second for meeting in meetings.values()}
     for site, meeting in meetings.items():
-        if meeting.first in behind:
+        if meeting.first in after:
             continue
         run = [site]
         while (following := by_first.get(meetings[run[-1]].second)) is not None:
@@ -151,7 +151,7 @@ def _runs(meetings: dict[str, Meeting]) -> Iterator[list[str]]:
         yield run
 
 
-def _norms_behind(nodes: Iterable[FlowNode], names: Mapping[nn.Module, str]) -> Iterator[tuple[str, str]]:
+def _norms_after(nodes: Iterable[FlowNode], names: Mapping[nn.Module, str]) -> Iterator[tuple[str, str]]:
     """Yield operators with the batch norm that is all that reads them, by name."""
     for node in nodes:
         if node.kind == Kind.OPERATOR and len(node.readers) == 1:

@@ -1,6 +1,6 @@
 """Replace chains around activations that are not linear by single operators, fitted to what the chains compute.
 
-The fitted operator takes the place of the first in the chain; all that is behind it becomes an identity (see
+The fitted operator takes the place of the first in the chain; all that is after it becomes an identity (see
 :mod:`~lightning_easier.collapsing.fit.placing`), so that the forward of the model stays as it is written, and an exact
 collapse takes the identities out.
 """

@@ -1,6 +1,6 @@
 """Put a fitted operator in the place of a chain: which modules become what.
 
-The operator takes the place of the first of the chain, all behind it becomes identities, and the batch norm that reads
+The operator takes the place of the first of the chain, all after it becomes identities, and the batch norm that reads
 the chain gets the statistics of what is fitted. That is the same in a collapse, where new modules take the places of
 those of a copy (:func:`replace`), and in training, where an optimizer and a wrapper hold the parameters, so that values
 move into the modules that are there (:func:`as_chain_fit`).
@@ -81,7 +81,7 @@ def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
     chain = choice.chain
     like: Tensor = model.get_submodule(chain.operators[0]).weight  # type: ignore[assignment]
     new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(like).eval()}
-    new |= {name: Absorbed().eval() for name in chain.behind}
+    new |= {name: Absorbed().eval() for name in chain.after}
     new |= _adjusted_norm(model, chain, choice.fit)
     old = {name: model.get_submodule(name) for name in new}
     put(model, new)
@@ -118,7 +118,7 @@ def as_chain_fit(model: nn.Module, chain: FittableChain, fit: Fit) -> ChainFit |
     affine: AffineFit | None = None
     missing: Tensor | None = None  # what the batch norm makes up for
     tensors: dict[str, Tensor] = {}
-    absorbed = [name for name in chain.behind if name != site]
+    absorbed = [name for name in chain.after if name != site]
     if type(operator) is ChannelAffine:
         absorbed.insert(0, chain.operators[0])
         affine = AffineFit(operator.weight.detach(), bias, operator.dim, fit.explained)
