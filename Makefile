@@ -25,7 +25,7 @@ test: $(VENV)/.dev lint  ## Lint, then run all tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 prove: $(VENV)/.dev  ## Collapse 10,000 random linear networks, and 10,000 as users write them; some hours.
-	COLLAPSE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 --show-capture=no tests/test_collapse_properties.py tests/test_collapse_fuzz.py
+	COLLAPSE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 --show-capture=no tests/collapsing/test_collapse_properties.py tests/collapsing/test_collapse_fuzz.py
 
 lint: $(VENV)/.dev  ## Check style and types.
 	$(BIN)/ruff check .

@@ -181,7 +181,7 @@ def main() -> None:
         "# Networks that were tried",
         "",
         f"Written by `make networks` with {libraries};",
-        "each row is checked by `tests/test_networks.py`. Random weights, small inputs, eval mode.",
+        "each row is checked by `tests/sites/test_networks.py`. Random weights, small inputs, eval mode.",
         "",
         "*Calls* are the rectifier calls counted while the network runs, by an observer that sees functions (and knows",
         "a few classes that write theirs out as a formula); *sites* are what `isolate_activations` finds, in the order",

@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_easier import EntropyProbe, collapse, compress, fit_chains, measure_entropy
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.structure.linearize import stand_ins
+from tests.collapsing.test_collapse_fit import Mlp
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.processes import SLOPE
 from tests.integration.test_recipes import Slope
 from tests.integration.tiny import assert_equal_states
-from tests.test_collapse_fit import Mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = {"accelerator": "gpu", "devices": 1}

@@ -14,7 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from lightning_easier import candidates, collapse, linearize
 from tests.models import narrow, randomize_batch_norms
-from tests.test_dataflow import Net
+from tests.sites.test_dataflow import Net
 
 
 def by_name(model, **options):

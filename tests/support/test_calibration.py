@@ -21,7 +21,7 @@ from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.pruning.gains import ShapeProbe
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
-from tests.test_collapse_fit import Mlp
+from tests.collapsing.test_collapse_fit import Mlp
 
 CPU = torch.device("cpu")
 FREE = {"objective": "macs", "max_drift": math.inf}

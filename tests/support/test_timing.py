@@ -19,7 +19,7 @@ from lightning_easier.pruning import stages, targets
 from lightning_easier.support import timing
 from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering, work_of
-from tests.test_collapse_fit import Mlp
+from tests.collapsing.test_collapse_fit import Mlp
 
 LIARS = {
     "busy at the start": lambda: busy_between(0.0, 0.6),

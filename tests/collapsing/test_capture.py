@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightning_easier import CollapseError, collapse, export, isolate_activations, linearize
 from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.support.inference import relative_difference
+from tests.collapsing.test_linear_steps import conv
 from tests.models import randomize_batch_norms
 from tests.test_export import OtherStrides, ViewsAttention
-from tests.test_linear_steps import conv
 
 
 class AsksForShapes(nn.Module):

@@ -22,7 +22,7 @@ from lightning_easier.collapsing.fit.fit_prices import PricedFit
 from lightning_easier.collapsing.fit.placing import as_chain_fit, replace
 from lightning_easier.structure.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
-from tests.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
+from tests.collapsing.test_collapse_fit import Block, Bottleneck, Mlp, Reads, almost_linear, randomized
 
 
 def trained_mode_statistics(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_easier import collapse, isolate_activations, linearize, restore
 from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
 from tests.models import randomize_batch_norms
-from tests.test_dataflow import Net
+from tests.sites.test_dataflow import Net
 
 DTYPE = torch.float64
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_easier import collapse, linearize, load_pruned, measure_affines, measure_entropy, restore
 from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of
 from lightning_easier.structure.linearize import stand_ins
+from tests.collapsing.test_collapse_fit import randomized
 from tests.integration.interrupted import Small, run
-from tests.test_collapse_fit import randomized
 
 
 def directly(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_easier import isolate_activations
 from lightning_easier.sites.bytecode import handles_exceptions
-from tests.recorded_bytecode import RECORDED, SOURCES
+from tests.sites.recorded_bytecode import RECORDED, SOURCES
 
 COMPREHENSIONS = ("one for each layer", "nested")
 

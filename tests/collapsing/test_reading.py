@@ -16,8 +16,8 @@ from lightning_easier.collapsing.exact.rules.rule import Call
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.stand_in import AffineStandIn
 from lightning_easier.support.inference import relative_difference
+from tests.collapsing.test_linear_steps import conv, numbers
 from tests.models import randomize_batch_norms
-from tests.test_linear_steps import conv, numbers
 
 
 class Net(nn.Module):

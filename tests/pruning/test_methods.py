@@ -25,7 +25,7 @@ from lightning_easier.structure.operations import FittedOperators, Identities
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
 from lightning_easier.support.costs import count_macs
-from tests.test_collapse_fit import Bottleneck, randomized
+from tests.collapsing.test_collapse_fit import Bottleneck, randomized
 
 
 def test_what_has_no_affine_is_no_candidate_where_one_is_needed():

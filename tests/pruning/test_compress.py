@@ -17,7 +17,7 @@ from lightning_easier.pruning import judge, search, stages, targets
 from lightning_easier.support import progress, timing
 from lightning_easier.zoo import CifarResNet
 from tests.clocks import Clock, jittering
-from tests.test_collapse_fit import Block, Bottleneck, Mlp, randomized
+from tests.collapsing.test_collapse_fit import Block, Bottleneck, Mlp, randomized
 
 
 def mlps(count: int = 3) -> nn.Module:
