@@ -3,10 +3,10 @@
 Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale] [cropping]``; all by default.
 """
 
+import argparse
 import copy
 import random
 import resource
-import sys
 import time
 from collections.abc import Iterator
 
@@ -168,6 +168,11 @@ def cropping() -> Iterator[Table]:
 
 if __name__ == "__main__":
     parts = {"pairs": pairs, "networks": networks, "scale": scale, "cropping": cropping}
-    for part in sys.argv[1:] or parts:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}; all by default")
+    chosen = parser.parse_args().parts
+    if not set(chosen) <= set(parts):
+        parser.error(f"expected some of {', '.join(parts)}, but got {chosen}")
+    for part in chosen or parts:
         for table in parts[part]():
             print(table.to_markdown(), end="\n\n", flush=True)

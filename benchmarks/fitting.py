@@ -4,9 +4,9 @@ Run: ``python benchmarks/fitting.py [channels ...]``; 64, 128, 256 and 512 by de
 its own, since the peak of the memory of one hides that of the next.
 """
 
+import argparse
 import multiprocessing
 import resource
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -47,8 +47,10 @@ def measure(channels: int) -> tuple[str, ...]:
 
 def main() -> None:
     """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("channels", nargs="*", type=int, help="of the convolutions; 64, 128, 256 and 512 by default")
     rows = []
-    for channels in [int(argument) for argument in sys.argv[1:]] or CHANNELS:
+    for channels in parser.parse_args().channels or CHANNELS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows.append(pool.submit(measure, channels).result())
     columns = (

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import private, wiring
 from lightning_easier.callbacks.network import copied, holders, notice_calls
-from lightning_easier.structure.linearize import restore
+from lightning_easier.structure.linearize import restore, stand_ins
 from lightning_easier.support.arguments import check_positive, check_share
 
 LOSS_KEY = "distill_loss"
@@ -217,7 +217,8 @@ def _dense(pl_module: LightningModule, removed: list[str], checkpoint: Mapping[s
     """Copy a module with the structure and the weights of its dense round."""
     teacher = copied(pl_module)
     assert isinstance(teacher, LightningModule)
-    restore(teacher, removed)
+    while names := [name for name in removed if name in stand_ins(teacher)]:  # those in a block come to light with it
+        restore(teacher, names)
     for part in teacher.modules():
         if isinstance(part, LightningModule):  # it may ask its Trainer, and has nothing to log there
             private.lend_trainer(part, pl_module)

@@ -8,7 +8,6 @@ from lightning_easier.callbacks.pruning import PruningCallback
 from lightning_easier.pruning.methods import Linearize, Measuring
 from lightning_easier.pruning.rules import Rounds
 from lightning_easier.pruning.targets import Target
-from lightning_easier.support.arguments import check_instance
 
 
 class EntropyPruningCallback(PruningCallback):
@@ -58,7 +57,11 @@ class EntropyPruningCallback(PruningCallback):
         files: Files = Files(),
         dry_run: bool = False,
     ) -> None:
-        check_instance("method", method, Linearize)
+        if not isinstance(method, Linearize):
+            raise TypeError(
+                f"Expected argument `method` to be a Linearize or a FitChains, but got {method!r}; PruningCallback "
+                f"takes any method"
+            )
         super().__init__(
             method,
             monitor,

@@ -122,8 +122,8 @@ class RunFiles:
         if known.exists() and known == self._folder:  # this process has claimed it before
             return self._claim_own(known)
         if state.snapshot.file is None:  # nothing was kept that the run could need
-            is_there = any(self._holds(known / best.file, state_key, n, best) for n, best in state.best.items())
-            return self._claim_own(known) if is_there else self._claim_new(asked)
+            holds_best = any(self._holds(known / best.file, state_key, n, best) for n, best in state.best.items())
+            return self._claim_own(known) if holds_best else self._claim_new(asked)
         missing = {}
         for folder in (known, asked):
             missing[folder] = self._why_not_in(trainer, folder, state, state_key)

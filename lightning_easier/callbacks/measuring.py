@@ -28,6 +28,7 @@ class Measurement:
     """
 
     def __init__(self, method: Method, measuring: Measuring, exclude: Sequence[str]) -> None:
+        self._method = method
         self._gates = method.kinds_of_gates
         self._exclude = exclude
         self._worker = method.worker(measuring)
@@ -85,22 +86,52 @@ class Measurement:
             self._first_call.detach()
         self._first_call = None
 
-    def propose(self, trainer: Trainer, pl_module: LightningModule, names: Sequence[str]) -> Proposal:
+    def propose(
+        self, trainer: Trainer, pl_module: LightningModule, names: Sequence[str], known: Sequence[str]
+    ) -> Proposal:
         """Have the method propose what to do next; every process has to call this, rank 0 tells.
 
         Args:
             trainer: The Trainer.
             pl_module: The model.
-            names: The activations that may become linear.
+            names: What may be removed.
+            known: All that the method removes, what was removed among it.
+
+        Raises:
+            TypeError: If it is no proposal.
+            ValueError: If it would remove something else.
+            RuntimeError: On the other processes, if rank 0 has failed.
         """
         self._worker.detach()
         self._worker.reduce()
-        proposal = Proposal()
+        proposal, failure = Proposal(), None
         if trainer.is_global_zero:
-            with evaluation_mode(pl_module):
-                proposal = self._worker.propose(pl_module, names)
+            try:
+                with evaluation_mode(pl_module):
+                    proposal = self._worker.propose(pl_module, names)
+                self._check(proposal, known)
+            except Exception as error:  # whatever it is: the other processes wait for an answer
+                proposal, failure = Proposal(), error
         self._worker.forget()
+        told = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise RuntimeError(f"Rank 0 has nothing to propose: {told}")
         return trainer.strategy.broadcast(proposal)
+
+    def _check(self, proposal: Any, known: Sequence[str]) -> None:
+        """Refuse what is no proposal, or removes what the method does not know of."""
+        method = type(self._method).__name__
+        if not isinstance(proposal, Proposal):
+            raise TypeError(f"Expected `propose` of {method} to return a Proposal, but got {proposal!r}")
+        for name in proposal.operations:
+            strange = [linear for linear in proposal.linear(name) if linear not in known]
+            if strange:
+                raise ValueError(
+                    f"Expected {method} to propose what its `removable` returns, but {name!r} removes {strange}, which "
+                    f"is none of {list(known)}"
+                )
 
     def pause(self, paused: bool) -> None:
         """Leave what runs now out of the counts, or count again."""

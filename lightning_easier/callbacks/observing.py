@@ -12,7 +12,6 @@ from lightning_easier.callbacks.scores import REMOVED_KEY
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.state import BestCheckpoint, Measured
 from lightning_easier.report.dashboard import entropy_key
-from lightning_easier.structure.linearize import stand_ins
 
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
@@ -28,7 +27,7 @@ def begin_validation(run: Run, trainer: Trainer, pl_module: LightningModule) -> 
         measurement.pause(True)
     elif settings.measuring.on == "validation" or trainer.state.fn != TrainerFn.FITTING:
         measurement.start(pl_module)
-        if not settings.method.is_cheap and run.may_decide(trainer):
+        if run.may_decide(trainer):
             batches = wiring.validation_batches(trainer) * trainer.world_size
             measurement.follow(pl_module, run.candidates or (), batches)
     if _asks_for_target(run, trainer):
@@ -44,7 +43,7 @@ def end_validation_epoch(run: Run, trainer: Trainer, pl_module: LightningModule)
         finish_counting(run, trainer, pl_module)
         log_entropies(run, trainer, pl_module)
     if run.target is not None and _asks_for_target(run, trainer):
-        attained = run.target.attained(trainer, run.measurement.network, state.removed)
+        attained = run.target.attained(trainer, run.measurement.network, bool(state.chosen_by_now))
         state.now = replace(state.now, asked=True, attained=attained)
     log_progress(run, trainer, pl_module)
 
@@ -107,7 +106,7 @@ def finish_counting(run: Run, trainer: Trainer, pl_module: LightningModule) -> N
     run.entropies = run.measurement.finish(pl_module, state.snapshot.measured.entropies or {})
     proposal = None
     if settings.method.is_cheap or settings.measuring.on == "training" or run.may_decide(trainer):
-        proposal = run.measurement.propose(trainer, pl_module, run.candidates or [])
+        proposal = run.measurement.propose(trainer, pl_module, run.candidates or [], run.method_names)
     run.proposal = proposal or Proposal()
     if trainer.state.fn == TrainerFn.FITTING:
         state.now = replace(state.now, entropies=run.entropies, proposal=proposal)
@@ -124,7 +123,7 @@ def log_entropies(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
 
 def log_progress(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Log the number removed, and the round."""
-    progress = {REMOVED_KEY: float(len(stand_ins(pl_module)))}
+    progress = {REMOVED_KEY: float(run.number_removed(trainer, pl_module))}
     if trainer.state.fn == TrainerFn.FITTING:
         progress[ROUND_KEY] = float(len(run.state.rounds) - 1)
     pl_module.log_dict(progress, prog_bar=True, sync_dist=trainer.world_size > 1)
@@ -151,7 +150,7 @@ def keep_best(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     if not settings.files.best_per_depth or state.finished or settings.dry_run:
         return
     score = trainer.strategy.broadcast(state.score)
-    removed = len(stand_ins(pl_module))
+    removed = run.number_removed(trainer, pl_module)
     best = state.best.get(str(removed))
     is_better = settings.rules.tolerance.is_better
     if score is not None and math.isfinite(score) and (best is None or is_better(score, best.score)):

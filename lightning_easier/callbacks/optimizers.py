@@ -82,7 +82,7 @@ def groups_for(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterabl
 
 def join(model: nn.Module, optimizers: Sequence[Optimizer], places: Iterable[Place]) -> None:
     """Append the parameters of stand-ins to parameter groups."""
-    for name, number, group_number in places:
+    for name, number, group_number, *_ in places:
         group = optimizers[number].param_groups[group_number]
         for own_name, parameter in model.get_submodule(name).named_parameters():
             group["params"].append(parameter)

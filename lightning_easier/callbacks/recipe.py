@@ -41,7 +41,7 @@ class InitialRecipe:
             raise MisconfigurationException(
                 f"Expected the optimizers to keep the parameter groups that `configure_optimizers` gave them, but got "
                 f"{groups_now} groups instead of {[len(groups) for groups in self._groups]}, so that they can't begin "
-                f"anew. Pass restart='none', or all groups from the start."
+                f"anew. Pass Rounds(restart='none'), or all groups from the start."
             )
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, initial in zip(optimizer.param_groups, groups, strict=True):

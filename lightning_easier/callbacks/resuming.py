@@ -34,14 +34,14 @@ def read(run: Run, plain: Mapping[str, Any]) -> None:
         MisconfigurationException: If the run was judged on another score.
         ValueError: If it is not the record of a run.
     """
-    judged_on = (plain["monitor"], plain["mode"])
+    state = RunState.from_plain({key: value for key, value in plain.items() if key not in ("monitor", "mode")})
+    judged_on = (plain.get("monitor"), plain.get("mode"))
     now = (run.settings.monitor, run.settings.rules.tolerance.mode)
     if judged_on != now:
         raise MisconfigurationException(
             f"Expected arguments `monitor` and `mode` to be {judged_on}, those of the run that is resumed, but got "
             f"{now}: its rounds can't be compared on another score."
         )
-    state = RunState.from_plain({key: value for key, value in plain.items() if key not in ("monitor", "mode")})
     run.loop = PruningLoop(run.settings.rules, run.settings.monitor, state)
     run.is_taken_up = state.folder is not None  # else it had not begun: a finder's, saved before the fit
 
@@ -92,6 +92,13 @@ def _check_structure(run: Run, pl_module: LightningModule) -> None:
         check_activations(pl_module, state.activations)
     else:
         state.activations = activations_of(pl_module, run.settings.method.kinds_of_gates)
+    pending = [] if state.decision is None or state.decision.chosen is None else state.decision.chosen.names
+    others = [name for name in pending if name in run.method_names and name not in (run.candidates or ())]
+    if others:
+        rank_zero_warn(
+            f"{others} will be removed next, though `include` and `exclude` leave them out now: that was decided "
+            f"before the run was saved. To have it otherwise, take an earlier checkpoint."
+        )
     own = {name for this in state.rounds for name in this.removed}
     given = len(stand_ins(pl_module).keys() - own)
     if given > 0:
@@ -105,7 +112,9 @@ def _claim_folder(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
     state.folder = run.files.claim(trainer, settings.files.dirpath, state, key, writes=not dry_run)
     if run.is_taken_up:
         state.best = run.files.still_best(trainer, state.folder, key, state.best)
-    scores = {REMOVED_KEY: float(len(stand_ins(pl_module)))}  # Lightning knows nothing of these after an interruption
+    scores = {
+        REMOVED_KEY: float(run.number_removed(trainer, pl_module))
+    }  # Lightning knows nothing of these after an interruption
     if state.score is not None and state.score_comes_from_validation:
         scores[settings.monitor] = state.score
     run.scores.put(trainer, scores)

@@ -26,15 +26,15 @@ from lightning_easier.pruning.loop import (
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.state import Chosen, Measured
 from lightning_easier.report import Round
-from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import from_plain
 
 
 def begin_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Carry out what was decided, once, and distil where that is wanted."""
     if not run.settings.dry_run:
-        carry_out(run, trainer, pl_module, run.loop.epoch_begins())
-    if run.teacher is not None and run.state.removed:
+        obey(run, trainer, pl_module, run.loop.epoch_begins())
+        run.holding.begin(trainer, pl_module, [*run.state.held, *run.state.operations])
+    if run.teacher is not None and run.state.chosen_by_now:
         path, dense = run.state.path_of(files.round_file(0)), run.state.rounds[:1]
         use = "checkpoint of the dense round", "be distilled from it"
         run.teacher.start(
@@ -63,14 +63,14 @@ def end_epoch(
     is_measured = run.state.validated_this_epoch or not trainer.enable_validation
     ask = _ask(run, trainer, not_called, is_scored)
     commands = run.loop.epoch_ended(ended, is_scored=is_scored, is_measured=is_measured, ask=ask)
-    carry_out(run, trainer, pl_module, commands)
+    obey(run, trainer, pl_module, commands)
 
 
 def conclude(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Leave a model that was judged; a second call does nothing."""
     if len(run.state.rounds) > 1 and run.state.rounds[-1].accepted is None:
         run.note_score(trainer)
-    carry_out(run, trainer, pl_module, run.loop.run_ended(_ask(run, trainer)))
+    obey(run, trainer, pl_module, run.loop.run_ended(_ask(run, trainer)))
 
 
 def _ask(run: Run, trainer: Trainer, not_called: Sequence[str] = (), is_scored: bool = True) -> Ask:
@@ -81,7 +81,7 @@ def _ask(run: Run, trainer: Trainer, not_called: Sequence[str] = (), is_scored: 
     )
 
 
-def carry_out(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Iterable[Command]) -> None:
+def obey(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Iterable[Command]) -> None:
     """Do what the loop says, in its order."""
     dry_run = run.settings.dry_run
     for command in commands:
@@ -98,7 +98,7 @@ def carry_out(run: Run, trainer: Trainer, pl_module: LightningModule, commands: 
             case Stop(why):
                 trainer.should_stop = True
                 if why is not None and not dry_run:
-                    rank_zero_info(f"{len(run.state.removed)} activations are linear and {why}: pruning is over.")
+                    rank_zero_info(f"Removed were {len(run.state.chosen_by_now)}, and {why}: pruning is over.")
             case Keep() if not dry_run:
                 keep(run, trainer)
             case GoBack():
@@ -112,7 +112,8 @@ def carry_out(run: Run, trainer: Trainer, pl_module: LightningModule, commands: 
 def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[str]) -> Chosen | None:
     """Choose from what was proposed; None if nothing is left. Some activations were not called in training."""
     proposal, state, rules = measured.proposal or Proposal(), run.state, run.settings.rules
-    eligible = proposal.eligible(run.candidates or (), state.rejected)
+    candidates = [name for name in run.candidates or () if name not in state.removed]
+    eligible = proposal.eligible(candidates, state.rejected)
     unused = [  # by no process
         name
         for name in eligible
@@ -124,12 +125,12 @@ def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[
             f"other methods than the model's forward?"
         )
         eligible = {name: rank for name, rank in eligible.items() if name not in unused}
-    count = rules.how_many(len(state.removed), len(eligible))
+    count = rules.how_many(len(state.chosen_by_now), len(eligible))
     names = list(dict.fromkeys(run.settings.method.select(eligible, count)))[:count] if count > 0 else []
     names = trainer.strategy.broadcast(names)
     if not set(names) <= set(eligible):
         raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
-    names = proposal.apart(names)
+    names = proposal.disjoint(names)
     if not names:
         return None
     entropies = measured.entropies or {}
@@ -159,11 +160,16 @@ def _apply(run: Run, trainer: Trainer, pl_module: LightningModule, chosen: Chose
     run.recipe.restart(trainer, run.settings.rules.rounds.restart)
     reset_patience(trainer)
     epoch = trainer.current_epoch
-    run.loop.applied(Round(linear, chosen.entropies, before, None, None, epoch, chosen.names, notes))
-    state.operations, state.dropped = chosen.operations, dropped
-    state.joined += joined
+    for name, operation in zip(chosen.names, operations, strict=True):
+        others = [f"`{other}`" for other in operation.names if other != name]
+        if name in operation.names and others:
+            notes.setdefault(name, []).append(f"together with {' and '.join(others)}")
+    this = Round(linear, chosen.entropies, before, None, None, epoch, chosen.names, notes)
+    run.loop.applied(this, chosen.operations)
+    state.dropped = dropped
+    state.joined += [[*place, len(state.rounds) - 1] for place in joined]
     run.scores.forget(trainer)
-    run.scores.put(trainer, {REMOVED_KEY: float(len(stand_ins(pl_module)))})
+    run.scores.put(trainer, {REMOVED_KEY: float(run.number_removed(trainer, pl_module))})
 
 
 def keep(run: Run, trainer: Trainer) -> None:
@@ -191,5 +197,5 @@ def _go_back(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     run.scores.forget(trainer)
     run.scores.put(trainer, state.snapshot.scores)
     for logger in trainer.loggers:
-        logger.log_metrics({REMOVED_KEY: float(len(stand_ins(pl_module)))}, trainer.global_step)
-    rank_zero_info(f"Went back to the last good model, {path}, with {len(state.removed)} linear activations.")
+        logger.log_metrics({REMOVED_KEY: float(run.number_removed(trainer, pl_module))}, trainer.global_step)
+    rank_zero_info(f"Went back to the last good model, {path}, with {len(state.chosen_by_now)} removed.")

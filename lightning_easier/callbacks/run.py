@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_easier.callbacks.distillation import DenseTeacher, Distillation
 from lightning_easier.callbacks.files import Files, RunFiles
+from lightning_easier.callbacks.holding import Holding
 from lightning_easier.callbacks.measuring import Measurement
 from lightning_easier.callbacks.recipe import InitialRecipe
 from lightning_easier.callbacks.scores import LoggedScores
@@ -55,7 +56,9 @@ class Run:
         loop: Judges and decides; its state is what a checkpoint carries.
         is_taken_up: Whether the state is that of a checkpoint.
         of_trainer: The Trainer that the state is of.
-        candidates: The activations that may become linear; None while they were not looked for.
+        candidates: The activations that may become linear, or what else the method removes, those that have become so
+            among them; None while they were not looked for.
+        method_names: The same, with those that the user leaves out.
         entropies: As measured last, whatever was validated; None before.
         proposal: What the method would do by that.
         listed: What a dry run has listed.
@@ -68,6 +71,7 @@ class Run:
         dashboard: Writes to TensorBoard.
         recipe: Optimizers and schedules as they began.
         scores: What was logged.
+        holding: Has operations hold what they did.
         files: The checkpoints.
         resumed_inside: The epoch that a checkpoint was saved in the middle of.
     """
@@ -78,6 +82,7 @@ class Run:
         self.is_taken_up = False
         self.of_trainer = Remembered[Trainer]()
         self.candidates: list[str] | None = None
+        self.method_names: list[str] = []
         self.entropies: dict[str, float] | None = None
         self.proposal = Proposal()
         self.listed: CandidateReport | None = None
@@ -90,6 +95,7 @@ class Run:
         self.dashboard: Dashboard | None = None
         self.recipe: InitialRecipe | None = None
         self.scores = LoggedScores()
+        self.holding = Holding()
         self.files = RunFiles()
         self.resumed_inside = -1
 
@@ -135,6 +141,14 @@ class Run:
     def may_decide(self, trainer: Trainer) -> bool:
         """Tell whether a decision may follow the validation that goes on."""
         return self.loop.may_decide if trainer.state.fn == TrainerFn.FITTING else self.settings.dry_run
+
+    def number_removed(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """Return how much is removed from a model, what was linear from the start among it."""
+        linear = stand_ins(pl_module).keys()
+        if trainer.state.fn != TrainerFn.FITTING:
+            return len(linear)
+        own = {name for this in self.state.rounds for name in this.removed}
+        return len(linear - own) + len(self.state.chosen_by_now)
 
     def sites(self, pl_module: LightningModule) -> list[str]:
         """Return the names of all activations, those that are linear among them."""

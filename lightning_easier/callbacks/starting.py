@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_easier.callbacks import optimizers, surgery, wiring
 from lightning_easier.callbacks.recipe import InitialRecipe
 from lightning_easier.callbacks.run import Run
+from lightning_easier.sites.activations import planned_sites
 from lightning_easier.structure.checkpoint import restructure_on_load
 from lightning_easier.structure.linearize import stand_ins
 
@@ -21,7 +22,7 @@ def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -
     run.stage = stage
     if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or not run.of_trainer.is_(trainer)):
         run.begin_anew(trainer)  # else a Trainer goes on
-    for undo in (run.files.release, run.scores.release, run.measurement.detach):
+    for undo in (run.files.release, run.scores.release, run.holding.end, run.measurement.detach):
         run.around.callback(undo)
     if run.teacher is not None:
         run.around.callback(run.teacher.stop)
@@ -53,7 +54,11 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     settings, method = run.settings, run.settings.method
     found, axes = method.removable(pl_module), settings.measuring.axes
     known = [*found, *stand_ins(pl_module)]
-    chosen = wiring.check_names(type(pl_module).__name__, known, settings.include, settings.exclude, axes)
+    removes = type(pl_module).__name__, type(method).__name__
+    chosen = wiring.check_names(*removes, known, settings.include, settings.exclude)
+    if axes:
+        sites = [*(site.name for site in planned_sites(pl_module, method.kinds_of_gates)), *stand_ins(pl_module)]
+        wiring.check_axes(sites, axes)
     is_fitting = trainer.state.fn == TrainerFn.FITTING
     if is_fitting:
         live = {name: found[name] for name in chosen if name in found}
@@ -61,7 +66,7 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         if settings.target is not None or method.looks_at_operators:
             wiring.check_network_can_be_priced(trainer, settings.target is not None)
-    run.candidates = chosen
+    run.candidates, run.method_names = chosen, known
     if run.is_active:
         run.measurement.look(pl_module)
         if is_fitting:

@@ -30,8 +30,9 @@ from lightning_easier.callbacks.optimizers import (
     put_back_parameters,
 )
 from lightning_easier.callbacks.recipe import clear_gradients
+from lightning_easier.structure.inventory import not_removed, outermost
 from lightning_easier.structure.linearize import MARK_KEY, bypass, read_marks, restore, stand_ins
-from lightning_easier.structure.operations import Operation
+from lightning_easier.structure.operations import Change, Operation
 
 
 class Carried(NamedTuple):
@@ -59,7 +60,7 @@ def carry_out(trainer: Trainer, pl_module: LightningModule, operations: Sequence
     Raises:
         RuntimeError: If the processes do not hold the same model afterwards.
     """
-    changes = [operation.apply(pl_module) for operation in operations]
+    changes = _applied(pl_module, operations)
     lost = [parameter for change in changes for parameter in change.lost]
     dropped = drop_parameters(trainer.optimizers, lost)
     forget_moments(trainer.optimizers, [parameter for change in changes for parameter in change.rewritten])
@@ -69,6 +70,19 @@ def carry_out(trainer: Trainer, pl_module: LightningModule, operations: Sequence
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
     return Carried({name: note for change in changes for name, note in change.notes.items()}, dropped, joined)
+
+
+def _applied(pl_module: LightningModule, operations: Sequence[Operation]) -> list[Change]:
+    """Apply operations, or none: what was done before one fails is undone."""
+    changes: list[Change] = []
+    try:
+        for operation in operations:
+            changes.append(operation.apply(pl_module))
+    except BaseException:
+        for operation in reversed(operations[: len(changes)]):
+            operation.undo(pl_module)
+        raise
+    return changes
 
 
 def go_back(
@@ -156,6 +170,7 @@ def check_marks_are_saved(pl_module: LightningModule, names: Sequence[str]) -> N
     Raises:
         MisconfigurationException: If it drops what belongs to an activation among them.
     """
+    names = outermost(names)
     bypass(pl_module, names)
     try:
         told = read_marks(pl_module.state_dict())
@@ -175,8 +190,7 @@ def check_is_linear(pl_module: LightningModule, names: Sequence[str]) -> None:
     Raises:
         RuntimeError: If an activation among them is not linear.
     """
-    linear = stand_ins(pl_module)
-    missing = [name for name in names if name not in linear]
+    missing = not_removed(pl_module, names)
     if missing:
         raise RuntimeError(
             f"The activations {missing} were linear in the model that was saved, but the weights were loaded without: "

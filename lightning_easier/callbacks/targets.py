@@ -1,6 +1,5 @@
 """How fast or how shallow a run should make its network, and whether it is there: one answer for all processes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,14 +27,14 @@ class TargetCheck:
     _table: LatencyTable = field(default_factory=LatencyTable, repr=False)
 
     def attained(
-        self, trainer: Trainer, found: tuple[nn.Module, tuple[Tensor, ...]] | None, removed: Sequence[str]
+        self, trainer: Trainer, found: tuple[nn.Module, tuple[Tensor, ...]] | None, has_removed: bool
     ) -> Attained | None:
         """Tell how fast and how shallow the network is; every process has to call this.
 
         Args:
             trainer: The Trainer.
             found: The network and example inputs; that of rank 0 counts, None if none was called there.
-            removed: Names of the activations that are linear and were not at the start.
+            has_removed: Whether something was removed.
 
         Returns:
             The answer; None where nothing was removed, so that there is nothing to ask.
@@ -46,7 +45,7 @@ class TargetCheck:
         told: Attained | str | None = None
         if trainer.is_global_zero and found is None:
             told = "no module that holds all activations was called in the validation, with tensors in their places"
-        elif trainer.is_global_zero and found is not None and removed:
+        elif trainer.is_global_zero and found is not None and has_removed:
             network, inputs = found
             try:
                 told = attained(copied(network), inputs, self.target, self.objective, self._table)

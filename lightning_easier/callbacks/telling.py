@@ -7,7 +7,6 @@ from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.run import Run
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.rules import Tolerance, mode_in_name
-from lightning_easier.structure.linearize import stand_ins
 
 
 def warn_of_a_mode(monitor: str, tolerance: Tolerance) -> None:
@@ -27,7 +26,7 @@ def tell_verdict(run: Run, trainer: Trainer, pl_module: LightningModule, number:
     this = state.rounds[number]
     if run.dashboard is not None:
         if this.score_after is not None:
-            run.dashboard.write_score(this.score_after, len(stand_ins(pl_module)))
+            run.dashboard.write_score(this.score_after, run.number_removed(trainer, pl_module))
         run.dashboard.write_event(report.event(number), trainer.global_step)
     rank_zero_info(report.line(number, run.settings.rules.tolerance.amount))
     _warn_of_a_weak_reference(run)
@@ -70,7 +69,7 @@ def warn_of_a_missed_target(run: Run) -> None:
     attained = run.state.snapshot.measured.attained
     if attained is not None and attained.is_reached:
         return
-    what = attained.words if attained is not None else "no activation became linear"
+    what = attained.words if attained is not None else "nothing was removed"
     rank_zero_warn(
         f"The run is over, and its target is not reached: {what}. Raise `tolerance` or `max_epochs`, or let more go "
         f"(`include`, `max_removals`, `max_rejections`, another `method`)."

@@ -31,13 +31,13 @@ from lightning_easier.structure.checkpoint import will_restore_structure
 _BATCHES_OF_ENDLESS_LOADERS = 16
 
 
-def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str, dirpath: str | Path | None) -> None:
+def check(trainer: Trainer, candidates: Mapping[str, nn.Module], on: str, dirpath: str | Path | None) -> None:
     """Refuse what pruning does not go with, before anything is changed.
 
     Args:
         trainer: The Trainer, before it starts.
         candidates: Name -> module of the activations that may become linear.
-        measure_on: Which batches the entropy is measured on.
+        on: Which batches the entropy is measured on.
         dirpath: Folder of the rounds' checkpoints.
 
     Raises:
@@ -93,7 +93,7 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], measure_on: str
         )
     if dirpath is not None and Path(dirpath).exists() and not Path(dirpath).is_dir():
         raise MisconfigurationException(f"Expected argument `dirpath` to be a folder, but {dirpath} is a file")
-    if measure_on == "validation" and not trainer.enable_validation:
+    if on == "validation" and not trainer.enable_validation:
         raise MisconfigurationException(
             f"Pruning measures on validation batches, but the run has none (limit_val_batches="
             f"{trainer.limit_val_batches}). Add a validation loader and step, or pass Measuring(on='training')."
@@ -145,7 +145,7 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
         raise MisconfigurationException(
             f"Expected the Trainer's `max_epochs` to leave time for a round of pruning, {epochs} epochs "
             f"with the warmup and the validation at its end, but got {longest}, at epoch {trainer.current_epoch}. "
-            f"Raise it, or lower `warmup_epochs`, `epochs_per_round` or `check_val_every_n_epoch`."
+            f"Raise it, or lower `warmup_epochs` or `epochs` of the rounds, or `check_val_every_n_epoch`."
         )
     goes_on = longest is None or longest < 0 or longest - trainer.current_epoch > epochs
     if trainer.max_steps < 0 or not pl_module.automatic_optimization or trainer.num_training_batches == math.inf:
@@ -158,7 +158,7 @@ def check_length(trainer: Trainer, pl_module: LightningModule, epochs: int) -> b
         raise MisconfigurationException(
             f"Expected the Trainer's `max_steps` to leave time for a round of pruning, {epochs} epochs "
             f"or {steps} steps with the warmup, but got {trainer.max_steps}, at step {trainer.global_step}. Raise it, "
-            f"or lower `warmup_epochs` or `epochs_per_round`."
+            f"or lower `warmup_epochs` or `epochs` of the rounds."
         )
     return goes_on and trainer.max_steps - trainer.global_step > steps
 
@@ -178,45 +178,53 @@ def _accumulation(trainer: Trainer, epoch: int) -> int:
 
 
 def check_names(
-    model: str,
-    known: Sequence[str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    neuron_dim: Mapping[str, int],
+    model: str, method: str, known: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> list[str]:
-    """Return the activations that may become linear.
+    """Return what may be removed.
 
     Args:
         model: Name of the model's class.
-        known: All activations, those that are linear among them.
-        include: Name globs of those that may become linear.
-        exclude: Name globs of those that may not.
-        neuron_dim: Axis of the neurons by name glob.
+        method: Name of the method's class.
+        known: All that the method removes, what was removed among it.
+        include: Name globs of what may be removed.
+        exclude: Name globs of what may not.
 
     Raises:
-        MisconfigurationException: If there is no activation, a glob matches none, or none may become linear.
+        MisconfigurationException: If there is nothing, a glob matches nothing, or nothing may be removed.
     """
     if not known:
         raise MisconfigurationException(
-            f"Expected {model} to call at least one rectifier, but found none. Rectifiers are the activations of "
-            f"torch.nn from ReLU to Softplus; see `isolate_activations`."
+            f"Expected {model} to call at least one rectifier, or what else {method} removes, but found none. "
+            f"Rectifiers are the activations of torch.nn from ReLU to Softplus; see `isolate_activations`."
         )
     try:
         chosen = match_names(known, include, exclude)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-    for glob in neuron_dim:
-        if not any(fnmatchcase(name, glob) for name in known):
-            raise MisconfigurationException(
-                f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none of "
-                f"{known}"
-            )
     if not chosen:
         raise MisconfigurationException(
-            f"Expected arguments `include` {include} and `exclude` {exclude} to leave activations to prune, but they "
+            f"Expected arguments `include` {include} and `exclude` {exclude} to leave something to prune, but they "
             f"leave none of {known}"
         )
     return chosen
+
+
+def check_axes(sites: Sequence[str], neuron_dim: Mapping[str, int]) -> None:
+    """Refuse an axis for an activation that is not there.
+
+    Args:
+        sites: All activations, those that are linear among them.
+        neuron_dim: Axis of the neurons by name glob.
+
+    Raises:
+        MisconfigurationException: If a glob matches none.
+    """
+    for glob in neuron_dim:
+        if not any(fnmatchcase(name, glob) for name in sites):
+            raise MisconfigurationException(
+                f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none of "
+                f"{sites}"
+            )
 
 
 def check_validation_ran(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.baseline import Baseline, baseline_of
-from lightning_easier.collapsing.errors import CaptureError, CollapseError, DifferenceError, Step, StepError
+from lightning_easier.collapsing.errors import CaptureError, CollapseError, CollapseStep, DifferenceError, StepError
 from lightning_easier.collapsing.exact.capture import capture, duplicate, note_shapes
 from lightning_easier.collapsing.exact.chains import depth
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
@@ -423,7 +423,7 @@ def _rewrite(
     Raises:
         CollapseError: If the result is not the same function, and no step is to blame.
     """
-    left_out: dict[Step, str] = {}
+    left_out: dict[CollapseStep, str] = {}
     while True:
         steps = Steps(captured, objective, latencies, left_out)
         try:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Step(NamedTuple):
+class CollapseStep(NamedTuple):
     """A step of a collapse that can be left out.
 
     Attributes:
@@ -46,6 +46,6 @@ class StepError(Exception):
         step: Which.
     """
 
-    def __init__(self, step: Step, message: str) -> None:
+    def __init__(self, step: CollapseStep, message: str) -> None:
         super().__init__(message)
         self.step = step

@@ -15,6 +15,7 @@ from lightning_easier.sites.discovery import ActivationSite, Discovery, Isolatio
 from lightning_easier.sites.neighbourhood import Meeting, Neighbourhood
 from lightning_easier.sites.rectifiers import as_gates
 from lightning_easier.structure.padding import possible_shift
+from lightning_easier.support.arguments import check_bool
 from lightning_easier.support.inference import evaluation_mode
 
 
@@ -51,6 +52,7 @@ def candidates(
         >>> [(candidate.name, candidate.merges) for candidate in candidates(model).candidates]
         [('1', (('0', '2'),)), ('3', ())]
     """
+    check_bool("shift_padding", shift_padding)
     inner = unwrap(model)
     with evaluation_mode(inner):
         plan = Discovery(as_gates(gates)).plan(inner)

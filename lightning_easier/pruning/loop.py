@@ -5,9 +5,9 @@ model is carried out at the start of the next epoch. Whoever runs the loop carri
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_easier.pruning.rules import Rules
 from lightning_easier.pruning.state import Chosen, Decision, Measured, RunState
@@ -195,19 +195,20 @@ class PruningLoop:
         """Take note that the last good model is back."""
         state = self.state
         state.operations, state.dropped = [], []
-        state.joined = [place for place in state.joined if place[0] in state.removed]
+        state.joined = [place for place in state.joined if place[3] != len(state.rounds) - 1]
         state.now = state.snapshot.measured
         state.score = state.kept[-1].score_after
         decision = state.decision
         state.decision = None if decision is None or decision.chosen is None else Decision(False, decision.chosen)
 
-    def applied(self, this: Round) -> None:
+    def applied(self, this: Round, operations: Sequence[dict[str, Any]] = ()) -> None:
         """Take note that what was chosen is done: a round begins.
 
         Args:
             this: The round.
+            operations: What was done, as plain data.
         """
-        self.state.begin_round(this)
+        self.state.begin_round(this, operations)
         self.state.decision = None
 
     def _judge(self, score: float, ask: Ask) -> Iterator[Command]:

@@ -74,7 +74,7 @@ def hull(candidates: Sequence[FittedCandidate]) -> list[FittedCandidate]:
     return hull
 
 
-class Step(NamedTuple):
+class Taken(NamedTuple):
     """What one trial has changed.
 
     Attributes:
@@ -145,9 +145,11 @@ class Search:
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedChain] = {}
-        self._steps: list[Step] = []  # those that are in place, in the order they were taken
+        self._steps: list[Taken] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Trial] = []
-        self._undone: list[tuple[int, Step]] = []  # those that the last one has taken the place of, and where they were
+        self._undone: list[
+            tuple[int, Taken]
+        ] = []  # those that the last one has taken the place of, and where they were
 
     @property
     def saved(self) -> float:
@@ -254,7 +256,7 @@ class Search:
         for step in begun:
             step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
         new = {name: self.model.get_submodule(name) for name in old}
-        self._steps.append(Step(trial, choice.saving, old, new))
+        self._steps.append(Taken(trial, choice.saving, old, new))
         self.trials.append(trial)
         for site in chain.sites:
             self.reasons.pop(site, None)
@@ -265,7 +267,7 @@ class Search:
         sites = {*candidate.choice.chain.sites}
         return any({*each.sites} <= sites and each.drift <= candidate.drift for each in self._taken_back)
 
-    def _may_follow(self, candidate: FittedCandidate, step: Step) -> bool:
+    def _may_follow(self, candidate: FittedCandidate, step: Taken) -> bool:
         """Tell whether a candidate saves more than what is in place of a part of its chain and can be undone."""
         is_whole = all(self.model.get_submodule(name) is module for name, module in step.new.items())
         is_part = {*step.trial.sites} <= {*candidate.choice.chain.sites}

@@ -1,6 +1,6 @@
 """Where a run stands, as plain data: all that a checkpoint has to carry for the run to go on as if uncut."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from lightning_easier.pruning.methods.base import Proposal
 from lightning_easier.pruning.targets import Attained
 from lightning_easier.report import Round
+from lightning_easier.structure.operations import kind_of
 
 VERSION = 2
 """Of the form of a state; a checkpoint tells it."""
@@ -17,7 +18,7 @@ Position = list[Any]
 """Which of the parameters, optimizer, parameter group and place within it, and its name there, if any; plain data."""
 
 Place = list[Any]
-"""Name of a stand-in, and the optimizer and parameter group that its parameters have joined; plain data."""
+"""Name of a module, the optimizer and group that its parameters have joined, and in which round; plain data."""
 
 
 def is_plain_name(file: Any) -> bool:
@@ -163,7 +164,8 @@ class RunState:
         best: Number of linear activations, as a string -> their best checkpoint.
         operations: Those of this round, as plain data.
         dropped: Where the parameters that this round removed were in the optimizers.
-        joined: Where the parameters of stand-ins are in the optimizers, in the order in which they came.
+        joined: Where new parameters are in the optimizers, in the order in which they came.
+        held: The operations of earlier rounds that have to hold what they did, as plain data.
         activations: Name -> class of all activations of the module, as it was when the run began.
         version: Of the form of the state.
     """
@@ -190,6 +192,7 @@ class RunState:
     operations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
+    held: list[dict[str, Any]] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -214,8 +217,7 @@ class RunState:
             )
         try:
             state = cls._from_plain(plain)
-            if not isinstance(state.folder, str | None) or not all(number.isdigit() for number in state.best):
-                raise TypeError(f"folder {state.folder!r}, best {list(state.best)}")
+            state.check_form()
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"Expected the checkpoint to hold the record of a pruning run, but it has another form ({error!r}). "
@@ -228,6 +230,24 @@ class RunState:
                     f"somebody has changed the checkpoint. Take another one."
                 )
         return state
+
+    def check_form(self) -> None:
+        """Refuse what no run has left.
+
+        Raises:
+            TypeError: If a part is of another type.
+        """
+        chosen = None if self.decision is None else self.decision.chosen
+        for plain in [*self.operations, *self.held, *(chosen.operations if chosen is not None else ())]:
+            kind_of(plain)
+        whole = {"epochs": self.epochs, "ended": self.ended, "rejections": self.rejections}
+        lists = {"rejected": self.rejected, "dropped": self.dropped, "joined": self.joined, "rounds": self.rounds}
+        strange = [name for name, value in whole.items() if not isinstance(value, int)]
+        strange += [name for name, value in lists.items() if not isinstance(value, list)]
+        if not isinstance(self.folder, str | None) or not all(number.isdigit() for number in self.best):
+            strange += [f"folder {self.folder!r} or best {list(self.best)}"]
+        if strange or not self.rounds:
+            raise TypeError(f"not as expected: {strange or ['rounds']}")
 
     @classmethod
     def _from_plain(cls, plain: Mapping[str, Any]) -> "RunState":
@@ -258,8 +278,15 @@ class RunState:
             vars(self).update(before)
             raise
 
-    def begin_round(self, this: Round) -> None:
-        """Forget what was known of the last structure."""
+    def begin_round(self, this: Round, operations: Sequence[dict[str, Any]] = ()) -> None:
+        """Forget what was known of the last structure, and hold what was done to it.
+
+        Args:
+            this: The round.
+            operations: Its operations, as plain data.
+        """
+        self.held += [plain for plain in self.operations if kind_of(plain).holds()]
+        self.operations = list(operations)
         self.rounds.append(this)
         self.epochs = 0
         self.now, self.score = Measured(), None
@@ -289,6 +316,16 @@ class RunState:
     def removed(self) -> list[str]:
         """The activations that are linear by now, in the order of their removal."""
         return [name for this in self.rounds if this.accepted is not False for name in this.removed]
+
+    @property
+    def chosen_by_now(self) -> list[str]:
+        """What was removed, in the order of its removal, that of a round whose going back is still to come among it."""
+        return [
+            name
+            for number, this in enumerate(self.rounds)
+            if this.accepted is not False or (number == len(self.rounds) - 1 and self.operations)
+            for name in this.chosen
+        ]
 
     @property
     def is_going_back(self) -> bool:

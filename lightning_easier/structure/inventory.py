@@ -33,17 +33,30 @@ def check_activations(model: nn.Module, known: Mapping[str, str]) -> None:
     """
     now = activations_of(model, GATES.keys())
     absorbed = {name for name, part in model.named_modules() if isinstance(part, Absorbed)}  # it went with another
-    blocks = tuple(f"{name}." for name in stand_ins(model))
+    gone = {*known} - {*not_removed(model, known), *stand_ins(model)}  # with a block
     others = [
         f"{name!r} is {now.get(name, 'gone')}, and was {kind}"
         for name, kind in known.items()
-        if now.get(name) != kind and name not in absorbed and not name.startswith(blocks)
+        if now.get(name) != kind and name not in absorbed | gone
     ]
     if others:
         raise ValueError(
             f"Expected {type(model).__name__} to have the activations of the run that is resumed, but "
             f"{'; '.join(others[:5])}. Build the module as the one that was saved, or start a new run."
         )
+
+
+def not_removed(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of some modules are in a model still: neither they, nor a block that they are in, have gone."""
+    linear = stand_ins(model)
+    blocks = tuple(f"{name}." for name in linear)
+    return [name for name in names if name not in linear and not name.startswith(blocks)]
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """Leave out modules that lie inside another of them."""
+    names = list(names)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def originals(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
 from lightning_easier.structure.stand_in import MARK_KEY, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, Substitution
-from lightning_easier.support.arguments import check_choice
+from lightning_easier.support.arguments import check_bool, check_choice
 
 
 def linearize(
@@ -67,6 +67,10 @@ def linearize(
         )
     """
     check_choice("stand_in", stand_in, (*STAND_INS, "fitted"))
+    check_bool("shift_padding", shift_padding)
+    check_bool("trainable", trainable)
+    if trainable and stand_in == "identity":
+        raise ValueError("Expected argument `trainable` to be False with stand_in='identity', which has no parameters")
     inner = unwrap(model)
     linear = stand_ins(inner)
     names = [name for name in _as_names(names) if name not in linear]

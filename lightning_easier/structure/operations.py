@@ -95,8 +95,28 @@ class Operation(ABC):
         """The modules that it takes: another operation that takes one of them does not go with it."""
         return set(self.names)
 
+    def hold(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to hold
+        """Have what it did hold, as a mask has to; override it, and it is called after every step of an optimizer.
+
+        It is, as long as the round of the operation was not taken back, and after a resume too.
+        """
+
+    @classmethod
+    def holds(cls) -> bool:
+        """Tell whether there is something to hold."""
+        return cls.hold is not Operation.hold
+
     def to_plain(self) -> dict[str, Any]:
-        """Return plain data, which :func:`from_plain` reads."""
+        """Return plain data, which :func:`from_plain` reads.
+
+        Raises:
+            TypeError: If the class has no ``kind`` of its own: another class would be made of it.
+        """
+        if "kind" not in vars(type(self)):
+            raise TypeError(
+                f"Expected {type(self).__name__} to have a class attribute `kind` of its own, by which a checkpoint "
+                f"names it"
+            )
         return {"kind": self.kind, **asdict(self)}
 
 

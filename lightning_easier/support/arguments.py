@@ -9,7 +9,11 @@ def as_globs(argument: str, value: Iterable[str] | str | None) -> list[str] | No
     """Take one glob for a list of one."""
     if value is None or isinstance(value, str):
         return [value] if value is not None else None
-    if not isinstance(value, Iterable) or not all(isinstance(glob, str) for glob in value):
+    if (
+        not isinstance(value, Iterable)
+        or isinstance(value, Mapping)
+        or not all(isinstance(glob, str) for glob in value)
+    ):
         raise TypeError(f"Expected argument `{argument}` to hold name globs, but got {value!r}")
     return list(value)
 

@@ -330,14 +330,18 @@ def test_what_is_known_after_going_back_is_what_was_known_of_the_last_good_round
     model.epoch(0.9)
     model.epoch(0.8)
     state = model.loop.state
-    state.joined, state.dropped, state.operations = [["act0", 0, 0], ["act1", 0, 1]], [[0]], [{"kind": "identity"}]
+    state.joined, state.dropped, state.operations = (
+        [["act0", 0, 0, 1], ["act1", 0, 1, 2]],
+        [[0]],
+        [{"kind": "identity"}],
+    )
     model.epoch(0.1)
-    assert state.joined == [["act0", 0, 0], ["act1", 0, 1]]
+    assert state.joined == [["act0", 0, 0, 1], ["act1", 0, 1, 2]]
     good = state.snapshot.measured
     assert state.now != good
     model.end()
     assert state.now == good
-    assert (state.score, state.joined, state.dropped, state.operations) == (0.8, [["act0", 0, 0]], [], [])
+    assert (state.score, state.joined, state.dropped, state.operations) == (0.8, [["act0", 0, 0, 1]], [], [])
 
 
 def test_a_run_that_dies_while_it_goes_back_from_nan_knows_that_it_has_to():

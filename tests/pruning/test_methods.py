@@ -163,8 +163,8 @@ def test_the_body_of_an_inverted_residual_goes_as_one():
 
 def test_what_goes_with_another_is_not_chosen_beside_it():
     proposal = proposed(inverted(), MAPS, most=2, fit=True)
-    assert proposal.apart(["2", "5", "11", "14"]) == ["2", "11"]
-    assert proposal.apart(["5", "2"]) == ["5"]
+    assert proposal.disjoint(["2", "5", "11", "14"]) == ["2", "11"]
+    assert proposal.disjoint(["5", "2"]) == ["5"]
 
 
 def test_a_rank_is_the_cost_per_multiply_accumulate_saved():
@@ -239,5 +239,5 @@ def test_chains_that_share_an_operator_do_not_go_together():
     proposal = Proposal()
     for name, chain_fit in fit_chains(model, [torch.randn(64, 6)]).items():
         proposal.add(FittedOperators([name], {name: chain_fit.to_plain()}), 0.5)
-    assert proposal.apart(["3", "1", "5"]) == ["3"]
-    assert proposal.apart(["1", "3", "5"]) == ["1", "5"]
+    assert proposal.disjoint(["3", "1", "5"]) == ["3"]
+    assert proposal.disjoint(["1", "3", "5"]) == ["1", "5"]

@@ -15,7 +15,7 @@ from lightning_easier.collapsing.algebra.operators import (
     in_float64,
     uses_batch_statistics,
 )
-from lightning_easier.collapsing.errors import CannotMergeError, Step, StepError
+from lightning_easier.collapsing.errors import CannotMergeError, CollapseStep, StepError
 from lightning_easier.collapsing.exact.capture import duplicate
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
 from lightning_easier.collapsing.exact.nodes import name_of
@@ -65,7 +65,7 @@ class Steps:
     """
 
     def __init__(
-        self, captured: fx.GraphModule, objective: Objective, table: LatencyTable, left_out: Mapping[Step, str]
+        self, captured: fx.GraphModule, objective: Objective, table: LatencyTable, left_out: Mapping[CollapseStep, str]
     ) -> None:
         self._captured = captured
         self._graph = captured.graph
@@ -74,7 +74,7 @@ class Steps:
         self._writer = Writer(captured)
         self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
         self._left_out = left_out
-        self._taken: list[Step] = []
+        self._taken: list[CollapseStep] = []
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
@@ -115,7 +115,7 @@ class Steps:
             batch_norm: Any = module_of(self._captured, node)
             if type(batch_norm) not in BATCH_NORMS:
                 continue
-            step = Step("fold", node.name)
+            step = CollapseStep("fold", node.name)
             if step in self._left_out:
                 self.refusals.append(Refusal((str(node.target),), self._left_out[step]))
                 continue
@@ -216,7 +216,7 @@ class Steps:
             r for r in self.refusals if len(r.operators) > 1 or r.operators[0] not in known or r.reason in kept
         ]
 
-    def blamed(self, differences: Mapping[str, float]) -> dict[Step, str]:
+    def blamed(self, differences: Mapping[str, float]) -> dict[CollapseStep, str]:
         """Say of the steps that were taken what is wrong with them.
 
         Args:
@@ -323,13 +323,13 @@ def _why_not(faster: Speedup) -> str | None:
     )
 
 
-def _step_of(chain: Chain) -> Step:
+def _step_of(chain: Chain) -> CollapseStep:
     last = chain[-1].node
-    return Step("merge", equal_in_source(last) or last.name)
+    return CollapseStep("merge", equal_in_source(last) or last.name)
 
 
 @contextmanager
-def _said_of(step: Step) -> Iterator[None]:
+def _said_of(step: CollapseStep) -> Iterator[None]:
     """Say of what a step raises which it was; that operators can't be merged, or memory is short, is no fault of it."""
     try:
         yield

@@ -5,7 +5,7 @@ What a chain reads and what it computes are summed up on the spot (see
 pass over the data.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -235,8 +235,3 @@ def fit_chains(
         if possible:
             best[chain.sites[0]] = max(possible, key=lambda fit: fit.explained)
     return best
-
-
-def plain_fits(fits: Mapping[str, ChainFit]) -> dict[str, dict[str, Any]]:
-    """Return fits as plain data by name."""
-    return {name: fit.to_plain() for name, fit in fits.items()}

@@ -102,9 +102,9 @@ def gather(
         if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
             shapes = _shapes_of_inputs(model, list(reached), arguments)
         for chain in group:
-            is_there = chain in reached and chain in shapes
+            is_reached = chain in reached and chain in shapes
             sums = moments.pop(chain, None)  # not kept beside those of the next
-            yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_there and sums is not None else None
+            yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_reached and sums is not None else None
 
 
 def _groups(model: nn.Module, chains: Iterable[FittableChain]) -> Iterator[list[FittableChain]]:

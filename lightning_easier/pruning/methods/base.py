@@ -100,7 +100,7 @@ class Proposal:
         """Return the ranks of what may be chosen.
 
         Args:
-            candidates: The activations that may become linear.
+            candidates: The activations, or whatever is removed, that may become linear and are not.
             rejected: Names of what was taken back.
         """
         return {
@@ -113,13 +113,13 @@ class Proposal:
         """Return the activations that become linear if one thing is removed."""
         return list(self.operations[name]["names"])
 
-    def apart(self, names: Sequence[str]) -> list[str]:
-        """Leave out what takes a part that an earlier one takes."""
+    def disjoint(self, names: Sequence[str]) -> list[str]:
+        """Leave out what takes a part that an earlier one takes, or lies inside such a part, or holds one."""
         taken: set[str] = set()
         chosen = []
         for name in names:
             parts = from_plain(self.operations[name]).parts
-            if not taken & parts:
+            if not any(_overlap(part, other) for part in parts for other in taken):
                 chosen.append(name)
                 taken |= parts
         return chosen
@@ -128,6 +128,11 @@ class Proposal:
         """Forget what may be as large as the model; what is left may be chosen still."""
         kept = {name: plain for name, plain in self.operations.items() if not kind_of(plain).is_large}
         return Proposal(self.ranks, kept)
+
+
+def _overlap(part: str, other: str) -> bool:
+    """Tell whether two modules are one, or one lies inside the other."""
+    return part == other or part.startswith(f"{other}.") or other.startswith(f"{part}.")
 
 
 @dataclass(frozen=True)

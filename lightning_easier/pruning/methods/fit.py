@@ -46,8 +46,17 @@ class FitChains(Linearize):
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If an argument has a value that is not supported, or does not go with another.
+        ValueError: If an argument has a value that is not supported, or has no effect beside another.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.stand_in, self.trainable, self.shift_padding
+        if self.order.mergeable_only and given != ("identity", False, True):
+            raise ValueError(
+                f"Expected arguments `stand_in`, `trainable` and `shift_padding` to be left out with "
+                f"Order(mergeable_only=True), but got {given}: what lies in no chain is not removed then"
+            )
 
     @property
     def needs_eval_mode(self) -> bool:
