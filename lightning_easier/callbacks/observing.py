@@ -38,7 +38,7 @@ def end_validation_epoch(run: Run, trainer: Trainer, pl_module: LightningModule)
     """Take note of what was measured, and log it."""
     state = run.state
     if trainer.state.fn == TrainerFn.FITTING:
-        state.validated = state.validated_this_epoch = True
+        state.validations.seen = state.validations.seen_this_epoch = True
     if run.measurement.is_counting:
         finish_counting(run, trainer, pl_module)
         log_entropies(run, trainer, pl_module)
@@ -57,11 +57,11 @@ def end_validation(run: Run, trainer: Trainer, pl_module: LightningModule) -> No
             measured = Measured(run.entropies, run.proposal)
             rounds.list_candidates(run, pl_module, rounds.choose(run, trainer, measured, []))
         return
-    state.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+    state.validations.at = trainer.fit_loop.epoch_loop.total_batch_idx
     is_new = run.scores.is_new(trainer, settings.monitor, "validation")  # perhaps it is logged by rank 0 only
-    state.score_comes_from_validation = trainer.strategy.broadcast(is_new)
-    if state.score_comes_from_validation:
-        state.scored_this_epoch = True
+    state.validations.have_score = trainer.strategy.broadcast(is_new)
+    if state.validations.have_score:
+        state.validations.scored_this_epoch = True
         run.note_score(trainer)
         keep_best(run, trainer, pl_module)
 
@@ -132,16 +132,16 @@ def log_progress(run: Run, trainer: Trainer, pl_module: LightningModule) -> None
 def note_score_of_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> bool:
     """Take note of the score at the end of a training epoch; tell whether this epoch has logged it."""
     state, monitor = run.state, run.settings.monitor
-    from_validation = state.score_comes_from_validation or state.scored_this_epoch
+    from_validation = state.validations.have_score or state.validations.scored_this_epoch
     if run.resumed_inside == trainer.current_epoch and not from_validation:
         state.score = None  # of an epoch that this process has not seen whole
     else:
-        if state.validated or not trainer.enable_validation:
+        if state.validations.seen or not trainer.enable_validation:
             wiring.check_monitor(trainer, monitor, state.score)
         run.note_score(trainer)
-    if not state.score_comes_from_validation or not trainer.enable_validation:
+    if not state.validations.have_score or not trainer.enable_validation:
         keep_best(run, trainer, pl_module)
-    return state.scored_this_epoch or run.scores.is_new(trainer, monitor, "epoch")
+    return state.validations.scored_this_epoch or run.scores.is_new(trainer, monitor, "epoch")
 
 
 def keep_best(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -212,7 +212,7 @@ class PruningCallback(Results, Callback):
         not_called = observing.end_training_epoch(run, trainer, pl_module)
         if wiring.ends_inside_epoch(trainer):  # on_train_end judges
             return
-        if run.settings.measuring.on == "validation" and not state.validated_this_epoch:
+        if run.settings.measuring.on == "validation" and not state.validations.seen_this_epoch:
             wiring.check_validation_ran(trainer)
         is_scored = observing.note_score_of_epoch(run, trainer, pl_module)
         rounds.end_epoch(run, trainer, pl_module, not_called, trainer.current_epoch + 1, is_scored)

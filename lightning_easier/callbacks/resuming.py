@@ -55,7 +55,7 @@ def record_of_this_moment(run: Run, trainer: Trainer) -> dict[str, Any]:
     if run.settings.measuring.on == "training" and measurement.has_counts:
         counts = measurement.save_counts()
     interruption = Interruption(
-        validation_due=then.validation_due or wiring.validation_is_due(trainer, state.validated_at),
+        validation_due=then.validation_due or wiring.validation_is_due(trainer, state.validations.at),
         epoch_end_begun=wiring.epoch_end_has_begun(trainer),
         not_called=then.not_called if measurement.not_called is None else measurement.not_called,
         counts=counts,
@@ -115,7 +115,7 @@ def _claim_folder(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
     scores = {
         REMOVED_KEY: float(run.number_removed(trainer, pl_module))
     }  # Lightning knows nothing of these after an interruption
-    if state.score is not None and state.score_comes_from_validation:
+    if state.score is not None and state.validations.have_score:
         scores[settings.monitor] = state.score
     run.scores.put(trainer, scores)
     is_kept = state.snapshot.file == files.round_file(len(state.rounds) - 1)
@@ -153,11 +153,11 @@ def _make_up_for_end_of_epoch(run: Run, trainer: Trainer, pl_module: LightningMo
     if state.interruption.counts is not None:
         observing.count_training(run, trainer, pl_module)
         observing.finish_counting(run, trainer, pl_module)
-    if not (state.score_comes_from_validation or state.scored_this_epoch):
+    if not (state.validations.have_score or state.validations.scored_this_epoch):
         state.score = None  # what an epoch of training has logged is not in a checkpoint
     if not state.interruption.epoch_end_begun:
         wiring.check_early_stopping(trainer, pl_module)
-    is_scored = state.scored_this_epoch or not trainer.enable_validation
+    is_scored = state.validations.scored_this_epoch or not trainer.enable_validation
     not_called = state.interruption.not_called or []
     rounds.end_epoch(run, trainer, pl_module, not_called, trainer.current_epoch, is_scored)
     state.begin_epoch()

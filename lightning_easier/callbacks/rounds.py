@@ -60,7 +60,7 @@ def end_epoch(
         ended: How many epochs have ended.
         is_scored: Whether the score was logged in this one.
     """
-    is_measured = run.state.validated_this_epoch or not trainer.enable_validation
+    is_measured = run.state.validations.seen_this_epoch or not trainer.enable_validation
     ask = _ask(run, trainer, not_called, is_scored)
     commands = run.loop.epoch_ended(ended, is_scored=is_scored, is_measured=is_measured, ask=ask)
     obey(run, trainer, pl_module, commands)

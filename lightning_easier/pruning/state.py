@@ -139,6 +139,25 @@ class Interruption:
 
 
 @dataclass
+class Validations:
+    """What was seen of the validations.
+
+    Attributes:
+        have_score: Whether they log the score, and not training.
+        seen: Whether there was one of the structure as it is.
+        seen_this_epoch: Whether there was one in this epoch.
+        scored_this_epoch: Whether one of this epoch has logged the score.
+        at: The training batch before the last of them, counted over all epochs; -1 before the first.
+    """
+
+    have_score: bool = True
+    seen: bool = False
+    seen_this_epoch: bool = False
+    scored_this_epoch: bool = False
+    at: int = -1
+
+
+@dataclass
 class RunState:
     """Where a run stands.
 
@@ -149,11 +168,7 @@ class RunState:
         dense_scores: The monitored score of each epoch of the dense round; None where it was not logged.
         now: What is known of the structure as it is.
         score: Its monitored score; None while there is none.
-        score_comes_from_validation: Whether validation logs it, and not training.
-        validated: Whether the structure as it is was validated.
-        validated_this_epoch: Whether it was in this epoch.
-        scored_this_epoch: Whether a validation of this epoch has logged the score.
-        validated_at: The training batch before the last validation, counted over all epochs; -1 before the first.
+        validations: What was seen of them.
         decision: Decided, not carried out.
         finished: Whether pruning is over.
         folder: Where the run keeps its checkpoints.
@@ -176,11 +191,7 @@ class RunState:
     dense_scores: list[float | None] = field(default_factory=list)
     now: Measured = field(default_factory=Measured)
     score: float | None = None
-    score_comes_from_validation: bool = True
-    validated: bool = False
-    validated_this_epoch: bool = False
-    scored_this_epoch: bool = False
-    validated_at: int = -1
+    validations: Validations = field(default_factory=Validations)
     decision: Decision | None = None
     finished: bool = False
     folder: str | None = None
@@ -258,6 +269,7 @@ class RunState:
         measured = Measured.from_plain(plain["snapshot"]["measured"])
         state.snapshot = Snapshot(**{**plain["snapshot"], "measured": measured})
         state.interruption = Interruption(**plain["interruption"])
+        state.validations = Validations(**plain["validations"])
         if plain["decision"] is not None:
             chosen = plain["decision"]["chosen"]
             state.decision = Decision(plain["decision"]["go_back"], None if chosen is None else Chosen(**chosen))
@@ -290,11 +302,11 @@ class RunState:
         self.rounds.append(this)
         self.epochs = 0
         self.now, self.score = Measured(), None
-        self.validated = self.validated_this_epoch = self.scored_this_epoch = False
+        self.validations = replace(self.validations, seen=False, seen_this_epoch=False, scored_this_epoch=False)
 
     def begin_epoch(self) -> None:
         """Forget what the last epoch has seen."""
-        self.validated_this_epoch = self.scored_this_epoch = False
+        self.validations = replace(self.validations, seen_this_epoch=False, scored_this_epoch=False)
         self.interruption = Interruption()
 
     def forget_large_operations(self) -> None:

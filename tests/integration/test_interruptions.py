@@ -38,7 +38,7 @@ RECIPES = {
     "fitted": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3, "fit": True}, {"epochs": 5}),
     "fitted, by gain": (
         (0.9, 0.9, 0.9, 0.1),
-        {"fit": True, "criterion": "linearity", "gain": "macs", "mergeable_only": True, "stand_in": "affine"},
+        {"fit": True, "criterion": "linearity", "gain": "macs", "mergeable_only": True},
         {},
     ),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
