@@ -97,6 +97,11 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
     assert first == under_torchrun[same_as.get(name, name)][0]
 
 
+def test_torchrun_starts_the_processes_and_they_prune_as_forked_ones_do(under_torchrun, tmp_path):
+    launcher = "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"
+    assert launch(tmp_path, 2, ["plain"], *launcher)["plain"] == under_torchrun["plain"]
+
+
 def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_torchrun):
     for result in under_torchrun["borrowed"]:
         assert "can't remove ['prelu'] under 2 processes: their slope is a parameter of another" in result["error"]
