@@ -632,7 +632,7 @@ class NoRectifier(Tiny):
     [
         (Tiny, lambda: [pruning(monitor="acc")], {}, MisconfigurationException,
          "`monitor` to be a logged score, but 'acc' is not among .*'val_acc'"),
-        (NoRectifier, lambda: [pruning()], {}, MisconfigurationException, "at least one rectifier, but found none"),
+        (NoRectifier, lambda: [pruning()], {}, MisconfigurationException, "at least one rectifier, .*, but found none"),
         (Tiny, lambda: [pruning(include=["layer*"])], {}, MisconfigurationException,
          r"`include`.*'layer\*' matches none"),
         (Tiny, lambda: [pruning(exclude=["x"])], {}, MisconfigurationException, "`exclude`.*'x' matches none"),

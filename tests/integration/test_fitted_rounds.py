@@ -272,7 +272,7 @@ def test_a_run_that_misses_its_target_says_what_it_has_reached(tmp_path):
     assert len(callback.removed) == 1
     # and nothing where nothing could go
     callback = pruning(**FITTED | {"depth": 1, "monitor": "scripted", "tolerance": 0.1})
-    with pytest.warns(UserWarning, match="its target is not reached: no activation became linear"):
+    with pytest.warns(UserWarning, match="its target is not reached: nothing was removed"):
         train(Residual(scores=(0.9, 0.1)), callback, root=tmp_path / "none", epochs=5)
 
 
