@@ -113,12 +113,13 @@ class Measurement:
             except Exception as error:  # whatever it is: the other processes wait for an answer
                 proposal, failure = Proposal(), error
         self._worker.forget()
-        told = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+        reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+        proposal, reason = trainer.strategy.broadcast((proposal, reason))
         if failure is not None:
             raise failure
-        if told is not None:
-            raise RuntimeError(f"Rank 0 has nothing to propose: {told}")
-        return trainer.strategy.broadcast(proposal)
+        if reason is not None:
+            raise RuntimeError(f"Rank 0 has nothing to propose: {reason}")
+        return proposal
 
     def _check(self, proposal: Any, known: Sequence[str]) -> None:
         """Refuse what is no proposal, or removes what the method does not know of."""

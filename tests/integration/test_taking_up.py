@@ -24,6 +24,7 @@ from lightning_easier import Linearize, restore_structure_on_load
 from lightning_easier.callbacks import wiring
 from lightning_easier.structure.linearize import MARK_KEY, stand_ins
 from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
+from tests.integration.test_verdicts import no_warning_of
 from tests.integration.tiny import assert_equal_states
 from tests.settings import callback as callback_of
 
@@ -380,3 +381,15 @@ def test_that_something_was_compiled_is_known_until_it_is_forgotten():
     assert wiring.is_compiled(model)
     wiring.forget_compiled_code(model)
     assert not wiring.is_compiled(model)
+
+
+def test_what_was_decided_before_is_carried_out_though_it_is_left_out_now(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, At("on_train_epoch_end", 1, None, saver(path)), epochs=3)
+    record = torch.load(path, weights_only=True)["callbacks"]["EntropyPruningCallback"]
+    (name,) = record["decision"]["chosen"]["names"]
+    with pytest.warns(UserWarning, match=rf"\['{name}'\] will be removed next, though `include` and `exclude` leave"):
+        _, callback, _ = run(tmp_path, ckpt_path=path, epochs=3, pruning={"exclude": name})
+    assert callback.removed[-1] == name
+    with no_warning_of("will be removed next"):
+        run(tmp_path, ckpt_path=path, epochs=3)
