@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 
 
@@ -29,6 +30,11 @@ def without_trainer(module: LightningModule) -> Iterator[None]:
 def lend_trainer(part: LightningModule, owner: LightningModule) -> None:
     """Let a module ask for the Trainer of another, without being its module."""
     part._trainer = owner._trainer
+
+
+def spawns_or_forks(trainer: Trainer) -> bool:
+    """Tell whether a strategy starts processes that bring the weights back into the model of this one."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def replace_stopping_check(callback: EarlyStopping, check: Callable[[EarlyStopping, Trainer], None]) -> None:

@@ -126,10 +126,11 @@ def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[
         )
         eligible = {name: rank for name, rank in eligible.items() if name not in unused}
     count = rules.how_many(len(state.chosen_by_now), len(eligible))
-    names = list(dict.fromkeys(run.settings.method.select(eligible, count)))[:count] if count > 0 else []
-    names = trainer.strategy.broadcast(names)
-    if not set(names) <= set(eligible):
-        raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {names}")
+    selected = run.settings.method.select(eligible, count) if count > 0 else []
+    selected = trainer.strategy.broadcast(selected)
+    if not isinstance(selected, Sequence) or isinstance(selected, str) or not set(selected) <= set(eligible):
+        raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {selected!r}")
+    names = list(dict.fromkeys(selected))[:count]
     names = proposal.disjoint(names)
     if not names:
         return None

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import LBFGS
 from torch.optim.swa_utils import AveragedModel
@@ -83,9 +82,7 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], on: str, dirpat
                 f"Pruning does not go with {type(callback).__name__}, which keeps a second model "
                 f"that would stay unpruned. Remove one of the two."
             )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not will_restore_structure(
-        trainer.lightning_module
-    ):
+    if private.spawns_or_forks(trainer) and not will_restore_structure(trainer.lightning_module):
         raise MisconfigurationException(
             "A strategy that spawns or forks processes brings the pruned weights back into a model that is not pruned. "
             "Call `lightning_easier.restore_structure_on_load(model)` before `trainer.fit(model)`, or use "

@@ -1,5 +1,6 @@
 """Canaries: what Lightning and torch call private is there still, and does what `callbacks.private` expects."""
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -54,6 +55,13 @@ def test_loops_and_strategies_have_what_is_set(tmp_path):
     strategy._pl_static_graph_delay_done = True
     private.begin_static_graph_anew(strategy)
     assert not strategy._pl_static_graph_delay_done
+
+
+@pytest.mark.parametrize(("strategy", "does"), [("ddp_spawn", True), ("ddp", False), ("auto", False)])
+def test_strategies_that_spawn_are_known(strategy, does):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", devices=1 if strategy == "auto" else 2, strategy=strategy, **quiet)
+    assert private.spawns_or_forks(trainer) == does
 
 
 def test_what_is_compiled_is_known():
