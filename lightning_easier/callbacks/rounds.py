@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
@@ -126,7 +127,7 @@ def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[
         )
         eligible = {name: rank for name, rank in eligible.items() if name not in unused}
     count = rules.how_many(len(state.chosen_by_now), len(eligible))
-    selected = run.settings.method.select(eligible, count) if count > 0 else []
+    selected: Any = run.settings.method.select(eligible, count) if count > 0 else []
     selected = trainer.strategy.broadcast(selected)
     if not isinstance(selected, Sequence) or isinstance(selected, str) or not set(selected) <= set(eligible):
         raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {selected!r}")

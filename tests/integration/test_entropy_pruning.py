@@ -512,6 +512,13 @@ def test_a_choice_of_ones_own_is_held_to_the_limit(tmp_path):
     with pytest.raises(ValueError, match=r"`select` to choose among .*but it returned \['conv'\]"):
         train(Tiny(), pruning(method=Unknown), root=tmp_path)
 
+    class Forgets(Linearize):
+        def select(self, ranks, count):
+            sorted(ranks)
+
+    with pytest.raises(ValueError, match="`select` to choose among .*but it returned None"):
+        train(Tiny(), pruning(method=Forgets), root=tmp_path)
+
 
 @pytest.mark.parametrize("steps", [6, 8])
 def test_a_run_that_ends_inside_an_epoch_is_judged(tmp_path, steps):
