@@ -50,8 +50,8 @@ class Files:
             have to reach it. A new run does not write where another has or is about to: its folder ends in ``-v1``,
             ``-v2``, ... A run that is resumed goes on in the folder where its checkpoints are. What lies there is read
             as plain data, see `Security` in docs/supported.md.
-        best_per_depth: Whether the best checkpoint for each number of linear activations is kept there, too, as
-            ``best_removed_<number>.ckpt``.
+        best_per_depth: Whether the best checkpoint for each number removed, of activations for example, is kept there,
+            too, as ``best_removed_<number>.ckpt``.
 
     Raises:
         TypeError: If an argument is of another type.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import wiring
+from lightning_easier.callbacks.agreement import from_rank_zero
 from lightning_easier.callbacks.network import FirstCall
 from lightning_easier.pruning.methods import Measuring, Method, Proposal
 from lightning_easier.sites.activations import ActivationSite, isolated_sites
@@ -104,21 +105,14 @@ class Measurement:
         """
         self._worker.detach()
         self._worker.reduce()
-        proposal, failure = Proposal(), None
-        if trainer.is_global_zero:
-            try:
-                with evaluation_mode(pl_module):
-                    proposal = self._worker.propose(pl_module, names)
-                self._check(proposal, known)
-            except Exception as error:  # whatever it is: the other processes wait for an answer
-                proposal, failure = Proposal(), error
+        proposal = from_rank_zero(trainer, lambda: self._propose(pl_module, names, known))
         self._worker.forget()
-        reason = None if failure is None else f"{type(failure).__name__}: {failure}"
-        proposal, reason = trainer.strategy.broadcast((proposal, reason))
-        if failure is not None:
-            raise failure
-        if reason is not None:
-            raise RuntimeError(f"Rank 0 has nothing to propose: {reason}")
+        return proposal
+
+    def _propose(self, pl_module: LightningModule, names: Sequence[str], known: Sequence[str]) -> Proposal:
+        with evaluation_mode(pl_module):
+            proposal = self._worker.propose(pl_module, names)
+        self._check(proposal, known)
         return proposal
 
     def _check(self, proposal: Any, known: Sequence[str]) -> None:

@@ -81,8 +81,11 @@ def groups_for(model: nn.Module, optimizers: Sequence[Optimizer], names: Iterabl
 
 
 def join(model: nn.Module, optimizers: Sequence[Optimizer], places: Iterable[Place]) -> None:
-    """Append the parameters of stand-ins to parameter groups."""
+    """Append the parameters of modules to parameter groups; what has gone since, with a block, has none."""
+    there = dict(model.named_modules(remove_duplicate=False))
     for name, number, group_number, *_ in places:
+        if name not in there:
+            continue
         group = optimizers[number].param_groups[group_number]
         for own_name, parameter in model.get_submodule(name).named_parameters():
             group["params"].append(parameter)

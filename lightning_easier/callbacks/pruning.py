@@ -37,10 +37,11 @@ class PruningCallback(Results, Callback):
     A run that was killed goes on from any of its checkpoints (``ckpt_path``) as if it had not been, from the middle of
     an epoch too if the training loader can (``state_dict`` and ``load_state_dict``).
 
-    Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet; ``removed``, the number that
-    are linear; ``H_min``, the least entropy of those that may become so; ``round``. In TensorBoard, besides, one chart
-    of all entropies, the score against the number removed, and an event per round. When something was removed, all
-    logged values are NaN until they are logged again: they are of another model.
+    Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet; ``removed``, how much was
+    removed, what was linear from the start among it; ``H_min``, the least entropy of those that may become linear;
+    ``round``. In TensorBoard, besides, one chart of all entropies, the score against the number removed, and an event
+    per round. When something was removed, all logged values are NaN until they are logged again: they are of another
+    model.
 
     The model of every round that was kept is a checkpoint ``round_<number>.ckpt``, the last of them :attr:`last_good`;
     :func:`~lightning_easier.load_pruned` loads it.

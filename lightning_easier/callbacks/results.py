@@ -38,7 +38,7 @@ class Results:
 
     @property
     def best_checkpoints(self) -> dict[int, Path]:
-        """Number of linear activations -> checkpoint with the best score, if ``best_per_depth``."""
+        """Number removed -> checkpoint with the best score, if ``best_per_depth``."""
         return self._run.best_checkpoints
 
     @property

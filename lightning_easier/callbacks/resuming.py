@@ -92,7 +92,8 @@ def _check_structure(run: Run, pl_module: LightningModule) -> None:
         check_activations(pl_module, state.activations)
     else:
         state.activations = activations_of(pl_module, run.settings.method.kinds_of_gates)
-    pending = [] if state.decision is None or state.decision.chosen is None else state.decision.chosen.names
+    chosen = None if state.decision is None else state.decision.chosen
+    pending = [name for plain in (chosen.operations if chosen is not None else ()) for name in plain["names"]]
     others = [name for name in pending if name in run.method_names and name not in (run.candidates or ())]
     if others:
         rank_zero_warn(

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_easier.callbacks import files, surgery, telling, wiring
+from lightning_easier.callbacks.agreement import from_rank_zero
 from lightning_easier.callbacks.recipe import plateaus, put_plateaus, reset_patience
 from lightning_easier.callbacks.run import Run
 from lightning_easier.callbacks.scores import REMOVED_KEY
@@ -24,7 +25,7 @@ from lightning_easier.pruning.loop import (
     Verdict,
     Wait,
 )
-from lightning_easier.pruning.methods import Proposal
+from lightning_easier.pruning.methods import Method, Proposal
 from lightning_easier.pruning.state import Chosen, Measured
 from lightning_easier.report import Round
 from lightning_easier.structure.operations import from_plain
@@ -127,17 +128,28 @@ def choose(run: Run, trainer: Trainer, measured: Measured, not_called: Iterable[
         )
         eligible = {name: rank for name, rank in eligible.items() if name not in unused}
     count = rules.how_many(len(state.chosen_by_now), len(eligible))
-    selected: Any = run.settings.method.select(eligible, count) if count > 0 else []
-    selected = trainer.strategy.broadcast(selected)
-    if not isinstance(selected, Sequence) or isinstance(selected, str) or not set(selected) <= set(eligible):
-        raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {selected!r}")
-    names = list(dict.fromkeys(selected))[:count]
+    names: list[str] = []
+    if count > 0:
+        names = from_rank_zero(trainer, lambda: _selected(run.settings.method, eligible, count))
     names = proposal.disjoint(names)
     if not names:
         return None
     entropies = measured.entropies or {}
     operations = [proposal.operations[name] for name in names]
     return Chosen(names, {name: entropies[name] for name in names if name in entropies}, operations)
+
+
+def _selected(method: Method, eligible: dict[str, float], count: int) -> list[str]:
+    """Have the method choose among what may be removed.
+
+    Raises:
+        ValueError: If it chooses something else.
+    """
+    selected: Any = method.select(eligible, count)
+    names = [selected] if isinstance(selected, str) or not isinstance(selected, Iterable) else list(selected)
+    if any(not isinstance(name, str) or name not in eligible for name in names):
+        raise ValueError(f"Expected `select` to choose among {list(eligible)}, but it returned {selected!r}")
+    return list(dict.fromkeys(names))[:count]
 
 
 def list_candidates(run: Run, pl_module: LightningModule, chosen: Chosen | None) -> None:

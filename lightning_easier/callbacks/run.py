@@ -116,7 +116,7 @@ class Run:
 
     @property
     def best_checkpoints(self) -> dict[int, Path]:
-        """Number of linear activations -> checkpoint with the best score."""
+        """Number removed -> checkpoint with the best score."""
         paths = {number: self.state.path_of(best.file) for number, best in self.state.best.items()}
         return {int(number): path for number, path in paths.items() if path is not None}
 
@@ -143,7 +143,10 @@ class Run:
         return self.loop.may_decide if trainer.state.fn == TrainerFn.FITTING else self.settings.dry_run
 
     def number_removed(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """Return how much is removed from a model, what was linear from the start among it."""
+        """Return how much is removed from a model, what was linear from the start among it.
+
+        Where a model is only validated, nothing tells of what left no mark in it, such as masks.
+        """
         linear = stand_ins(pl_module).keys()
         if trainer.state.fn != TrainerFn.FITTING:
             return len(linear)

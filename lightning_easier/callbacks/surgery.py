@@ -69,15 +69,27 @@ def carry_out(trainer: Trainer, pl_module: LightningModule, operations: Sequence
     if lost or joined:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
-    return Carried({name: note for change in changes for name, note in change.notes.items()}, dropped, joined)
+    notes: dict[str, list[str]] = {}
+    for change in changes:
+        for name, said in change.notes.items():
+            notes.setdefault(name, []).extend(said)
+    return Carried(notes, dropped, joined)
 
 
 def _applied(pl_module: LightningModule, operations: Sequence[Operation]) -> list[Change]:
-    """Apply operations, or none: what was done before one fails is undone."""
+    """Apply operations; where one fails, the structure is as it was, though not values that were rewritten.
+
+    Raises:
+        ValueError: If parameters are to join of a module that is not there.
+    """
     changes: list[Change] = []
     try:
         for operation in operations:
             changes.append(operation.apply(pl_module))
+        there = dict(pl_module.named_modules(remove_duplicate=False))
+        strange = [name for change in changes for name in change.joined if name not in there]
+        if strange:
+            raise ValueError(f"Expected what an operation calls `joined` to be modules of the model, but got {strange}")
     except BaseException:
         for operation in reversed(operations[: len(changes)]):
             operation.undo(pl_module)

@@ -145,7 +145,7 @@ class Rounds:
     Args:
         epochs: Training epochs of a round.
         removals: How much is removed at once, activations for example.
-        max_removals: How many activations may become linear in a run; no limit by default.
+        max_removals: How much may be removed in a run, activations for example; no limit by default.
         warmup_epochs: Epochs before the dense round.
         max_rejections: How many rounds in a row may be taken back before the run stops. Below that the next candidate
             is tried; what was taken back is not tried again. By default the run stops at the first.
@@ -256,7 +256,7 @@ class Rules:
         return len(overtaking) == 1 and overtaking[0] is rounds[-1]
 
     def how_many(self, removed: int, eligible: int) -> int:
-        """Return how much is removed next, when so many activations are linear and so much may be removed."""
+        """Return how much is removed next, when so much is removed already and so much may be."""
         most = self.rounds.max_removals
         left = eligible if most is None else most - removed
         return max(0, min(self.rounds.removals, left, eligible))

@@ -9,9 +9,9 @@ from typing import Any
 from lightning_easier.pruning.methods.base import Proposal
 from lightning_easier.pruning.targets import Attained
 from lightning_easier.report import Round
-from lightning_easier.structure.operations import kind_of
+from lightning_easier.structure.operations import from_plain, kind_of
 
-VERSION = 2
+VERSION = 3
 """Of the form of a state; a checkpoint tells it."""
 
 Position = list[Any]
@@ -56,7 +56,7 @@ class Decision:
 
 @dataclass
 class BestCheckpoint:
-    """The best checkpoint of the models with one number of linear activations.
+    """The best checkpoint of the models from which one number was removed.
 
     Attributes:
         score: Its monitored score.
@@ -176,7 +176,7 @@ class RunState:
         interruption: What has to be made up for.
         rejected: Names of what was taken back.
         rejections: Rounds taken back since the last that was kept.
-        best: Number of linear activations, as a string -> their best checkpoint.
+        best: Number removed, as a string -> the best checkpoint.
         operations: Those of this round, as plain data.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where new parameters are in the optimizers, in the order in which they came.
@@ -250,10 +250,12 @@ class RunState:
         """
         chosen = None if self.decision is None else self.decision.chosen
         for plain in [*self.operations, *self.held, *(chosen.operations if chosen is not None else ())]:
-            kind_of(plain)
+            from_plain(plain)
         whole = {"epochs": self.epochs, "ended": self.ended, "rejections": self.rejections}
         lists = {"rejected": self.rejected, "dropped": self.dropped, "joined": self.joined, "rounds": self.rounds}
-        strange = [name for name, value in whole.items() if not isinstance(value, int)]
+        strange = [name for name, value in whole.items() if not isinstance(value, int) or isinstance(value, bool)]
+        strange += ["joined"] if any(not isinstance(place, list) or len(place) != 4 for place in self.joined) else []
+        strange += [f"rounds, {this}" for this in self.rounds if not isinstance(this.removed, list)]
         strange += [name for name, value in lists.items() if not isinstance(value, list)]
         if not isinstance(self.folder, str | None) or not all(number.isdigit() for number in self.best):
             strange += [f"folder {self.folder!r} or best {list(self.best)}"]

@@ -78,7 +78,7 @@ class PruningReport(Report):
     def _table(self, numbers: Iterable[int]) -> Table:
         scores = f"{self.monitor} before", f"{self.monitor} after", "judged against"
         columns = ("round", "removed", "entropy [bit]", *scores, "verdict")
-        return Table("Pruning by entropy", columns, [self._row(number, self.rounds[number]) for number in numbers])
+        return Table("Pruning", columns, [self._row(number, self.rounds[number]) for number in numbers])
 
     def _row(self, number: int, this: Round) -> tuple[str, ...]:
         return (

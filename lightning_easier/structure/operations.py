@@ -98,7 +98,7 @@ class Operation(ABC):
     def hold(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to hold
         """Have what it did hold, as a mask has to; override it, and it is called after every step of an optimizer.
 
-        It is, as long as the round of the operation was not taken back, and after a resume too.
+        It is, in the run of the operation, as long as its round was not taken back, and after a resume too.
         """
 
     @classmethod

@@ -88,6 +88,16 @@ def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
     assert first.config["trainer"]["callbacks"] == cli.config["trainer"]["callbacks"]
 
 
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_options_of_the_readme_go_with_every_config(config):
+    given = ["rounds.epochs=2", "method=FitChains", "method.order.gain=latency"]
+    arguments = [f"--config={config}", *(f"--trainer.callbacks.{argument}" for argument in given)]
+    cli = EasierCLI([*arguments, "--trainer.accelerator=cpu"], run=False)
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
+    assert callback.settings.rules.rounds.epochs == 2
+    assert callback.settings.method == FitChains(order=Order(gain="latency"))
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [("rounds.epochs=0", "`epochs` to be at least 1, but got 0"), ("distillation.weight=2", "`weight` to be"),
@@ -113,7 +123,7 @@ def test_the_saved_config_loads_again(run, tmp_path):
 
 def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_path):
     recipe = yaml.safe_load((CONFIGS / "recipe" / "fitted.yaml").read_text())
-    pruning = recipe["callbacks"][0]["init_args"]
+    pruning = recipe["callbacks"][-1]["init_args"]
     pruning.update(rounds={"warmup_epochs": 1, "epochs": 2}, tolerance=1.0, target={"speedup": 1e6})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     short = [
@@ -124,7 +134,7 @@ def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_
     ]
     main(["fit", f"--config={CONFIGS / 'digits.yaml'}", f"--trainer={tmp_path / 'recipe.yaml'}", *short])
     folder = tmp_path / "lightning_logs" / "version_0"
-    (block, _) = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
+    (_, block) = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
     assert pruning["method"]["init_args"]["order"] == block["init_args"]["method"]["init_args"]["order"]
     assert pruning["rounds"].items() <= block["init_args"]["rounds"].items()
     checkpoint = folder / "entropy_pruning" / "round_2.ckpt"

@@ -15,8 +15,9 @@ from torch import nn
 
 from lightning_easier import Method, Proposal, load_pruned
 from lightning_easier.cli import main
+from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.linearize import bypass, restore, stand_ins
-from lightning_easier.structure.operations import Change, Identities, Operation
+from lightning_easier.structure.operations import Affines, Change, Identities, Operation
 from lightning_easier.structure.stand_in import StandIn
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.test_cli import CONFIGS, SHORT
@@ -244,6 +245,68 @@ def test_what_was_removed_inside_a_block_goes_with_it_and_comes_back_with_it(tmp
         "layers.2",
         "layers.20",
     ]
+
+
+class NestedAffines(Nested):
+    """The activation becomes an affine that is trained; then its block goes, and takes what has joined with it."""
+
+    def propose(self, model, evidence):
+        proposal = super().propose(model, evidence)
+        if "layers.1.1" in proposal.operations:
+            affine = AffineFit(torch.ones(6), torch.zeros(6), 1, 0.5).to_plain()
+            proposal.operations["layers.1.1"] = Affines(
+                ["layers.1.1"], {"layers.1.1": affine}, trainable=True
+            ).to_plain()
+        return proposal
+
+
+def test_what_had_joined_inside_a_block_goes_with_it(tmp_path):
+    def model():
+        torch.manual_seed(3)
+        return Deep((0.9, 0.9, 0.9, 0.1))
+
+    options = {"method": NestedAffines, "epochs": 4}
+    whole = run(tmp_path / "whole", model=model(), **options)
+    assert [this.accepted for this in whole[1].rounds] == [True, True, True, False]
+    saver = At(
+        "on_train_batch_end", 2, 1, lambda trainer: (trainer.save_checkpoint(tmp_path / "s.ckpt"), stop(trainer))
+    )
+    run(tmp_path, saver, model=model(), **options)
+    resumed = run(tmp_path, model=model(), ckpt_path=tmp_path / "s.ckpt", **options)
+    assert_equal_states(outcome(*resumed), outcome(*whole))
+
+
+@dataclass
+class Fails(Operation):
+    """Says that something has joined that is not there."""
+
+    kind = "test: fails"
+
+    def apply(self, model):
+        return Change(joined=["nowhere"])
+
+    def undo(self, model):
+        return []
+
+    def leaving(self, model):
+        return []
+
+    @property
+    def changes_parameters(self):
+        return True
+
+
+def test_where_an_operation_fails_the_structure_is_as_it_was(tmp_path):
+    class Both(Method):
+        def propose(self, model, evidence):
+            proposal = proposal_of(Identities(["layers.3"]))
+            proposal.add(Fails([]), 1.0, name="fails")
+            return proposal
+
+    model = Small()
+    with pytest.raises(ValueError, match=r"`joined` to be modules of the model, but got \['nowhere'\]"):
+        run(tmp_path, model=model, method=Both, pruning={"removals": 2})
+    assert stand_ins(model) == {}
 
 
 @dataclass
