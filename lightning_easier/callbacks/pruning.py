@@ -156,13 +156,13 @@ class PruningCallback(Results, Callback):
             wiring.check_there_was_training(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook after."""
+        """Leave no hook behind."""
         starting.stop_measuring(self._run)
         self._run.around.close()
         self._run.stage = self._run.recipe = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook after; what was counted stays, for a checkpoint that is saved on the exception."""
+        """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
         if isinstance(exception, KeyboardInterrupt) and self._run.stage == TrainerFn.FITTING:
             telling.warn_of_what_is_unjudged(self._run)
         self._run.around.close()

@@ -144,6 +144,13 @@ class LastFirst(Method):
         return proposal
 
 
+class WrongOnRank0(Method):
+    """Fails where alone it is asked; the other process waits for what it says."""
+
+    def propose(self, model: nn.Module, evidence: Evidence) -> Proposal:
+        raise RuntimeError("nothing comes to mind")
+
+
 def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]:
     """Prune."""
     seed_everything(3, verbose=False)  # for the models that are made here
@@ -152,7 +159,9 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
     strategy: dict[str, Any] = {"static_graph": "static" in name, "find_unused_parameters": "unused" in name}
     if "slope" in name:
         wanted |= {"method": SlopeFirst, "pruning": {"max_rejections": 3}}
-    if "own" in name:
+    if "wrong" in name:
+        wanted["method"] = WrongOnRank0
+    elif "own" in name:
         wanted |= {"method": LastFirst, "pruning": {"max_rejections": 3}}
     if "training" in name:
         wanted["pruning"] = {"on": "training"}

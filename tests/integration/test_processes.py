@@ -29,6 +29,7 @@ UNDER_DDP = [
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
     "borrowed", "full", "in the logger's folder", "own method, taken back", "own method, taken back, resumed mid-epoch",
+    "own method, wrong",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -36,6 +37,7 @@ SHARDED = [
     "sharded, priced", "sharded, mergeable",
 ]  # fmt: skip
 REFUSED = {
+    "own method, wrong",
     "full",
     "not shared",
     "drift",
@@ -119,6 +121,12 @@ def test_processes_that_drift_apart_are_an_error_at_once_on_all_of_them(under_to
     first, second = under_torchrun["drift"]
     assert "rank 0 agrees with rank 0" in first["error"]
     assert "rank 1 differs from rank 0" in second["error"]
+
+
+def test_what_a_method_fails_with_on_rank_0_is_an_error_on_all_of_them(under_torchrun):
+    first, second = under_torchrun["own method, wrong"]
+    assert first["error"] == "nothing comes to mind"
+    assert second["error"] == "Rank 0 has failed: RuntimeError: nothing comes to mind"
 
 
 def test_a_checkpoint_that_one_process_can_not_write_is_an_error_at_once_on_all_of_them(under_torchrun):
