@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_easier import Method, Proposal, load_pruned
+from lightning_easier import EntropyPruningCallback, Method, Proposal, PruningCallback, Target, load_pruned
 from lightning_easier.cli import main
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.linearize import bypass, restore, stand_ins
@@ -424,3 +424,17 @@ def test_an_activation_that_is_linear_is_not_removed_again(tmp_path):
 
     _, callback, _ = run(tmp_path, method=Insists, epochs=4)
     assert callback.removed == ["layers.3"]
+
+
+def test_easiers_callback_names_the_one_that_takes_any_method():
+    with pytest.raises(
+        TypeError, match="`method` to be a Linearize or a FitChains, .*; PruningCallback takes any method"
+    ):
+        EntropyPruningCallback("score", method=FromTheFirst())
+    for group in ("rounds", "measuring", "target", "distillation", "files"):
+        with pytest.raises(TypeError, match=f"`{group}` to be a .*, but got 3"):
+            PruningCallback(FromTheFirst(), "score", **{group: 3})
+    with pytest.raises(TypeError, match="`include` to hold name globs, but got {'layers': 1}"):
+        PruningCallback(FromTheFirst(), "score", include={"layers": 1})
+    with pytest.raises(ValueError, match="`speedup` and `depth` of a Target not both to be None"):
+        Target()

@@ -357,3 +357,19 @@ def test_a_run_that_dies_while_it_goes_back_from_nan_knows_that_it_has_to():
             break
     assert model.resumed().loop.state.is_going_back
     assert state.linear_by_now == ["act0"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("joined", [["act0", 0, 0]]),
+        ("held", [{"kind": "fitted"}]),
+        ("rounds", []),
+        ("epochs", True),
+        ("rejected", None),
+    ],
+)
+def test_a_record_that_no_run_has_left_is_refused_when_it_is_read(part, value):
+    RunState.from_plain(RunState().to_plain())
+    with pytest.raises(ValueError, match="record of a pruning run, but it has another form"):
+        RunState.from_plain(RunState().to_plain() | {part: value})

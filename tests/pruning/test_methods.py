@@ -241,3 +241,10 @@ def test_chains_that_share_an_operator_do_not_go_together():
         proposal.add(FittedOperators([name], {name: chain_fit.to_plain()}), 0.5)
     assert proposal.disjoint(["3", "1", "5"]) == ["3"]
     assert proposal.disjoint(["1", "3", "5"]) == ["1", "5"]
+
+
+@pytest.mark.parametrize("options", [{"stand_in": "affine"}, {"shift_padding": False}])
+def test_options_of_what_lies_in_no_chain_are_refused_where_that_is_not_removed(options):
+    assert FitChains(**options) == FitChains(**options)
+    with pytest.raises(ValueError, match=r"`stand_in`, `trainable` and `shift_padding` to be left out with Order\("):
+        FitChains(order=Order(mergeable_only=True), **options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import isolate_activations, linearize, restore
+from lightning_easier import candidates, isolate_activations, linearize, restore
 from lightning_easier.structure.linearize import (
     MARK_KEY,
     IdentityStandIn,
@@ -154,3 +154,21 @@ def test_bad_stand_ins_are_refused():
     with pytest.raises(ValueError, match="linearized activations, but got '3'; linear are"):
         restore(model, ["3"])
     assert not any(isinstance(module, IdentityStandIn) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trainable": True}, ValueError, "`trainable` to be False with stand_in='identity', which has no parameters"),
+        ({"trainable": 1, "stand_in": "affine"}, TypeError, "`trainable` to be a bool, but got 1"),
+        ({"shift_padding": 1}, TypeError, "`shift_padding` to be a bool, but got 1"),
+    ],
+)
+def test_options_without_effect_or_of_another_type_are_refused(options, error, message):
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(error, match=message):
+        linearize(model, ["1"], **options)
+    assert isinstance(model[1], nn.ReLU)
+    if "stand_in" not in options and "shift_padding" in options:
+        with pytest.raises(error, match=message):
+            candidates(model, **options)
