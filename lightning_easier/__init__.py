@@ -5,7 +5,7 @@ from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
 from lightning_easier.collapsing.fit.chain_fits import fit_chains
 from lightning_easier.exporting import ExportError, export
 from lightning_easier.measure.entropy import ActivationEntropy, activation_entropy
-from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy
+from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy, measure_error_likelihood
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.compress import CompressResult, compress
 from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal
@@ -23,7 +23,8 @@ __all__ = [
     "EntropyPruningCallback", "PruningCallback",
     "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
     "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators",
-    "measure_entropy", "measure_affines", "fit_chains", "ActivationEntropy", "activation_entropy", "EntropyProbe",
+    "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
+    "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",

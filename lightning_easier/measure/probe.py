@@ -18,7 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of, merged
 from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts
-from lightning_easier.sites.activations import ActivationSite, isolated_sites, unwrap
+from lightning_easier.measure.moments import (
+    Moments,
+    batch_norms_before,
+    error_likelihood,
+    moments_after,
+    moments_of,
+)
+from lightning_easier.measure.switching import States
+from lightning_easier.sites.activations import ActivationSite, isolated_sites, planned_sites, unwrap
 from lightning_easier.support.arguments import check_share
 from lightning_easier.support.calibration import tell, tell_left_out, usable_batches
 from lightning_easier.support.finite import finite_samples
@@ -71,16 +79,9 @@ class EntropyProbe:
         self._handles: list[RemovableHandle] = []
         self._sampler = None if sample == 1 else Sampler(sample)
         self._calls = dict.fromkeys((site.name for site in sites), 0)
-        for glob in neuron_dim or {}:
-            if not any(fnmatchcase(site.name, glob) for site in sites):
-                raise ValueError(
-                    f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none "
-                    f"of {[site.name for site in sites]}"
-                )
-        self._metrics: dict[str, ActivationEntropy] = {}
-        for site in sites:
-            axes = [axis for glob, axis in (neuron_dim or {}).items() if fnmatchcase(site.name, glob)]
-            self._metrics[site.name] = ActivationEntropy(neuron_dim=axes[-1] if axes else site.neuron_dim)
+        axes = neuron_dim or {}
+        _check_axes(axes, sites)
+        self._metrics = {site.name: ActivationEntropy(neuron_dim=site.axis(axes)) for site in sites}
         self._affines = {name: AffineStatistics(metric.neuron_dim) for name, metric in self._metrics.items() if affines}
         self._forget_samples()
 
@@ -217,6 +218,36 @@ class EntropyProbe:
             tell(f"No affine can take the place of {strange}: sums over their values overflow.")
         return {name: fit for name, fit in fits.items() if name not in strange}
 
+    def moments(self) -> dict[str, Moments]:
+        """Compute mean and deviation of the pre-activations of each activation, over all batches and processes.
+
+        Every process has to call this, of a probe that was made with ``affines``. Activations that were not called are
+        left out, and those whose moments would not be finite.
+
+        Warns:
+            UserWarning: If samples were not finite, once, or moments are not.
+        """
+        called = self._called()  # fills the reasons
+        moments = {
+            name: moments_of(count["affine"], self._affines[name].neuron_dim)
+            for name, count in called.items()
+            if name not in self.reasons
+        }
+        strange = [name for name, each in moments.items() if not each.is_finite]
+        if strange:
+            tell(f"{strange} have no mean and deviation: sums over their values overflow.")
+        return {name: each for name, each in moments.items() if name not in strange}
+
+    def states(self) -> dict[str, States]:
+        """Return how often the neurons of each activation were ON and OFF, over all batches and processes.
+
+        Every process has to call this. Activations that were not called are left out.
+        """
+        return {
+            name: States(count["on"], count["off"], self._metrics[name].neuron_dim)
+            for name, count in self._called().items()
+        }
+
     def _called(self) -> dict[str, dict[str, Any]]:
         """Return the counts of what was called; tell once of samples that were left out."""
         counts = {name: count for name, count in self.counts().items() if count["samples"]}
@@ -263,6 +294,16 @@ class EntropyProbe:
                 ) from error
 
         return count
+
+
+def _check_axes(axes: Mapping[str, int], sites: Sequence[ActivationSite]) -> None:
+    """Refuse a glob for an axis that matches no activation."""
+    for glob in axes:
+        if not any(fnmatchcase(site.name, glob) for site in sites):
+            raise ValueError(
+                f"Expected argument `neuron_dim` to hold globs that match activations, but {glob!r} matches none of "
+                f"{[site.name for site in sites]}"
+            )
 
 
 def _put_together(of_processes: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
@@ -369,6 +410,74 @@ def measure_affines(
     return _unless_empty(probe.affines(), probe)
 
 
+def measure_error_likelihood(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    neuron_dim: Mapping[str, int] | None = None,
+    gates: bool | Iterable[str] = False,
+) -> dict[str, float]:
+    r"""Compute how likely the neurons of every activation are to switch, from batch norms where that is possible.
+
+    The mean over the neurons of :math:`\Phi(-|\beta| / \gamma)`. Where a batch norm lies right before the activation,
+    identities aside, :math:`\beta` and :math:`\gamma` are its shift and its scale, and no data are needed. Elsewhere
+    they are mean and standard deviation of the pre-activation, which are measured.
+
+    Args:
+        model: Any module. It is left as :func:`measure_entropy` leaves it; without ``batches`` nothing is isolated.
+        batches: As for :func:`measure_entropy`; only needed where an activation has no batch norm before it.
+        neuron_dim: As for :func:`measure_entropy`. An activation whose axis is given is measured, if it is not 1.
+        gates: As for :func:`measure_entropy`.
+
+    Returns:
+        Qualified name -> likelihood in [0, 1/2], in execution order. Activations that are not called are left out,
+        unless they have a batch norm, and those whose moments are not finite.
+
+    Raises:
+        TypeError: As :func:`measure_entropy`.
+        ValueError: As :func:`measure_entropy`, and if ``batches`` are needed and not given.
+        RuntimeError: If batches were needed, and no activation was called.
+
+    Warns:
+        UserWarning: As :func:`measure_entropy`, and if moments are not finite.
+
+    Source: TLC, arXiv 2412.15077.
+
+    Note:
+        The paper tries layers and removes the one that raises the loss on a batch least. This ranks them by the
+        likelihood.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.ReLU())
+        >>> measure_error_likelihood(model)
+        {'2': 0.5}
+    """
+    inner = unwrap(model)
+    check_weights(inner)
+    with evaluation_mode(inner):
+        sites = planned_sites(inner, gates)
+    _check_any(sites, inner)
+    _check_axes(neuron_dim or {}, sites)
+    norms = batch_norms_before(inner, sites, neuron_dim or {})
+    rest = [site.name for site in sites if site.name not in norms]
+    moments = {name: moments_after(norm) for name, norm in norms.items()}
+    if rest and batches is None:
+        raise ValueError(
+            f"Expected argument `batches` to be given, since no batch norm lies right before {rest[:5]}, whose "
+            f"pre-activations have to be measured, but got None"
+        )
+    if rest and batches is not None:
+        probe = _measured(inner, batches, None, neuron_dim, gates, affines=True)
+        measured = _unless_empty(probe.moments(), probe)
+        moments |= {name: measured[name] for name in rest if name in measured}
+    strange = [name for name in moments if not moments[name].is_finite]
+    if strange:
+        tell(f"{strange} have no likelihood: scales or shifts of the batch norms before them are not finite.")
+    names = [site.name for site in sites if site.name in moments and site.name not in strange]
+    return {name: error_likelihood(moments[name]) for name in names}
+
+
 def _unless_empty(measured: dict[str, _T], probe: EntropyProbe) -> dict[str, _T]:
     """Refuse batches of which no sample was finite anywhere."""
     if not measured and probe.reasons:
@@ -377,6 +486,14 @@ def _unless_empty(measured: dict[str, _T], probe: EntropyProbe) -> dict[str, _T]
             f"where {list(probe.reasons)[:5]} are called. Look for NaN in the batches and in the weights."
         )
     return measured
+
+
+def _check_any(sites: Sequence[ActivationSite], model: nn.Module) -> None:
+    """Refuse a model without activations."""
+    if not sites:
+        raise ValueError(
+            f"Expected argument `model` to call at least one rectifier, but none was found in {type(model).__name__}"
+        )
 
 
 def _measured(
@@ -395,10 +512,7 @@ def _measured(
     inner = unwrap(model)
     check_weights(inner)
     sites = isolated_sites(inner, gates)
-    if not sites:
-        raise ValueError(
-            f"Expected argument `model` to call at least one rectifier, but none was found in {type(inner).__name__}"
-        )
+    _check_any(sites, inner)
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
         for value in inputs:

@@ -29,6 +29,20 @@ class Pieces(NamedTuple):
     on: Tensor | float | None
 
 
+class States(NamedTuple):
+    """How often the neurons of an activation were ON and OFF.
+
+    Attributes:
+        on: Shape ``(C,)``, int64.
+        off: Shape ``(C,)``, int64.
+        dim: The axis of the neurons.
+    """
+
+    on: Tensor
+    off: Tensor
+    dim: int
+
+
 class SwitchedAffine(NamedTuple):
     """What takes the place of an activation on neurons that do not switch.
 
@@ -77,6 +91,11 @@ def pieces(activation: nn.Module) -> Pieces:
     return Pieces(None, None)
 
 
+def has_pieces(activation: nn.Module, dim: int) -> bool:
+    """Tell whether an activation has a slope on both sides for neurons on an axis: then nothing has to be measured."""
+    return not any(_for_each(slope, 1, dim).isnan().any() for slope in pieces(activation))
+
+
 def switched_affine(
     activation: nn.Module, on: Tensor, dim: int, closest: AffineFit | None = None
 ) -> SwitchedAffine | None:
@@ -122,6 +141,11 @@ def switched_affine(
         )
     on = on.cpu()
     off_slope, on_slope = (_for_each(slope, len(on), dim) for slope in pieces(activation))
+    if off_slope.shape != on.shape:
+        raise ValueError(
+            f"Expected argument `on` to have shape {tuple(off_slope.shape)}, as {activation} has slopes, but "
+            f"got {tuple(on.shape)}"
+        )
     scale = torch.where(on, on_slope, off_slope)
     unknown = scale.isnan()
     offset = torch.zeros_like(scale)
@@ -138,4 +162,5 @@ def _for_each(slope: Tensor | float | None, neurons: int, dim: int) -> Tensor:
     """Return the slope of each neuron, float64 on the CPU; NaN where it is not known."""
     if slope is None or (isinstance(slope, Tensor) and slope.numel() > 1 and dim != 1):
         slope = torch.nan
-    return torch.as_tensor(slope, dtype=torch.float64, device="cpu").expand(neurons)
+    slopes = torch.as_tensor(slope, dtype=torch.float64, device="cpu")
+    return slopes if slopes.numel() > 1 else slopes.expand(neurons)

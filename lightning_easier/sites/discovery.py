@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -86,6 +87,10 @@ class ActivationSite:
     module: nn.Module
     neuron_dim: int
     neighbourhood: Neighbourhood
+
+    def axis(self, given: Mapping[str, int]) -> int:
+        """Return the axis of its neurons; the last name glob that matches counts, if one does."""
+        return [self.neuron_dim, *(axis for glob, axis in given.items() if fnmatchcase(self.name, glob))][-1]
 
 
 @dataclass

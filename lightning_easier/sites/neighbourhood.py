@@ -41,12 +41,14 @@ class Neighbourhood:
         after: Qualified names of the operators after it.
         meetings: Which of them would meet if it were linear.
         reason: Why none would; None if some do.
+        batch_norm: Qualified name of the batch norm right before it, identities aside; None if there is none.
     """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
     meetings: tuple[Meeting, ...]
     reason: str | None
+    batch_norm: str | None = None
 
 
 def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside: str | None = None) -> Neighbourhood:
@@ -69,7 +71,26 @@ def neighbourhood(site: FlowNode, calls: Mapping[nn.Module | None, int], inside:
     else:
         meetings = [meeting for node in before if (meeting := _meeting(node, site)) is not None]
         reason = None if meetings else _why_none_meets(site, before, after)
-    return Neighbourhood(_names(before), _names(after), tuple(meetings), reason)
+    # what lies before a second call may be something else
+    batch_norm = _batch_norm_before(site) if site.module is None or calls[site.module] == 1 else None
+    return Neighbourhood(_names(before), _names(after), tuple(meetings), reason, batch_norm)
+
+
+def _batch_norm_before(site: FlowNode) -> str | None:
+    """Return the name of the batch norm that an activation reads; None for one whose scale and shift have no module."""
+    node = site
+    while node is site or node.kind == Kind.IDENTITY:
+        if len(node.inputs) != 1:
+            return None
+        node = node.inputs[0]
+    if node.kind != Kind.BATCH_NORM:
+        return None
+    if node.module is not None:
+        return node.name
+    # A batch norm of somebody else's class calls the function with what is its own.
+    caller = node.name.rpartition(".")[0]
+    own = {f"{caller}.{parameter}" for parameter in ("weight", "bias")}
+    return caller if own <= {read.name for read in node.inputs} else None
 
 
 def _reached(site: FlowNode, *, back: bool) -> Iterator[FlowNode]:

@@ -176,3 +176,7 @@ def test_bad_input_is_named():
         switched_affine(nn.GELU(), torch.tensor([True, False]), 1, closest)
     with pytest.raises(ValueError, match="to have 3 neurons on axis -1, .* but got 2 on axis -1"):
         switched_affine(nn.GELU(), torch.tensor([True, False, True]), -1, closest)
+    with pytest.raises(
+        ValueError, match=r"`on` to have shape \(5,\), as PReLU\(num_parameters=5\) has slopes, but got \(2,\)"
+    ):
+        switched_affine(prelu(5), torch.tensor([True, False]), 1)

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
-from lightning_easier.collapsing.fit.fittable import ACTIVATIONS_IN_A_CHAIN
+from lightning_easier.collapsing.fit.fittable import ACTIVATIONS_IN_A_CHAIN, FittableChain
 from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.gains import Gain
 from lightning_easier.pruning.methods.base import Measuring, Proposal, Worker
@@ -117,12 +117,12 @@ class FitChains(Linearize):
             if not {*chain.sites} <= entropies.keys() or shape is None:
                 continue
             ways = []
-            cost = sum(entropies[site] for site in chain.sites)
             for choice in chains.price(chain, fitted, shape, gains.prices):
                 moved = chains.chain_fit(chain, choice.fit)
-                if moved is not None and choice.saving > 0:
+                cost = self._cost_of(chain, choice.fit, evidence)
+                if moved is not None and cost is not None and choice.saving > 0:
                     operation = FittedOperators([name], {name: moved.to_plain()})
-                    ways.append((choice, Option(operation, self._cost_of(cost, choice.fit), choice.saving)))
+                    ways.append((choice, Option(operation, cost, choice.saving)))
             best = self._best(ways)
             if best is None:
                 reason = "no operator that can move into the first of its chain saves anything"
@@ -138,14 +138,18 @@ class FitChains(Linearize):
         """Whether options for one activation are compared by their cost for what they save."""
         return self.order.criterion == "linearity" and self.order.gain is not None
 
-    def _cost_of(self, entropy: float, fit: Fit) -> float:
-        return entropy if self.order.criterion == "entropy" else 1.0 - fit.explained
+    def _cost_of(self, chain: FittableChain, fit: Fit, evidence: ChainEvidence) -> float | None:
+        """Return how much an operator in the place of a chain changes; None if that is not known."""
+        if self.order.criterion == "linearity":
+            return 1.0 - fit.explained
+        costs = [cost for site in chain.sites if (cost := self.cost(site, evidence)) is not None]
+        return sum(costs) if len(costs) == len(chain.sites) else None
 
     def _best(self, ways: Sequence[tuple[PricedFit, Option]]) -> Option | None:
         """Choose among the operators for one chain that save something; None if none stands for it.
 
-        Entropy does not tell how well an operator represents a chain, and without a gain nothing weighs that against
-        what it saves: the cheapest is taken of those that represent it nearly as well as the best.
+        Neither entropy nor likelihood tells how well an operator represents a chain, and without a gain nothing weighs
+        that against what it saves: the cheapest is taken of those that represent it nearly as well as the best.
         """
         if self._weighs_savings:
             return min((option for _, option in ways), key=lambda option: option.rank, default=None)
@@ -211,7 +215,7 @@ class ChainWorker(LinearWorker):
     def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
         """Have the method propose by what was measured last."""
         entropies = self._among(names)
-        evidence = ChainEvidence(entropies, self.affines, self.shapes, self.gains, self.chains)
+        evidence = ChainEvidence(entropies, **self.evidence(), chains=self.chains)
         proposal = self.method.propose(model, evidence)
         if self.chains is not None and not self._has_told_left_out:
             tell_left_out(*self.chains.left_out, "what fitted operators are fitted to")

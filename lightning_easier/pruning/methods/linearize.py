@@ -6,17 +6,21 @@ gain what it saves, and the rank is the one per the other.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.measure.moments import Moments, batch_norms_before, error_likelihood, moments_after
 from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.measure.switching import States, has_pieces, switched_affine
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.gains import GAINS, Gain, Gains, ShapeProbe
 from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Outlook, Proposal, Worker
 from lightning_easier.report import CandidateReport
-from lightning_easier.sites.activations import unwrap
+from lightning_easier.sites.activations import ActivationSite, unwrap
 from lightning_easier.sites.discovery import Discovery
 from lightning_easier.sites.rectifiers import as_gates
 from lightning_easier.structure.operations import Affines, Identities, Operation
@@ -24,8 +28,8 @@ from lightning_easier.structure.stand_in import STAND_INS
 from lightning_easier.support.arguments import check_bool, check_choice
 from lightning_easier.support.inference import evaluation_mode
 
-Criterion = Literal["entropy", "linearity"]
-CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity")
+Criterion = Literal["entropy", "linearity", "tlc"]
+CRITERIA: tuple[Criterion, ...] = ("entropy", "linearity", "tlc")
 # So many names are read in one line.
 _LISTED = 8
 
@@ -35,9 +39,11 @@ class Order:
     """In which order activations become linear.
 
     Args:
-        criterion: What tells how much a removal costs: ``"entropy"`` (EASIER), or ``"linearity"``, the share of
+        criterion: What tells how much a removal costs: ``"entropy"`` (EASIER); ``"linearity"``, the share of
             variance that the best linear operator does not explain: of a chain where one takes its place, else that of
-            the activation, by the affine for each channel.
+            the activation, by the affine for each channel; or ``"tlc"`` (TLC), how likely a channel is to switch, by
+            scale and shift of the batch norm right before the activation, and where there is none by mean and deviation
+            of the pre-activation, see :func:`~lightning_easier.measure_error_likelihood`.
         gain: Rank by the criterion per second (``"latency"``, measured on rank 0's device) or per multiply-accumulate
             (``"macs"``) that the removal saves; what saves nothing goes last. By the criterion alone by default.
         mergeable_only: Whether to leave out activations whose removal merges nothing, and with a ``gain`` those whose
@@ -46,6 +52,11 @@ class Order:
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value that is not supported.
+
+    Note:
+        TLC tries layers and removes the one that raises the loss on a batch least. Here the likelihood ranks them.
+
+    Source: EASIER, arXiv 2404.18949; TLC, arXiv 2412.15077.
     """
 
     criterion: Criterion = "entropy"
@@ -86,11 +97,15 @@ class LinearEvidence(Evidence):
         affines: Name -> the affine that comes closest, as plain data, if it is needed.
         shapes: The shapes of what the operators around the activations read, if they are needed.
         gains: Tells what is saved; None where nothing is priced.
+        states: Name -> how often its channels were ON and OFF, if that is needed.
+        moments: Name -> mean and deviation of its pre-activation, if they are needed.
     """
 
     affines: Mapping[str, Mapping[str, Any]]
     shapes: ShapeProbe | None
     gains: Gains | None
+    states: Mapping[str, States] = field(default_factory=dict, kw_only=True)
+    moments: Mapping[str, Moments] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,10 @@ class Linearize(Method):
     Args:
         stand_in: What takes the place of an activation: the identity (EASIER), or the affine that comes closest to it,
             a scale and an offset for each channel, measured in the same pass as the entropies. It is as linear, and
-            keeps more of the accuracy.
+            keeps more of the accuracy. Or ``"on_off"``, for each channel what the activation is on the side of zero
+            where its pre-activation lies more often (NEPENTHE, TLC): for ReLU the identity or zero. It is exact for
+            channels that do not switch. With ``Order(criterion="tlc")`` the side is that of their mean. On a side where
+            the activation is no line through zero (GELU, ...), the affine that comes closest takes its place.
         trainable: Whether scales and offsets of affines are trained. They join the parameter group of what is trained
             right before them in the model, the batch norm or the operator in front.
         shift_padding: Whether the padding of a convolution after a removed activation moves to the one before it, where
@@ -114,17 +132,17 @@ class Linearize(Method):
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value that is not supported, or does not go with another.
 
-    Source: EASIER, arXiv 2404.18949.
+    Source: EASIER, arXiv 2404.18949; NEPENTHE, arXiv 2404.16890, and TLC, arXiv 2412.15077, for ``"on_off"``.
     """
 
-    stand_in: Literal["identity", "affine"] = "identity"
+    stand_in: Literal["identity", "affine", "on_off"] = "identity"
     trainable: bool = False
     shift_padding: bool = True
     gates: bool | list[str] = False
     order: Order = Order()
 
     def __post_init__(self) -> None:
-        check_choice("stand_in", self.stand_in, STAND_INS)
+        check_choice("stand_in", self.stand_in, (*STAND_INS, "on_off"))
         check_bool("trainable", self.trainable)
         check_bool("shift_padding", self.shift_padding)
         as_gates(self.gates)
@@ -161,14 +179,34 @@ class Linearize(Method):
         return self.order.gain is None and not self.order.mergeable_only
 
     @property
-    def needs_affines(self) -> bool:
-        """Whether the affine that comes closest to each activation has to be measured."""
+    def needs_moments(self) -> bool:
+        """Whether mean and deviation of each pre-activation have to be known."""
+        return self.order.criterion == "tlc"
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether it has to be known how often each channel was ON and OFF."""
+        return self.stand_in == "on_off" and not self.needs_moments
+
+    def needs_affine_of(self, site: ActivationSite, axis: int) -> bool:
+        """Tell whether the affine that comes closest to an activation has to be measured.
+
+        Args:
+            site: The activation.
+            axis: The axis of its neurons.
+        """
+        if self.stand_in == "on_off" and not has_pieces(site.module, axis):
+            return True
         return self.stand_in == "affine" or self.order.criterion == "linearity"
 
     @property
     def needs_whole_parameters(self) -> tuple[str, str] | None:
-        """Trained affines do."""
-        return ("train affines", "Pass trainable=False") if self.trainable else None
+        """Trained affines do, and batch norms and slopes that are read on rank 0."""
+        if self.trainable:
+            return "train affines", "Pass trainable=False"
+        if self.needs_moments:
+            return "read batch norms for Order(criterion='tlc')", "Pass another criterion"
+        return ("read slopes for stand_in='on_off'", "Pass stand_in='affine'") if self.stand_in == "on_off" else None
 
     def propose(self, model: nn.Module, evidence: LinearEvidence) -> Proposal:
         """Rank the activations."""
@@ -188,27 +226,53 @@ class Linearize(Method):
 
     def stand_ins(self, model: nn.Module, evidence: LinearEvidence, names: Sequence[str]) -> dict[str, Option]:
         """Return how some activations may be removed by putting something in their places."""
-        if self.needs_affines:  # one that would not be finite is not there
-            names = [name for name in names if name in evidence.affines]
         if self.order.mergeable_only:
             found = self.list_candidates(model, None).candidates
             mergeable = {each.name for each in found if each.merges}
             names = [name for name in names if name in mergeable]
-        return {
-            name: Option(
-                self._operation(name, evidence), self._cost(name, evidence), self._saved(model, name, evidence)
-            )
-            for name in names
-        }
+        options = {}
+        for name in names:
+            operation, cost = self._operation(model, name, evidence), self.cost(name, evidence)
+            if operation is not None and cost is not None:
+                options[name] = Option(operation, cost, self._saved(model, name, evidence))
+        return options
 
-    def _operation(self, name: str, evidence: LinearEvidence) -> Operation:
-        if self.stand_in == "affine":
-            return Affines([name], {name: dict(evidence.affines[name])}, self.shift_padding, self.trainable)
-        return Identities([name], shift_padding=self.shift_padding)
+    def _operation(self, model: nn.Module, name: str, evidence: LinearEvidence) -> Operation | None:
+        """Return what puts a stand-in in the place of an activation; None where its numbers would not be finite."""
+        if self.stand_in == "identity":
+            return Identities([name], shift_padding=self.shift_padding)
+        affine = evidence.affines.get(name)
+        if self.stand_in == "on_off":
+            affine = self._on_off(model.get_submodule(name), name, evidence)
+        if affine is None:
+            return None
+        return Affines([name], {name: dict(affine)}, self.shift_padding, self.trainable)
 
-    def _cost(self, name: str, evidence: LinearEvidence) -> float:
-        by_entropy = self.order.criterion == "entropy"
-        return evidence.entropies[name] if by_entropy else 1.0 - float(evidence.affines[name]["explained"])
+    def _on_off(self, activation: nn.Module, name: str, evidence: LinearEvidence) -> Mapping[str, Any] | None:
+        """Return what an activation is on the side where each channel mostly lies, as plain data."""
+        sides, closest = self._sides(name, evidence), evidence.affines.get(name)
+        if sides is None:
+            return None
+        made = switched_affine(activation, *sides, None if closest is None else AffineFit(**closest))
+        return (
+            made.affine.to_plain() if made is not None and made.affine.is_finite_in(made.affine.scale.dtype) else None
+        )
+
+    def _sides(self, name: str, evidence: LinearEvidence) -> tuple[Tensor, int] | None:
+        """Tell which channels count as ON, and their axis; None where that is not known."""
+        if self.needs_moments:
+            moments = evidence.moments.get(name)
+            return None if moments is None else (moments.mean > 0, moments.dim)
+        states = evidence.states.get(name)
+        return None if states is None else (states.on > states.off, states.dim)
+
+    def cost(self, name: str, evidence: LinearEvidence) -> float | None:
+        """Return how much is changed if something takes the place of an activation alone; None if that is not known."""
+        if self.order.criterion == "entropy":
+            return evidence.entropies[name]
+        if self.order.criterion == "tlc":
+            return error_likelihood(evidence.moments[name]) if name in evidence.moments else None
+        return 1.0 - float(evidence.affines[name]["explained"]) if name in evidence.affines else None
 
     def _saved(self, model: nn.Module, name: str, evidence: LinearEvidence) -> float:
         """Return what is saved if an activation becomes linear and an exact collapse follows."""
@@ -271,10 +335,26 @@ class LinearWorker(Worker):
     method: Linearize
 
     def __init__(self, method: Linearize, measuring: Measuring) -> None:
-        super().__init__(method, measuring, affines=method.needs_affines)
+        super().__init__(method, measuring)
         self.gains = None if method.prices_by is None else Gains(method.prices_by, method.shift_padding)
-        self.affines: dict[str, dict[str, Any]] = {}
         self.shapes: ShapeProbe | None = None
+        self._needs_affines = False
+        self._norms: dict[str, _BatchNorm] = {}  # activation -> the batch norm that tells its moments
+        self._forget_counts()
+
+    def _forget_counts(self) -> None:
+        self.affines: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, States] = {}
+        self.moments: dict[str, Moments] = {}
+
+    def start(self, model: nn.Module, sites: Sequence[ActivationSite]) -> None:
+        """Count from zero; what takes more than counts is measured only where an activation needs it."""
+        axes, method = self._measuring.axes, self.method
+        self._norms = batch_norms_before(model, sites, axes) if method.needs_moments else {}
+        self._needs_affines = any(method.needs_affine_of(site, site.axis(axes)) for site in sites)
+        lacks_moments = method.needs_moments and any(site.name not in self._norms for site in sites)
+        self._affines = self._needs_affines or lacks_moments
+        super().start(model, sites)
 
     def follow(self, model: nn.Module, names: Sequence[str], batches: int) -> None:
         """Note the shapes by which removals are priced."""
@@ -284,18 +364,31 @@ class LinearWorker(Worker):
 
     def finish(self, known: Any = None) -> dict[str, float]:
         """Stop counting and return the entropies."""
-        self.affines = {}
+        self._forget_counts()
         return super().finish(known)
 
     def take(self, probe: EntropyProbe) -> None:
-        """Take note of affines and entropies."""
-        if self.method.needs_affines:
+        """Take note of affines, moments, states and entropies."""
+        if self._needs_affines:
             self.affines = {name: fit.to_plain() for name, fit in probe.affines().items()}
+        if self.method.needs_moments and self._affines:
+            self.moments = probe.moments()
+        if self.method.needs_states:
+            self.states = probe.states()
         super().take(probe)
 
     def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
         """Have the method propose by what was measured last."""
-        return self.method.propose(model, LinearEvidence(self._among(names), self.affines, self.shapes, self.gains))
+        return self.method.propose(model, LinearEvidence(self._among(names), **self.evidence()))
+
+    def evidence(self) -> dict[str, Any]:
+        """Return what was measured besides the entropies, by the names that :class:`LinearEvidence` has for it."""
+        after_norms = {name: moments_after(norm) for name, norm in self._norms.items()}
+        moments = self.moments | {name: each for name, each in after_norms.items() if each.is_finite}
+        return {
+            "affines": self.affines, "shapes": self.shapes, "gains": self.gains, "states": self.states,
+            "moments": moments,
+        }  # fmt: skip
 
     def detach(self) -> None:
         """Take all hooks away; what was counted stays."""
