@@ -25,7 +25,7 @@ RECIPES = {
     "next, four epochs": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3}, {}),
     "restart": ((0.9,), {"restart": "optimizer", "removals": 2}, {}),
     "on training": ((0.9,), {"on": "training"}, {}),
-    "two validations": ((0.9,), {}, {"val_check_interval": 1}),
+    "two validations": ((0.9,), {"stand_in": "on_off"}, {"val_check_interval": 1}),
     "rare validations": ((0.9,), {}, {"check_val_every_n_epoch": 2, "epochs": 5}),
     "long rounds": ((0.9,), {"epochs": 2, "warmup_epochs": 1}, {"epochs": 6}),
     "affine": ((0.9, 0.9, 0.1, 0.1, 0.9), {"max_rejections": 3, "stand_in": "affine"}, {"epochs": 5}),
@@ -42,7 +42,7 @@ RECIPES = {
         {},
     ),
     "accumulated": ((0.9,), {}, {"accumulate_grad_batches": 2}),
-    "steps": ((0.9,), {"on": "training"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
+    "steps": ((0.9,), {"on": "training", "criterion": "tlc"}, {"epochs": 9, "max_steps": 4 * BATCHES}),
 }
 # Where Lightning itself resumes exactly: moment -> batch, if the hook has one
 SAVED_AT = {

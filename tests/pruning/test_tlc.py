@@ -2,10 +2,13 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_easier import (
@@ -18,6 +21,7 @@ from lightning_easier import (
     measure_entropy,
     measure_error_likelihood,
 )
+from lightning_easier.callbacks.wiring import check_strategy_lets_parameters_change
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.pruning.methods import Measuring
 from lightning_easier.sites.activations import isolated_sites
@@ -343,6 +347,21 @@ def test_bad_input_is_named_and_changes_nothing():
         Order("TLC")
     with pytest.raises(ValueError, match=r"`stand_in` to be one of .*'on_off'.*but got 'on-off'"):
         Linearize(stand_in="on-off")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Linearize(order=Order("tlc")), r"can't read batch norms for Order\(criterion='tlc'\) .*another criterion"),
+        (Linearize(stand_in="on_off"), "can't read slopes for stand_in='on_off' .*Pass stand_in='affine'"),
+        (Linearize(stand_in="on_off", trainable=True), "can't train affines .*Pass trainable=False"),
+    ],
+    ids=["tlc", "on_off", "trained"],
+)
+def test_parameters_that_are_read_must_not_be_sharded(method, message):
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(MisconfigurationException, match=message):
+        check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
 
 
 class Normed(Small):
