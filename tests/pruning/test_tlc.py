@@ -324,6 +324,18 @@ def test_what_is_not_finite_has_no_rank_and_is_never_put_into_a_model():
     assert list(proposed(model, vectors, criterion="tlc", stand_in="on_off").ranks) == ["1"]
 
 
+def test_a_batch_norm_that_is_not_finite_any_more_after_the_measurement_gives_no_rank():
+    model = drawn(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()))
+    worker = Linearize(order=Order("tlc")).worker(Measuring())
+    worker.start(model, isolated_sites(model))
+    with torch.no_grad():
+        model(torch.randn(8, 3).double())
+    worker.finish()
+    assert list(worker.propose(model, ["2"]).ranks) == ["2"]
+    nn.init.constant_(model[1].weight, math.nan)
+    assert worker.propose(model, ["2"]).ranks == {}
+
+
 def test_sums_that_overflow_are_told_and_have_no_rank():
     model = nn.Sequential(nn.Identity(), nn.ReLU()).double()
     with pytest.warns(UserWarning, match=r"\['1'\] have no mean and deviation: sums over their values overflow"):
