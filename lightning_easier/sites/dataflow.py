@@ -190,7 +190,7 @@ def _layout(node: fx.Node, name: str) -> Layout:
         return ("swap", *arguments) if whole else _LOSE
     if name in ("movedim", "moveaxis"):
         return ("move", *arguments) if whole else _LOSE
-    if name == "getattr" and node.args[1] == "mT":
+    if name == "getattr" and node.args[1] in ("mT", "T"):
         return ("swap", -2, -1)
     if name == "flatten":
         ends = (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
