@@ -34,8 +34,8 @@ class Kind(StrEnum):
 
 
 # What becomes of the neuron axis: ("keep",), ("set", axis), ("permute", axes), ("swap", axis, axis),
-# ("move", from, to), ("flatten", first, last), ("insert", axis), ("pick", places) for an index of slices and Nones, or
-# ("lose",) where only what reads the value can tell.
+# ("move", from, to), ("flatten", first, last), ("insert", axis), ("pick", places) for an index of slices and Nones,
+# ("join", axis, which) for a concatenation of these inputs, or ("lose",) where only what reads the value can tell.
 Layout = tuple[Any, ...]
 _KEEP: Layout = ("keep",)
 _LOSE: Layout = ("lose",)
@@ -202,11 +202,22 @@ def _layout(node: fx.Node, name: str) -> Layout:
         return ("flatten", 1, -1)
     if name in ("view", "reshape", "unflatten", "rearrange", "squeeze", "view_as", "reshape_as"):
         return _LOSE
+    if name in ("cat", "concat", "concatenate"):
+        return _join(node)
     if name == "einsum":
         return _einsum(node)
     if name == "getitem" and isinstance(node.args[1], tuple):
         return _pick(node.args[1])
     return _KEEP
+
+
+def _join(node: fx.Node) -> Layout:
+    """Return the axis of a concatenation, and which of the inputs is joined at each place."""
+    joined, place = node.args[0] if node.args else node.kwargs.get("tensors"), _argument(node, 1, "dim", 0)
+    inputs = node.all_input_nodes
+    if not isinstance(joined, tuple | list) or not isinstance(place, int) or not set(inputs).issuperset(joined):
+        return _KEEP
+    return ("join", place, tuple(inputs.index(value) for value in joined))
 
 
 def _of_product(node: fx.Node) -> int:
@@ -258,7 +269,7 @@ def _is_one_of(node: fx.Node, functions: tuple[Any, ...]) -> bool:
     return node.op == "call_function" and any(node.target is function for function in functions)
 
 
-def _neuron_axis_after(layout: Layout, axis: int | None) -> int | None:
+def neuron_axis_after(layout: Layout, axis: int | None) -> int | None:
     """Return the neuron axis of a step's value, from that of its input."""
     match layout:
         case ("set", int(there)):
@@ -284,7 +295,7 @@ def _neuron_axis_after(layout: Layout, axis: int | None) -> int | None:
             return axis - 1 if place == -1 else axis
         case ("pick", places) if axis is not None and -len(places) <= axis < len(places):
             return int(places[axis])
-        case ("keep",):
+        case ("keep",) | ("join", _, _):
             return axis
     return None
 
@@ -292,7 +303,7 @@ def _neuron_axis_after(layout: Layout, axis: int | None) -> int | None:
 def _likely_axis_after(layout: Layout, axis: int | None) -> int | None:
     """Return the neuron axis after a swap that names one side by its distance from the end, for three axes."""
     if layout[0] == "swap" and axis is not None:
-        after = _neuron_axis_after(("swap", layout[1] % 3, layout[2] % 3), axis % 3)
+        after = neuron_axis_after(("swap", layout[1] % 3, layout[2] % 3), axis % 3)
         return -1 if after == 2 else after
     return axis
 
@@ -343,7 +354,7 @@ class Flow:
     ) -> FlowNode:
         """Add a node after others."""
         known = next((node.axis for node in inputs if node.axis is not None), None)
-        axis = _neuron_axis_after(layout, known)
+        axis = neuron_axis_after(layout, known)
         earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
         earlier = _likely_axis_after(layout, earlier)
         node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module)
@@ -376,7 +387,7 @@ class Flow:
             for reader in queue.pop(0).readers:
                 if reader.layout[0] == "set":
                     return int(reader.layout[1])
-                if reader.layout == _KEEP and reader not in seen:
+                if reader.layout[0] in ("keep", "join") and reader not in seen:
                     seen.add(reader)
                     queue.append(reader)
         return 1 if node.earlier_axis is None else node.earlier_axis

@@ -40,10 +40,11 @@ _JOINING_FUNCTIONS = frozenset(
 # ... and these the one they are given, if the others are constants.
 _SCALING_FUNCTIONS = frozenset({"add", "mul", "multiply", "div", "divide", "truediv", "neg", "addcmul"})
 # A tensor that is made anew, whatever the value it is asked of holds
-_NEW_TENSORS = frozenset(
+NEW_TENSORS = frozenset(
     {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like",
      "full_like", "rand_like", "randn_like", "empty", "zeros", "ones", "full", "rand", "randn", "arange"}
 )  # fmt: skip
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _SAME_WEIGHT = frozenset({"contiguous", "to", "type_as", "clone", "detach", "float", "half", "bfloat16", "double"})
 
 
@@ -94,7 +95,7 @@ def feeding_weights(model: nn.Module, plan: IsolationPlan) -> Feeding:
         model: The model, before or after its activations are isolated.
         plan: What was discovered in it.
     """
-    weights = _Weights(unwrap(model))
+    weights = OperatorWeights(unwrap(model))
     reached = _operators_reached(plan)
     owners: dict[str, str] = {}
     feeding: dict[str, tuple[FeedingWeight, ...]] = {}
@@ -117,8 +118,10 @@ class Constants:
         self._constant: set[FlowNode] = set()
         for node in nodes:
             computed = node.module is None and node.inputs and self._constant.issuperset(node.inputs)
-            if node.kind == Kind.CONSTANT or function_name(node) in _NEW_TENSORS or computed:
+            if node.kind == Kind.CONSTANT or function_name(node) in NEW_TENSORS or computed:
                 self._constant.add(node)
+            if not self._constant.issuperset(node.inputs[1:]):
+                self._constant.difference_update(written(node))
 
     def __contains__(self, node: FlowNode) -> bool:
         return node in self._constant
@@ -126,6 +129,17 @@ class Constants:
     def values(self, node: FlowNode) -> list[FlowNode]:
         """Return the inputs of a node that depend on the model's."""
         return [parent for parent in node.inputs if parent not in self._constant]
+
+
+def written(node: FlowNode) -> list[FlowNode]:
+    """Return the nodes whose values a step writes to: what a function in place is given, and what that is a view of."""
+    name = node.name.rpartition(".")[2]
+    found: list[FlowNode] = []
+    if function_name(node) is not None and (name.endswith("_") or name in _IN_PLACE or name == "setitem"):
+        found += node.inputs[:1]
+        while found and function_name(found[-1]) in _PASSING_FUNCTIONS and found[-1].inputs:
+            found.append(found[-1].inputs[0])
+    return found
 
 
 def function_name(node: FlowNode) -> str | None:
@@ -136,8 +150,7 @@ def function_name(node: FlowNode) -> str | None:
     if node.module is not None or node.kind in (Kind.INPUT, Kind.UNKNOWN, Kind.OUTPUT, Kind.CONSTANT):
         return None
     name = node.name.rpartition(".")[2]
-    in_place = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
-    return in_place.get(name, name.removesuffix("_"))
+    return _IN_PLACE.get(name, name.removesuffix("_"))
 
 
 # The operators, and other ends, on the ways back from a value; with each whether it is *settled*: read by something
@@ -256,8 +269,12 @@ def _is_operator(node: FlowNode) -> bool:
     return node.kind in (Kind.OPERATOR, Kind.UNKNOWN) or has_matrix
 
 
-class _Weights:
-    """Finds the weights of operators in a model, each under its first name."""
+class OperatorWeights:
+    """Finds the weights of operators in a model, each under its first name.
+
+    Args:
+        model: The model, unwrapped.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
