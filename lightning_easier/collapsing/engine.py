@@ -365,6 +365,7 @@ class Prepared:
             difference, exactly, [_record(choice, self._objective) for choice in fits.choices], fits.notes,
             fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
             lost_arguments(self._model, len(self._arguments)) if isinstance(result, fx.GraphModule) else [],
+            steps.trimmed,
         )  # fmt: skip
         if report.lost_arguments:
             rank_zero_warn(
@@ -429,6 +430,7 @@ def _rewrite(
         try:
             steps.simplify()
             steps.drop_stand_ins()
+            steps.trim()
             unmerged = steps.snapshot()
             steps.merge()
             collapsed = steps.finish()

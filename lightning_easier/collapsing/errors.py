@@ -7,8 +7,8 @@ class CollapseStep(NamedTuple):
     """A step of a collapse that can be left out.
 
     Attributes:
-        kind: ``"fold"`` (a batch norm) or ``"merge"`` (all of one chain).
-        name: Of the node in the captured graph whose value comes out of it.
+        kind: ``"fold"`` (a batch norm), ``"trim"`` (dead channels of one part) or ``"merge"`` (all of one chain).
+        name: Of the node in the captured graph whose value comes out of it, or of the first in the part.
     """
 
     kind: str

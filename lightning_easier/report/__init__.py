@@ -1,7 +1,7 @@
 """Plain results, shown: tables, Markdown, JSON, figures, and what a run writes to TensorBoard."""
 
 from lightning_easier.report.candidates import Candidate, CandidateReport
-from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal
+from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal, Trimmed
 from lightning_easier.report.compression import CompressReport, Trial
 from lightning_easier.report.costs import ModelCost
 from lightning_easier.report.exporting import ExportReport, Parity
@@ -11,4 +11,5 @@ from lightning_easier.report.tables import Report, Table
 __all__ = [
     "Candidate", "CandidateReport", "CollapseReport", "CompressReport", "ExportReport", "Fitted", "Merge", "ModelCost",
     "Parity", "PruningReport", "Refusal", "Report", "Round", "Table", "Trial",
+    "Trimmed",
 ]  # fmt: skip

@@ -42,6 +42,21 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Trimmed:
+    """An operator of which channels are gone that nothing needs, because they are constant or nothing reads them.
+
+    Attributes:
+        operator: Its qualified name; a function goes by the name of its node.
+        before: How many channels it wrote.
+        after: How many it writes.
+    """
+
+    operator: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A chain that a fitted operator has taken the place of.
 
@@ -85,6 +100,7 @@ class CollapseReport(Report):
         fixed_arguments: Arguments that were left out of the example, and their defaults: the collapsed model takes no
             other values.
         lost_arguments: Those that it does not take at all; ``*args`` and ``**kwargs`` of the forward with their stars.
+        trimmed: Operators of which dead channels are gone.
     """
 
     merges: list[Merge]
@@ -100,6 +116,7 @@ class CollapseReport(Report):
     notes: list[str] = field(default_factory=list)
     fixed_arguments: dict[str, Any] = field(default_factory=dict)
     lost_arguments: list[str] = field(default_factory=list)
+    trimmed: list[Trimmed] = field(default_factory=list)
 
     @property
     def speedup(self) -> Speedup:
@@ -107,7 +124,7 @@ class CollapseReport(Report):
         return speed_up(self.dense.latency, self.after.latency)
 
     def tables(self) -> Iterator[Table]:
-        """Yield the costs, what was fitted, the merges and the refusals."""
+        """Yield the costs, what was fitted, the channels that are gone, the merges and the refusals."""
         yield costs_table("Collapse", {"as given": self.before, "collapsed": self.after}, self.dense)
         if self.fitted:
             rows = [
@@ -115,6 +132,9 @@ class CollapseReport(Report):
                  prices_in_words(f.price_before, f.price_after, f.objective)) for f in self.fitted
             ]  # fmt: skip
             yield Table("Fitted", ("chain", "by", "variance explained", "price"), rows)
+        if self.trimmed:
+            channels = [(each.operator, f"{each.before} → {each.after}") for each in self.trimmed]
+            yield Table("Dead channels", ("operator", "channels"), channels)
         merges = [(" + ".join(m.operators), m.into, prices_in_words(m.price_before, m.price_after, m.objective))
                   for m in self.merges]  # fmt: skip
         if self.fused:

@@ -17,13 +17,16 @@ from lightning_easier.collapsing.algebra.operators import (
 )
 from lightning_easier.collapsing.errors import CannotMergeError, CollapseStep, StepError
 from lightning_easier.collapsing.exact.capture import duplicate
+from lightning_easier.collapsing.exact.channels import ChannelFlow
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
+from lightning_easier.collapsing.exact.dead_channels import DeadChannels, Part
 from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.planner import Planner
 from lightning_easier.collapsing.exact.plans import Plan, original_pieces
 from lightning_easier.collapsing.exact.prices import Objective, Pricer
+from lightning_easier.collapsing.exact.trimming import trim
 from lightning_easier.collapsing.exact.writing import EQUALS, Draft, Writer, equal_in_source
-from lightning_easier.report import Merge, Refusal
+from lightning_easier.report import Merge, Refusal, Trimmed
 from lightning_easier.sites.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.sites.tracing import input_of
 from lightning_easier.structure.stand_in import StandIn
@@ -61,6 +64,7 @@ class Steps:
         merges: What became one operator.
         fused: Batch norms that were folded.
         dropped: Identities that are gone.
+        trimmed: Operators of which dead channels are gone.
         refusals: What was not merged, with the reason.
     """
 
@@ -74,10 +78,11 @@ class Steps:
         self._writer = Writer(captured)
         self._stand_ins: list[tuple[str, Any]] = []  # the name of each, and the value that it passed on
         self._left_out = left_out
-        self._taken: list[CollapseStep] = []
+        self._taken: list[tuple[str, CollapseStep]] = []  # the node whose value comes out of each
         self.merges: list[Merge] = []
         self.fused: list[str] = []
         self.dropped: list[str] = []
+        self.trimmed: list[Trimmed] = []
         self.refusals: list[Refusal] = []
 
     def simplify(self) -> None:
@@ -133,7 +138,7 @@ class Steps:
             before.meta[EQUALS] = node.name
             self._writer.bypass(node, input_of(node))
             self.fused.append(str(node.target))
-            self._taken.append(step)
+            self._taken.append((step.name, step))
 
     def _fold(self, before: Any, node: fx.Node, batch_norm: Any, uses: Uses) -> nn.Module:
         if uses_batch_statistics(batch_norm):
@@ -179,6 +184,45 @@ class Steps:
                 reason = f"stays whole: {kind.__name__} {why}, and torch.export can't take the model"
                 self.refusals.append(Refusal((str(node.target),), reason))
 
+    def trim(self) -> None:
+        """Remove the channels that nothing needs, part by part, where that pays."""
+        flow = ChannelFlow(self._captured)
+        kept: dict[int, str] = {}
+        dead = DeadChannels(flow)
+        while True:  # until all that is left of them pays
+            reasons = {part: self._why_not_trimmed(dead, part) for part in dead.parts()}
+            kept |= {label: reason for part, reason in reasons.items() if reason for label in part.labels.tolist()}
+            if not any(reasons.values()):
+                break
+            dead = DeadChannels(flow, kept)
+        self.refusals += dead.refusals()
+        for part in reasons:
+            step = CollapseStep("trim", part.nodes[0].name)
+            names = [equal_in_source(node) for node in part.nodes if dead.stays(node) is None]
+            with _said_of(step):
+                trim(dead, part.nodes, self._writer, {node.name: node for node in self._graph.nodes})
+            self._taken += [(name, step) for name in names if name is not None]
+            self.trimmed += part.trimmed
+
+    def _why_not_trimmed(self, dead: DeadChannels, part: Part) -> str | None:
+        """Time a part of the graph against what is left of it, interleaved; the reason if it stays, None if not."""
+        step = CollapseStep("trim", part.nodes[0].name)
+        if step in self._left_out:
+            return self._left_out[step]
+        if self._objective != "latency":
+            return None
+        with _said_of(step):
+            device = device_of(self._captured)
+            twin = duplicate(self._captured)
+            writer = Writer(twin)
+            nodes = trim(dead, part.nodes, writer, {node.name: node for node in twin.graph.nodes})
+            before, values = self._trial().part(part.nodes)
+            after, _ = Draft(twin, {**self._writer.made, **writer.made}, device).part(nodes)
+            metas = [node.meta["tensor_meta"] for node in values]
+            key = _written(before), _written(after), tuple((meta.shape, meta.dtype) for meta in metas), str(device)
+            inputs = tuple(torch.randn(meta.shape, device=device).to(meta.dtype) for meta in metas)
+            return _why_not(self._table.compare(key, before, after, inputs, _FASTER))
+
     def merge(self) -> None:
         """Plan every chain, and carry out the plans."""
         chains = Chains(self._captured)
@@ -205,7 +249,7 @@ class Steps:
             if plan.merges:
                 with _said_of(_step_of(chain)):
                     self._writer.replace(chain, plan.pieces, chains)
-                self._taken.append(_step_of(chain))
+                self._taken.append((_step_of(chain).name, _step_of(chain)))
             self.merges += plan.merges
             self.refusals += plan.refusals
         # What was said of a batch norm that could not be folded is superseded by what became of its chain
@@ -222,7 +266,7 @@ class Steps:
         Args:
             differences: Node of the source -> the relative difference of what has taken its place.
         """
-        return {step: _why_wrong(differences[step.name]) for step in self._taken if step.name in differences}
+        return {step: _why_wrong(differences[name]) for name, step in self._taken if name in differences}
 
     def finish(self) -> fx.GraphModule:
         """Drop what is no longer called and compile."""
@@ -232,7 +276,7 @@ class Steps:
     @property
     def changed(self) -> bool:
         """Whether anything was done that makes the graph another than the model."""
-        return bool(self.merges or self.fused or self._stand_ins)
+        return bool(self.merges or self.fused or self.trimmed or self._stand_ins)
 
     def round(self, graph: fx.GraphModule | None = None) -> None:
         """Give new operators, which are in float64, the dtype of those they replace.
@@ -264,7 +308,7 @@ class Steps:
         Args:
             model: What to call the model.
         """
-        self.merges, self.fused, self.dropped = [], [], []
+        self.merges, self.fused, self.dropped, self.trimmed = [], [], [], []
         reason = "the whole of the collapsed model is slower than the model itself, which is returned as it is"
         self.refusals.append(Refusal((model,), reason))
 
@@ -316,7 +360,7 @@ def _why_not(faster: Speedup) -> str | None:
     if faster.is_above(_FASTER):
         return None
     if faster.is_below(_FASTER):
-        return f"does not pay: timed as a whole, the chain becomes {faster} as fast"
+        return f"does not pay: timed as a whole, this becomes {faster} as fast"
     return (
         f"the timings disagree on whether it pays: {faster} as fast, from pair to pair; objective='macs' decides by "
         f"the work alone, alike every time"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_easier.collapsing.algebra.affine import AFFINES
 from lightning_easier.collapsing.algebra.operators import of_random_numbers
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Element, Fork, nodes_of
 from lightning_easier.collapsing.exact.links import Link
@@ -99,6 +100,29 @@ class Writer(_Writing):
         """Put an operator, in float64, under a name."""
         self._captured.set_submodule(name, operator)
         self.made[name] = dtype
+
+    def instead(self, node: fx.Node, value: fx.Node, operator: nn.Module, dtype: torch.dtype) -> fx.Node:
+        """Let an operator, in float64, take the place of what a node calls; returns the node that calls it.
+
+        Args:
+            node: The node.
+            value: What the operator reads.
+            operator: The operator.
+            dtype: That it is to have.
+        """
+        if node.op == "call_module":
+            self.put(str(node.target), operator, dtype)
+            if isinstance(operator, AFFINES):  # which take nothing else, as what they replace may
+                node.args, node.kwargs = (value,), {}
+            return node
+        name = next(name for n in count() if not hasattr(self._captured, name := f"{node.name}_{n}"))
+        self.put(name, operator, dtype)
+        with self._graph.inserting_before(node):
+            called = self._graph.create_node("call_module", name, (value,))
+        called.meta = {"tensor_meta": node.meta["tensor_meta"], EQUALS: equal_in_source(node), ALIASES: []}
+        _replace(node, called)
+        self._graph.erase_node(node)
+        return called
 
     def replace(self, chain: Chain, pieces: Sequence[Piece], chains: Chains) -> None:
         """Write pieces in the place of a chain."""
@@ -210,13 +234,35 @@ class Draft(_Writing):
         end = self.pieces(pieces, self._graph.placeholder("value"))
         return self._compiled(end)
 
+    def part(self, nodes: Sequence[fx.Node]) -> tuple[nn.Module, list[fx.Node]]:
+        """Return a module that computes several nodes, and the nodes whose values are its inputs.
+
+        Args:
+            nodes: The nodes, in execution order. It returns the values of those that something else reads.
+        """
+        inside = dict.fromkeys(nodes)
+        for node in nodes:  # questions about dtypes, say, that have no number
+            inside |= {
+                other: None
+                for other in node.all_input_nodes
+                if not is_constant(other) and shape_of(other) is None and NUMBER not in other.meta
+            }
+        read = dict.fromkeys(other for node in inside for other in node.all_input_nodes if other not in inside)
+        values = [node for node in read if not is_constant(node) and shape_of(node) is not None]
+        places = {node: self._graph.placeholder(f"value_{number}") for number, node in enumerate(values)}
+        order = {node: place for place, node in enumerate(nodes[0].graph.nodes)}
+        for node in sorted(inside, key=order.__getitem__):
+            places[node] = self._copy(node, places)
+        ends = [places[node] for node in nodes if not node.users or any(user not in inside for user in node.users)]
+        return self._compiled(tuple(ends)), values
+
     def alone(self, node: fx.Node) -> nn.Module:
         """Return a module that computes one node; its inputs are the values that the node reads."""
         values = [other for other in node.all_input_nodes if not is_constant(other) and shape_of(other) is not None]
         places = {other: self._graph.placeholder(f"value_{number}") for number, other in enumerate(values)}
         return self._compiled(self._copy(node, places))
 
-    def _compiled(self, end: fx.Node) -> nn.Module:
+    def _compiled(self, end: Any) -> nn.Module:
         self._graph.output(end)
         return fx.GraphModule(self._rooms, self._graph).eval()
 

@@ -1,0 +1,272 @@
+"""Which channels may leave a captured graph, so that it computes the same: those that nothing is left to read.
+
+An operator can do without a channel that it reads where its weights for it are zero, where the channel is a constant
+that goes into the bias, or where another constant channel carries it (:mod:`~.algebra.slices`). All other readers need
+theirs. So a channel is *dead* if no operator needs it whose own outputs are not all dead; the largest set of such
+channels is found by beginning with all, and putting back what is needed until nothing changes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from lightning_easier.collapsing.algebra.slices import Selection, keeps_constants, kernel
+from lightning_easier.collapsing.exact.channels import ChannelFlow, Operated
+from lightning_easier.report import Refusal, Trimmed
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of a graph that channels leave together, the operators that they come from and go to included.
+
+    Attributes:
+        nodes: In execution order.
+        labels: What leaves.
+        trimmed: The operators whose outputs become fewer.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    labels: Tensor
+    trimmed: tuple[Trimmed, ...]
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The names of the operators that its channels come from."""
+        return tuple(each.operator for each in self.trimmed)
+
+
+class DeadChannels:
+    """Finds the channels that leave.
+
+    Args:
+        flow: The channels of a graph.
+        kept: Label -> why it stays, besides what the flow knows.
+
+    Attributes:
+        flow: The same.
+        leaves: ``(labels,)``: what leaves.
+    """
+
+    def __init__(self, flow: ChannelFlow, kept: dict[int, str] | None = None) -> None:
+        self.flow = flow
+        self._why = {**(kept or {}), **flow.kept}
+        self._readers = [_Reader(each) for each in flow.operators.values()]
+        self._carriers = torch.full((flow.labels,), -1)
+        while True:
+            self._carriers.fill_(-1)
+            self.leaves = self._unneeded()
+            self._carriers = self._carried()
+            if bool((self._carriers >= 0).any()):
+                self.leaves = self._unneeded()
+            back = self._put_back()
+            if not back:
+                break
+            self._why.update(back)
+
+    def selection(self, node: fx.Node) -> Selection | None:
+        """Return which channels of an operator stay; None for what is no operator."""
+        reader = next((each for each in self._readers if each.call.node is node), None)
+        if reader is None:
+            return None
+        inputs, reads = self._stays(reader), reader.call.reads
+        outputs = ~self.leaves[self.flow.channels[node].labels]
+        carriers = torch.full_like(inputs, -1, dtype=torch.long)
+        if reads is not None:
+            places = {label: place for place, label in enumerate(reads.labels.tolist())}
+            for place in (~inputs & (self._carriers[reads.labels] >= 0)).nonzero().flatten().tolist():
+                if not reader.keeps_constants:
+                    carriers[place] = places.get(int(self._carriers[reads.labels[place]]), -1)
+        return Selection(inputs, outputs, reader.constants, carriers)
+
+    def stays(self, node: fx.Node) -> Tensor | None:
+        """Return which channels of a value stay; None where all do."""
+        channels = self.flow.channels.get(node)
+        if channels is None or not bool(self.leaves[channels.labels].any()):
+            return None
+        return ~self.leaves[channels.labels]
+
+    def parts(self) -> list[Part]:
+        """List the parts of the graph that channels leave, in execution order."""
+        place = {node: number for number, node in enumerate(self.flow.graph.nodes)}
+        parent: dict[fx.Node, fx.Node] = {}
+
+        def root(node: fx.Node) -> fx.Node:
+            while parent.setdefault(node, node) is not node:
+                node = parent[node]
+            return node
+
+        for node in self.flow.channels:
+            if self.stays(node) is not None:
+                for user in node.users:
+                    if user in self.flow.channels:
+                        parent[root(user)] = root(node)
+        found = defaultdict(list)
+        for node in [*parent]:
+            found[root(node)].append(node)
+        parts = [tuple(sorted(nodes, key=place.__getitem__)) for nodes in found.values()]
+        return [self._part(nodes) for nodes in sorted(parts, key=lambda nodes: place[nodes[0]])]
+
+    def _part(self, nodes: tuple[fx.Node, ...]) -> Part:
+        labels = torch.cat([self.flow.channels[node].labels for node in nodes])
+        trimmed = []
+        for node in nodes:
+            stays = self.stays(node)
+            if node in self.flow.operators and stays is not None:
+                trimmed.append(Trimmed(self.flow.operators[node].name, len(stays), int(stays.sum())))
+        return Part(nodes, labels[self.leaves[labels]].unique(), tuple(trimmed))
+
+    def refusals(self) -> Iterator[Refusal]:
+        """Yield why constant channels stay, operator by operator."""
+        constant = torch.zeros(self.flow.labels, dtype=torch.bool)
+        for channels in self.flow.channels.values():
+            constant[channels.labels[channels.constants.isfinite()]] = True
+        carriers = set(self._carriers.tolist())
+        needed: dict[int, str] = {}
+        for reader in self._readers:
+            if reader.call.reads is not None:
+                for label, reason in self._reasons(reader):
+                    needed.setdefault(label, reason)
+        for call in self.flow.operators.values():
+            labels = self.flow.channels[call.node].labels
+            whys: dict[str, int] = defaultdict(int)
+            for label in labels[constant[labels] & ~self.leaves[labels]].tolist():
+                if label not in carriers:
+                    whys[self._why.get(label) or needed.get(label, "they are needed")] += 1
+            for reason, count in whys.items():
+                yield Refusal((call.name,), f"{count} of its {len(labels)} channels are dead, but stay: {reason}")
+
+    def _reasons(self, reader: "_Reader") -> Iterator[tuple[int, str]]:
+        """Yield what an operator needs, and why."""
+        reads = reader.call.reads
+        assert reads is not None
+        for place in (~self._released(reader)).nonzero().flatten().tolist():
+            constant = bool(reads.constants[place].isfinite())
+            name = reader.call.name
+            if constant and reader.is_finite:
+                reason = f"`{name}` pads them with zeros, and they are constant, but not zero"
+            elif constant:
+                reason = f"weights of `{name}` are not finite"
+            else:
+                reason = f"what `{name}` reads of them depends on the input: something else is added, or padded with zeros"
+            yield int(reads.labels[place]), reason
+
+    # ---- the largest set -----------------------------------------------------------
+
+    def _unneeded(self) -> Tensor:
+        """Begin with all channels, and put back what is needed."""
+        self.leaves = torch.ones(self.flow.labels, dtype=torch.bool)
+        self.leaves[list(self._why)] = False
+        self.leaves[self._carriers[self._carriers >= 0]] = False
+        changes = True
+        while changes:
+            changes = False
+            for reader in reversed(self._readers):
+                reads = reader.call.reads
+                if reads is None:
+                    continue
+                needed = reads.labels[~self._released(reader) & (self._carriers[reads.labels] < 0)]
+                if bool(self.leaves[needed].any()):
+                    self.leaves[needed] = False
+                    changes = True
+        return self.leaves
+
+    def _released(self, reader: "_Reader") -> Tensor:
+        """Tell which inputs an operator can do without, given the outputs that stay."""
+        stays = ~self.leaves[self.flow.channels[reader.call.node].labels]
+        return reader.released(stays)
+
+    def _stays(self, reader: "_Reader") -> Tensor:
+        reads = reader.call.reads
+        return torch.ones(reader.inputs, dtype=torch.bool) if reads is None else ~self.leaves[reads.labels]
+
+    def _carried(self) -> Tensor:
+        """Let one constant channel carry others that the same operators need, because they pad with zeros."""
+        needs: dict[int, list[tuple[int, int]]] = defaultdict(list)  # label -> operators and groups
+        sizes: dict[int, float] = {}  # label -> the least of what it is there
+        never = set(self._why)
+        for number, reader in enumerate(self._readers):
+            reads = reader.call.reads
+            if reads is None:
+                continue
+            labels, counts = reads.labels.unique(return_counts=True)
+            never.update(labels[counts > 1].tolist())
+            for place in (~self._released(reader)).nonzero().flatten().tolist():
+                label, constant = int(reads.labels[place]), float(reads.constants[place])
+                if not reads.constants[place].isfinite() or not reader.is_finite:
+                    never.add(label)
+                needs[label].append((number, place // reader.inputs_of_a_group))
+                sizes[label] = min(sizes.get(label, abs(constant)), abs(constant))
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+        for label, readers in needs.items():
+            if label not in never:
+                alike[tuple(readers)].append(label)
+        carriers = torch.full((self.flow.labels,), -1)
+        for labels_ in alike.values():
+            largest = max(labels_, key=sizes.__getitem__)
+            others = [label for label in labels_ if label != largest]
+            carriers[others] = largest
+        return carriers
+
+    def _put_back(self) -> dict[int, str]:
+        """List what has to stay for an operator to be one: a channel at least, and as many in every group."""
+        back: dict[int, str] = {}
+        for reader in self._readers:
+            outputs = self.flow.channels[reader.call.node].labels.view(reader.groups, -1)
+            inputs = None if reader.call.reads is None else reader.call.reads.labels.view(reader.groups, -1)
+            reads, writes = self._stays(reader).view(reader.groups, -1).sum(1), (~self.leaves[outputs]).sum(1)
+            staying = (reads > 0) | (writes > 0)
+            if not staying.any():
+                staying[0] = True
+            reason = "one channel has to stay"
+            if reader.groups > 1:
+                reason = f"the groups of `{reader.call.name}` would not have equally many"
+            for labels, counts in ((inputs, reads), (outputs, writes)):
+                wanted = max(1, int(counts[staying].max()))
+                for group in staying.nonzero().flatten().tolist() if labels is not None else ():
+                    gone = labels[group][self.leaves[labels[group]]]  # type: ignore[index]
+                    back.update(dict.fromkeys(gone[: wanted - int(counts[group])].tolist(), reason))
+        return back
+
+
+class _Reader:
+    """An operator, as far as its weights tell what it needs.
+
+    Args:
+        call: Its call.
+    """
+
+    def __init__(self, call: Operated) -> None:
+        self.call = call
+        self.keeps_constants = keeps_constants(call.operator)
+        weight = kernel(call.operator)
+        self.groups, _, self.inputs_of_a_group, _ = weight.shape
+        self.inputs = self.groups * self.inputs_of_a_group
+        self.is_finite = bool(weight.isfinite().all())
+        self._counts = (weight != 0).any(-1)
+
+    @cached_property
+    def constants(self) -> Tensor:
+        """What each input is whatever the input of the model, NaN where that depends."""
+        if self.call.reads is None:
+            return torch.full((self.inputs,), torch.nan, dtype=torch.float64)
+        return self.call.reads.constants
+
+    @cached_property
+    def _absorbed(self) -> Tensor:
+        """Whether each input is a constant that the bias can take."""
+        if not self.is_finite:
+            return torch.zeros(self.inputs, dtype=torch.bool)
+        return self.constants.isfinite() if self.keeps_constants else self.constants == 0
+
+    def released(self, outputs: Tensor) -> Tensor:
+        """Tell which inputs it can do without, given the outputs that stay."""
+        stays = outputs.view(self.groups, -1)
+        if self.groups == 1:
+            needed = self._counts[0][stays[0]].any(0)
+        else:
+            needed = (self._counts & stays[:, :, None]).any(1).view(-1)
+        return ~needed | self._absorbed
