@@ -1,10 +1,11 @@
 r"""The algebra of channels that leave: an operator without some of the channels that it reads and writes.
 
-With :math:`K` the channels that stay and :math:`y = W x + b`, an :math:`x_i` that is a constant :math:`c_i` whatever the
-input leaves by :math:`b \leftarrow b + W_{:i} c_i`, where no zero-padding lies between. Where some does, one constant
-channel :math:`r` carries the others: :math:`W_{:r} \leftarrow W_{:r} + W_{:i} c_i / c_r`, which is exact at the border, too.
+An :math:`x_i` that is a constant :math:`c_i` whatever the input leaves :math:`y = W x + b` by
+:math:`b \leftarrow b + W_{:i} c_i`, where no zero-padding lies between. Where some does, one constant channel :math:`r`
+carries the others, which is exact at the border, too: :math:`W_{:r} \leftarrow W_{:r} + W_{:i} c_i / c_r`.
 
-Kernels are looked at as ``(groups, outputs of a group, inputs of a group, taps)``, those of a Linear as one group and tap.
+Kernels are looked at as ``(groups, outputs of a group, inputs of a group, taps)``; that of a Linear has one group and
+one tap.
 """
 
 from copy import copy

@@ -38,9 +38,49 @@ _ELEMENTWISE = (
     nn.LogSigmoid, nn.Threshold,
 )  # fmt: skip
 _ELEMENTWISE_FUNCTIONS = frozenset(
-    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ celu celu_ selu selu_ gelu silu silu_ mish mish_ hardswish "
-    "hardswish_ softplus sigmoid sigmoid_ tanh tanh_ hardsigmoid hardsigmoid_ hardtanh hardtanh_ softsign abs clamp "
-    "clamp_ clamp_min clamp_max clip square sqrt exp erf logsigmoid log_sigmoid threshold".split()
+    [
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "celu",
+        "celu_",
+        "selu",
+        "selu_",
+        "gelu",
+        "silu",
+        "silu_",
+        "mish",
+        "mish_",
+        "hardswish",
+        "hardswish_",
+        "softplus",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "hardsigmoid",
+        "hardsigmoid_",
+        "hardtanh",
+        "hardtanh_",
+        "softsign",
+        "abs",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+        "clip",
+        "square",
+        "sqrt",
+        "exp",
+        "erf",
+        "logsigmoid",
+        "log_sigmoid",
+        "threshold",
+    ]
 )
 _FOR_EACH_CHANNEL = (nn.PReLU, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _MAX_POOLS = (
@@ -51,7 +91,8 @@ _RESIZED = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 _RESIZED_BY_NAME = ("interpolate", "upsample_nearest", "upsample_linear", "upsample_bilinear", "upsample_trilinear")
 _COPIES = ("contiguous", "clone", "detach", "to", "_to_copy", "float", "double", "half", "bfloat16", "type_as", "alias")
 _BINARY: dict[str, Callable[..., Tensor]] = {
-    **dict.fromkeys(("add", "add_", "iadd"), torch.add), **dict.fromkeys(("sub", "sub_", "isub", "subtract"), torch.sub),
+    **dict.fromkeys(("add", "add_", "iadd"), torch.add),
+    **dict.fromkeys(("sub", "sub_", "isub", "subtract"), torch.sub),
     **dict.fromkeys(("mul", "mul_", "imul", "multiply"), torch.mul), "maximum": torch.maximum, "minimum": torch.minimum,
 }  # fmt: skip
 _CONCATENATIONS = ("cat", "concat", "concatenate")
@@ -220,7 +261,7 @@ class ChannelFlow:
         rank = len(shape_of(value) or ())
         if name in ("size", "sym_size") and len(node.args) == 2 and isinstance(node.args[1], int):
             return node.args[1] % rank != channels.axis
-        if name == "getattr" and node.args[1] == "shape" or (name == "size" and len(node.args) == 1):
+        if (name == "getattr" and node.args[1] == "shape") or (name == "size" and len(node.args) == 1):
             asked = [user.args[1] if name_of(user) == "getitem" else None for user in node.users]
             return all(isinstance(axis, int) and axis % rank != channels.axis for axis in asked)
         return name == "dim" or (name == "getattr" and node.args[1] == "ndim")
@@ -260,7 +301,7 @@ class ChannelFlow:
             operator, value = link.operator, link.value
         assert operator is not None
         shape = shape_of(value)
-        if value is None or not shape or len(node.all_input_nodes) > 1 and module is not None:
+        if value is None or not shape or (len(node.all_input_nodes) > 1 and module is not None):
             return None
         axes = 0 if isinstance(operator, nn.Linear) else len(operator.kernel_size)  # type: ignore[arg-type]
         if len(shape) < 2 or (axes and len(shape) != axes + 2):
@@ -308,15 +349,16 @@ class ChannelFlow:
             if reason is not None:
                 self._keep(channels, reason)
             self.for_each[node] = value, module
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            if channels.axis != 1 or rank != _axes_of(module) + 2 or module.track_running_stats:
-                return None
+        elif type(module) in _FOR_EACH_CHANNEL and (channels.axis != 1 or rank != _axes_of(module) + 2):
+            return None
         call: Callable[[Tensor], Tensor]
         if module is not None:
             call = deepcopy(module).cpu().double()
         else:
+
             def call(numbers: Tensor) -> Tensor:
                 return call_alone(node, numbers)
+
         shape = [1] * channels.axis + [-1] + [2] * (rank - channels.axis - 1)
         numbers = channels.constants.view([1] * channels.axis + [-1] + [1] * (rank - channels.axis - 1))
         numbers = numbers.expand([len(channels.constants) if size == -1 else size for size in shape]).clone()

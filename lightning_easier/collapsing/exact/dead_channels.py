@@ -151,7 +151,9 @@ class DeadChannels:
             elif constant:
                 reason = f"weights of `{name}` are not finite"
             else:
-                reason = f"what `{name}` reads of them depends on the input: something else is added, or padded with zeros"
+                reason = (
+                    f"what `{name}` reads of them depends on the input: something else is added, or padded with zeros"
+                )
             yield int(reads.labels[place]), reason
 
     # ---- the largest set -----------------------------------------------------------

@@ -17,8 +17,8 @@ from lightning_easier.collapsing.algebra.operators import (
 )
 from lightning_easier.collapsing.errors import CannotMergeError, CollapseStep, StepError
 from lightning_easier.collapsing.exact.capture import duplicate
-from lightning_easier.collapsing.exact.channels import ChannelFlow
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
+from lightning_easier.collapsing.exact.channels import ChannelFlow
 from lightning_easier.collapsing.exact.dead_channels import DeadChannels, Part
 from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.planner import Planner

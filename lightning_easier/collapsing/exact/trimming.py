@@ -11,9 +11,7 @@ from lightning_easier.collapsing.exact.dead_channels import DeadChannels
 from lightning_easier.collapsing.exact.writing import EQUALS, Writer
 
 
-def trim(
-    dead: DeadChannels, nodes: Sequence[fx.Node], writer: Writer, there: Mapping[str, fx.Node]
-) -> list[fx.Node]:
+def trim(dead: DeadChannels, nodes: Sequence[fx.Node], writer: Writer, there: Mapping[str, fx.Node]) -> list[fx.Node]:
     """Write the nodes of a part anew, with what is left of them.
 
     Args:
