@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.baseline import Baseline, baseline_of
@@ -464,11 +466,26 @@ def _record(choice: PricedFit, objective: Objective) -> Fitted:
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:
     """Copy a model for eval mode; batch norms that were left in training mode in a model in eval mode stay in it."""
-    source = deepcopy(model)
+    source = _without_masks(model)
     kept = [module for module in source.modules() if uses_batch_statistics(module) and not model.training]
     source.eval()
     for module in kept:
         module.train()
+    return source
+
+
+def _without_masks(model: nn.Module) -> nn.Module:
+    """Copy a model; what ``torch.nn.utils.prune`` masks at every call of it is zero in the copy for good."""
+    masked = [
+        (name, hook._tensor_name)
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod)
+    ]
+    computed = [getattr(model.get_submodule(name), tensor) for name, tensor in masked]
+    source = deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})  # they have a history
+    for name, tensor in masked:
+        prune.remove(source.get_submodule(name), tensor)
     return source
 
 

@@ -66,29 +66,47 @@ def keeps_constants(operator: Any) -> bool:
     return all(k == 1 for k in operator.kernel_size) if padding == "same" else not any(padding)
 
 
-def constant_outputs(operator: Any, constants: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Connections:
+    """Which outputs of an operator read which inputs.
+
+    Attributes:
+        nonzero: ``(groups, outputs of a group, inputs of a group)``: whether a weight is not zero, or not a number.
+        finite: ``(groups, outputs of a group)``: whether all weights of an output are finite.
+    """
+
+    nonzero: Tensor
+    finite: Tensor
+
+    @classmethod
+    def of(cls, operator: Any) -> "Connections":
+        """Read the weights of an operator."""
+        weight = kernel(operator)
+        nonzero = weight[..., 0] != 0 if weight.shape[-1] == 1 else (weight != 0).any(-1)
+        return cls(nonzero, weight.sum((-2, -1), dtype=torch.float64).isfinite())
+
+
+def constant_outputs(operator: Any, connections: Connections, constants: Tensor) -> Tensor:
     """Return the constants that an operator writes whatever its other inputs, which are taken to be finite.
 
     Args:
         operator: The operator.
+        connections: Its own.
         constants: ``(inputs,)``: those that it reads, NaN where they are none.
 
     Returns:
         ``(outputs,)``, in float64: NaN where they are none.
     """
-    weight = kernel(operator)
-    groups, outputs, inputs, _ = weight.shape
-    read = constants.view(groups, 1, inputs)
-    passes = read == 0 if not keeps_constants(operator) else read.isfinite()
-    lives = ((weight != 0).any(-1) & ~passes).any(-1) | ~weight.isfinite().all(-1).all(-1)
-    made = bias_or_zeros(operator, groups * outputs).detach().cpu().clone()
-    for group in range(groups):
-        counts = passes[group, 0] & (read[group, 0] != 0)
-        if counts.any():
-            sums = weight[group][:, counts].double().sum(-1)
-            made.view(groups, outputs)[group] += sums @ read[group, 0, counts]
-    made[lives.view(-1) | ~made.isfinite()] = torch.nan
-    return made
+    groups, outputs, inputs = connections.nonzero.shape
+    read = constants.view(groups, inputs)
+    passes = read.isfinite() if keeps_constants(operator) else read == 0
+    lives = (connections.nonzero & ~passes[:, None]).any(-1) | ~connections.finite
+    made = bias_or_zeros(operator, groups * outputs).detach().cpu().clone().view(groups, outputs)
+    counts = passes & (read != 0)
+    for group in counts.any(1).nonzero().flatten().tolist():
+        sums = kernel(operator)[group][:, counts[group]].double().sum(-1)
+        made[group] += sums @ read[group, counts[group]]
+    return made.masked_fill(lives | ~made.isfinite(), torch.nan).view(-1)
 
 
 @torch.no_grad()
@@ -99,25 +117,24 @@ def without_channels(operator: Any, selection: Selection) -> Any:
         operator: One of the classes :data:`OPERATORS`.
         selection: What stays. Groups that stay have equally many channels; those that leave altogether are gone.
     """
-    weight = kernel(operator).double()
+    weight = kernel(operator)
     groups, outputs, inputs, _ = weight.shape
     stays, writes = selection.inputs.view(groups, inputs), selection.outputs.view(groups, outputs)
     constants, carriers = selection.constants.view(groups, inputs), selection.carriers.view(groups, inputs)
-    bias = bias_or_zeros(operator, groups * outputs).cpu().clone().view(groups, outputs)
-    weight = weight.clone()
-    needed = (weight != 0).any(-1) & writes[:, :, None]
-    counts = needed.any(1) & ~stays & constants.isfinite() & (constants != 0)
-    for group, place in counts.nonzero().tolist():
-        carrier = int(carriers[group, place]) - group * inputs
-        if carriers[group, place] >= 0:
-            share = constants[group, place] / constants[group, carrier]
-            weight[group, :, carrier] += weight[group, :, place] * share
-        else:
-            bias[group] += weight[group, :, place].sum(-1) * constants[group, place]
+    bias = bias_or_zeros(operator, groups * outputs).cpu().view(groups, outputs)
     parts, biases = [], []
     for group in (stays.any(1) | writes.any(1)).nonzero().flatten().tolist():
-        parts.append(weight[group][writes[group]][:, stays[group]])
-        biases.append(bias[group][writes[group]])
+        own, constant = weight[group][writes[group]], constants[group]
+        part, offset = own[:, stays[group]].double(), bias[group][writes[group]]
+        leaves = ~stays[group] & constant.isfinite() & (constant != 0) & (own != 0).any(-1).any(0)
+        in_bias = leaves & (carriers[group] < 0)
+        offset = offset + own[:, in_bias].double().sum(-1) @ constant[in_bias]
+        for place in (leaves & (carriers[group] >= 0)).nonzero().flatten().tolist():
+            carrier = int(carriers[group, place]) - group * inputs
+            share = constant[place] / constant[carrier]
+            part[:, int(stays[group, :carrier].sum())] += own[:, place].double() * share
+        parts.append(part)
+        biases.append(offset)
     return _made(operator, torch.stack(parts), torch.cat(biases))
 
 

@@ -7,7 +7,7 @@ A *constant* is what all numbers of a channel are whatever the input, at every s
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
-from lightning_easier.collapsing.algebra.slices import OPERATORS, constant_outputs
+from lightning_easier.collapsing.algebra.slices import OPERATORS, Connections, constant_outputs
 from lightning_easier.collapsing.exact.chains import Uses, describe_node, is_question, module_of
 from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import (
@@ -28,6 +28,7 @@ from lightning_easier.collapsing.exact.nodes import (
     shape_of,
 )
 from lightning_easier.collapsing.exact.reading import Reader
+from lightning_easier.collapsing.exact.rules.rule import Call
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.structure.stand_in import AffineStandIn
 from lightning_easier.support.inference import has_hooks
@@ -123,6 +124,7 @@ class Operated:
         name: For a report.
         value: What it reads.
         operator: The operator.
+        connections: Which of its outputs read which of its inputs.
         reads: The channels of that; None where they are not known, and have to stay.
     """
 
@@ -130,6 +132,7 @@ class Operated:
     name: str
     value: fx.Node
     operator: Any
+    connections: Connections
     reads: Channels | None
 
 
@@ -142,7 +145,8 @@ class ChannelFlow:
     Attributes:
         graph: Its graph.
         channels: Node -> its channels; those of other nodes are not known, and stay.
-        operators: Node -> the operator that it calls.
+        operators: Node -> the operator that it calls, where that may change.
+        names: Node -> what a report calls it, for all that call operators.
         for_each: Node -> what it reads, and a module that computes it and has a number for each channel.
         named: Layouts that name the number of channels -> the axis.
         kept: Label -> why it can't leave.
@@ -157,6 +161,7 @@ class ChannelFlow:
         self._kept: list[tuple[Tensor, str]] = []
         self.channels: dict[fx.Node, Channels] = {}
         self.operators: dict[fx.Node, Operated] = {}
+        self.names: dict[fx.Node, str] = {}
         self.for_each: dict[fx.Node, tuple[fx.Node, nn.Module]] = {}
         self.named: dict[fx.Node, int] = {}
         spoiled = self._spoiled()
@@ -186,7 +191,7 @@ class ChannelFlow:
             node: Channels(each.axis, roots[each.labels], each.constants) for node, each in self.channels.items()
         }
         self.operators = {
-            node: Operated(node, each.name, each.value, each.operator, each.reads and self.channels[each.value])
+            node: replace(each, reads=None if each.reads is None else self.channels[each.value])
             for node, each in self.operators.items()
         }
         self.kept: dict[int, str] = {}
@@ -282,6 +287,8 @@ class ChannelFlow:
         name, of_functions = name_of(node), node.op in ("call_function", "call_method")
         if of_functions and name in _CONCATENATIONS:
             return self._concatenated(node)
+        if of_functions and name == "prelu":
+            return self._sloped(node)
         if len(values) == 1 and (type(module) in _FOR_EACH_CHANNEL or self._is_elementwise(node, module)):
             return self._of_each(node, module, values[0])
         if len(values) == 1 and (type(module) in (*_MAX_POOLS, *_RESIZED) or self._is_pooled(node)):
@@ -312,12 +319,13 @@ class ChannelFlow:
             self._keep(reads, self._said_of(node))
             reads = None
         given = torch.full((shape[axis],), torch.nan, dtype=torch.float64) if reads is None else reads.constants
-        constants = constant_outputs(operator, given)
+        connections = Connections.of(operator)
+        constants = constant_outputs(operator, connections, given)
         written = Channels(axis, self._new(len(constants)), constants)
         reason = self._uses.why_separate(node)
+        self.names[node] = name = str(node.target) if module is not None else node.name
         if reason is None:
-            name = str(node.target) if module is not None else node.name
-            self.operators[node] = Operated(node, name, value, operator, reads)
+            self.operators[node] = Operated(node, name, value, operator, connections, reads)
             return written
         for each in (reads, written):
             if each is not None:
@@ -364,6 +372,16 @@ class ChannelFlow:
         numbers = numbers.expand([len(channels.constants) if size == -1 else size for size in shape]).clone()
         made = call(numbers).movedim(channels.axis, 0).flatten(1)
         return self._with_constants(channels, made[:, 0])
+
+    def _sloped(self, node: fx.Node) -> Channels | None:
+        """Read ``torch.nn.functional.prelu`` of constant slopes as the module."""
+        given = bind(node, "input weight")
+        value, slopes = given.get("input"), Call(self._captured, node).constant(given.get("weight"))
+        if value not in self.channels or not isinstance(slopes, Tensor):
+            return None
+        module = nn.PReLU(slopes.numel(), device="meta").eval()
+        module.weight = nn.Parameter(slopes.detach().reshape(-1), slopes.requires_grad)
+        return self._of_each(node, module, value)
 
     def _with_constants(self, channels: Channels, constants: Tensor) -> Channels:
         constants = constants.masked_fill(channels.constants.isnan() | ~constants.isfinite(), torch.nan)

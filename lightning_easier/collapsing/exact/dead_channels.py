@@ -6,7 +6,7 @@ theirs. So a channel is *dead* if no operator needs it whose own outputs are not
 channels is found by beginning with all, and putting back what is needed until nothing changes.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from lightning_easier.collapsing.algebra.slices import Selection, keeps_constants, kernel
+from lightning_easier.collapsing.algebra.slices import Selection, keeps_constants
 from lightning_easier.collapsing.exact.channels import ChannelFlow, Operated
 from lightning_easier.report import Refusal, Trimmed
 
@@ -121,40 +121,30 @@ class DeadChannels:
 
     def refusals(self) -> Iterator[Refusal]:
         """Yield why constant channels stay, operator by operator."""
-        constant = torch.zeros(self.flow.labels, dtype=torch.bool)
-        for channels in self.flow.channels.values():
-            constant[channels.labels[channels.constants.isfinite()]] = True
-        carriers = set(self._carriers.tolist())
+        constant, written = torch.zeros(2, self.flow.labels, dtype=torch.bool)
+        for node, channels in self.flow.channels.items():
+            found = channels.labels[channels.constants.isfinite()]
+            constant[found] = True
+            written[found] |= node in self.flow.names
+        stays = ~self.leaves
+        stays[self._carriers[self._carriers >= 0]] = False
+        if not (constant & stays).any():
+            return
         needed: dict[int, str] = {}
         for reader in self._readers:
-            if reader.call.reads is not None:
-                for label, reason in self._reasons(reader):
-                    needed.setdefault(label, reason)
-        for call in self.flow.operators.values():
-            labels = self.flow.channels[call.node].labels
-            whys: dict[str, int] = defaultdict(int)
-            for label in labels[constant[labels] & ~self.leaves[labels]].tolist():
-                if label not in carriers:
-                    whys[self._why.get(label) or needed.get(label, "they are needed")] += 1
-            for reason, count in whys.items():
-                yield Refusal((call.name,), f"{count} of its {len(labels)} channels are dead, but stay: {reason}")
-
-    def _reasons(self, reader: "_Reader") -> Iterator[tuple[int, str]]:
-        """Yield what an operator needs, and why."""
-        reads = reader.call.reads
-        assert reads is not None
-        for place in (~self._released(reader)).nonzero().flatten().tolist():
-            constant = bool(reads.constants[place].isfinite())
-            name = reader.call.name
-            if constant and reader.is_finite:
-                reason = f"`{name}` pads them with zeros, and they are constant, but not zero"
-            elif constant:
-                reason = f"weights of `{name}` are not finite"
-            else:
-                reason = (
-                    f"what `{name}` reads of them depends on the input: something else is added, or padded with zeros"
-                )
-            yield int(reads.labels[place]), reason
+            reads = reader.call.reads
+            if reads is not None:
+                for place in (~self._released(reader) & constant[reads.labels]).nonzero().flatten().tolist():
+                    needed.setdefault(int(reads.labels[place]), reader.why_needed(place))
+        whys: dict[tuple[str, str], int] = {}
+        for node, name in self.flow.names.items():
+            own = self.flow.channels[node]
+            dead = own.constants.isfinite() | (constant & ~written)[own.labels]
+            labels = own.labels[dead & stays[own.labels]].tolist()
+            reasons = Counter(self._why.get(label) or needed.get(label, "they are needed") for label in labels)
+            for reason, count in reasons.items():
+                whys[name, f"of its {len(own.labels)} channels are dead, but stay: {reason}"] = count
+        yield from (Refusal((name,), f"{count} {said}") for (name, said), count in whys.items())
 
     # ---- the largest set -----------------------------------------------------------
 
@@ -196,12 +186,13 @@ class DeadChannels:
                 continue
             labels, counts = reads.labels.unique(return_counts=True)
             never.update(labels[counts > 1].tolist())
-            for place in (~self._released(reader)).nonzero().flatten().tolist():
-                label, constant = int(reads.labels[place]), float(reads.constants[place])
-                if not reads.constants[place].isfinite() or not reader.is_finite:
-                    never.add(label)
+            needed = ~self._released(reader)
+            constant = reads.constants.isfinite() & reader.is_finite
+            never.update(reads.labels[needed & ~constant].tolist())
+            for place in (needed & constant).nonzero().flatten().tolist():
+                label, size = int(reads.labels[place]), abs(float(reads.constants[place]))
                 needs[label].append((number, place // reader.inputs_of_a_group))
-                sizes[label] = min(sizes.get(label, abs(constant)), abs(constant))
+                sizes[label] = min(sizes.get(label, size), size)
         alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
         for label, readers in needs.items():
             if label not in never:
@@ -244,11 +235,10 @@ class _Reader:
     def __init__(self, call: Operated) -> None:
         self.call = call
         self.keeps_constants = keeps_constants(call.operator)
-        weight = kernel(call.operator)
-        self.groups, _, self.inputs_of_a_group, _ = weight.shape
+        self._nonzero = call.connections.nonzero
+        self.groups, _, self.inputs_of_a_group = self._nonzero.shape
         self.inputs = self.groups * self.inputs_of_a_group
-        self.is_finite = bool(weight.isfinite().all())
-        self._counts = (weight != 0).any(-1)
+        self.is_finite = bool(call.connections.finite.all())
 
     @cached_property
     def constants(self) -> Tensor:
@@ -268,7 +258,16 @@ class _Reader:
         """Tell which inputs it can do without, given the outputs that stay."""
         stays = outputs.view(self.groups, -1)
         if self.groups == 1:
-            needed = self._counts[0][stays[0]].any(0)
+            needed = self._nonzero[0][stays[0]].any(0)
         else:
-            needed = (self._counts & stays[:, :, None]).any(1).view(-1)
+            needed = (self._nonzero & stays[:, :, None]).any(1).view(-1)
         return ~needed | self._absorbed
+
+    def why_needed(self, place: int) -> str:
+        """Say of a channel, which is constant somewhere, why it can't do without."""
+        name = self.call.name
+        if not self.constants[place].isfinite():
+            return f"what `{name}` reads of them depends on the input: something else is added, or padded with zeros"
+        if not self.is_finite:
+            return f"weights of `{name}` are not finite"
+        return f"`{name}` pads them with zeros, and they are constant, but not zero"
