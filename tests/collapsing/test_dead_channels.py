@@ -210,11 +210,7 @@ def test_random_networks_with_dead_channels_keep_their_function(case, objective)
     model, shape = case
     note(str(model) + "\n" + str(model.steps))
     state = copy.deepcopy(model.state_dict())
-    try:
-        result = collapse(model, torch.randn(shape, dtype=torch.float64), objective=objective)
-    except ValueError as error:  # an output of zeros alone overflows nothing, but some are not finite
-        assert "finite" in str(error)
-        return
+    result = collapse(model, torch.randn(shape, dtype=torch.float64), objective=objective)
     report = result.report
     note(str(report))
     note(str(result.model))
@@ -269,15 +265,15 @@ def two(first, *between, second=None):
 @pytest.mark.parametrize(
     "between",
     [
-        (nn.ReLU(),), (nn.GELU(), nn.Dropout(0.1)), (nn.PReLU(6),), (nn.PReLU(),), (nn.ReLU(inplace=True),), (nn.SiLU(),),
+        (nn.ReLU(),), (nn.GELU(), nn.Dropout(0.1)), (nn.PReLU(6),), (nn.PReLU(),), (nn.ReLU(inplace=True),),
         (nn.MaxPool2d(3, 1, padding=1),), (nn.AvgPool2d(3, 2, padding=1),), (nn.AdaptiveAvgPool2d(3),), (nn.Tanh(),),
         (nn.AdaptiveMaxPool2d(2),), (nn.Upsample(scale_factor=2),), (nn.InstanceNorm2d(6),), (nn.ZeroPad2d(1),),
-        (nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReLU6(), nn.MaxPool2d(2)), (nn.Hardtanh(),),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReLU6(), nn.MaxPool2d(2)), (nn.Hardtanh(),), (nn.SiLU(),),
     ],
     ids=str,
 )  # fmt: skip
 def test_channels_of_zeros_leave_through_what_treats_each_channel_alone(between):
-    report, model = checked(two(kill(nn.Conv2d(3, 6, 3), 1, 4), *between), 2, 3, 9, 8)
+    report, _ = checked(two(kill(nn.Conv2d(3, 6, 3), 1, 4), *between), 2, 3, 9, 8)
     assert gone(report) == {"0": (6, 4)}
     assert report.after.macs < report.before.macs
     assert "| 0 | 6 → 4 |" in str(report)
@@ -286,11 +282,9 @@ def test_channels_of_zeros_leave_through_what_treats_each_channel_alone(between)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_they_leave_convolutions_of_every_kind(axes, transposed):
-    kinds = (
-        [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
-        if transposed
-        else [nn.Conv1d, nn.Conv2d, nn.Conv3d]
-    )
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    if not transposed:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first, second = (kinds[axes - 1](*sizes, 3, stride=2, padding=1) for sizes in ((3, 6), (6, 4)))
     with torch.no_grad():
         (first.weight.movedim(1, 0) if transposed else first.weight)[:2] = 0
@@ -300,8 +294,8 @@ def test_they_leave_convolutions_of_every_kind(axes, transposed):
 
 
 def test_constants_go_into_the_bias_where_no_padding_lies_between():
-    report, model = checked(two(kill(nn.Conv2d(3, 6, 3), 1, 4, shift=0.7), nn.GELU(), second=nn.Conv2d(6, 3, 3, bias=False)),
-                            2, 3, 9, 8)  # fmt: skip
+    first, second = kill(nn.Conv2d(3, 6, 3), 1, 4, shift=0.7), nn.Conv2d(6, 3, 3, bias=False)
+    report, model = checked(two(first, nn.GELU(), second=second), 2, 3, 9, 8)
     assert gone(report) == {"0": (6, 4)}
     assert model.get_submodule("2").bias is not None
 
@@ -309,8 +303,8 @@ def test_constants_go_into_the_bias_where_no_padding_lies_between():
 @pytest.mark.parametrize("padding", [{"padding": 0}, {"padding": 2, "padding_mode": "circular"}, {"padding": "valid"}])
 def test_a_padding_that_repeats_the_map_keeps_constants(padding):
     second = nn.Conv2d(6, 3, 3, **padding)
-    report, _ = checked(two(kill(nn.Conv2d(3, 6, 3), 2, shift=0.7), second=second), 2, 3, 9, 8, objective="depth")
-    assert gone(report) == {"0": (6, 5)} or report.merges  # two convolutions in a row merge besides
+    report, _ = checked(two(kill(nn.Conv2d(3, 6, 3), 2, shift=0.7), nn.Tanh(), second=second), 2, 3, 9, 8)
+    assert gone(report) == {"0": (6, 5)}
 
 
 @pytest.mark.parametrize("padding", [1, "same"])
@@ -350,8 +344,8 @@ def test_a_constant_passes_what_makes_the_same_of_it_at_every_position(between, 
 
 def test_they_leave_a_linear_after_a_flatten():
     model = nn.Sequential(
-        kill(nn.Conv2d(3, 6, 3), 0, 3, shift=0.7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), kill(nn.Linear(54, 8), 1, 2),
-        nn.Tanh(), nn.Linear(8, 3),
+        kill(nn.Conv2d(3, 6, 3), 0, 3, shift=0.7), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        kill(nn.Linear(54, 8), 1, 2), nn.Tanh(), nn.Linear(8, 3),
     )  # fmt: skip
     report, collapsed = checked(model, 2, 3, 8, 8)
     assert gone(report) == {"0": (6, 4), "4": (8, 6)}
@@ -558,8 +552,9 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("twice", "`first` is called 2 times"), ("tied", "`first` shares its parameters"), ("hooks", ""), ("forward", ""),
-        ("size", "`size` reads them"), ("written", ""), ("rolled", "`roll` reads them"), ("split", "`chunk.default` reads them"),
+        ("twice", "`first` is called 2 times"), ("tied", "`first` shares its parameters"), ("hooks", ""),
+        ("forward", ""), ("size", "`size` reads them"), ("written", "something writes into a value of theirs"),
+        ("rolled", "`roll` reads them"), ("split", "`chunk.default` reads them"),
     ],
 )  # fmt: skip
 def test_they_stay_where_something_else_would_change(how, reason):
@@ -695,7 +690,7 @@ def test_what_is_masked_is_zero_for_good_in_the_result():
 
 @pytest.mark.parametrize("norms", [True, False])
 def test_a_third_of_the_inner_channels_of_a_resnet(norms):
-    """What ModelPruning leaves: the shifts of the batch norms make constants, of which one a block carries the others."""
+    """What ModelPruning leaves: the shifts of the batch norms make constants; in a block one carries the others."""
     model = randomize_batch_norms(CifarResNet(20)).eval()
     for name, module in model.named_modules():
         if name.endswith("conv1") and "." in name:

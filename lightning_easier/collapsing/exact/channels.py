@@ -7,7 +7,7 @@ A *constant* is what all numbers of a channel are whatever the input, at every s
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.slices import OPERATORS, Connections, constant_outputs
 from lightning_easier.collapsing.exact.chains import Uses, describe_node, is_question, module_of
+from lightning_easier.collapsing.exact.labels import Channels, Labels, Operated
 from lightning_easier.collapsing.exact.links import Link
 from lightning_easier.collapsing.exact.nodes import (
     ALIASES,
@@ -100,42 +101,6 @@ _CONCATENATIONS = ("cat", "concat", "concatenate")
 _VIEWS = ("view", "reshape")
 
 
-@dataclass(frozen=True, eq=False)
-class Channels:
-    """The channels of one value.
-
-    Attributes:
-        axis: Where they are.
-        labels: ``(channels,)``: the number of each. Those of one number leave together.
-        constants: ``(channels,)``, in float64: what each is whatever the input, NaN where that depends.
-    """
-
-    axis: int
-    labels: Tensor
-    constants: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Operated:
-    """A call of an operator that reads channels and writes others.
-
-    Attributes:
-        node: The call.
-        name: For a report.
-        value: What it reads.
-        operator: The operator.
-        connections: Which of its outputs read which of its inputs.
-        reads: The channels of that; None where they are not known, and have to stay.
-    """
-
-    node: fx.Node
-    name: str
-    value: fx.Node
-    operator: Any
-    connections: Connections
-    reads: Channels | None
-
-
 class ChannelFlow:
     """The channels of all values in a captured graph.
 
@@ -157,8 +122,7 @@ class ChannelFlow:
         self.graph = captured.graph
         self._reader = Reader(captured)
         self._uses = Uses(captured)
-        self._parents: list[int] = []
-        self._kept: list[tuple[Tensor, str]] = []
+        self._labels = Labels()
         self.channels: dict[fx.Node, Channels] = {}
         self.operators: dict[fx.Node, Operated] = {}
         self.names: dict[fx.Node, str] = {}
@@ -169,7 +133,7 @@ class ChannelFlow:
             for node in captured.graph.nodes:
                 found = self._read(node)
                 if found is not None and node in spoiled:
-                    self._keep(found, "something writes into a value of theirs that is read besides")
+                    self._labels.keep(found.labels, "something writes into a value of theirs that is read besides")
                     found = Channels(found.axis, found.labels, torch.full_like(found.constants, torch.nan))
                 if found is not None:
                     self.channels[node] = found
@@ -178,7 +142,7 @@ class ChannelFlow:
     @property
     def labels(self) -> int:
         """How many labels there are."""
-        return len(self._parents)
+        return len(self._labels)
 
     def value_of(self, node: fx.Node) -> fx.Node:
         """Return what an operator, or what has a number for each channel, reads."""
@@ -186,7 +150,7 @@ class ChannelFlow:
 
     def _finish(self) -> None:
         """Give what leaves together one label."""
-        roots = torch.tensor([self._root(label) for label in range(self.labels)], dtype=torch.long)
+        roots = self._labels.roots()
         self.channels = {
             node: Channels(each.axis, roots[each.labels], each.constants) for node, each in self.channels.items()
         }
@@ -194,33 +158,7 @@ class ChannelFlow:
             node: replace(each, reads=None if each.reads is None else self.channels[each.value])
             for node, each in self.operators.items()
         }
-        self.kept: dict[int, str] = {}
-        for labels, reason in self._kept:
-            for label in roots[labels].unique().tolist():
-                self.kept.setdefault(label, reason)
-
-    # ---- labels --------------------------------------------------------------------
-
-    def _new(self, count: int) -> Tensor:
-        first = len(self._parents)
-        self._parents += range(first, first + count)
-        return torch.arange(first, first + count)
-
-    def _root(self, label: int) -> int:
-        while self._parents[label] != label:
-            self._parents[label] = self._parents[self._parents[label]]
-            label = self._parents[label]
-        return label
-
-    def _join(self, first: Tensor, second: Tensor) -> None:
-        for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            a, b = self._root(a), self._root(b)
-            self._parents[max(a, b)] = min(a, b)
-
-    def _keep(self, channels: Channels, reason: str) -> None:
-        self._kept.append((channels.labels, reason))
-
-    # ---- nodes ---------------------------------------------------------------------
+        self.kept = self._labels.kept()
 
     def _spoiled(self) -> set[fx.Node]:
         """List the values that something writes into while something else reads them, under this or another name."""
@@ -244,7 +182,7 @@ class ChannelFlow:
         found = self._passed_on(node, values)
         if found is None:
             for value in values:
-                self._keep(self.channels[value], self._said_of(node))
+                self._labels.keep(self.channels[value].labels, self._said_of(node))
         return found
 
     def _said_of(self, node: fx.Node) -> str:
@@ -265,10 +203,10 @@ class ChannelFlow:
             return False
         rank = len(shape_of(value) or ())
         if name in ("size", "sym_size") and len(node.args) == 2 and isinstance(node.args[1], int):
-            return node.args[1] % rank != channels.axis
+            return bool(node.args[1] % rank != channels.axis)
         if (name == "getattr" and node.args[1] == "shape") or (name == "size" and len(node.args) == 1):
             asked = [user.args[1] if name_of(user) == "getitem" else None for user in node.users]
-            return all(isinstance(axis, int) and axis % rank != channels.axis for axis in asked)
+            return all(isinstance(axis, int) and bool(axis % rank != channels.axis) for axis in asked)
         return name == "dim" or (name == "getattr" and node.args[1] == "ndim")
 
     def _passed_on(self, node: fx.Node, values: Sequence[fx.Node]) -> Channels | None:
@@ -316,12 +254,12 @@ class ChannelFlow:
         axis = 1 if axes else len(shape) - 1
         reads = self.channels.get(value)
         if reads is not None and reads.axis != axis:
-            self._keep(reads, self._said_of(node))
+            self._labels.keep(reads.labels, self._said_of(node))
             reads = None
         given = torch.full((shape[axis],), torch.nan, dtype=torch.float64) if reads is None else reads.constants
         connections = Connections.of(operator)
         constants = constant_outputs(operator, connections, given)
-        written = Channels(axis, self._new(len(constants)), constants)
+        written = Channels(axis, self._labels.new(len(constants)), constants)
         reason = self._uses.why_separate(node)
         self.names[node] = name = str(node.target) if module is not None else node.name
         if reason is None:
@@ -329,7 +267,7 @@ class ChannelFlow:
             return written
         for each in (reads, written):
             if each is not None:
-                self._keep(each, reason)
+                self._labels.keep(each.labels, reason)
         return written
 
     def _is_elementwise(self, node: fx.Node, module: nn.Module | None) -> bool:
@@ -355,7 +293,7 @@ class ChannelFlow:
                 return None  # one sample, without its axis
             reason = self._uses.why_separate(node)
             if reason is not None:
-                self._keep(channels, reason)
+                self._labels.keep(channels.labels, reason)
             self.for_each[node] = value, module
         elif type(module) in _FOR_EACH_CHANNEL and (channels.axis != 1 or rank != _axes_of(module) + 2):
             return None
@@ -377,7 +315,7 @@ class ChannelFlow:
         """Read ``torch.nn.functional.prelu`` of constant slopes as the module."""
         given = bind(node, "input weight")
         value, slopes = given.get("input"), Call(self._captured, node).constant(given.get("weight"))
-        if value not in self.channels or not isinstance(slopes, Tensor):
+        if not isinstance(value, fx.Node) or value not in self.channels or not isinstance(slopes, Tensor):
             return None
         module = nn.PReLU(slopes.numel(), device="meta").eval()
         module.weight = nn.Parameter(slopes.detach().reshape(-1), slopes.requires_grad)
@@ -464,7 +402,7 @@ class ChannelFlow:
         if link.operator_on is None:
             reason = self._uses.why_separate(node)
             if reason is not None:
-                self._keep(channels, reason)
+                self._labels.keep(channels.labels, reason)
             self.for_each[node] = link.value, affine
         scale = affine.weight.detach().cpu().double()
         offset = torch.zeros_like(scale) if affine.bias is None else affine.bias.detach().cpu().double()
@@ -489,8 +427,8 @@ class ChannelFlow:
     def _of_others(self, value: fx.Node, axis: int) -> Channels:
         """Return channels that nothing is known of, and that stay."""
         size = (shape_of(value) or ())[axis]
-        made = Channels(axis, self._new(size), torch.full((size,), torch.nan, dtype=torch.float64))
-        self._keep(made, f"{describe_node(self._captured, value)} has them")
+        made = Channels(axis, self._labels.new(size), torch.full((size,), torch.nan, dtype=torch.float64))
+        self._labels.keep(made.labels, f"{describe_node(self._captured, value)} has them")
         return made
 
     def _combined(self, node: fx.Node, values: Sequence[fx.Node]) -> Channels | None:
@@ -498,13 +436,13 @@ class ChannelFlow:
         operands = [*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs)]
         if len(operands) != 2 or set(node.kwargs) - {"input", "other", "alpha"}:
             return None
-        if not all(isinstance(value, fx.Node) and value in self.channels for value in operands):
+        first, second = (self.channels.get(value) if isinstance(value, fx.Node) else None for value in operands)
+        if first is None or second is None:
             return None
-        first, second = (self.channels[value] for value in operands)
         ranks = {len(shape_of(value) or ()) for value in (*operands, node)}
         if first.axis != second.axis or len(first.labels) != len(second.labels) or len(ranks) != 1:
             return None
-        self._join(first.labels, second.labels)
+        self._labels.join(first.labels, second.labels)
         alpha: Any = node.kwargs.get("alpha", 1)
         kind = _BINARY[name_of(node)]
         made = kind(first.constants, second.constants * alpha)

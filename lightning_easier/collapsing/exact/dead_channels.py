@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from lightning_easier.collapsing.algebra.slices import Selection, keeps_constants
-from lightning_easier.collapsing.exact.channels import ChannelFlow, Operated
+from lightning_easier.collapsing.exact.channels import ChannelFlow
+from lightning_easier.collapsing.exact.labels import Operated
 from lightning_easier.report import Refusal, Trimmed
 
 
