@@ -18,6 +18,7 @@ from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.collapsing.exact.channels import ChannelFlow
 from lightning_easier.collapsing.exact.dead_channels import DeadChannels
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.support import timing
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from tests import clocks
@@ -435,6 +436,39 @@ def test_what_is_added_leaves_together():
     assert "first" not in reasons(report)
 
 
+class Join(nn.Module):
+    """Joins what two convolutions make, with constants in both."""
+
+    def __init__(self, join, last):
+        super().__init__()
+        self.first = kill(nn.Conv2d(3, 6, 3), 1, 2, 4, shift=0.7)
+        self.second = kill(nn.Conv2d(3, 6, 3), 1, 2, shift=-0.3)
+        self.join, self.last = join, last
+
+    def forward(self, x):
+        return self.last(F.relu(self.join(self.first(x), self.second(x))))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y: x + y, lambda x, y: torch.sub(x, y, alpha=0.5), lambda x, y: torch.add(y, x, alpha=-2),
+        lambda x, y: x * y, lambda x, y: torch.maximum(x, y), lambda x, y: x.clone().sub_(y),
+        lambda x, y: (2 - x) + y / 3,
+    ],
+)  # fmt: skip
+def test_constants_are_added_and_multiplied(join):
+    report, _ = checked(Join(join, nn.Conv2d(6, 2, 1)), 2, 3, 6, 7)
+    assert gone(report) == {"first": (6, 4), "second": (6, 4)}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_channel_that_is_read_twice_is_carried_in_both_places(groups):
+    model = Join(lambda x, y: torch.cat([x, x], 1), nn.Conv2d(12, 4, 3, padding=1, groups=groups))
+    report, _ = checked(model, 2, 3, 6, 7)
+    assert gone(report)["first"] == (6, 4)
+
+
 class Gated(nn.Module):
     """Squeezes and excites."""
 
@@ -529,11 +563,14 @@ class Twice(nn.Module):
             self.second.weight = self.first.weight
         if how == "hooks":
             self.first.register_forward_hook(lambda module, args, output: output + 1)
+        self.act = nn.ReLU()
+        if how == "watched":
+            self.act.register_forward_hook(lambda module, args, output: output + 1)
         if how == "forward":
             self.first.forward = self.first.forward
 
     def forward(self, x):
-        x = F.relu(self.first(x))
+        x = self.act(self.first(x))
         if self.how == "twice":
             x = F.relu(self.first(x))
         if self.how == "size":
@@ -554,7 +591,7 @@ class Twice(nn.Module):
     [
         ("twice", "`first` is called 2 times"), ("tied", "`first` shares its parameters"), ("hooks", ""),
         ("forward", ""), ("size", "`size` reads them"), ("written", "something writes into a value of theirs"),
-        ("rolled", "`roll` reads them"), ("split", "`chunk.default` reads them"),
+        ("watched", "`act` (ReLU) has hooks"), ("rolled", "`roll` reads them"), ("split", "`chunk.default` reads them"),
     ],
 )  # fmt: skip
 def test_they_stay_where_something_else_would_change(how, reason):
@@ -564,13 +601,14 @@ def test_they_stay_where_something_else_would_change(how, reason):
 
 
 def test_weights_that_are_not_numbers_are_not_zero():
-    model = two(kill(nn.Conv2d(3, 6, 3), 1, 2), nn.ReLU())
+    model = two(kill(nn.Conv2d(3, 6, 3), 1, 2), nn.ReLU(), second=kill(nn.Conv2d(6, 3, 3, padding=1), 0)).eval()
     with torch.no_grad():
         model[0].weight[1, 0, 0, 0] = torch.nan
-        model[2].weight[0, 2] = torch.nan
-    flow = ChannelFlow(capture(model.eval(), (torch.randn(2, 3, 7, 8),)))
-    constants = next(iter(flow.operators.values())).connections.finite
-    assert constants.flatten().tolist() == [True, False, True, True, True, True]
+        model[2].weight[0, 2] = torch.nan  # what it reads is zero, but the product is not
+    flow = ChannelFlow(capture(model, (torch.randn(2, 3, 7, 8),)))
+    first, _, second = flow.channels.values()
+    assert first.constants.isnan().tolist() == [True, True, False, True, True, True]
+    assert second.constants.isnan().all()
     dead = DeadChannels(flow)
     assert not dead.leaves.any()
     assert "weights of `2` are not finite" in str(list(dead.refusals()))
@@ -666,14 +704,44 @@ def test_a_step_that_goes_wrong_is_left_out_and_the_others_are_made(monkeypatch)
 
     monkeypatch.setattr(trimming, "without_channels", wrong)
     model = nn.Sequential(
-        kill(nn.Conv2d(3, 6, 3), 1), nn.GroupNorm(2, 6), kill(nn.Conv2d(6, 6, 3), 1), nn.ReLU(),
-        kill(nn.Conv2d(6, 8, 3), 1, 2), nn.GELU(), nn.Conv2d(8, 2, 1),
+        kill(nn.Conv2d(3, 6, 3), 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.GroupNorm(2, 6), nn.ReLU(),
+        kill(nn.Conv2d(6, 8, 3), 1, 2), randomize_batch_norms(nn.BatchNorm2d(8)), nn.GELU(), nn.Conv2d(8, 2, 1),
     ).double().eval()  # fmt: skip
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     with pytest.warns(UserWarning, match="went wrong"):
         result = collapse(model, x, objective="macs")
     assert relative_difference(result.model(x), model(x)) <= 1e-9
-    assert "2: 1 of its 6 channels are dead, but stay: left out" in reasons(result.report)
+    assert "0: 1 of its 6 channels are dead, but stay: left out" in reasons(result.report)
+    assert gone(result.report) == {"5": (8, 6)}
+    assert result.report.fused == ["6"]
+
+
+def test_a_step_that_fails_is_left_out(monkeypatch):
+    def failing(operator, selection):
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(trimming, "without_channels", failing)
+    model = two(kill(nn.Conv2d(3, 6, 3), 1), nn.ReLU()).eval()
+    for objective in ("macs", "latency"):
+        with pytest.warns(UserWarning, match="went wrong"):
+            result = collapse(model, torch.randn(2, 3, 9, 9), objective=objective)
+        assert "stay: left out, since it failed (IndexError: out of range)" in reasons(result.report)
+
+
+def test_parts_are_timed_one_by_one(monkeypatch):
+    """Of two in a row one alone may pay."""
+    compared = []
+
+    def compare(self, key, before, after, *others):
+        compared.append(after)
+        return timing.Speedup((2.0,) * 7 if len(compared) % 2 else (0.5,) * 7)
+
+    monkeypatch.setattr(timing.LatencyTable, "compare", compare)
+    model = nn.Sequential(
+        kill(nn.Conv2d(3, 6, 3), 1), nn.ReLU(), kill(nn.Conv2d(6, 8, 3), 0), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    report, _ = checked(model, 2, 3, 9, 8, objective="latency")
+    assert len(report.trimmed) == 1
 
 
 def test_what_is_masked_is_zero_for_good_in_the_result():

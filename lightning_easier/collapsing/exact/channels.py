@@ -113,7 +113,7 @@ class ChannelFlow:
         operators: Node -> the operator that it calls, where that may change.
         names: Node -> what a report calls it, for all that call operators.
         for_each: Node -> what it reads, and a module that computes it and has a number for each channel.
-        named: Layouts that name the number of channels -> the axis.
+        named: Layouts that name the number of channels.
         kept: Label -> why it can't leave.
     """
 
@@ -127,7 +127,7 @@ class ChannelFlow:
         self.operators: dict[fx.Node, Operated] = {}
         self.names: dict[fx.Node, str] = {}
         self.for_each: dict[fx.Node, tuple[fx.Node, nn.Module]] = {}
-        self.named: dict[fx.Node, int] = {}
+        self.named: set[fx.Node] = set()
         spoiled = self._spoiled()
         with torch.no_grad():
             for node in captured.graph.nodes:
@@ -203,11 +203,11 @@ class ChannelFlow:
             return False
         rank = len(shape_of(value) or ())
         if name in ("size", "sym_size") and len(node.args) == 2 and isinstance(node.args[1], int):
-            return bool(node.args[1] % rank != channels.axis)
+            return node.args[1] % rank != channels.axis
         if (name == "getattr" and node.args[1] == "shape") or (name == "size" and len(node.args) == 1):
             asked = [user.args[1] if name_of(user) == "getitem" else None for user in node.users]
             return all(isinstance(axis, int) and bool(axis % rank != channels.axis) for axis in asked)
-        return name == "dim" or (name == "getattr" and node.args[1] == "ndim")
+        return name == "dim" or (name == "getattr" and str(node.args[1]) == "ndim")
 
     def _passed_on(self, node: fx.Node, values: Sequence[fx.Node]) -> Channels | None:
         """Return the channels of a node's value; None where those that it reads have to stay."""
@@ -390,7 +390,7 @@ class ChannelFlow:
             if len(sizes) != len(after) or not isinstance(sizes[axis], int):
                 return None
             if sizes[axis] != -1:
-                self.named[node] = axis
+                self.named.add(node)
         return Channels(axis, channels.labels.repeat_interleave(times), channels.constants.repeat_interleave(times))
 
     def _scaled(self, node: fx.Node, link: Link) -> Channels | None:

@@ -7,7 +7,8 @@ channels is found by beginning with all, and putting back what is needed until n
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,22 +23,17 @@ from lightning_easier.report import Refusal, Trimmed
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A part of a graph that channels leave together, the operators that they come from and go to included.
+    """A part of a graph that channels leave together: from the operators that write them to those that read them.
+
+    An operator that reads those of one part may write those of the next; a grouped one is in the middle of its part.
 
     Attributes:
         nodes: In execution order.
         labels: What leaves.
-        trimmed: The operators whose outputs become fewer.
     """
 
     nodes: tuple[fx.Node, ...]
     labels: Tensor
-    trimmed: tuple[Trimmed, ...]
-
-    @property
-    def operators(self) -> tuple[str, ...]:
-        """The names of the operators that its channels come from."""
-        return tuple(each.operator for each in self.trimmed)
 
 
 class DeadChannels:
@@ -77,10 +73,11 @@ class DeadChannels:
         outputs = ~self.leaves[self.flow.channels[node].labels]
         carriers = torch.full_like(inputs, -1, dtype=torch.long)
         if reads is not None:
-            places = {label: place for place, label in enumerate(reads.labels.tolist())}
-            for place in (~inputs & (self._carriers[reads.labels] >= 0)).nonzero().flatten().tolist():
-                if not reader.keeps_constants:
-                    carriers[place] = places.get(int(self._carriers[reads.labels[place]]), -1)
+            size = reader.inputs_of_a_group
+            places = {(label, place // size): place for place, label in enumerate(reads.labels.tolist())}
+            carried = ~inputs & (self._carriers[reads.labels] >= 0) & (not reader.keeps_constants)
+            for place in carried.nonzero().flatten().tolist():
+                carriers[place] = places.get((int(self._carriers[reads.labels[place]]), place // size), -1)
         return Selection(inputs, outputs, reader.constants, carriers)
 
     def stays(self, node: fx.Node) -> Tensor | None:
@@ -101,24 +98,39 @@ class DeadChannels:
             return node
 
         for node in self.flow.channels:
+            if self.stays(node) is None:
+                continue
+            for user in node.users:
+                if user in self.flow.channels and not self._ends_at(user):
+                    parent[root(user)] = root(node)
+        found: dict[fx.Node, dict[fx.Node, None]] = defaultdict(dict)
+        for node in self.flow.channels:
             if self.stays(node) is not None:
-                for user in node.users:
-                    if user in self.flow.channels:
-                        parent[root(user)] = root(node)
-        found = defaultdict(list)
-        for node in [*parent]:
-            found[root(node)].append(node)
+                found[root(node)] |= {node: None, **{user: None for user in node.users if user in self.flow.channels}}
         parts = [tuple(sorted(nodes, key=place.__getitem__)) for nodes in found.values()]
-        return [self._part(nodes) for nodes in sorted(parts, key=lambda nodes: place[nodes[0]])]
+        return [self._part(nodes, root) for nodes in sorted(parts, key=lambda nodes: place[nodes[0]])]
 
-    def _part(self, nodes: tuple[fx.Node, ...]) -> Part:
-        labels = torch.cat([self.flow.channels[node].labels for node in nodes])
-        trimmed = []
-        for node in nodes:
-            stays = self.stays(node)
-            if node in self.flow.operators and stays is not None:
-                trimmed.append(Trimmed(self.flow.operators[node].name, len(stays), int(stays.sum())))
-        return Part(nodes, labels[self.leaves[labels]].unique(), tuple(trimmed))
+    def _ends_at(self, reader: fx.Node) -> bool:
+        """Tell whether a part ends at what reads its channels: an operator that mixes all of them."""
+        operated = self.flow.operators.get(reader)
+        return operated is not None and len(operated.connections.nonzero) == 1
+
+    def _part(self, nodes: tuple[fx.Node, ...], root: Callable[[fx.Node], fx.Node]) -> Part:
+        own = [node for node in nodes if self.stays(node) is not None and root(node) is root(nodes[0])]
+        labels = torch.cat([self.flow.channels[node].labels for node in own])
+        return Part(nodes, labels[self.leaves[labels]].unique())
+
+    def only(self, part: Part) -> "DeadChannels":
+        """Return the same where nothing but the channels of one part leaves."""
+        alone = copy(self)
+        alone.leaves = torch.zeros_like(self.leaves)
+        alone.leaves[part.labels] = True
+        return alone
+
+    def trimmed(self) -> list[Trimmed]:
+        """List the operators whose outputs become fewer."""
+        stays = {each.name: self.stays(node) for node, each in self.flow.operators.items()}
+        return [Trimmed(name, len(each), int(each.sum())) for name, each in stays.items() if each is not None]
 
     def refusals(self) -> Iterator[Refusal]:
         """Yield why constant channels stay, operator by operator."""
@@ -185,8 +197,6 @@ class DeadChannels:
             reads = reader.call.reads
             if reads is None:
                 continue
-            labels, counts = reads.labels.unique(return_counts=True)
-            never.update(labels[counts > 1].tolist())
             needed = ~self._released(reader)
             constant = reads.constants.isfinite() & reader.is_finite
             never.update(reads.labels[needed & ~constant].tolist())

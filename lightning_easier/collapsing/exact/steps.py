@@ -196,13 +196,18 @@ class Steps:
                 break
             dead = DeadChannels(flow, kept)
         self.refusals += dead.refusals()
+        self.trimmed = dead.trimmed()
+        steps: dict[fx.Node, CollapseStep] = {}
         for part in reasons:
             step = CollapseStep("trim", part.nodes[0].name)
+            steps |= dict.fromkeys(part.nodes, step)
             names = [equal_in_source(node) for node in part.nodes if dead.stays(node) is None]
-            with _said_of(step):
-                trim(dead, part.nodes, self._writer, {node.name: node for node in self._graph.nodes})
             self._taken += [(name, step) for name in names if name is not None]
-            self.trimmed += part.trimmed
+        nodes = {node.name: node for node in self._graph.nodes}
+        for node in flow.channels:
+            if node in steps:
+                with _said_of(steps[node]):
+                    trim(dead, node, self._writer, nodes)
 
     def _why_not_trimmed(self, dead: DeadChannels, part: Part) -> str | None:
         """Time a part of the graph against what is left of it, interleaved; the reason if it stays, None if not."""
@@ -215,7 +220,8 @@ class Steps:
             device = device_of(self._captured)
             twin = duplicate(self._captured)
             writer = Writer(twin)
-            nodes = trim(dead, part.nodes, writer, {node.name: node for node in twin.graph.nodes})
+            there, alone = {node.name: node for node in twin.graph.nodes}, dead.only(part)
+            nodes = [trim(alone, node, writer, there) for node in part.nodes]
             before, values = self._trial().part(part.nodes)
             after, _ = Draft(twin, {**self._writer.made, **writer.made}, device).part(nodes)
             metas = [node.meta["tensor_meta"] for node in values]

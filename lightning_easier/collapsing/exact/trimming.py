@@ -1,6 +1,5 @@
-"""Write a part of a captured graph without the channels that leave it."""
+"""Write the nodes of a captured graph without the channels that leave."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,35 +10,32 @@ from lightning_easier.collapsing.exact.dead_channels import DeadChannels
 from lightning_easier.collapsing.exact.writing import EQUALS, Writer
 
 
-def trim(dead: DeadChannels, nodes: Sequence[fx.Node], writer: Writer, there: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """Write the nodes of a part anew, with what is left of them.
+def trim(dead: DeadChannels, node: fx.Node, writer: Writer, there: dict[str, fx.Node]) -> fx.Node:
+    """Write a node anew, with what is left of it.
 
     Args:
         dead: What leaves.
-        nodes: The nodes, in execution order.
+        node: The node.
         writer: Writes into the graph.
-        there: Name -> node of the graph that is written into, which may be a copy of the one that was looked at.
+        there: Name -> node of the graph that is written into, which may be a copy of the one that was looked at. What
+            takes the place of the node is noted.
 
     Returns:
-        What computes the nodes now.
+        What computes the node now.
     """
-    now = {node: there[node.name] for node in nodes}
-    for node in nodes:
-        stays, meta = dead.stays(node), now[node].meta["tensor_meta"]
-        made = _made(dead, node)
-        if made is not None:
-            value = dead.flow.value_of(node)
-            now[node] = writer.instead(now[node], now.get(value, there[value.name]), made, meta.dtype)
-        if stays is None:
-            continue
-        axis, left = dead.flow.channels[node].axis, int(stays.sum())
-        if node in dead.flow.named:
-            _name(now[node], dead.flow.named[node], left)
-        sizes = [*meta.shape]
-        sizes[axis] = left
-        now[node].meta["tensor_meta"] = meta._replace(shape=torch.Size(sizes))
-        now[node].meta[EQUALS] = None  # none of the source's values has so few
-    return [now[node] for node in nodes]
+    now, made, stays = there[node.name], _made(dead, node), dead.stays(node)
+    meta = now.meta["tensor_meta"]
+    if made is not None:
+        now = there[node.name] = writer.instead(now, there[dead.flow.value_of(node).name], made, meta.dtype)
+    if stays is None:
+        return now
+    axis, sizes = dead.flow.channels[node].axis, [*meta.shape]
+    sizes[axis] = int(stays.sum())
+    if node in dead.flow.named:
+        _name(now, axis, sizes[axis])
+    now.meta["tensor_meta"] = meta._replace(shape=torch.Size(sizes))
+    now.meta[EQUALS] = None  # none of the source's values has so few
+    return now
 
 
 def _made(dead: DeadChannels, node: fx.Node) -> nn.Module | None:
