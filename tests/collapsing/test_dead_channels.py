@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_easier import collapse, linearize
+from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.collapsing.algebra.slices import without_channels
 from lightning_easier.collapsing.exact import trimming
 from lightning_easier.collapsing.exact.capture import capture
@@ -681,18 +681,38 @@ def test_they_leave_functions_of_parameters():
     assert "weight" not in dict(model.named_parameters())
 
 
+class Sloped(nn.Module):
+    def __init__(self, slopes):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.rand(slopes))
+        self.first, self.second = kill(nn.Conv2d(3, 6, 3), 1, 4, shift=-0.7), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.second(F.prelu(self.first(x), self.slopes))
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("slopes", [1, 6])
+def test_the_slopes_of_dead_channels_leave_with_them(slopes, isolated):
+    model = Sloped(slopes)
+    if isolated:  # a module is called with the slopes
+        isolate_activations(model)
+    report, _ = checked(model, 2, 3, 6, 7)
+    assert gone(report) == {"first": (6, 4)}
+
+
 # ---- as a step of a collapse ---------------------------------------------------------
 
 
 def test_a_part_that_becomes_no_faster_stays(monkeypatch):
     monkeypatch.setattr(clocks, "_SECONDS_A_MAC", 0.0)
-    model = two(kill(nn.Conv2d(3, 6, 3), 1, 4), nn.ReLU())
+    model = two(kill(nn.Conv2d(3, 6, 3), 1, 4, shift=0.7), nn.ReLU())
     report, _ = checked(model, 2, 3, 9, 8, objective="latency", dtype=torch.float32)
     assert not report.trimmed
     assert "0: 2 of its 6 channels are dead, but stay: does not pay" in reasons(report)
     monkeypatch.undo()
     report, _ = checked(model, 2, 3, 9, 8, objective="latency", dtype=torch.float32)
-    assert gone(report) == {"0": (6, 4)}
+    assert gone(report) == {"0": (6, 5)}
 
 
 def test_a_step_that_goes_wrong_is_left_out_and_the_others_are_made(monkeypatch):

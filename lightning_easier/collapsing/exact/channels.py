@@ -5,6 +5,7 @@ on: in all of these values it is one channel, and leaves all or none of them. So
 A *constant* is what all numbers of a channel are whatever the input, at every size; inputs are taken to be finite.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -30,7 +31,7 @@ from lightning_easier.collapsing.exact.nodes import (
 )
 from lightning_easier.collapsing.exact.reading import Reader
 from lightning_easier.collapsing.exact.rules.rule import Call
-from lightning_easier.sites.rectifiers import is_activation
+from lightning_easier.sites.rectifiers import FunctionalPReLU, is_activation
 from lightning_easier.structure.stand_in import AffineStandIn
 from lightning_easier.support.inference import has_hooks
 
@@ -99,6 +100,8 @@ _BINARY: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 _CONCATENATIONS = ("cat", "concat", "concatenate")
 _VIEWS = ("view", "reshape")
+
+_logger = logging.getLogger(__name__)
 
 
 class ChannelFlow:
@@ -179,7 +182,12 @@ class ChannelFlow:
         if is_question(node) or self._asks_otherwise(node):
             return None
         values = [value for value in node.all_input_nodes if value in self.channels]
-        found = self._passed_on(node, values)
+        try:
+            found = self._passed_on(node, values)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            # an argument that is not what it is in all other calls, as where linear steps are read
+            _logger.debug("the channels of %s are not followed: %s", node.format_node(), error)
+            found = None
         if found is None:
             for value in values:
                 self._labels.keep(self.channels[value].labels, self._said_of(node))
@@ -225,7 +233,7 @@ class ChannelFlow:
         name, of_functions = name_of(node), node.op in ("call_function", "call_method")
         if of_functions and name in _CONCATENATIONS:
             return self._concatenated(node)
-        if of_functions and name == "prelu":
+        if (of_functions and name == "prelu") or type(module) is FunctionalPReLU:
             return self._sloped(node)
         if len(values) == 1 and (type(module) in _FOR_EACH_CHANNEL or self._is_elementwise(node, module)):
             return self._of_each(node, module, values[0])
@@ -271,9 +279,11 @@ class ChannelFlow:
         return written
 
     def _is_elementwise(self, node: fx.Node, module: nn.Module | None) -> bool:
+        if len(node.all_input_nodes) != 1:
+            return False
         if module is not None:
             return type(module) in _ELEMENTWISE or is_activation(module)
-        return name_of(node) in _ELEMENTWISE_FUNCTIONS and len(node.all_input_nodes) == 1
+        return name_of(node) in _ELEMENTWISE_FUNCTIONS
 
     def _is_pooled(self, node: fx.Node) -> bool:
         name = name_of(node)

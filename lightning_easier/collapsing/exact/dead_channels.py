@@ -30,10 +30,12 @@ class Part:
     Attributes:
         nodes: In execution order.
         labels: What leaves.
+        carriers: The constant channels that stay and carry some of these.
     """
 
     nodes: tuple[fx.Node, ...]
     labels: Tensor
+    carriers: Tensor
 
 
 class DeadChannels:
@@ -118,7 +120,9 @@ class DeadChannels:
     def _part(self, nodes: tuple[fx.Node, ...], root: Callable[[fx.Node], fx.Node]) -> Part:
         own = [node for node in nodes if self.stays(node) is not None and root(node) is root(nodes[0])]
         labels = torch.cat([self.flow.channels[node].labels for node in own])
-        return Part(nodes, labels[self.leaves[labels]].unique())
+        labels = labels[self.leaves[labels]].unique()
+        carriers = self._carriers[labels]
+        return Part(nodes, labels, carriers[carriers >= 0].unique())
 
     def only(self, part: Part) -> "DeadChannels":
         """Return the same where nothing but the channels of one part leaves."""

@@ -191,7 +191,9 @@ class Steps:
         dead = DeadChannels(flow)
         while True:  # until all that is left of them pays
             reasons = {part: self._why_not_trimmed(dead, part) for part in dead.parts()}
-            kept |= {label: reason for part, reason in reasons.items() if reason for label in part.labels.tolist()}
+            for part, reason in reasons.items():
+                if reason is not None:
+                    kept |= dict.fromkeys([*part.labels.tolist(), *part.carriers.tolist()], reason)
             if not any(reasons.values()):
                 break
             dead = DeadChannels(flow, kept)

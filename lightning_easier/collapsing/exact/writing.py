@@ -112,7 +112,7 @@ class Writer(_Writing):
         """
         if node.op == "call_module":
             self.put(str(node.target), operator, dtype)
-            if isinstance(operator, AFFINES):  # which take nothing else, as what they replace may
+            if isinstance(operator, (*AFFINES, nn.PReLU)):  # which take nothing else, as what they replace may
                 node.args, node.kwargs = (value,), {}
             return node
         name = next(name for n in count() if not hasattr(self._captured, name := f"{node.name}_{n}"))
