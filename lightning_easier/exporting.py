@@ -4,7 +4,6 @@ import inspect
 import io
 import tempfile
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +21,7 @@ from lightning_easier.support.inference import (
     relative_difference,
     tensors_in,
     tolerance_for,
+    without_masks,
 )
 from lightning_easier.support.programs import export_program, quiet, remedy_for
 from lightning_easier.support.storage import first_line
@@ -88,7 +88,7 @@ def export(
         )
     model = unwrap(model)
     check_weights(model)
-    source = deepcopy(model).cpu().eval()
+    source = without_masks(model).cpu().eval()
     with torch.no_grad():
         expected = forward(source, arguments, "example_inputs")
     if tolerance is None:

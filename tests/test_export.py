@@ -4,6 +4,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_easier import ExportError, collapse, export, linearize
 from lightning_easier import export as export_function
@@ -203,3 +204,15 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs onnx, onnxscript, onnxruntime.*lightning-easier\[onnx\]"):
         export(nn.Linear(3, 3), tmp_path / "m.onnx", torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_what_is_masked_is_zero_for_good_in_the_file(tmp_path, suffix):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    data = torch.randn(3, 4)
+    expected = model(data)  # after which the masked weight has a history
+    report = export(model, tmp_path / f"model.{suffix}", data)
+    assert all(each.relative_difference < 1e-5 for each in report.parity)
+    assert prune.is_pruned(model[0])
+    torch.testing.assert_close(model(data), expected)

@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
-from torch.nn.utils import prune
-from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.baseline import Baseline, baseline_of
@@ -35,13 +33,20 @@ from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
 from lightning_easier.support.calibration import read_calibration
 from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
-from lightning_easier.support.inference import as_arguments, check_weights, copies, forward
+from lightning_easier.support.inference import as_arguments, check_weights, copies, forward, without_masks
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
 
 # How many times faster a collapsed model has to be at the least; less is slower.
 _NOT_SLOWER = 1 - MARGIN
 
 _logger = logging.getLogger(__name__)
+
+_COLLAPSED = "collapsed_by_lightning_easier"
+
+
+def is_collapsed(module: nn.Module) -> bool:
+    """Tell whether a collapse has made a module; copies, and what was saved whole and loaded, are known."""
+    return isinstance(module, fx.GraphModule) and (_COLLAPSED in module.meta or _COLLAPSED in vars(module))
 
 
 @dataclass(frozen=True)
@@ -376,6 +381,8 @@ class Prepared:
                 f"the model, or give it those that it needs in `example_inputs`."
             )
         if isinstance(result, fx.GraphModule):
+            result.meta[_COLLAPSED] = True  # which a copy takes with it
+            vars(result)[_COLLAPSED] = True  # as a pickle does
             for node in result.graph.nodes:
                 node.meta.clear()  # shapes are those of the example inputs only
         return CollapseResult(result, report)
@@ -466,26 +473,11 @@ def _record(choice: PricedFit, objective: Objective) -> Fitted:
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:
     """Copy a model for eval mode; batch norms that were left in training mode in a model in eval mode stay in it."""
-    source = _without_masks(model)
+    source = without_masks(model)
     kept = [module for module in source.modules() if uses_batch_statistics(module) and not model.training]
     source.eval()
     for module in kept:
         module.train()
-    return source
-
-
-def _without_masks(model: nn.Module) -> nn.Module:
-    """Copy a model; what ``torch.nn.utils.prune`` masks at every call of it is zero in the copy for good."""
-    masked = [
-        (name, hook._tensor_name)
-        for name, module in model.named_modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, BasePruningMethod)
-    ]
-    computed = [getattr(model.get_submodule(name), tensor) for name, tensor in masked]
-    source = deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})  # they have a history
-    for name, tensor in masked:
-        prune.remove(source.get_submodule(name), tensor)
     return source
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from lightning_easier.support.inference import (
     copies,
     device_of,
     forward,
+    without_masks,
 )
 from lightning_easier.support.progress import Stages
 from lightning_easier.support.timing import LatencyTable, Pace
@@ -144,7 +144,7 @@ def compress(
     clock = Clock(max_minutes)
     model = unwrap(model)
     check_weights(model)
-    source = deepcopy(model).eval()
+    source = without_masks(model).eval()
     sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
     given = None if example_inputs is None else as_arguments(example_inputs)
     count = arguments_wanted(source) if given is None else len(given)

@@ -3,10 +3,12 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from lightning_easier.support.hooks import is_of_one_model
@@ -220,3 +222,18 @@ def describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {', '.join(describe(item) for item in value[:4]) or 'nothing'}"
     return f"a value of type {type(value).__name__}"
+
+
+def without_masks(model: nn.Module) -> nn.Module:
+    """Copy a model; what ``torch.nn.utils.prune`` masks at every call of it is zero in the copy for good."""
+    masked = [
+        (name, hook._tensor_name)
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, prune.BasePruningMethod)
+    ]
+    computed = [getattr(model.get_submodule(name), tensor) for name, tensor in masked]
+    source = deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})  # they have a history
+    for name, tensor in masked:
+        prune.remove(source.get_submodule(name), tensor)
+    return source

@@ -794,3 +794,74 @@ def test_a_third_of_the_inner_channels_of_a_resnet(norms):
     left = {name: after for name, (_, after) in gone(report).items()}
     assert len(left) == 9
     assert left["layer3.0.conv1"] == 43 if norms else left["layer3.0.conv1"] == 44
+
+
+class Residual(nn.Module):
+    """A branch beside a value, whose first layer is empty; ``shift`` is what its batch norm makes of that."""
+
+    def __init__(self, shift, pad=0, inplace=False, first=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.first = first or nn.Identity()
+        self.empty, self.norm, self.act = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace)
+        self.last = nn.Conv2d(8, 4, 1 + 2 * pad, padding=pad)
+        self.head = nn.Conv2d(4, 2, 3)
+        with torch.no_grad():
+            self.empty.weight.zero_()
+            self.norm.bias.copy_(torch.as_tensor(shift).expand(8))
+
+    def forward(self, x):
+        x = self.stem(x).tanh()
+        return self.head((x + self.last(self.act(self.norm(self.empty(self.first(x)))))).relu())
+
+
+def collapsed(model, objective):
+    model = model.double().eval()
+    report = collapse(model, torch.randn(2, 3, 9, 8, dtype=torch.float64), objective=objective)
+    data = torch.randn(3, 3, 11, 10, dtype=torch.float64)
+    torch.testing.assert_close(report.model(data), model(data), rtol=1e-9, atol=1e-9)
+    return report.report, report.model
+
+
+@pytest.mark.parametrize("objective", ["macs", "depth", "latency"])
+@pytest.mark.parametrize(("shift", "pad"), [(-1.0, 0), (-1.0, 1), (torch.linspace(-1, 2, 8), 0)])
+def test_a_branch_that_is_constant_is_a_number_for_each_channel(objective, shift, pad):
+    torch.manual_seed(0)
+    report, result = collapsed(Residual(shift, pad), objective)
+    assert [(each.operator, each.after) for each in report.trimmed] == [("empty", 0), ("last", 0)]
+    assert report.after.macs < report.before.macs
+    assert sum(isinstance(module, nn.Conv2d) for module in result.modules()) == 2
+
+
+def test_a_branch_of_zeros_leaves_nothing():
+    torch.manual_seed(0)
+    model = Residual(-1.0)
+    nn.init.zeros_(model.last.bias)
+    report, result = collapsed(model, "macs")
+    assert {each.operator: each.after for each in report.trimmed} == {"empty": 0, "last": 0}
+    assert [node.name for node in result.graph.nodes if "add" in node.name] == []
+
+
+def test_a_branch_that_differs_at_the_borders_stays_with_one_channel():
+    torch.manual_seed(0)
+    report, _ = collapsed(Residual(torch.linspace(1, 2, 8), pad=1), "macs")
+    assert [(each.operator, each.before, each.after) for each in report.trimmed] == [("empty", 8, 1)]
+
+
+def test_a_branch_that_writes_into_the_value_it_is_added_to_stays():
+    torch.manual_seed(0)
+    report, _ = collapsed(Residual(-1.0, first=nn.ReLU(inplace=True)), "macs")
+    assert ("last", 0) not in [(each.operator, each.after) for each in report.trimmed]
+
+
+def test_a_branch_inside_a_constant_branch_goes_with_it():
+    class Nested(Residual):
+        def forward(self, x):
+            x = self.stem(x).tanh()
+            inner = self.act(self.norm(self.empty(x)))
+            return self.head((x + self.last(inner + inner.abs())).relu())
+
+    torch.manual_seed(0)
+    report, result = collapsed(Nested(0.5), "macs")
+    assert sum(isinstance(module, nn.Conv2d) for module in result.modules()) == 2
+    assert {each.operator: each.after for each in report.trimmed} == {"empty": 0, "last": 0}

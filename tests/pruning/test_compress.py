@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from tqdm import tqdm
 
 from lightning_easier import collapse, compress, fit_chains, isolate_activations, linearize
@@ -557,3 +558,13 @@ def test_a_run_that_fitted_is_compared_with_its_dense_network():
     assert report.after.depth == 2
     assert report.speedup.median > 2
     assert "16.00×" in str(report)
+
+
+def test_a_model_with_masks_is_compressed_and_keeps_them():
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 2))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    batches = [torch.randn(64, 4) for _ in range(4)]
+    model(batches[0])
+    result = compress(model, batches, objective="macs", max_drift=math.inf)
+    assert result.model(batches[0]).shape == (64, 2)
+    assert prune.is_pruned(model[0])

@@ -19,6 +19,7 @@ from lightning_easier.collapsing.errors import CannotMergeError, CollapseStep, S
 from lightning_easier.collapsing.exact.capture import duplicate
 from lightning_easier.collapsing.exact.chains import Chain, Chains, Uses, describe_node, is_stand_in, module_of
 from lightning_easier.collapsing.exact.channels import ChannelFlow
+from lightning_easier.collapsing.exact.constant_branches import constant_branches
 from lightning_easier.collapsing.exact.dead_channels import DeadChannels, Part
 from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.planner import Planner
@@ -185,7 +186,8 @@ class Steps:
                 self.refusals.append(Refusal((str(node.target),), reason))
 
     def trim(self) -> None:
-        """Remove the channels that nothing needs, part by part, where that pays."""
+        """Remove branches that are constant, and the channels that nothing needs, part by part, where that pays."""
+        self._drop_constant_branches()
         flow = ChannelFlow(self._captured)
         kept: dict[int, str] = {}
         dead = DeadChannels(flow)
@@ -198,7 +200,7 @@ class Steps:
                 break
             dead = DeadChannels(flow, kept)
         self.refusals += dead.refusals()
-        self.trimmed = dead.trimmed()
+        self.trimmed += dead.trimmed()
         steps: dict[fx.Node, CollapseStep] = {}
         for part in reasons:
             step = CollapseStep("trim", part.nodes[0].name)
@@ -210,6 +212,36 @@ class Steps:
             if node in steps:
                 with _said_of(steps[node]):
                     trim(dead, node, self._writer, nodes)
+
+    def _drop_constant_branches(self) -> None:
+        """Add a number for each channel where a branch is added that is the same whatever the input."""
+        flow = ChannelFlow(self._captured)
+        gone: set[fx.Node] = set()
+        for branch in constant_branches(self._captured, flow):
+            node = branch.addition
+            step = CollapseStep("trim", node.name)
+            names = tuple(flow.names[each] for each in reversed(branch.nodes) if each in flow.names)
+            if step in self._left_out:
+                self.refusals.append(Refusal(names, self._left_out[step]))
+                continue
+            if gone.intersection((branch.value, node)):  # inside another
+                continue
+            with _said_of(step):
+                name = equal_in_source(node) or node.name
+                if branch.constants.any():
+                    self._writer.instead(node, branch.value, branch.affine(), node.meta["tensor_meta"].dtype)
+                else:
+                    self._writer.bypass(node, branch.value)
+                for each in branch.nodes:
+                    if not each.users:
+                        self._graph.erase_node(each)
+            gone.update(branch.nodes, (node,))
+            self.trimmed += [
+                Trimmed(flow.names[each], len(flow.channels[each].labels), 0)
+                for each in reversed(branch.nodes)
+                if each in flow.names and each in flow.channels
+            ]
+            self._taken.append((name, step))
 
     def _why_not_trimmed(self, dead: DeadChannels, part: Part) -> str | None:
         """Time a part of the graph against what is left of it, interleaved; the reason if it stays, None if not."""
