@@ -5,6 +5,7 @@ No numbers are computed: what is followed from step to step is which neurons *de
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class _State:
         """Tell whether an axis is that of the neurons."""
         return self.axis == axis or (self.dims is not None and self.axis % self.dims == axis % self.dims)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it depends on the input, whichever neurons are taken."""
+        return self.any and (self.neurons is None or bool(self.neurons.all()))
+
     def blurred(self, keep_dims: bool = False) -> "_State":
         """Return the same without the neurons."""
         return _State(self.any, dims=self.dims if keep_dims else None)
@@ -106,12 +112,14 @@ class Paths:
 
     def __init__(self, model: nn.Module, plan: IsolationPlan) -> None:
         self._model = unwrap(model)
+        self._plan = plan
         self._flow: Flow = plan.flow
         self._constants = Constants(plan.flow.nodes)
+        self._sites = {node: name for name, (_, node) in plan.found.items()}
         self._weights = OperatorWeights(self._model)
         self._parameters = dict(self._model.named_parameters())
         outputs = _outputs(plan.flow)
-        reached = self._depending({})
+        reached = self._depending({}, {}, False)
         # an output that never depends on the input says nothing
         self._outputs = [node for node in outputs if reached[node].any]
 
@@ -125,13 +133,34 @@ class Paths:
                 reached.add(node)
         return not reached.isdisjoint(self._outputs)
 
-    def is_open(self, nonzero: Mapping[str, Tensor]) -> bool:
+    def covers(self, site: str) -> bool:
+        """Tell whether an activation lies on a way from the input to an output that can be followed.
+
+        Args:
+            site: Name of the activation.
+        """
+        _, start = self._plan.found[site]
+        return _reaches(start, set(self._outputs), back=False) and _reaches(
+            start, {node for node in self._flow.nodes if node.kind == Kind.INPUT}, back=True
+        )
+
+    def is_open(
+        self,
+        nonzero: Mapping[str, Tensor],
+        passing: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        certain: bool = False,
+    ) -> bool:
         """Tell whether every output still depends on the input, on one of several at least.
 
         Args:
             nonzero: Name of a parameter -> a bool tensor of its shape, True where it is not zero. A parameter that is
                 not given counts as not zero anywhere, and so do those with one axis. The scales of affine stand-ins
                 are read from the model.
+            passing: Name of an activation -> a bool tensor of its neurons, True where it passes them on; all of them
+                where it is not given.
+            certain: Whether a step of which it is not known which neurons it takes (a slice, a shuffle) counts only
+                where all neurons that it may take depend on the input; else it counts where one does.
 
         Raises:
             ValueError: If there is no such parameter, or it has another shape.
@@ -145,10 +174,12 @@ class Paths:
                     f"Expected argument `nonzero` to hold a tensor of shape {tuple(known.shape)} for {name!r}, but got "
                     f"{tuple(mask.shape)}"
                 )
-        states = self._depending(nonzero)
+        states = self._depending(nonzero, passing, certain)
         return all(states[node].any for node in self._outputs)
 
-    def _depending(self, nonzero: Mapping[str, Tensor]) -> dict[FlowNode, _State]:
+    def _depending(
+        self, nonzero: Mapping[str, Tensor], passing: Mapping[str, Tensor], certain: bool
+    ) -> dict[FlowNode, _State]:
         """Follow what depends on the input through all nodes."""
         states: dict[FlowNode, _State] = {}
         entered: dict[str, bool] = {}  # forward that can't be traced -> whether anything that enters it depends on it
@@ -168,6 +199,13 @@ class Paths:
                 states[node] = self._after_operator(node, [states[parent] for parent in read], nonzero)
             else:
                 states[node] = self._after(node, states, nonzero)
+            passes = passing.get(self._sites.get(node, ""))
+            if passes is not None:
+                states[node] = _passed(states[node], passes.cpu(), self._flow.neuron_axis(node))
+            loses_neurons = states[node].any and states[node].neurons is None and not _mixes(node)
+            if certain and loses_neurons and read and node.kind != Kind.UNKNOWN:
+                is_whole = any(states[parent].is_whole for parent in read)
+                states[node] = replace(states[node], any=is_whole)
             if any(states[parent].any for parent in node.inputs[1:]):
                 states |= {target: _State(True) for target in written(node)}
         return states
@@ -229,13 +267,7 @@ class Paths:
         scale = self._scale(node.inputs[2], nonzero)
         if scale is None:
             return state
-        axis = self._flow.neuron_axis(node)
-        if state.neurons is None:
-            return _State(bool(scale.any()), scale, axis, state.dims)
-        if len(state.neurons) != len(scale) or state.repeats is not None:
-            return state if scale.any() else _State(False, dims=state.dims)
-        neurons = state.neurons & scale
-        return replace(state, any=bool(neurons.any()), neurons=neurons)
+        return _passed(state, scale, self._flow.neuron_axis(node))
 
     def _scale(self, node: FlowNode, nonzero: Mapping[str, Tensor]) -> Tensor | None:
         """Return where the one vector that a node is computed from is not zero; None if it can't be told."""
@@ -296,6 +328,38 @@ def _in_groups(state: _State, mask: Tensor) -> tuple[_State, int]:
     ):
         return state.blurred(), 1
     return state, count // width
+
+
+def _mixes(node: FlowNode) -> bool:
+    """Tell whether a step has each of its neurons depend on all that it reads."""
+    mixing = (*_MIXING_ACTIVATIONS, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+    return isinstance(node.module, mixing) or function_name(node) in ("layer_norm", "rms_norm", "group_norm", "softmax")
+
+
+def _reaches(start: FlowNode, ends: set[FlowNode], *, back: bool) -> bool:
+    """Tell whether a node is connected with others, past all forwards that can't be traced."""
+    seen, queue = {start}, [start]
+    while queue:
+        node = queue.pop()
+        if node in ends:
+            return True
+        for other in node.inputs if back else node.readers:
+            if other not in seen and other.kind != Kind.UNKNOWN:
+                seen.add(other)
+                queue.append(other)
+    return False
+
+
+def _passed(state: _State, passes: Tensor, axis: int) -> _State:
+    """Return the state after something that passes some neurons on, and makes zeros of the others."""
+    if not state.any:
+        return state
+    if state.neurons is None:
+        return _State(bool(passes.any()), passes, axis, state.dims)
+    if len(state.neurons) != len(passes) or state.repeats is not None:
+        return state if passes.any() else _State(False, dims=state.dims)
+    neurons = state.neurons & passes
+    return replace(state, any=bool(neurons.any()), neurons=neurons)
 
 
 def _blurred(read: Sequence[_State]) -> _State:
