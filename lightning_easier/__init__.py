@@ -1,6 +1,12 @@
 """Make trained networks shallower and really faster, inside PyTorch Lightning."""
 
-from lightning_easier.callbacks import Distillation, EntropyPruningCallback, Files, PruningCallback
+from lightning_easier.callbacks import (
+    Distillation,
+    EntropyGuidedPruningCallback,
+    EntropyPruningCallback,
+    Files,
+    PruningCallback,
+)
 from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
 from lightning_easier.collapsing.fit.chain_fits import fit_chains
 from lightning_easier.exporting import ExportError, export
@@ -8,21 +14,22 @@ from lightning_easier.measure.entropy import ActivationEntropy, activation_entro
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy, measure_error_likelihood
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.compress import CompressResult, compress
-from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal
+from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal, Sparsify
 from lightning_easier.pruning.rules import Rounds
 from lightning_easier.pruning.targets import Target
 from lightning_easier.report import CandidateReport, CollapseReport, CompressReport, ExportReport, PruningReport
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.structure.checkpoint import load_pruned, restore_structure_on_load
 from lightning_easier.structure.linearize import linearize, restore
+from lightning_easier.structure.masking import Masks
 from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EntropyPruningCallback", "PruningCallback",
-    "Linearize", "FitChains", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
-    "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators",
+    "EntropyPruningCallback", "EntropyGuidedPruningCallback", "PruningCallback",
+    "Linearize", "FitChains", "Sparsify", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
+    "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators", "Masks",
     "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
     "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",

@@ -1,6 +1,6 @@
 """Operations that have to hold what they did, while an optimizer changes the parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,7 @@ class Holding:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._hold: Callable[..., None] | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, operations: Iterable[Mapping[str, Any]]) -> None:
         """Have these operations hold, and no others.
@@ -32,10 +33,16 @@ class Holding:
             for operation in held:
                 operation.hold(pl_module)
 
+        self._hold = hold
         self._handles = [optimizer.register_step_post_hook(hold) for optimizer in trainer.optimizers]
+
+    def once(self) -> None:
+        """Have them hold before what is judged or saved: not only optimizers change parameters."""
+        if self._hold is not None:
+            self._hold()
 
     def end(self) -> None:
         """Let go; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._hold = [], None

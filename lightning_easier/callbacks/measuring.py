@@ -151,6 +151,10 @@ class Measurement:
         wiring.forget_compiled_code(pl_module)
         return self._worker.finish(known)
 
+    def metrics(self, pl_module: LightningModule) -> dict[str, float]:
+        """Return what the method logs besides the entropies; every process has to call this."""
+        return self._worker.metrics(pl_module)
+
     def detach(self) -> None:
         """Take all hooks away; what was counted and noticed stays."""
         self._worker.detach()

@@ -22,6 +22,7 @@ def begin_validation(run: Run, trainer: Trainer, pl_module: LightningModule) -> 
     if run.candidates is None:  # a model that is built in `setup`, validated alone
         starting.discover(run, trainer, pl_module)
     settings, measurement = run.settings, run.measurement
+    run.holding.once()
     run.scores.mark(trainer, settings.monitor, "validation")
     if measurement.is_counting:  # training batches are counted, these are not
         measurement.pause(True)
@@ -116,6 +117,7 @@ def log_entropies(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
     """Log the entropy of every activation, and the least of those that may become linear."""
     entropies, on_all = run.entropies or {}, trainer.world_size > 1
     pl_module.log_dict({entropy_key(name): value for name, value in entropies.items()}, sync_dist=on_all)
+    pl_module.log_dict(run.measurement.metrics(pl_module), sync_dist=on_all)
     prunable = [value for name, value in entropies.items() if name in (run.candidates or ())]
     if prunable:
         pl_module.log(LEAST_ENTROPY_KEY, min(prunable), prog_bar=True, sync_dist=on_all)

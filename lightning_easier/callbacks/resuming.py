@@ -67,7 +67,7 @@ def begin(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Begin a run, or take one up and make up for what an interruption has cut off."""
     run.files.stop_watching_loading(trainer)
     run.dashboard = Dashboard(trainer.loggers, run.settings.monitor)
-    run.dashboard.write_layout()
+    run.dashboard.write_layout(run.settings.method.charts)
     run.scores.have_early_stopping_wait(trainer)
     _check_structure(run, pl_module)
     _claim_folder(run, trainer, pl_module)
@@ -129,6 +129,8 @@ def _begin_first_round(run: Run, trainer: Trainer, pl_module: LightningModule) -
     if not goes_on and not run.settings.dry_run:
         rank_zero_warn("Nothing will be pruned: the run ends with its dense round. Raise `max_epochs`.")
     run.state.ended = run.state.rounds[0].epoch = trainer.current_epoch
+    held = run.settings.method.held_from_the_start(pl_module, run.candidates or [])
+    run.state.held = [operation.to_plain() for operation in held]
 
 
 def _stop_if_over(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
@@ -21,12 +21,13 @@ from lightning_easier.pruning.loop import (
     Diverged,
     GoBack,
     Keep,
+    Settle,
     Stop,
     Verdict,
     Wait,
 )
 from lightning_easier.pruning.methods import Method, Proposal
-from lightning_easier.pruning.state import Chosen, Measured
+from lightning_easier.pruning.state import Chosen, Measured, Place, Position
 from lightning_easier.report import Round
 from lightning_easier.structure.operations import from_plain
 
@@ -35,7 +36,7 @@ def begin_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Carry out what was decided, once, and distil where that is wanted."""
     if not run.settings.dry_run:
         obey(run, trainer, pl_module, run.loop.epoch_begins())
-        run.holding.begin(trainer, pl_module, [*run.state.held, *run.state.operations])
+    run.holding.begin(trainer, pl_module, [*run.state.held, *run.state.operations])
     if run.teacher is not None and run.state.chosen_by_now:
         path, dense = run.state.path_of(files.round_file(0)), run.state.rounds[:1]
         use = "checkpoint of the dense round", "be distilled from it"
@@ -80,6 +81,7 @@ def _ask(run: Run, trainer: Trainer, not_called: Sequence[str] = (), is_scored: 
     return Ask(
         lambda: trainer.strategy.broadcast(run.state.score if is_scored else None),
         lambda measured: choose(run, trainer, measured, not_called),
+        lambda measured: _left_to_settle(run, trainer, measured),
     )
 
 
@@ -100,13 +102,15 @@ def obey(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Itera
             case Stop(why):
                 trainer.should_stop = True
                 if why is not None and not dry_run:
-                    rank_zero_info(f"Removed were {len(run.state.chosen_by_now)}, and {why}: pruning is over.")
+                    rank_zero_info(f"Removed were {run.state.number_removed}, and {why}: pruning is over.")
             case Keep() if not dry_run:
                 keep(run, trainer)
             case GoBack():
                 _go_back(run, trainer, pl_module)
             case Apply(chosen):
                 _apply(run, trainer, pl_module, chosen)
+            case Settle(chosen) if not dry_run:
+                _settle(run, trainer, pl_module, chosen)
             case Diverged(score):
                 raise ValueError(telling.diverged(run, trainer, score))
 
@@ -160,30 +164,70 @@ def list_candidates(run: Run, pl_module: LightningModule, chosen: Chosen | None)
     rank_zero_info(f"{run.listed}\nDry run: {names} would be removed next. The model was not changed.")
 
 
+def _left_to_settle(run: Run, trainer: Trainer, measured: Measured) -> Chosen | None:
+    """Return what is left that changes nothing on the data that was measured; None if nothing is."""
+    proposal, state = measured.proposal or Proposal(), run.state
+    if state.good_at != wiring.batches_trained(trainer):  # what was measured is not what is there
+        return None
+    candidates = [name for name in run.candidates or () if name not in state.removed]
+    names = proposal.disjoint(
+        [name for name in proposal.eligible(candidates, state.rejected) if name in proposal.exact]
+    )
+    return Chosen(names, {}, [proposal.operations[name] for name in names]) if names else None
+
+
 def _apply(run: Run, trainer: Trainer, pl_module: LightningModule, chosen: Chosen) -> None:
     """Carry out operations: a round begins."""
+    run.state.snapshot = replace(run.state.snapshot, plateaus=plateaus(trainer))
+    carried = _carry_out(run, trainer, pl_module, chosen)
+    assert run.recipe is not None
+    run.recipe.restart(trainer, run.settings.rules.rounds.restart)
+    reset_patience(trainer)
+    run.loop.applied(carried.round, chosen.operations)
+    _take_note(run, carried)
+    run.scores.forget(trainer)
+    run.scores.put(trainer, {REMOVED_KEY: float(run.number_removed(trainer, pl_module))})
+
+
+def _settle(run: Run, trainer: Trainer, pl_module: LightningModule, chosen: Chosen) -> None:
+    """Carry out what changes nothing; no training follows."""
+    carried = _carry_out(run, trainer, pl_module, chosen)
+    run.loop.settled(carried.round, chosen.operations)
+    _take_note(run, carried)
+    run.scores.put(trainer, {REMOVED_KEY: float(run.number_removed(trainer, pl_module))})
+    telling.tell_settled(run, trainer, len(run.state.rounds) - 1)
+
+
+class _Carried(NamedTuple):
+    """A round that has begun, and where parameters were, and are, in the optimizers."""
+
+    round: Round
+    dropped: list[Position]
+    joined: list[Place]
+
+
+def _take_note(run: Run, carried: _Carried) -> None:
     state = run.state
-    before = state.kept[-1].score_after
-    state.snapshot = replace(state.snapshot, plateaus=plateaus(trainer))
+    state.dropped = carried.dropped
+    state.joined += [[*place, len(state.rounds) - 1] for place in carried.joined]
+
+
+def _carry_out(run: Run, trainer: Trainer, pl_module: LightningModule, chosen: Chosen) -> _Carried:
+    """Carry out operations on model and optimizers."""
+    before = run.state.kept[-1].score_after
     operations = [from_plain(plain) for plain in chosen.operations]
     linear = [name for operation in operations for name in operation.names]
     changes_parameters = any(operation.changes_parameters for operation in operations)
     wiring.check_optimizers_let_parameters_change(trainer, pl_module, linear, changes_parameters)
     notes, dropped, joined = surgery.carry_out(trainer, pl_module, operations)
-    assert run.recipe is not None
-    run.recipe.restart(trainer, run.settings.rules.rounds.restart)
-    reset_patience(trainer)
-    epoch = trainer.current_epoch
     for name, operation in zip(chosen.names, operations, strict=True):
         others = [f"`{other}`" for other in operation.names if other != name]
         if name in operation.names and others:
             notes.setdefault(name, []).append(f"together with {' and '.join(others)}")
-    this = Round(linear, chosen.entropies, before, None, None, epoch, chosen.names, notes)
-    run.loop.applied(this, chosen.operations)
-    state.dropped = dropped
-    state.joined += [[*place, len(state.rounds) - 1] for place in joined]
-    run.scores.forget(trainer)
-    run.scores.put(trainer, {REMOVED_KEY: float(run.number_removed(trainer, pl_module))})
+    counted = sum(operation.removes for operation in operations)
+    epoch = trainer.current_epoch
+    this = Round(linear, chosen.entropies, before, None, None, epoch, chosen.names, notes, counted=counted)
+    return _Carried(this, dropped, joined)
 
 
 def keep(run: Run, trainer: Trainer) -> None:
@@ -192,6 +236,9 @@ def keep(run: Run, trainer: Trainer) -> None:
     Each round has a file of its own: a run that is taken up at an older checkpoint still finds the one it needs.
     """
     state = run.state
+    run.holding.once()
+    trained = wiring.batches_trained(trainer)
+    state.good_at = trained if state.validations.at == trained else -1
     file, scores = files.round_file(len(state.rounds) - 1), run.scores.all(trainer)
     with state.recording(snapshot=replace(state.snapshot, file=file, scores=scores)):
         assert run.last_good is not None
@@ -208,8 +255,10 @@ def _go_back(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     put_plateaus(trainer, state.snapshot.plateaus)
     run.measurement.structure_changed()
     run.loop.went_back()
+    run.holding.begin(trainer, pl_module, state.held)
+    state.good_at = wiring.batches_trained(trainer) if state.good_at >= 0 else -1
     run.scores.forget(trainer)
     run.scores.put(trainer, state.snapshot.scores)
     for logger in trainer.loggers:
         logger.log_metrics({REMOVED_KEY: float(run.number_removed(trainer, pl_module))}, trainer.global_step)
-    rank_zero_info(f"Went back to the last good model, {path}, with {len(state.chosen_by_now)} removed.")
+    rank_zero_info(f"Went back to the last good model, {path}, with {state.number_removed} removed.")

@@ -151,7 +151,7 @@ class Run:
         if trainer.state.fn != TrainerFn.FITTING:
             return len(linear)
         own = {name for this in self.state.rounds for name in this.removed}
-        return len(linear - own) + len(self.state.chosen_by_now)
+        return len(linear - own) + self.state.number_removed
 
     def sites(self, pl_module: LightningModule) -> list[str]:
         """Return the names of all activations, those that are linear among them."""

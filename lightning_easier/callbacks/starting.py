@@ -62,6 +62,7 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     is_fitting = trainer.state.fn == TrainerFn.FITTING
     if is_fitting:
         live = {name: found[name] for name in chosen if name in found}
+        method.check(pl_module, list(live), named=settings.include is not None)
         wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath)
         wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         if settings.target is not None or method.looks_at_operators:

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +32,7 @@ from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.structure.inventory import not_removed, outermost
 from lightning_easier.structure.linearize import MARK_KEY, bypass, read_marks, restore, stand_ins
 from lightning_easier.structure.operations import Change, Operation
+from lightning_easier.support.processes import reshard
 
 
 class Carried(NamedTuple):
@@ -128,9 +128,7 @@ def go_back(
     gone = [parameter for parameters in reversed(back) for parameter in parameters]
     put_back_parameters(trainer.optimizers, gone, dropped)
     if loads_into_model(trainer):
-        for module in pl_module.modules():
-            if isinstance(module, FSDPModule):  # a forward may have left it whole
-                module.reshard()
+        reshard(pl_module)
         checkpoint = load(trainer, path)
     pl_module.on_load_checkpoint(dict(checkpoint))
     trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)

@@ -34,6 +34,13 @@ def tell_verdict(run: Run, trainer: Trainer, pl_module: LightningModule, number:
         _tell_outlook(run, trainer, pl_module, state.now.proposal)
 
 
+def tell_settled(run: Run, trainer: Trainer, number: int) -> None:
+    """Say what was done when the run had ended, since it changes nothing on what was measured."""
+    if run.dashboard is not None:
+        run.dashboard.write_event(run.report.event(number), trainer.global_step)
+    rank_zero_info(run.report.line(number, run.settings.rules.tolerance.amount))
+
+
 def _warn_of_a_weak_reference(run: Run) -> None:
     """Warn if the dense network had not learned enough when its score became the reference."""
     rounds, rules = run.state.rounds, run.settings.rules

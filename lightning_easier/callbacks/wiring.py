@@ -379,6 +379,11 @@ def ends_inside_epoch(trainer: Trainer) -> bool:
     return (trainer.should_stop or out_of_steps) and not trainer.is_last_batch
 
 
+def batches_trained(trainer: Trainer) -> int:
+    """Return the number of the last training batch, counted over all epochs."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
+
+
 def validation_is_due(trainer: Trainer, validated_at: int) -> bool:
     """Tell whether a validation follows the last training batch and is not over yet.
 

@@ -70,6 +70,17 @@ class Apply:
 
 
 @dataclass(frozen=True)
+class Settle:
+    """Carry out what changes nothing on the data that was measured: the run has ended, and no training follows.
+
+    Attributes:
+        chosen: What was chosen.
+    """
+
+    chosen: Chosen
+
+
+@dataclass(frozen=True)
 class Stop:
     """Pruning is over.
 
@@ -91,7 +102,7 @@ class Diverged:
     score: float
 
 
-Command = Verdict | CutShort | Wait | Decided | Keep | GoBack | Apply | Stop | Diverged
+Command = Verdict | CutShort | Wait | Decided | Keep | GoBack | Apply | Settle | Stop | Diverged
 
 
 class Ask(NamedTuple):
@@ -100,10 +111,12 @@ class Ask(NamedTuple):
     Attributes:
         score: Returns the score of the structure as it is, on which all processes agree; None if there is none.
         choose: Chooses what is done next by what was measured of the last good round; None if nothing is left.
+        settle: Chooses by the same what is left to be done that changes nothing; None if nothing is.
     """
 
     score: Callable[[], float | None]
     choose: Callable[[Measured], Chosen | None]
+    settle: Callable[[Measured], Chosen | None] = lambda measured: None
 
 
 class PruningLoop:
@@ -183,6 +196,8 @@ class PruningLoop:
                 yield from self._decide(ask)
         if state.is_going_back:
             yield GoBack()
+        if state.kept:
+            yield from self._settle(ask)
 
     def epoch_begins(self) -> Iterator[Command]:
         """Return what was decided and not carried out."""
@@ -210,6 +225,30 @@ class PruningLoop:
         """
         self.state.begin_round(this, operations)
         self.state.decision = None
+
+    def settled(self, this: Round, operations: Sequence[dict[str, Any]] = ()) -> None:
+        """Take note that what changes nothing is done: a round that was not trained, with the score of the last.
+
+        Args:
+            this: The round.
+            operations: What was done, as plain data.
+        """
+        state = self.state
+        score, entropies = state.kept[-1].score_after, dict(state.snapshot.measured.entropies or {})
+        self.applied(this, operations)
+        this.score_after, this.accepted, state.score = score, True, score
+        this.reason = "exact, and not trained"
+        for name in this.removed:
+            entropies.pop(name, None)
+        # It was not measured anew: a run that goes on does so before it decides
+        state.snapshot = replace(state.snapshot, measured=replace(state.snapshot.measured, entropies=entropies))
+
+    def _settle(self, ask: Ask) -> Iterator[Command]:
+        """Do what is left that changes nothing."""
+        chosen = ask.settle(self.state.snapshot.measured)
+        if chosen is not None:
+            yield Settle(chosen)
+            yield Keep(len(self.state.rounds) - 1)
 
     def _judge(self, score: float, ask: Ask) -> Iterator[Command]:
         state = self.state

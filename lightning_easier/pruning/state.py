@@ -180,6 +180,8 @@ class RunState:
         operations: Those of this round, as plain data.
         dropped: Where the parameters that this round removed were in the optimizers.
         joined: Where new parameters are in the optimizers, in the order in which they came.
+        good_at: The training batch, counted over all epochs, after which the model was the last good one, as it was
+            measured; -1 if it was trained since it was measured.
         held: The operations of earlier rounds that have to hold what they did, as plain data.
         activations: Name -> class of all activations of the module, as it was when the run began.
         version: Of the form of the state.
@@ -203,6 +205,7 @@ class RunState:
     operations: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[Position] = field(default_factory=list)
     joined: list[Place] = field(default_factory=list)
+    good_at: int = -1
     held: list[dict[str, Any]] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
@@ -299,7 +302,10 @@ class RunState:
             this: The round.
             operations: Its operations, as plain data.
         """
-        self.held += [plain for plain in self.operations if kind_of(plain).holds()]
+        for plain in self.operations:
+            if kind_of(plain).holds():
+                later = from_plain(plain)
+                self.held = [each for each in self.held if not later.supersedes(from_plain(each))] + [plain]
         self.operations = list(operations)
         self.rounds.append(this)
         self.epochs = 0
@@ -334,11 +340,21 @@ class RunState:
     @property
     def chosen_by_now(self) -> list[str]:
         """What was removed, in the order of its removal, that of a round whose going back is still to come among it."""
+        return [name for this in self._in_force for name in this.chosen]
+
+    @property
+    def number_removed(self) -> int:
+        """How much of that is counted as removed."""
+        return sum(this.number_removed for this in self._in_force)
+
+    @property
+    def _in_force(self) -> list[Round]:
+        """The rounds that were not taken back, and one whose going back is still to come."""
+        last = len(self.rounds) - 1
         return [
-            name
+            this
             for number, this in enumerate(self.rounds)
-            if this.accepted is not False or (number == len(self.rounds) - 1 and self.operations)
-            for name in this.chosen
+            if this.accepted is not False or (number == last and self.operations)
         ]
 
     @property

@@ -1,6 +1,6 @@
 """What a run shows in TensorBoard beyond scalars: one chart of all entropies, events, score by removals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -27,11 +27,16 @@ class Dashboard:
         self._monitor = monitor
         self._writers: list[Any] = [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
-    def write_layout(self) -> None:
-        """Write the one custom-scalars layout of the run (a writer takes it once)."""
+    def write_layout(self, charts: Mapping[str, str]) -> None:
+        """Write the one custom-scalars layout of the run (a writer takes it once).
+
+        Args:
+            charts: Title -> regular expression of the tags, of what a method logs besides.
+        """
         layout = {
             "Pruning": {
                 "Entropy of every activation [bit]": ["Multiline", [f"^{ENTROPY_TAG}/.*$"]],
+                **{title: ["Multiline", [tags]] for title, tags in charts.items()},
                 "Activations removed": ["Multiline", ["^removed$"]],
                 f"{self._monitor} against activations removed": ["Multiline", [f"^{SCORE_TAG}/.*$"]],
             }

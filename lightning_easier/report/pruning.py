@@ -22,7 +22,8 @@ class Round:
         notes: Name -> what else there is to say of what was chosen.
         reference: The score that it was judged against; None for the dense round, and where there was no judgement.
         reference_round: The number of the round whose score that is.
-        reason: Why it was taken back without a judgement; None otherwise.
+        reason: Why it was taken back, or kept, without a judgement; None otherwise.
+        counted: How much of it is counted as removed; as many as were chosen by default.
     """
 
     removed: list[str]
@@ -36,6 +37,12 @@ class Round:
     reference: float | None = None
     reference_round: int | None = None
     reason: str | None = None
+    counted: int | None = None
+
+    @property
+    def number_removed(self) -> int:
+        """How much was removed, where that is counted."""
+        return len(self.chosen) if self.counted is None else self.counted
 
 
 @dataclass
@@ -72,7 +79,8 @@ class PruningReport(Report):
         score = "no score" if this.score_after is None else f"{self.monitor} {this.score_after:.4f}"
         if this.reference is not None:
             score += f" against {_reference(this)}"
-        verdict = "kept" if this.accepted else this.reason or f"beyond the tolerance {tolerance:g}"
+        verdict = "kept" if this.accepted else f"beyond the tolerance {tolerance:g}"
+        verdict = this.reason or verdict
         return f"Round {number}: removed {what or 'nothing (dense)'}; {score}: {verdict}."
 
     def _table(self, numbers: Iterable[int]) -> Table:

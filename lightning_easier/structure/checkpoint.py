@@ -48,8 +48,9 @@ def load_pruned(
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If ``model`` is neither a module nor a LightningModule class, or ``init_kwargs`` come with an
-        instance. ValueError: If the checkpoint has no record of linearized activations, or does not fit the model. An
-            instance is as it was then.
+            instance.
+        ValueError: If the checkpoint has no record of linearized activations, nor of a pruning run, or does not fit the
+            model. An instance is as it was then.
     """
     path = Path(checkpoint_path)
     checkpoint = read_checkpoint(path, map_location=map_location, weights_only=weights_only)
@@ -201,10 +202,12 @@ def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, 
 
 def _marked_state_dict(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     state_dict = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state_dict, Mapping) or not read_marks(state_dict):
+    is_of_a_run = any("rounds" in state and "snapshot" in state for state in callback_states(checkpoint))
+    if not isinstance(state_dict, Mapping) or not (read_marks(state_dict) or is_of_a_run):
         raise ValueError(
             f"Expected argument `checkpoint_path` to be a checkpoint with a record of linearized activations, but "
-            f"{path} has none. If nothing was pruned, load it as any other checkpoint (`load_from_checkpoint`)."
+            f"{path} has none. If no activation is linear, load it as any other checkpoint (`load_from_checkpoint`): "
+            f"weights that were pruned are zero in it."
         )
     return state_dict
 

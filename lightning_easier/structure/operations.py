@@ -29,7 +29,8 @@ class Change:
     Attributes:
         lost: Parameters that the model does not have any more.
         joined: Names of modules whose parameters are new.
-        rewritten: Parameters whose values, or shapes, are others now.
+        rewritten: Parameters whose values, or shapes, are others now, so that what an optimizer knows of them is of no
+            use.
         notes: Name -> what the report says of it, beside that it was removed.
     """
 
@@ -95,11 +96,20 @@ class Operation(ABC):
         """The modules that it takes: another operation that takes one of them does not go with it."""
         return set(self.names)
 
+    @property
+    def removes(self) -> int:
+        """How much it removes, where that is counted: one thing, unless a subclass says so."""
+        return 1
+
     def hold(self, model: nn.Module) -> None:  # noqa: B027  # most have nothing to hold
         """Have what it did hold, as a mask has to; override it, and it is called after every step of an optimizer.
 
         It is, in the run of the operation, as long as its round was not taken back, and after a resume too.
         """
+
+    def supersedes(self, earlier: "Operation") -> bool:
+        """Tell whether it holds all that an earlier one does; that is not held any more then."""
+        return False
 
     @classmethod
     def holds(cls) -> bool:

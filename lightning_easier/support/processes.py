@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import all_reduce
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -63,3 +64,10 @@ def _unpacked(packed: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
         length = prod(shape) * tensor.element_size()
         yield packed[place : place + length].clone().view(tensor.dtype).reshape(shape)
         place += length
+
+
+def reshard(model: nn.Module) -> None:
+    """Have the parameters be those that optimizers hold; FSDP2 may have left them whole after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -17,9 +17,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_easier import Linearize, Method, Proposal, PruningCallback, measure_entropy
+from lightning_easier import Linearize, Method, Proposal, PruningCallback, Sparsify, measure_entropy
 from lightning_easier.callbacks.surgery import fingerprint
 from lightning_easier.pruning import state
 from lightning_easier.pruning.methods import Evidence
@@ -163,6 +164,8 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
         wanted["method"] = WrongOnRank0
     elif "own" in name:
         wanted |= {"method": LastFirst, "pruning": {"max_rejections": 3}}
+    if "sparse" in name:
+        wanted |= {"method": Sparsify, "pruning": {"amount": 0.2, "guard": 1e9, "exclude": SLOPE}}
     if "training" in name:
         wanted["pruning"] = {"on": "training"}
     if "affine" in name:
@@ -229,7 +232,13 @@ def note(model: Small, callback: PruningCallback) -> dict[str, Any]:
         "removed": callback.removed,
         "linear": sorted(stand_ins(model)),
         "model": fingerprint(model),
+        "zeros": {name: zeros_of(value) for name, value in model.named_parameters() if value.ndim > 1},
     }
+
+
+def zeros_of(value: torch.Tensor) -> int:
+    """Count the zeros of a weight, of all processes together."""
+    return int(((value.full_tensor() if isinstance(value, DTensor) else value) == 0).sum())
 
 
 class Part(IterableDataset):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyProbe, collapse, compress, fit_chains, measure_entropy
+from lightning_easier import EntropyProbe, Sparsify, collapse, compress, fit_chains, measure_entropy
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.structure.linearize import stand_ins
 from tests.collapsing.test_collapse_fit import Mlp
@@ -52,6 +52,15 @@ def test_every_way_to_remove_on_a_gpu(tmp_path, pruning):
     (state,) = (value for key, value in saved["callbacks"].items() if key.startswith("EntropyPruning"))
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     assert {tensor.device.type for tensor in tensors} <= {"cpu"}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-true"])
+def test_masks_on_a_gpu(tmp_path, precision):
+    options = {"amount": 0.3, "guard": 1e9}
+    model, callback, _ = run(tmp_path, method=Sparsify, pruning=options, precision=precision, **GPU)
+    assert all(this.accepted for this in callback.rounds)
+    zeros = sum(int((value == 0).sum()) for value in model.parameters() if value.ndim > 1)
+    assert f"{zeros / 180:.1%} of all 180 are zero" in callback.rounds[3].notes["weights"][0]
 
 
 def test_fits_are_those_of_the_cpu():

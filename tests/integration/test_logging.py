@@ -1,6 +1,8 @@
 """What a run shows in TensorBoard, in CSV files, and without a logger."""
 
 import csv
+import re
+from itertools import pairwise
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -8,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_easier import EntropyGuidedPruningCallback, Files, Rounds
 from lightning_easier.report.figures import plot_entropies, read_entropies
 from tests.integration.tiny import NAMES, Tiny, pruning, train
 
@@ -21,11 +24,32 @@ def run(tmp_path_factory):
     return root, callback
 
 
-@pytest.fixture(scope="module")
-def events(run):
-    accumulator = EventAccumulator(str(run[0] / "tb"), size_guidance={"scalars": 0, "tensors": 0})
+def read(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
     return accumulator
+
+
+def charts(events):
+    """Return the charts of the one layout: title -> regular expressions of tags."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    return {chart.title: list(chart.multiline.tag) for chart in category.chart}
+
+
+@pytest.fixture(scope="module")
+def events(run):
+    return read(run[0] / "tb")
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """The events of a run that prunes weights; the dense round, and two more that are kept."""
+    root = tmp_path_factory.mktemp("sparse")
+    callback = EntropyGuidedPruningCallback("val_acc", tolerance=1.0, rounds=Rounds(epochs=2), files=Files(root))
+    train(Tiny(), callback, root=root, epochs=6, logger=TensorBoardLogger(root, "tb", ""))
+    assert [this.chosen for this in callback.rounds[:3]] == [[], ["weights"], ["weights"]]
+    return read(root / "tb")
 
 
 def test_every_activation_has_a_curve_that_ends_with_its_removal(run, events):
@@ -46,12 +70,37 @@ def test_the_number_removed_and_the_score_against_it(events):
 
 
 def test_one_layout_shows_all_curves_in_one_chart(events):
-    (event,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    (category,) = layout.category
-    patterns = {chart.title: list(chart.multiline.tag) for chart in category.chart}
-    assert patterns["Entropy of every activation [bit]"] == ["^entropy/.*$"]
-    assert patterns["scripted against activations removed"] == ["^score_by_removed/.*$"]
+    assert charts(events) == {
+        "Entropy of every activation [bit]": ["^entropy/.*$"],
+        "Activations removed": ["^removed$"],
+        "scripted against activations removed": ["^score_by_removed/.*$"],
+    }
+
+
+def test_a_run_that_prunes_weights_has_charts_of_zeros_and_of_emptied_layers_besides(events, sparse):
+    """Each regular expression finds the tags that are logged and no others; runs of other methods have none of it."""
+    found = charts(sparse)
+    assert list(found) == [
+        "Entropy of every activation [bit]", "Zeros among the weights", "Layers emptied", "Activations removed",
+        "val_acc against activations removed",
+    ]  # fmt: skip
+    tags = sparse.Tags()["scalars"]
+    shown = {title: {tag for tag in tags if re.search(pattern, tag)} for title, (pattern,) in found.items()}
+    weights = {f"sparsity/{name}" for name, value in Tiny().named_parameters() if value.ndim > 1}
+    assert shown["Entropy of every activation [bit]"] == {f"entropy/{name}" for name in NAMES}
+    assert shown["Zeros among the weights"] == {"sparsity", *weights}
+    assert shown["Layers emptied"] == {"emptied"}
+    assert not any(tag.startswith(("sparsity", "emptied")) for tag in events.Tags()["scalars"])
+
+
+def test_zeros_have_a_curve_that_rises_with_every_round(sparse):
+    curve = [point.value for point in sparse.Scalars("sparsity")]
+    assert len(curve) == 6  # one point an epoch
+    rounds = [curve[place : place + 2] for place in (0, 2, 4)]
+    assert all(first == last for first, last in rounds)
+    assert rounds[0] == [0.0, 0.0]
+    assert all(before[1] < after[0] < 1 for before, after in pairwise(rounds))
+    assert [point.value for point in sparse.Scalars("sparsity/fc4.weight")] == [0.0] * 6  # the head
 
 
 def test_each_round_is_a_readable_event(run, events):

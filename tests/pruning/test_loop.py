@@ -20,6 +20,7 @@ from lightning_easier.pruning.loop import (
     GoBack,
     Keep,
     PruningLoop,
+    Settle,
     Stop,
     Verdict,
 )
@@ -28,6 +29,7 @@ from lightning_easier.pruning.rules import Rounds, Rules, Tolerance
 from lightning_easier.pruning.state import Chosen, Interruption, Measured, RunState, Snapshot
 from lightning_easier.pruning.targets import Attained
 from lightning_easier.report import Round
+from lightning_easier.structure.masking import Masks
 from lightning_easier.structure.operations import Identities
 
 NAMES = [f"act{number}" for number in range(5)]
@@ -52,6 +54,7 @@ class Model:
         self.linear = list(linear)
         self.saved = list(saved)
         self.stopped = False
+        self.exact: set[str] = set()
         self.commands: list[Command] = []
         self.asked: list[list[str]] = []
 
@@ -63,6 +66,12 @@ class Model:
         self.asked.append(list(eligible))
         return Chosen(names, dict.fromkeys(names, 0.5)) if names else None
 
+    def settle(self, measured: Measured) -> Chosen | None:
+        proposal = measured.proposal or Proposal()
+        left = [name for name in NAMES if name not in self.loop.state.removed]
+        names = [name for name in proposal.eligible(left, self.loop.state.rejected) if name in proposal.exact]
+        return Chosen(names, {}) if names else None
+
     def carry_out(self, commands: Any) -> None:
         state = self.loop.state
         for command in commands:
@@ -71,6 +80,9 @@ class Model:
                 case Apply(chosen):
                     self.linear += chosen.names
                     self.loop.applied(Round(chosen.names, chosen.entropies, None, None, None, 0, chosen.names))
+                case Settle(chosen):
+                    self.linear += chosen.names
+                    self.loop.settled(Round(chosen.names, {}, None, None, None, 0, chosen.names))
                 case GoBack():
                     self.linear = list(self.saved)
                     self.loop.went_back()
@@ -88,7 +100,9 @@ class Model:
         state.begin_epoch()
         self.carry_out(self.loop.epoch_begins())
         ranks = {name: float(place) for place, name in enumerate(NAMES) if name not in self.linear}
-        state.now = Measured(ranks, proposal_of(ranks))
+        proposal = proposal_of(ranks)
+        proposal.exact = [name for name in ranks if name in self.exact]
+        state.now = Measured(ranks, proposal)
         if score is not None:
             state.score = score
         ask = Ask(lambda: state.score if score is not None else None, self.choose)
@@ -97,7 +111,7 @@ class Model:
 
     def end(self) -> None:
         state = self.loop.state
-        self.carry_out(self.loop.run_ended(Ask(lambda: state.score, self.choose)))
+        self.carry_out(self.loop.run_ended(Ask(lambda: state.score, self.choose, self.settle)))
 
     def resumed(self) -> "Model":
         """A process that has read the record of this one, and its model."""
@@ -373,3 +387,58 @@ def test_a_record_that_no_run_has_left_is_refused_when_it_is_read(part, value):
     RunState.from_plain(RunState().to_plain())
     with pytest.raises(ValueError, match="record of a pruning run, but it has another form"):
         RunState.from_plain(RunState().to_plain() | {part: value})
+
+
+@given(st.lists(st.floats(0.5, 1.0), min_size=1, max_size=8), st.sets(st.sampled_from(NAMES)), st.integers(1, 3))
+def test_what_changes_nothing_is_done_when_the_run_has_ended(scores, exact, rejections):
+    model = started(Rules(Tolerance(0.1), Rounds(max_rejections=rejections)))
+    model.exact = exact
+    for score in scores:
+        if not model.stopped:
+            model.epoch(score)
+    model.end()
+    state, number = model.loop.state, len(model.loop.state.rounds)
+    assert model.linear == model.saved == state.removed
+    rejected = {name for this in state.rounds if this.accepted is False for name in this.chosen}
+    assert exact - rejected <= set(state.removed)
+    settled = [command for command in model.commands if isinstance(command, Settle)]
+    assert len(settled) <= 1
+    if settled:
+        this = state.rounds[-1]
+        assert (this.accepted, this.reason) == (True, "exact, and not trained")
+        assert this.score_after == state.score == [each for each in state.rounds[:-1] if each.accepted][-1].score_after
+        assert state.decision is None
+        assert isinstance(model.commands[-1], Keep)
+    model.end()
+    assert len(state.rounds) == number
+    again = model.resumed()
+    again.end()
+    assert len(again.loop.state.rounds) == number
+
+
+def test_a_run_that_goes_on_after_it_was_settled_measures_before_it_decides():
+    model = started(Rules(Tolerance(0.1), Rounds()))
+    model.exact = {"act4"}
+    model.epoch(0.9)
+    model.end()
+    assert model.linear == ["act4"]
+    model.epoch(0.9)
+    model.epoch(0.1)
+    assert [(this.chosen, this.accepted) for this in model.loop.state.rounds] == [
+        ([], True), (["act4"], True), (["act0"], False),
+    ]  # fmt: skip
+    model.end()
+    assert model.linear == ["act4"]
+
+
+def test_a_later_operation_holds_what_an_earlier_one_does_if_it_says_so():
+    first, second, other = (
+        Masks([], {}, pruned={name: torch.zeros(1, dtype=torch.uint8) for name in names})
+        for names in (["a"], ["a", "b"], ["c"])
+    )
+    state = RunState()
+    for operation in (first, second, other):
+        state.begin_round(Round([], {}, None, None, None, 0), [operation.to_plain()])
+    assert [sorted(plain["pruned"]) for plain in state.held] == [["a", "b"]]
+    state.begin_round(Round([], {}, None, None, None, 0))
+    assert [sorted(plain["pruned"]) for plain in state.held] == [["a", "b"], ["c"]]

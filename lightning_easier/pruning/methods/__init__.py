@@ -3,5 +3,6 @@
 from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Proposal, Worker
 from lightning_easier.pruning.methods.fit import FitChains
 from lightning_easier.pruning.methods.linearize import Linearize, Order
+from lightning_easier.pruning.methods.sparsify import Sparsify
 
-__all__ = ["Evidence", "FitChains", "Linearize", "Measuring", "Method", "Order", "Proposal", "Worker"]
+__all__ = ["Evidence", "FitChains", "Linearize", "Measuring", "Method", "Order", "Proposal", "Sparsify", "Worker"]

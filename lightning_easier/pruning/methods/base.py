@@ -69,10 +69,13 @@ class Proposal:
     Attributes:
         ranks: Name -> rank of what may be removed, in execution order; the lowest goes first.
         operations: Name -> what removes it, as plain data.
+        exact: Names of what changes nothing on the data that was measured. What is left of it when the run ends is done
+            then, and not trained any more.
     """
 
     ranks: dict[str, float] = field(default_factory=dict)
     operations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    exact: list[str] = field(default_factory=list)
 
     def add(self, operation: Operation, rank: float, name: str | None = None) -> None:
         """Propose one more operation.
@@ -127,7 +130,7 @@ class Proposal:
     def without_large_operations(self) -> "Proposal":
         """Forget what may be as large as the model; what is left may be chosen still."""
         kept = {name: plain for name, plain in self.operations.items() if not kind_of(plain).is_large}
-        return Proposal(self.ranks, kept)
+        return Proposal(self.ranks, kept, self.exact)
 
 
 def _overlap(part: str, other: str) -> bool:
@@ -201,6 +204,27 @@ class Method(ABC):
         """
         return {site.name: site.module for site in planned_sites(model, self.kinds_of_gates)}
 
+    def check(self, model: nn.Module, names: Sequence[str], *, named: bool) -> None:  # noqa: B027  # most take any
+        """Refuse a model that it can't work on, before anything is changed.
+
+        Args:
+            model: The model.
+            names: What may be removed of it.
+            named: Whether a user has named them by ``include``.
+
+        Raises:
+            ValueError: With the reason.
+        """
+
+    def held_from_the_start(self, model: nn.Module, names: Sequence[str]) -> list[Operation]:
+        """Return operations that an earlier run has done, and that have to hold from the first round on.
+
+        Args:
+            model: The model; every process has to call this.
+            names: What may be removed of it.
+        """
+        return []
+
     @property
     def is_cheap(self) -> bool:
         """Whether it needs nothing but what is measured anyway; then it is asked after every validation."""
@@ -215,6 +239,11 @@ class Method(ABC):
     def needs_whole_parameters(self) -> tuple[str, str] | None:
         """What is done to parameters for which they must not be sharded, and the remedy; None if nothing is."""
         return None
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """Title -> regular expression of the tags in it, of the charts of what its worker logs besides entropies."""
+        return {}
 
     @property
     def objective(self) -> Literal["latency", "macs"]:
@@ -319,6 +348,10 @@ class Worker:
     def take(self, probe: EntropyProbe) -> None:
         """Take note of what was counted; every process has to call this."""
         self.entropies = probe.entropies()
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return what is logged besides the entropies, after each measurement; every process has to call this."""
+        return {}
 
     def reduce(self) -> None:
         """Sum up over all processes what :meth:`follow` has measured; every process has to call this."""
