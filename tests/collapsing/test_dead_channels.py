@@ -865,3 +865,26 @@ def test_a_branch_inside_a_constant_branch_goes_with_it():
     report, result = collapsed(Nested(0.5), "macs")
     assert sum(isinstance(module, nn.Conv2d) for module in result.modules()) == 2
     assert {each.operator: each.after for each in report.trimmed} == {"empty": 0, "last": 0}
+
+
+class Branches(nn.Module):
+    """A branch in a container of its own, all of which goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        self.branch = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))]
+        )
+        nn.init.zeros_(self.branch[0][0].weight)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((x + self.branch[0](x)).relu())
+
+
+@pytest.mark.parametrize("objective", ["macs", "latency"])
+def test_a_branch_whose_batch_norms_were_folded_goes_with_its_container(objective):
+    torch.manual_seed(0)
+    report, _ = collapsed(Branches(), objective)
+    assert {each.operator: each.after for each in report.trimmed} == {"branch.0.0": 0, "branch.0.3": 0}

@@ -333,7 +333,8 @@ class Steps:
         """Return a copy of the graph as it is now; new operators are in float64 still."""
         copied = duplicate(self._captured)
         for name in self._writer.made:  # the others are never changed
-            copied.set_submodule(name, deepcopy(self._captured.get_submodule(name)))
+            if _has(copied, name):  # else nothing calls it any more
+                copied.set_submodule(name, deepcopy(self._captured.get_submodule(name)))
         return copied
 
     def give_up_merges(self) -> None:
