@@ -831,6 +831,7 @@ def test_a_branch_that_is_constant_is_a_number_for_each_channel(objective, shift
     assert [(each.operator, each.after) for each in report.trimmed] == [("empty", 0), ("last", 0)]
     assert report.after.macs < report.before.macs
     assert sum(isinstance(module, nn.Conv2d) for module in result.modules()) == 2
+    assert not any(module.training for module in result.modules())  # else nothing merges with what is left
 
 
 def test_a_branch_of_zeros_leaves_nothing():

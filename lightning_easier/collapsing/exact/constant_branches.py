@@ -40,7 +40,7 @@ class ConstantBranch:
         with torch.no_grad():
             assert made.bias is not None
             made.bias.copy_(self.constants)
-        return made
+        return made.eval()
 
 
 def constant_branches(captured: fx.GraphModule, flow: ChannelFlow) -> Iterator[ConstantBranch]:
