@@ -16,6 +16,7 @@ weights are. A run that was cut short goes on with the methods that are not done
 
 import argparse
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,8 @@ def rounds_of(method: str, options: Any, images: Images, test: Images) -> Iterat
     for number in range(len([*folder.glob("round_*.ckpt")])):
         learner = restore_structure_on_load(Learner(load(options.weights, options.depth), images, options.rate, 1))
         learner.load_state_dict(torch.load(folder / f"round_{number}.ckpt", weights_only=True)["state_dict"])
-        yield scored(number, learner.model.eval(), test, batches)
+        network = nn.Sequential(OrderedDict(model=learner.model.eval()))  # what is in it goes by the names of the run
+        yield scored(number, network, test, batches)
 
 
 def main() -> None:
