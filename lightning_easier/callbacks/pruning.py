@@ -115,7 +115,6 @@ class PruningCallback(Results, Callback):
                 f"Expected argument `on` of Measuring to be 'validation' with {type(method).__name__}, but got "
                 f"{measuring.on!r}: what it measures has to be computed in eval mode"
             )
-        method.worker(measuring)  # the two have to go together
         rules = Rules(Tolerance(tolerance, mode), rounds)
         telling.warn_of_a_mode(monitor, rules.tolerance)
         globs = as_globs("include", include), as_globs("exclude", exclude)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import pytest
 import torch
@@ -817,7 +818,9 @@ class Residual(nn.Module):
 
 def collapsed(model, objective):
     model = model.double().eval()
-    report = collapse(model, torch.randn(2, 3, 9, 8, dtype=torch.float64), objective=objective)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a step that went wrong and was left out
+        report = collapse(model, torch.randn(2, 3, 9, 8, dtype=torch.float64), objective=objective)
     data = torch.randn(3, 3, 11, 10, dtype=torch.float64)
     torch.testing.assert_close(report.model(data), model(data), rtol=1e-9, atol=1e-9)
     return report.report, report.model
@@ -889,3 +892,12 @@ def test_a_branch_whose_batch_norms_were_folded_goes_with_its_container(objectiv
     torch.manual_seed(0)
     report, _ = collapsed(Branches(), objective)
     assert {each.operator: each.after for each in report.trimmed} == {"branch.0.0": 0, "branch.0.3": 0}
+
+
+def test_a_branch_of_which_some_channels_are_constant_stays():
+    torch.manual_seed(0)
+    model = Residual(-1.0)
+    nn.init.normal_(model.empty.weight)
+    nn.init.zeros_(model.last.weight[:2])
+    report, _ = collapsed(model, "macs")
+    assert ("last", 0) not in [(each.operator, each.after) for each in report.trimmed]
