@@ -80,7 +80,7 @@ def candidates(
 def _shifted(site: ActivationSite) -> Neighbourhood:
     """Return the neighbourhood of a site as it is once the padding between two convolutions has moved."""
     around = site.neighbourhood
-    if possible_shift(around) is None:
+    if possible_shift(site.name, around) is None:
         return around
     (meeting,) = around.meetings
     first, second = meeting.operators

@@ -174,10 +174,10 @@ def _make_linear(model: nn.Module, wanted: Mapping[str, _Wanted], shift_padding:
                 f"{close}? `isolate_activations(model)` lists all {len(plan.found)}."
             )
     sites = {site.name: site for site in plan.sites} if shift_padding else {}
-    shifts = {name: possible_shift(sites[name].neighbourhood) for name in wanted if shift_padding}
+    shifts = {name: possible_shift(name, sites[name].neighbourhood) for name in wanted if shift_padding}
     fitted = {name for site, each in _substitutions(model).items() for name in each.names(site)}
     for name, shift in shifts.items():
-        if shift is not None and {shift.first, shift.second} & fitted:  # a fit has a padding of its own
+        if shift is not None and {*shift.names(name)} & fitted:  # a fit has a padding of its own
             shifts[name] = None
     if gates:  # only those that are named become modules
         plan = plan_isolation(model, gates)
@@ -294,6 +294,7 @@ def _check_nothing_builds_on(model: nn.Module, names: Iterable[str]) -> None:
 @contextmanager
 def _operators_as_built(model: nn.Module) -> Iterator[None]:
     """Take fitted operators and shifts of padding back, and carry out those of the stand-ins that are there then."""
+    _check_whole(model)
     for name, substitution in reversed(_substitutions(model).items()):
         substitution.undo(model, name)
     undo_shifts(model, _shifts(model))
@@ -305,14 +306,29 @@ def _operators_as_built(model: nn.Module) -> Iterator[None]:
             substitution.apply(model, name)
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a part of a model if what was done to it reaches beyond.
+
+    Raises:
+        ValueError: If an operator that was changed with an activation is not there.
+    """
+    there = dict(model.named_modules(remove_duplicate=False))
+    for name, stand_in in stand_ins(model).items():
+        if not there.keys() >= stand_in.names_around(name):
+            raise ValueError(
+                f"Expected argument `model` to be a whole model, but where {name!r} became linear, operators outside "
+                f"of it were changed, too: {stand_in}. Pass the model that they are in."
+            )
+
+
 def _substitutions(model: nn.Module) -> dict[str, Substitution]:
     """Return name -> substitution, in the order in which they were made."""
     found = {name: each.substitution for name, each in stand_ins(model).items() if each.substitution is not None}
     return dict(sorted(found.items(), key=lambda item: item[1].form.order))
 
 
-def _shifts(model: nn.Module) -> list[PaddingShift]:
-    return [stand_in.shift for stand_in in stand_ins(model).values() if stand_in.shift is not None]
+def _shifts(model: nn.Module) -> dict[str, PaddingShift]:
+    return {name: each.shift for name, each in stand_ins(model).items() if each.shift is not None}
 
 
 def stand_ins(model: nn.Module) -> dict[str, StandIn]:

@@ -145,7 +145,7 @@ class _StandIns(Operation):
         self.put(model)
         linear = stand_ins(model)
         parts = [part for name in self.names for part in (modules[name], *linear[name].absorbed)]
-        notes = {name: [*described.get(name, ()), *_shifted(linear[name])] for name in self.names}
+        notes = {name: [*described.get(name, ()), *_shifted(name, linear[name])] for name in self.names}
         return Change(
             lost=_missing(model, parts),
             joined=list(self.names),
@@ -306,8 +306,9 @@ def _missing(model: nn.Module, modules: Sequence[nn.Module]) -> list[Parameter]:
     return list(dict.fromkeys(p for module in modules for p in module.parameters() if p not in live))
 
 
-def _shifted(stand_in: StandIn) -> list[str]:
-    return [str(stand_in.shift)] if stand_in.moves_padding else []
+def _shifted(name: str, stand_in: StandIn) -> list[str]:
+    moved = stand_in.moves_padding and stand_in.shift is not None
+    return [stand_in.shift.described(name)] if moved else []
 
 
 def _fitted(model: nn.Module, name: str, fit: ChainFit) -> str:

@@ -8,34 +8,41 @@ In a chain of convolutions the padding moves on to the head. Shifts are carried 
 head, and taken back in the opposite order, so that the result depends on which there are and not on when they came.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.utils import _reverse_repeat_tuple
 
 from lightning_easier.sites.neighbourhood import Neighbourhood
+from lightning_easier.structure.names import resolved, seen_from
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PaddingShift:
-    """Two convolutions, the second of which gives its padding to the first.
+    """Two convolutions around an activation, the second of which gives its padding to the first.
+
+    Their names are kept as they are seen from the activation: they hold in a part of the model, too.
 
     Args:
-        first: Qualified name of the convolution before an activation.
+        site: Qualified name of the activation.
+        first: Qualified name of the convolution before it.
         second: Qualified name of the one after it.
     """
 
-    def __init__(self, first: str, second: str) -> None:
-        self.first = first
-        self.second = second
+    def __init__(self, site: str, first: str, second: str) -> None:
+        self.first = seen_from(site, first)
+        self.second = seen_from(site, second)
         self._paddings: tuple[Any, Any] | None = None  # of the two, before the shift
 
-    def apply(self, model: nn.Module) -> None:
+    def names(self, site: str) -> tuple[str, str]:
+        """Return the qualified names of the two, given that of the activation."""
+        return resolved(site, self.first), resolved(site, self.second)
+
+    def apply(self, model: nn.Module, site: str) -> None:
         """Carry out the shift."""
-        first: Any = model.get_submodule(self.first)
-        second: Any = model.get_submodule(self.second)
+        first, second = (cast("Any", model.get_submodule(name)) for name in self.names(site))
         self._paddings = (first.padding, second.padding)
         p1, p2 = numeric_padding(first), numeric_padding(second)
         assert p1 is not None
@@ -43,10 +50,10 @@ class PaddingShift:
         _set_padding(first, tuple(a + s * b for a, s, b in zip(p1, first.stride, p2, strict=True)))
         _set_padding(second, (0,) * len(p2))
 
-    def undo(self, model: nn.Module) -> None:
+    def undo(self, model: nn.Module, site: str) -> None:
         """Take the shift back."""
         assert self._paddings is not None
-        for name, padding in zip((self.first, self.second), self._paddings, strict=True):
+        for name, padding in zip(self.names(site), self._paddings, strict=True):
             _set_padding(model.get_submodule(name), padding)
         self._paddings = None
 
@@ -55,17 +62,20 @@ class PaddingShift:
         """Whether the second convolution had a padding to give."""
         return self._paddings is not None and self._paddings[1] not in ("valid", (0,) * len(self._paddings[1]))
 
-    def __str__(self) -> str:
-        return f"the padding of {self.second} moves to {self.first}"
+    def described(self, site: str) -> str:
+        """Say what was done, given the name of the activation."""
+        first, second = self.names(site)
+        return f"the padding of {second} moves to {first}"
 
 
-def possible_shift(around: Neighbourhood) -> PaddingShift | None:
+def possible_shift(site: str, around: Neighbourhood) -> PaddingShift | None:
     """Return the shift that makes the merge around an activation exact; None if there is none.
 
     A second convolution that pads nothing yet may come to, by a later shift from after it; it passes that on.
 
     Args:
-        around: What lies around the activation.
+        site: Qualified name of the activation.
+        around: What lies around it.
     """
     if len(around.meetings) != 1:
         return None
@@ -82,19 +92,19 @@ def possible_shift(around: Neighbourhood) -> PaddingShift | None:
         return None
     if second.padding_mode != "zeros" or (any(p1) and first.padding_mode != "zeros"):
         return None
-    return PaddingShift(meeting.first, meeting.second)
+    return PaddingShift(site, meeting.first, meeting.second)
 
 
-def apply_shifts(model: nn.Module, shifts: Iterable[PaddingShift]) -> None:
-    """Carry out shifts, those at the end of a chain first."""
-    for shift in _from_end_to_head(list(shifts)):
-        shift.apply(model)
+def apply_shifts(model: nn.Module, shifts: Mapping[str, PaddingShift]) -> None:
+    """Carry out the shifts around activations, those at the end of a chain first."""
+    for site in _from_end_to_head(shifts):
+        shifts[site].apply(model, site)
 
 
-def undo_shifts(model: nn.Module, shifts: Iterable[PaddingShift]) -> None:
-    """Take shifts back, those at the head of a chain first."""
-    for shift in reversed(_from_end_to_head(list(shifts))):
-        shift.undo(model)
+def undo_shifts(model: nn.Module, shifts: Mapping[str, PaddingShift]) -> None:
+    """Take the shifts around activations back, those at the head of a chain first."""
+    for site in reversed(_from_end_to_head(shifts)):
+        shifts[site].undo(model, site)
 
 
 def numeric_padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...] | None:
@@ -107,15 +117,16 @@ def numeric_padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int
     return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
-def _from_end_to_head(shifts: Sequence[PaddingShift]) -> list[PaddingShift]:
-    by_first = {shift.first: shift for shift in shifts}
-    ordered: list[PaddingShift] = []
-    for shift in shifts:
-        chain: list[PaddingShift] = []
-        link: PaddingShift | None = shift
-        while link is not None and link not in ordered and link not in chain:
-            chain.append(link)
-            link = by_first.get(link.second)
+def _from_end_to_head(shifts: Mapping[str, PaddingShift]) -> list[str]:
+    """Return the activations in the order in which the shifts around them are carried out."""
+    by_first = {shift.names(site)[0]: site for site, shift in shifts.items()}
+    ordered: list[str] = []
+    for start in shifts:
+        chain: list[str] = []
+        site: str | None = start
+        while site is not None and site not in ordered and site not in chain:
+            chain.append(site)
+            site = by_first.get(shifts[site].names(site)[1])
         ordered += reversed(chain)
     return ordered
 

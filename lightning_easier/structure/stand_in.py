@@ -147,6 +147,13 @@ class StandIn(nn.Module):
         """Return qualified name -> module for the same, given the name of this stand-in."""
         return {} if self.substitution is None else self.substitution.absorbed_by_name(name)
 
+    def names_around(self, name: str) -> set[str]:
+        """Return the names of the operators that were changed with the activation, given the name of this stand-in."""
+        return {
+            *(() if self.shift is None else self.shift.names(name)),
+            *(() if self.substitution is None else self.substitution.names(name)),
+        }
+
     @property
     def moves_padding(self) -> bool:
         """Whether there was a padding to move."""
@@ -167,7 +174,7 @@ class StandIn(nn.Module):
     def extra_repr(self) -> str:
         """Name the activation that was replaced, and what was done to the operators around it."""
         fitted = "" if self._form is None else ", with a fitted operator in place of its chain"
-        return f"in place of {self.activation}" + ("" if self.shift is None else f", {self.shift}") + fitted
+        return f"in place of {self.activation}" + (", with padding moved" if self.moves_padding else "") + fitted
 
 
 class IdentityStandIn(StandIn):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _reverse_repeat_tuple
 
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.structure.names import resolved
 from lightning_easier.support.finite import is_finite
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -118,26 +119,6 @@ def attributes_of(operator: nn.Module) -> dict[str, Any]:
         KeyError: If it is neither a Linear nor a convolution.
     """
     return {name: getattr(operator, name) for name in _ATTRIBUTES[type(operator)]}
-
-
-def seen_from(site: str, name: str) -> str:
-    """Return the name of a module, or of what it holds, as it is seen from an activation: a dot for each level up.
-
-    Example:
-        >>> seen_from("layer1.0.relu", "layer1.0.conv.weight"), seen_from("layer1.0.relu", "layer1.1.conv")
-        ('.conv.weight', '..1.conv')
-    """
-    here, there = site.split("."), name.split(".")
-    common = 0
-    while common < min(len(here) - 1, len(there) - 1) and here[common] == there[common]:
-        common += 1
-    return "." * (len(here) - common) + ".".join(there[common:])
-
-
-def resolved(site: str, name: str) -> str:
-    """Undo :func:`seen_from`."""
-    rest = name.lstrip(".")
-    return ".".join([*site.split(".")[: len(rest) - len(name)], rest])
 
 
 class Substitution:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import collapse, isolate_activations, linearize, restore
+from lightning_easier import collapse, fit_chains, isolate_activations, linearize, restore
 from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
 from tests.models import randomize_batch_norms
 from tests.sites.test_dataflow import Net
@@ -83,6 +83,45 @@ def test_in_a_chain_the_padding_moves_on_to_the_head_in_whatever_order(order):
     assert paddings(restore(model)) == paddings(make(*CHAIN))
     with pytest.raises(ValueError, match="to carry the mark.*shifts_padding=False.*shifts_padding=True"):
         linearize(make(*CHAIN), list(order), shift_padding=False).load_state_dict(loaded.state_dict())
+
+
+class Held(nn.Module):
+    """A network inside of a module, as LightningModules hold one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = nn.ModuleList([model])
+
+    def forward(self, x):
+        return self.model[0](x)
+
+
+@pytest.mark.parametrize("stand_in", ["identity", "fitted"])
+def test_a_part_that_holds_all_that_was_changed_is_a_model_of_its_own(stand_in):
+    x = torch.randn(4, 2, 9, 12, dtype=DTYPE)
+    outer = Held(make(*CHAIN))
+    statistics = fit_chains(outer, [x], include=["model.0.5"]) if stand_in == "fitted" else None
+    linearize(outer, ["model.0.5"], stand_in=stand_in, statistics=statistics)
+    expected, inner = outer(x), outer.model[0]
+    result = collapse(inner, x, objective="depth")
+    assert (result.model(x) - expected).norm() < 1e-12 * expected.norm()
+    assert len(paddings(result.model)) == len(CHAIN) - 1
+    assert torch.equal(outer(x), expected)
+    restore(inner)
+    assert torch.equal(outer(x), Held(make(*CHAIN))(x))
+
+
+def test_a_part_that_lacks_some_of_it_is_refused_and_stays():
+    model = make(*CHAIN)
+    outer = nn.Sequential(model[:6], model[6:])
+    linearize(outer, ["0.5"])
+    x = torch.randn(4, 2, 9, 12, dtype=DTYPE)
+    expected = outer(x)
+    with pytest.raises(ValueError, match="whole model.*'5' became linear.*Pass the model that they are in"):
+        restore(outer[0])
+    assert torch.equal(outer(x), expected)
+    restore(outer)
+    assert paddings(outer) == paddings(make(*CHAIN))
 
 
 def conv(kernel=3, padding=1, **options):

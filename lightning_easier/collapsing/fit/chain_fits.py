@@ -79,8 +79,8 @@ class ChainProbe:
 
     def _leave_out(self, model: nn.Module) -> None:
         """Leave out chains whose padding was moved by a removal, and those whose sums do not fit into memory."""
-        moved = {name for stand_in in stand_ins(model).values() if stand_in.shift is not None
-                 for name in (stand_in.shift.first, stand_in.shift.second)}  # fmt: skip
+        moved = {name for site, stand_in in stand_ins(model).items() if stand_in.shift is not None
+                 for name in stand_in.shift.names(site)}  # fmt: skip
         taken = 0
         kept = []
         for chain in sorted(self.chains, key=lambda chain: (len(chain.sites), chain.geometry.unknowns)):
