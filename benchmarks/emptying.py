@@ -1,7 +1,8 @@
 """Which way of pruning empties layers, at which accuracy, and how much time is saved once the channels are gone?
 
 A trained CIFAR ResNet is pruned inside its blocks, in rounds of equally many epochs for every method; the dense network
-is trained for as many. The methods:
+is trained for as many. With ``--distill`` the pruned ones follow the logits of what they were before their first round,
+too. The methods:
 
 - ``nepenthe``, ``egp``, ``magnitude``, ``uniform``: :class:`~lightning_easier.EntropyGuidedPruningCallback`.
 - ``tlc``: one activation a round, by batch norm's shift and scale, becomes a scale of 1 or 0 for each channel.
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_easier import (
+    Distillation,
     EntropyGuidedPruningCallback,
     EntropyPruningCallback,
     Files,
@@ -87,6 +89,7 @@ def callback_of(method: str, options: Any, folder: str) -> PruningCallback:
         "tolerance": 1.0,  # every round is kept: which is good enough is told by the table
         "include": [INNER],
         "rounds": Rounds(epochs=options.epochs, restart="optimizer"),
+        "distillation": Distillation(weight=0.7) if options.distill else None,
         "files": Files(dirpath=folder),
     }
     if method == "tlc":
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, default=6, help="after the dense one")
     parser.add_argument("--epochs", type=int, default=1, help="of a round")
+    parser.add_argument("--distill", action="store_true", help="from the network after round 0, in all later rounds")
     parser.add_argument("--images", type=int, default=20_000, help="training images of an epoch")
     parser.add_argument("--held_out", type=int, default=2_000, help="training images that entropy is measured on")
     parser.add_argument("--amount", type=float, default=0.5, help="share of the weights that a round prunes")
