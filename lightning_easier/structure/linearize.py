@@ -14,7 +14,16 @@ from lightning_easier.sites.activations import isolate, plan_isolation, replace_
 from lightning_easier.sites.discovery import IsolationPlan
 from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
-from lightning_easier.structure.stand_in import MARK_KEY, STAND_INS, AffineStandIn, IdentityStandIn, Mark, StandIn
+from lightning_easier.structure.stand_in import (
+    LEAVES,
+    MARK_KEY,
+    STAND_INS,
+    AffineStandIn,
+    BlockStandIn,
+    IdentityStandIn,
+    Mark,
+    StandIn,
+)
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, Substitution
 from lightning_easier.support.arguments import check_bool, check_choice
 
@@ -90,22 +99,32 @@ def linearize(
     return model
 
 
-def bypass(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Put identities in the place of modules, in place: of activations, or of blocks whose output is like their input.
+def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", returns: int = 0) -> nn.Module:
+    """Take modules out, in place: activations, or blocks whose output has the shape of their input.
 
     A state dict marks them, and :func:`restore` brings them back, as it does after :func:`linearize`.
 
     Args:
-        model: Any module; activations among the names are isolated.
+        model: Any module.
         names: Qualified names of modules.
+        leaves: What they leave: ``"identity"``, the first value that they are called with, or ``"zeros"`` like it.
+        returns: How many values they return, if that is a tuple, the first of them that value; 0 otherwise.
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: If there is no module of a name, or ``leaves`` is unknown.
     """
-    inner = unwrap(model)
+    check_choice("leaves", leaves, LEAVES)
+    inner, names = unwrap(model), _as_names(names)
+    there = dict(inner.named_modules())
+    for name in names:
+        if name not in there or not name:
+            raise ValueError(f"Expected argument `names` to hold names of modules, but got {name!r}")
     with _operators_as_built(inner):
         for name in names:
-            replace_activation(inner, name, IdentityStandIn(inner.get_submodule(name)))
+            replace_activation(inner, name, BlockStandIn(inner.get_submodule(name), leaves, returns))
     return model
 
 
@@ -365,7 +384,8 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     sites = {name: module for name, (module, _) in plan.found.items()}
     for name, mark in marks.items():
         found = linear[name].activation if name in linear else sites.get(name, _block(inner, name))
-        if found is None or type(found).__name__ != mark.activation or mark.stand_in not in STAND_INS:
+        kinds = {*STAND_INS, *LEAVES}
+        if found is None or type(found).__name__ != mark.activation or mark.stand_in not in kinds:
             raise ValueError(
                 f"Expected the model to have an activation {name!r} of class {mark.activation}, which the checkpoint "
                 f"marks as linear ({mark.stand_in}), but got {found}. The model has {list(sites) + list(linear)}: load "
@@ -381,7 +401,8 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
     """Restore some activations and make others linear as they are marked."""
     restore(model, restored)
     blocks = [name for name in linearized if _block(unwrap(model), name) is not None]
-    bypass(model, blocks)
+    for name in blocks:
+        bypass(model, [name], linearized[name].stand_in, linearized[name].returns)
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):
         wanted = {

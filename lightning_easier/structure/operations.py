@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.rectifiers import activation_kind
-from lightning_easier.structure.linearize import linearize, restore, stand_ins
+from lightning_easier.structure.linearize import bypass, linearize, restore, stand_ins
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
 
@@ -276,6 +276,44 @@ class FittedOperators(_StandIns):
         return {name: [_fitted(model, name, fit)] for name, fit in self.chain_fits.items()}
 
 
+@dataclass
+class TakenOut(Operation):
+    """Whole blocks are taken out (LaCoOT).
+
+    Attributes:
+        names: The blocks.
+        leaves: What is left of them: ``"identity"``, or ``"zeros"`` where a branch of an addition is taken out.
+        returns: How many values they return, if that is a tuple; 0 otherwise.
+    """
+
+    kind = "block"
+    leaves: str = "identity"
+    returns: int = 0
+
+    def apply(self, model: nn.Module) -> Change:
+        """Carry it out, in place."""
+        blocks = [model.get_submodule(name) for name in self.names]
+        bypass(model, self.names, self.leaves, self.returns)
+        what = "the branch was taken out" if self.leaves == "zeros" else "the block was taken out"
+        return Change(lost=_missing(model, blocks), notes={name: [what] for name in self.names})
+
+    def undo(self, model: nn.Module) -> list[Parameter]:
+        """Undo it, in place."""
+        linear = stand_ins(model)
+        back = _missing(model, [linear[name].activation for name in self.names])
+        restore(model, self.names)
+        return back
+
+    def leaving(self, model: nn.Module) -> list[Parameter]:
+        """None: what a block leaves has no parameters."""
+        return []
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Those of the blocks leave."""
+        return True
+
+
 def kind_of(plain: Mapping[str, Any]) -> type[Operation]:
     """Return the class of an operation that is plain data.
 
@@ -307,8 +345,9 @@ def _missing(model: nn.Module, modules: Sequence[nn.Module]) -> list[Parameter]:
 
 
 def _shifted(name: str, stand_in: StandIn) -> list[str]:
-    moved = stand_in.moves_padding and stand_in.shift is not None
-    return [stand_in.shift.described(name)] if moved else []
+    if stand_in.shift is None or not stand_in.moves_padding:
+        return []
+    return [stand_in.shift.described(name)]
 
 
 def _fitted(model: nn.Module, name: str, fit: ChainFit) -> str:

@@ -20,6 +20,8 @@ from lightning_easier.structure.padding import PaddingShift
 from lightning_easier.structure.substitution import Form, Substitution
 
 STAND_INS = ("identity", "affine")
+LEAVES = ("identity", "zeros")
+"""What a block may leave: its input, or zeros where it is a branch of an addition."""
 EXTRA_STATE = "_extra_state"
 HINT = "made_linear_by_lightning_easier__use_load_pruned_or_restore_structure_on_load"
 MARK_KEY = f"{HINT}.{EXTRA_STATE}"
@@ -32,13 +34,14 @@ class Mark:
     """What a state dict says of one linearized activation.
 
     Attributes:
-        stand_in: The kind of stand-in: ``"identity"`` or ``"affine"``.
-        activation: Class name of the activation it replaces.
+        stand_in: The kind of stand-in: ``"identity"``, ``"affine"``, or ``"zeros"`` in the place of a block.
+        activation: Class name of the activation it replaces, or of the block.
         shifts_padding: Whether the padding of the convolution after it was moved to the one before it.
         channels: Of an affine; 0 for an identity.
         dim: The axis of an affine's channels.
         trainable: Whether an affine's scale and offset are trained.
         form: What became of the chain around it, if a fitted operator has taken its place.
+        returns: How many values a block returned, if that was a tuple; 0 otherwise.
     """
 
     stand_in: str
@@ -48,6 +51,7 @@ class Mark:
     dim: int = 1
     trainable: bool = False
     form: Form | None = None
+    returns: int = 0
 
     def encode(self) -> Tensor:
         """Return the mark as a uint8 tensor."""
@@ -76,7 +80,7 @@ class Mark:
             return cls(
                 data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)),
                 int(data.get("channels", 0)), int(data.get("dim", 1)), bool(data.get("trainable", False)),
-                None if data.get("form") is None else Form.from_plain(data["form"]),
+                None if data.get("form") is None else Form.from_plain(data["form"]), int(data.get("returns", 0)),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError):
             return None
@@ -185,6 +189,42 @@ class IdentityStandIn(StandIn):
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the input; the slope that a functional ``F.prelu`` is called with is not needed."""
         return input
+
+
+class BlockStandIn(StandIn):
+    """What a whole block leaves: the first value that it is called with, or zeros like it.
+
+    Args:
+        block: The block.
+        leaves: ``"identity"``, or ``"zeros"`` for a branch of an addition.
+        returns: How many values the block returned, if that was a tuple, the first of them that value; 0 otherwise.
+    """
+
+    def __init__(self, block: nn.Module, leaves: str = "identity", returns: int = 0) -> None:
+        super().__init__(block)
+        self.leaves = leaves
+        self.returns = returns
+
+    @property
+    def computes_identity(self) -> bool:
+        """Whether it is the identity, for who looks at what lies between operators."""
+        return self.leaves == "identity" and not self.returns
+
+    @property
+    def mark(self) -> Mark:
+        """What the state dict says of this stand-in."""
+        return Mark(self.leaves, type(self.activation).__name__, returns=self.returns)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first value, or zeros like it; what else a block is called with does not matter."""
+        value = args[0] if args else next(iter(kwargs.values()))
+        if self.leaves == "zeros":
+            value = torch.zeros_like(value)
+        return (value, *[None] * (self.returns - 1)) if self.returns else value
+
+    def extra_repr(self) -> str:
+        """Name the class of the block that was there."""
+        return f"{self.leaves} in place of {type(self.activation).__name__}"
 
 
 class AffineStandIn(StandIn):

@@ -58,7 +58,7 @@ def test_an_operation_is_plain_data_and_undoes_what_it_does(kind):
 
 
 def test_an_operation_of_another_kind_is_named():
-    with pytest.raises(ValueError, match=r"\['affine', 'fitted', 'identity'.*\], but got 'mask'"):
+    with pytest.raises(ValueError, match=r"\['affine', 'block', 'fitted', 'identity'.*\], but got 'mask'"):
         from_plain({"kind": "mask", "names": []})
 
 
@@ -86,6 +86,6 @@ def test_no_module_of_the_callback_knows_a_kind_of_operation(path):
     """Beside the one whose default is EASIER's, which passes it on."""
     kinds = [kind for kind in vars(operations).values() if isinstance(kind, type) and issubclass(kind, Operation)]
     names = [name for each in kinds if "kind" in vars(each) for name in (each.__name__, f'"{each.kind}"')]
-    assert len(names) == 6
+    assert len(names) == 8
     names += [] if path.stem == "entropy_pruning" else ["Linearize", "FitChains"]
     assert [name for name in names if name in path.read_text()] == []

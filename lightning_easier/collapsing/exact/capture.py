@@ -26,7 +26,7 @@ from lightning_easier.collapsing.exact.signatures import named_arguments, number
 from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
-from lightning_easier.structure.stand_in import StandIn
+from lightning_easier.structure.stand_in import BlockStandIn, StandIn
 from lightning_easier.support.inference import copies, has_hooks, relative_difference, tolerance_for
 from lightning_easier.support.programs import quiet, remedy_for
 from lightning_easier.support.storage import first_line
@@ -317,7 +317,7 @@ class _ModelTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self._opaque or isinstance(m, StandIn) or is_activation(m) or has_hooks(m):
-            return True
+            return not isinstance(m, BlockStandIn)  # what a block leaves is no module
         if any(isinstance(part, StandIn) for part in m.modules()):  # torch's own layers too, a transformer's
             return False
         return module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name)

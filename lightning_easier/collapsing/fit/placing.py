@@ -19,8 +19,8 @@ from lightning_easier.collapsing.fit.fit_prices import PricedFit
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import replace_activation
-from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.names import seen_from
+from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of
 from lightning_easier.support.inference import copies
 
