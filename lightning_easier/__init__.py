@@ -12,6 +12,7 @@ from lightning_easier.collapsing.fit.chain_fits import fit_chains
 from lightning_easier.exporting import ExportError, export
 from lightning_easier.measure.entropy import ActivationEntropy, activation_entropy
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy, measure_error_likelihood
+from lightning_easier.measure.transport import SlicedWasserstein, sliced_wasserstein
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.compress import CompressResult, compress
 from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal, Sparsify
@@ -32,6 +33,7 @@ __all__ = [
     "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators", "Masks",
     "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
     "ActivationEntropy", "activation_entropy", "EntropyProbe",
+    "SlicedWasserstein", "sliced_wasserstein",
     "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",
