@@ -48,6 +48,6 @@ def forked():
     context = get_context("forkserver")
     context.set_forkserver_preload([
         "tests.integration.processes", "tests.integration.test_interruptions", "tests.integration.test_writing",
-        "tests.measure.test_entropy", "tests.measure.test_over_processes",
+        "tests.measure.test_entropy", "tests.measure.test_over_processes", "tests.measure.test_transport",
     ])  # fmt: skip
     return context

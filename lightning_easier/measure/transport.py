@@ -9,6 +9,7 @@ fifty. And neither batch is copied: the two share the directions, not a tensor.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any, Literal
 
@@ -61,6 +62,13 @@ def _check_batches(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"Expected arguments `x` and `y` to have features, but got shape {tuple(x.shape)}")
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Leave the autocast of a step, which would project in half precision; some devices (meta) have none."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _draw_directions(x: Tensor, dtype: torch.dtype, directions: int, generator: torch.Generator | None) -> Tensor:
     """Draw unit vectors, shape (directions, features), uniformly on the sphere and on the device of x."""
     device = x.device if generator is None else generator.device
@@ -94,7 +102,7 @@ def _sliced_wasserstein_update(
     """Compute the distance of one batch times its samples, a scalar in float32 or float64, and count the samples."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     samples = len(x)
-    with torch.autocast(x.device.type, enabled=False):  # that of a step would project in half precision
+    with _without_autocast(x.device.type):
         drawn = _draw_directions(x, dtype, directions, generator)
         flat_x, flat_y = (value.reshape(samples, -1).to(dtype) for value in (x, y))
         differences = _slice_differences(flat_x, flat_y, drawn, p, kind)
