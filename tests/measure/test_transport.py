@@ -303,6 +303,9 @@ def test_directions_follow_from_the_seed_and_the_number_of_the_update():
     assert not torch.equal(other(x, y), first)
     metric.reset()
     assert torch.equal(metric(x, y), first)
+    metric.update(x, y)  # the second, whether it is called or updated
+    assert_close(2 * metric.compute(), first + second)
+    assert not torch.equal(metric(x, y), second)
 
 
 @pytest.mark.parametrize("on_step", [False, True])
