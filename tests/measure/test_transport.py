@@ -336,6 +336,7 @@ def test_a_metric_is_updated_inside_and_outside_of_inference_mode_and_in_any_dty
     metric.half()
     x = torch.ones(2, 1)
     with torch.inference_mode():
+        metric.reset()
         metric.update(x, x + 1)
     metric.update(x.bfloat16(), x.bfloat16() + 2)
     metric.update(x.double(), x.double() + 3)
