@@ -79,6 +79,8 @@ class Step:
             of values, none for a constant.
         keywords: Those that are passed to a child by keyword.
         layout: What becomes of the neuron axis.
+        item: Which item of a sequence it takes, if it takes one.
+        returns: Of an output: None if one value is returned, the length of a tuple whose first item is a value, else 0.
     """
 
     kind: Kind
@@ -86,6 +88,8 @@ class Step:
     inputs: tuple[tuple[int, ...], ...] = ()
     keywords: tuple[tuple[str, tuple[int, ...]], ...] = ()
     layout: Layout = _KEEP
+    item: int | None = None
+    returns: int | None = None
 
 
 def read_steps(graph: fx.Graph) -> tuple[Step, ...]:
@@ -109,7 +113,7 @@ def separate_steps(targets: Sequence[str]) -> tuple[Step, ...]:
     """Return the steps of a module without a forward, whose children are called by something else, each on its own."""
     calls = [Step(Kind.MODULE, target, ((0,),)) for target in targets]
     outputs = tuple((index + 1,) for index in range(len(calls)))
-    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", outputs))
+    return (Step(Kind.INPUT, "input"), *calls, Step(Kind.OUTPUT, "output", outputs, returns=0))
 
 
 def encoder_layer_steps(layer: nn.TransformerEncoderLayer, *, has_module: bool) -> tuple[Step, ...]:
@@ -144,12 +148,21 @@ def _read_step(node: fx.Node, number: dict[fx.Node, int], constants: set[fx.Node
     inputs = tuple((number[parent],) for parent in node.all_input_nodes)
     kinds = {"placeholder": Kind.INPUT, "get_attr": Kind.CONSTANT, "output": Kind.OUTPUT}
     if node.op in kinds:
-        return Step(kinds[node.op], str(node.target), inputs)
+        returns = _returned(node.args[0]) if node.op == "output" else None
+        return Step(kinds[node.op], str(node.target), inputs, returns=returns)
     method = str(node.target) if node.op == "call_method" else ""
     if method in _QUESTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES):
         return Step(Kind.CONSTANT, method or str(node.args[1]))
     name = method or getattr(node.target, "__name__", str(node.target))
-    return Step(_kind_of_function(node, method, constants), name, inputs, layout=_layout(node, name))
+    item = node.args[1] if node.target is operator.getitem and type(node.args[1]) is int else None
+    return Step(_kind_of_function(node, method, constants), name, inputs, layout=_layout(node, name), item=item)
+
+
+def _returned(output: Any) -> int | None:
+    """Describe what a forward returns, see :class:`Step`."""
+    if isinstance(output, fx.Node):
+        return None
+    return len(output) if isinstance(output, tuple | list) and output and isinstance(output[0], fx.Node) else 0
 
 
 def _numbers(argument: Any, number: dict[fx.Node, int]) -> tuple[int, ...]:
@@ -320,6 +333,7 @@ class FlowNode:
         earlier_axis: The neuron axis before it was lost.
         layout: What became of that axis.
         module: The module that made it, if one did.
+        item: Which item of a sequence it is, if it was taken from one by its place.
     """
 
     kind: Kind
@@ -329,6 +343,7 @@ class FlowNode:
     earlier_axis: int | None = None
     layout: Layout = _KEEP
     module: nn.Module | None = None
+    item: int | None = None
     readers: list["FlowNode"] = field(default_factory=list, repr=False)
 
     def __hash__(self) -> int:
@@ -338,11 +353,43 @@ class FlowNode:
         return self is other
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of a module that is no activation: which nodes of the flow it made, from which values.
+
+    Attributes:
+        name: Qualified name of the module.
+        module: The module.
+        inputs: The values among its arguments, those by position first.
+        first: The number of the first node that it made, as far as it made any.
+        end: The number of the first node that was made after it.
+        output: What came out.
+        returns: None if that is what the module returns, or if its forward can't be traced; the length of a tuple that
+            has it in the first place; 0 for anything else.
+        is_guessed: Whether it is made in a forward that can't be traced: it may be called otherwise, or more often.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[FlowNode, ...]
+    first: int
+    is_guessed: bool
+    end: int = 0
+    output: FlowNode | None = None
+    returns: int | None = None
+
+
 class Flow:
-    """The flow of values through a whole model."""
+    """The flow of values through a whole model.
+
+    Attributes:
+        nodes: What the values pass, in execution order.
+        calls: The calls of modules, in execution order, an outer one before those that it makes.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[FlowNode] = []
+        self.calls: list[Call] = []
 
     def add(
         self,
@@ -351,13 +398,14 @@ class Flow:
         inputs: Sequence[FlowNode] = (),
         layout: Layout = _KEEP,
         module: nn.Module | None = None,
+        item: int | None = None,
     ) -> FlowNode:
         """Add a node after others."""
         known = next((node.axis for node in inputs if node.axis is not None), None)
         axis = neuron_axis_after(layout, known)
         earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
         earlier = _likely_axis_after(layout, earlier)
-        node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module)
+        node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module, item)
         for parent in inputs:
             parent.readers.append(node)
         self.nodes.append(node)

@@ -23,6 +23,7 @@ from torchmetrics import Metric
 
 from lightning_easier.sites.bytecode import code_of, names_used
 from lightning_easier.sites.dataflow import (
+    Call,
     Flow,
     FlowNode,
     Kind,
@@ -59,6 +60,8 @@ from lightning_easier.sites.tracing import Reading, trace_forward, variants
 from lightning_easier.sites.watching import UntraceableError
 from lightning_easier.support.inference import has_hooks
 
+# Layers of torch that return a tuple of two, the first of them their value
+_RETURN_TWO = (nn.MultiheadAttention, nn.RNNBase)
 # The forwards of nn.Sequential, and of what has none (nn.ModuleList, nn.ModuleDict)
 _CONTAINER_FORWARDS = (nn.Sequential.forward, nn.Module.forward)
 # Those of torch's own layers with children that are looked into; others (attention, ...) are leaves
@@ -205,6 +208,8 @@ class Discovery:
         self._steps: dict[nn.Module, Sequence[Step]] = {}
         self._added: dict[nn.Module, dict[str, nn.Module]] = {}  # by the edits, once they are carried out
         self._inside: str | None = None  # the forward that can't be traced, if the walk is in one
+        self._is_guessing = False  # whether the call that comes next is made in such a forward
+        self._is_called = True  # whether a forward calls the module that the walk is in
 
     def plan(self, model: nn.Module) -> IsolationPlan:
         """Look through a model."""
@@ -242,7 +247,7 @@ class Discovery:
         read = [nodes[number] for group in step.inputs for number in group]
         if step.kind == Kind.OUTPUT:
             return read[0] if len(read) == 1 else self._flow.add(Kind.OTHER, _join(name, "outputs"), read)
-        return self._flow.add(step.kind, _join(name, step.name), read, step.layout)
+        return self._flow.add(step.kind, _join(name, step.name), read, step.layout, item=step.item)
 
     def _gather(self, name: str, group: Sequence[int], nodes: Sequence[FlowNode]) -> FlowNode | None:
         """Return the value of one argument; a list of values counts as one."""
@@ -252,6 +257,7 @@ class Discovery:
 
     def _call(self, parent: nn.Module, parent_name: str, target: str, inputs: _Inputs) -> FlowNode:
         """Let values flow through a child; an activation is a site."""
+        is_guessed, self._is_guessing = self._is_guessing, False
         name = _join(parent_name, target)
         added = self._added.get(parent, {})
         child = added[target] if target in added else parent.get_submodule(target)
@@ -267,12 +273,37 @@ class Discovery:
                 self._plan.edits.append(ReplaceModule(parent, target, child))
         if not is_site:
             # a gate that nobody asked for is not looked into, whatever it is made of
-            return self._flow.add_leaf(child, name, inputs.values) if kind else self._run(child, name, inputs)
+            if kind:
+                return self._flow.add_leaf(child, name, inputs.values)
+            return self._follow(child, name, inputs, is_guessed)
         node = self._flow.add(Kind.ACTIVATION, name, inputs.values[:1], module=child)
         self._plan.found.setdefault(name, (child, node))
         if self._inside is not None:
             self._plan.inside[name] = self._inside
         return node
+
+    def _follow(self, module: nn.Module, name: str, inputs: _Inputs, is_guessed: bool) -> FlowNode:
+        """Let values flow through a module, and note that it was called."""
+        call = Call(name, module, tuple(inputs.values), len(self._flow.nodes), is_guessed)
+        if self._is_called:
+            self._flow.calls.append(call)
+        call.output = self._run(module, name, inputs)
+        call.end = len(self._flow.nodes)
+        call.returns = self._returned(module)
+        return call.output
+
+    def _returned(self, module: nn.Module) -> int | None:
+        """Describe what a module returns that was looked into, see :class:`Call`."""
+        if _is_leaf(module):
+            return 2 if isinstance(module, _RETURN_TWO) else None
+        steps = self._steps[module]
+        if not steps or steps[-1].returns is not None or len(steps[-1].inputs) != 1:
+            return steps[-1].returns if steps else None
+        last = steps[steps[-1].inputs[0][0]]
+        if last.kind != Kind.MODULE or last.name in self._added.get(module, {}):
+            return None
+        child = module.get_submodule(last.name)
+        return self._returned(child) if _is_leaf(child) or child in self._steps else None
 
     def _run_untraceable(self, module: nn.Module, name: str, inputs: Sequence[FlowNode]) -> FlowNode:
         """Call the children in the order of their names: the best guess at an axis, and no more than a guess."""
@@ -281,6 +312,7 @@ class Discovery:
         node = self._flow.add(Kind.UNKNOWN, where, inputs)
         for target, child in module.named_children():
             if not isinstance(child, Metric):
+                self._is_guessing = True
                 node = self._flow.add(Kind.UNKNOWN, where, [self._call(module, name, target, _Inputs([node]))])
         self._inside = outside
         return node
@@ -288,12 +320,14 @@ class Discovery:
     def _run_uncalled(self, module: nn.Module, name: str, steps: Sequence[Step]) -> None:
         """Visit the children that this forward does not call, in this mode at least."""
         called = [step.name for step in steps if step.kind in (Kind.MODULE, Kind.CONSTANT)]
+        outside, self._is_called = self._is_called, False
         for target, child in list(module.named_children()):
             if isinstance(child, Metric):
                 continue
             if not any(other == target or other.startswith(f"{target}.") for other in called):
                 where = f"what calls `{_join(name, target)}`, which its module's forward does not"
                 self._call(module, name, target, _Inputs([self._flow.add(Kind.UNKNOWN, where)]))
+        self._is_called = outside
 
     def _can_be_doubled(self, module: nn.Module) -> bool:
         """Tell whether a block calls activations, and another copy of it would leave no trace and compute the same."""
@@ -338,6 +372,10 @@ class Discovery:
             return separate_steps([name for name, child in module.named_children() if not isinstance(child, Metric)])
         if type(module).forward in _CONTAINER_FORWARDS and not forward_was_replaced(module):
             return sequential_steps([target for target, child in module._modules.items() if child is not None])
+        return self._read_steps(module, name)
+
+    def _read_steps(self, module: nn.Module, name: str) -> Sequence[Step]:
+        """Read the steps of a user's forward; plan its rewriting where that is needed."""
         # Most forwards call no activation but through children of their own: to look is enough.
         graph = None if _names_an_activation(module, self._gates) else self._reading.read(module)
         if graph is not None:
@@ -453,6 +491,26 @@ class Discovery:
             names[target] > 1 and (is_activation(child, self._gates) or self._can_be_doubled(child))
             for target, child in module.named_children()
         )
+
+
+class Look(Discovery):
+    """Follow the values through a model only, in either mode; what is planned besides is not fit to be carried out.
+
+    Args:
+        training: The mode that all modules are taken to be in. A forward that can't be traced in train mode is taken to
+            do what it does in eval mode.
+    """
+
+    def __init__(self, training: bool) -> None:
+        super().__init__(frozenset())
+        self._readings = [Reading(training), Reading()] if training else [Reading()]
+
+    def _recall(self, module: nn.Module, name: str) -> Sequence[Step]:
+        return self._steps_of(module, name)
+
+    def _read_steps(self, module: nn.Module, name: str) -> Sequence[Step]:
+        graphs = (reading.read(module) for reading in self._readings)
+        return next((read_steps(graph) for graph in graphs if graph is not None), ())
 
 
 def _names_an_activation(module: nn.Module, gates: frozenset[str]) -> bool:

@@ -250,9 +250,13 @@ class Reading:
     Two forwards are alike if their modules are of one class, modules of the same classes are in the same places inside,
     and all that the first asked for while it was traced is the same in the second. Globals and modules have to stay as
     they are: it is good for one look at a model.
+
+    Args:
+        training: The mode that all modules are taken to be in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = False) -> None:
+        self._training = training
         self._graphs: dict[nn.Module, fx.Graph | None] = {}
         self._known: dict[type[nn.Module], deque[tuple[nn.Module, dict[str, set[str]]]]] = {}
 
@@ -267,7 +271,7 @@ class Reading:
         return self._graphs[module]
 
     def _trace(self, module: nn.Module) -> fx.Graph | None:
-        watch = LooseWatch(module)
+        watch = LooseWatch(module, self._training)
         graph = _read(module, watch)
         names = {part: name for name, part in module.named_modules()}
         if not watch.asks_for_more and watch.asked.keys() <= names.keys():

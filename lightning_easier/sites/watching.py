@@ -152,8 +152,8 @@ class LooseWatch(Watch):
             and which children, parameters and buffers it has.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__(root, training=False)
+    def __init__(self, root: nn.Module, training: bool = False) -> None:
+        super().__init__(root, training)
         self._written: dict[tuple[int, str], Any] = {}
         self.asked: dict[nn.Module, set[str]] = {}
         self.asks_for_more = False
@@ -164,7 +164,7 @@ class LooseWatch(Watch):
         if name[:2] == "__":
             return value
         if name == "training":
-            return False
+            return self._training
         self.miss(module, name)
         if name in vars(module) and name not in _INTERNAL:
             _snapshot(name, value)  # what can't be watched is not touched either

@@ -1,0 +1,545 @@
+"""Which submodules can be taken out whole, so that values of the same shapes go on along the way that is left.
+
+There are two sorts. A *block* holds its skip: its output is its input and something added to it, ``x + f(x)``, with
+norms, dropouts and activations before and after. The identity takes its place. A *branch* is the ``f`` where its
+caller adds: its output reaches nothing but an addition to the value that it was computed from. Zeros take its place.
+
+Both are read from the flow of values, without an example input. Sizes are followed symbolically: what is not known,
+after a view, a permutation or a product of two values, is taken to fit at the addition that follows, as both sides of
+a residual addition do. What is known to broadcast there (another number of channels, a pooled value) does not fit.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.modules import instancenorm, pooling
+
+from lightning_easier.sites.activations import unwrap
+from lightning_easier.sites.dataflow import Call, Flow, FlowNode, Kind, neuron_axis_after
+from lightning_easier.sites.discovery import Look
+from lightning_easier.sites.feeding import Constants, attribute, function_name, written
+from lightning_easier.sites.rectifiers import GATES, RECTIFIERS, function_names
+from lightning_easier.support.inference import evaluation_mode
+
+_KEEPING_MODULES: tuple[type[nn.Module], ...] = (
+    *RECTIFIERS, *GATES.values(), nn.LogSigmoid, nn.LogSoftmax, nn.Softmin, nn.Threshold, nn.LayerNorm, nn.RMSNorm,
+    nn.GroupNorm, instancenorm._InstanceNorm, nn.LocalResponseNorm, nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._BatchNorm,
+)  # fmt: skip
+_NORM_FUNCTIONS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm")
+# By name, as functions and methods, in place or not: their result has the shape of the first value they are given.
+_KEEPING_FUNCTIONS = frozenset(
+    {*function_names(GATES), *_NORM_FUNCTIONS, "contiguous", "clone", "detach", "to", "type", "type_as", "float",
+     "half", "bfloat16", "double", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+     "feature_alpha_dropout", "stochastic_depth", "logsigmoid", "log_softmax", "clamp", "clip", "abs", "neg", "sqrt",
+     "rsqrt", "exp", "log", "square", "erf", "sin", "cos", "roll", "flip", "normalize", "masked_fill", "nan_to_num",
+     "pow", "reciprocal", "sign", "tril", "triu", "sort", "cumsum"}
+)  # fmt: skip
+# Element by element; of one value and constants, the result has its shape.
+_MERGING_FUNCTIONS = frozenset(
+    {"add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum", "where",
+     "addcmul", "lerp"}
+)  # fmt: skip
+_SHRINKING_FUNCTIONS = frozenset(
+    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "prod", "logsumexp", "argmax", "select",
+     "median", *(f"{pool}_pool{dims}d" for dims in (1, 2, 3)
+                 for pool in ("max", "avg", "lp", "adaptive_avg", "adaptive_max"))}
+)  # fmt: skip
+_POOLS: tuple[type[nn.Module], ...] = (
+    pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._LPPoolNd, pooling._AdaptiveAvgPoolNd, pooling._AdaptiveMaxPoolNd,
+    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A submodule that can be taken out whole.
+
+    Attributes:
+        name: Qualified name.
+        module: The module.
+        leaves: What takes its place: the identity of the first tensor that it is given, or zeros of its shape.
+        inside: Qualified name of the innermost other block that holds it; None for an outermost one.
+        returns: None if the module returns a tensor; else the length of the tuple that it returns, the first item of
+            which is the value, while nothing reads the others.
+    """
+
+    name: str
+    module: nn.Module
+    leaves: Literal["identity", "zeros"]
+    inside: str | None
+    returns: int | None = None
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Find the submodules of a model that can be taken out whole.
+
+    The model is looked at as in eval mode, and not touched; what is no block in train mode as well is left out. So is
+    what is called several times, what somebody reads an inner value of, and what overwrites a value that is read
+    elsewhere.
+
+    Args:
+        model: Any module; names are relative to what is inside ``torch.compile`` and parallel wrappers.
+
+    Returns:
+        The blocks in execution order, an outer one before those in it.
+
+    Raises:
+        TypeError: If ``model`` is not a Module, or a ScriptModule.
+    """
+    inner = unwrap(model)
+    with evaluation_mode(inner):
+        found = _Search(inner, training=False).found()
+        trained = {(call.module, leaves) for call, leaves in _Search(inner, training=True).found()} if found else set()
+    blocks: list[Block] = []
+    open_blocks: list[tuple[Call, str]] = []
+    for call, leaves in found:
+        if (call.module, leaves) not in trained:
+            continue
+        while open_blocks and not _holds(open_blocks[-1][0], call):
+            open_blocks.pop()
+        inside = open_blocks[-1][1] if open_blocks else None
+        blocks.append(Block(call.name, call.module, leaves, inside, _tuple_length(call)))
+        open_blocks.append((call, call.name))
+    return blocks
+
+
+def _holds(outer: Call, inner: Call) -> bool:
+    return inner.name.startswith(f"{outer.name}.") or (outer.first <= inner.first and inner.end <= outer.end)
+
+
+class _Sizes:
+    """All sizes of a value but that of its neurons.
+
+    Attributes:
+        above: Those that they are smaller than, pooled or strided.
+        axis: The axis of the neurons of the value that they were made for, as soon as a layer that reads it tells.
+        width: How many neurons that has, likewise.
+    """
+
+    def __init__(self, above: frozenset["_Sizes"] = frozenset()) -> None:
+        self.above = above
+        self.axis: int | None = None
+        self.width: int | None = None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The shape of a value; axis and width of the neurons are those of its sizes where they are None."""
+
+    sizes: _Sizes
+    own_axis: int | None = None
+    own_width: int | None = None
+
+    @property
+    def axis(self) -> int | None:
+        return self.sizes.axis if self.own_axis is None else self.own_axis
+
+    @property
+    def width(self) -> int | None:
+        return self.sizes.width if self.own_width is None else self.own_width
+
+    @property
+    def smaller(self) -> frozenset[_Sizes]:
+        """What a value after this one is smaller than if this step takes something away."""
+        return self.sizes.above | {self.sizes}
+
+    def is_read(self, axis: int, width: int | None) -> bool:
+        """Tell whether the neurons lie on the axis that a layer reads; if nothing has told it yet, the layer does."""
+        if self.axis is None:
+            self.sizes.axis = axis
+        if self.axis == axis and self.width is None:
+            self.sizes.width = width
+        return self.axis == axis
+
+    def is_below(self, other: "_Shape") -> bool:
+        return other.sizes in self.sizes.above
+
+    def differs(self, other: "_Shape") -> bool:
+        """Tell whether the numbers of neurons are known, and not the same."""
+        if self.axis != other.axis or self.width is None or other.width is None:
+            return False
+        return self.width != other.width
+
+
+class _Shapes:
+    """Follows shapes through a flow.
+
+    Attributes:
+        kept: Node -> the inputs that have the shape of its value, of nodes that pass their input on: norms,
+            activations, dropouts, scales, additions.
+        unpacked: The nodes that take an item out of the tuple that a module returned.
+    """
+
+    def __init__(self, model: nn.Module, flow: Flow, constants: Constants) -> None:
+        self._model = model
+        self._constants = constants
+        self._shapes: dict[FlowNode, _Shape] = {}
+        self.kept: dict[FlowNode, tuple[FlowNode, ...]] = {}
+        self.unpacked = _unpacked(flow)
+        for node in flow.nodes:
+            if node not in constants:
+                self._shapes[node] = self._after(node)
+
+    def _after(self, node: FlowNode) -> _Shape:
+        values = self._constants.values(node)
+        read = [self._shapes[value] for value in values]
+        name = function_name(node)
+        if not values or node.kind == Kind.UNKNOWN:
+            return _Shape(_Sizes())
+        if node in self.unpacked:
+            return self._keep(node, values) if node.item == 0 else _new(read)
+        if node.kind == Kind.OTHER and name == "outputs":
+            return self._keep(node, values) if values[0] is node.inputs[0] else _new(read)
+        if node.kind == Kind.OPERATOR:
+            return self._after_operator(node, read[0])
+        if node.kind == Kind.ADD:
+            return self._after_addition(node, values)
+        if node.kind in (Kind.IDENTITY, Kind.BATCH_NORM, Kind.ACTIVATION, Kind.OUTPUT):
+            _read_by_norm(node.module, read[0])
+            return self._keep(node, values)
+        if node.module is not None:
+            return self._after_module(node, values)
+        if name in _MERGING_FUNCTIONS:
+            if len(values) == 1:
+                return self._keep(node, values) if self._fits_constants(node, read[0]) else _new(read)
+            return _joined(read)
+        if name in _KEEPING_FUNCTIONS:
+            return self._keep(node, values)
+        if name in _SHRINKING_FUNCTIONS:
+            return _Shape(_Sizes(read[0].smaller))
+        if node.layout[0] == "join":
+            return _concatenated(node, read)
+        axis = neuron_axis_after(node.layout, read[0].axis)
+        if node.layout[0] in ("permute", "swap", "move") and axis is not None:
+            return _Shape(_Sizes(read[0].sizes.above), axis, read[0].width)
+        return _new(read)
+
+    def _keep(self, node: FlowNode, values: Sequence[FlowNode]) -> _Shape:
+        self.kept[node] = (values[0],)
+        return self._shapes[values[0]]
+
+    def _after_operator(self, node: FlowNode, read: _Shape) -> _Shape:
+        module = node.module
+        if module is None:  # a class of somebody else's calls the function with what is its own
+            owner = _submodule(self._model, node.name.rpartition(".")[0])
+            module = owner if isinstance(owner, nn.Linear | nn.modules.conv._ConvNd) else None
+        if isinstance(module, nn.Linear):
+            matches = read.is_read(-1, module.in_features)
+            return _Shape(read.sizes if matches else _Sizes(read.sizes.above), -1, module.out_features)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            matches = read.is_read(1, module.in_channels)
+            if matches and node.module is not None and _keeps_maps(module):
+                return _Shape(read.sizes, 1, module.out_channels)
+            shrinks = not module.transposed and any(step > 1 for step in module.stride)
+            return _Shape(_Sizes(read.smaller if shrinks else read.sizes.above), 1, module.out_channels)
+        return _Shape(_Sizes(read.sizes.above))
+
+    def _after_addition(self, node: FlowNode, values: Sequence[FlowNode]) -> _Shape:
+        shapes = [self._shapes[value] for value in values]
+        first, second = shapes[0], shapes[-1]
+        carried = tuple(
+            value
+            for value, shape, other in ((values[0], first, second), (values[-1], second, first))
+            if not shape.is_below(other) and not shape.differs(other)
+        )
+        if len(values) != 2 or not self._fits_constants(node, first):
+            return _joined(shapes)
+        self.kept[node] = tuple(dict.fromkeys(carried))
+        return _joined(shapes)
+
+    def _after_module(self, node: FlowNode, values: Sequence[FlowNode]) -> _Shape:
+        read = [self._shapes[value] for value in values]
+        module = node.module
+        if isinstance(module, _KEEPING_MODULES):
+            _read_by_norm(module, read[0])
+            return self._keep(node, values)
+        if isinstance(module, _POOLS):
+            return read[0] if _keeps_positions(module) else _Shape(_Sizes(read[0].smaller))
+        if isinstance(module, nn.MultiheadAttention):
+            matches = read[0].is_read(-1, module.embed_dim)
+            return _Shape(read[0].sizes if matches else _Sizes(), -1, module.embed_dim)
+        if isinstance(module, nn.RNNBase):
+            width = module.hidden_size * (2 if module.bidirectional else 1)
+            read[0].is_read(-1, module.input_size)
+            return _Shape(read[0].sizes, -1, width) if not getattr(module, "proj_size", 0) else _new(read)
+        return _new(read)
+
+    def _fits_constants(self, node: FlowNode, shape: _Shape) -> bool:
+        """Tell whether no constant that a step reads is known to spread the one neuron of a value over several."""
+        tensors = (attribute(self._model, each.name) for each in node.inputs if each.kind == Kind.CONSTANT)
+        return shape.width != 1 or not any(tensor is not None and tensor.numel() > 1 for tensor in tensors)
+
+
+def _new(read: Sequence[_Shape]) -> _Shape:
+    """Return the shape of a value of which only this is known: it is smaller than all that each value read is."""
+    above = frozenset.intersection(*(shape.sizes.above for shape in read)) if read else frozenset()
+    return _Shape(_Sizes(above))
+
+
+def _joined(read: Sequence[_Shape]) -> _Shape:
+    """Return the shape of what is computed element by element: that of the value which nothing is larger than."""
+    largest = read[0]
+    for shape in read[1:]:
+        if largest.is_below(shape) or (not shape.is_below(largest) and largest.width == 1 and shape.width != 1):
+            largest = shape
+    return largest
+
+
+def _concatenated(node: FlowNode, read: Sequence[_Shape]) -> _Shape:
+    """Return the shape of a concatenation, which is known if it joins neurons of values of the same sizes."""
+    _, place, which = node.layout
+    widths = [shape.width for shape in read]
+    alike = len(which) == len(read) and all(
+        shape.sizes is read[0].sizes and shape.axis == place and shape.width is not None for shape in read
+    )
+    if not alike:
+        return _new(read)
+    return _Shape(read[0].sizes, place, sum(width for width in widths if width is not None))
+
+
+def _read_by_norm(module: nn.Module | None, shape: _Shape) -> None:
+    """Let a norm tell where the neurons of what it reads are."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | instancenorm._InstanceNorm):
+        shape.is_read(1, module.num_features)
+    elif isinstance(module, nn.GroupNorm):
+        shape.is_read(1, module.num_channels)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
+        shape.is_read(-1, module.normalized_shape[0])
+
+
+def _keeps_maps(conv: nn.modules.conv._ConvNd) -> bool:
+    """Tell whether a convolution has as many positions in its output as in its input, whatever their number."""
+    if conv.transposed or any(step != 1 for step in conv.stride):
+        return False
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" or all(size == 1 for size in conv.kernel_size)
+    return all(
+        2 * padding == spread * (size - 1)
+        for padding, spread, size in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
+    )
+
+
+def _keeps_positions(pool: Any) -> bool:
+    """Tell whether a pooling has as many positions in its output as in its input, whatever their number."""
+    if not isinstance(pool, pooling._MaxPoolNd | pooling._AvgPoolNd):
+        return False
+
+    def all_are(value: Any, wanted: Any) -> bool:
+        return bool(value == wanted) if isinstance(value, int) else all(each == wanted for each in value)
+
+    like: Any = pool
+    size = like.kernel_size if isinstance(like.kernel_size, int) else like.kernel_size[0]
+    is_odd = size % 2 == 1 and all_are(like.kernel_size, size)
+    is_dense = all_are(like.stride, 1) and all_are(getattr(like, "dilation", 1), 1)
+    return is_odd and is_dense and all_are(like.padding, size // 2)
+
+
+def _unpacked(flow: Flow) -> set[FlowNode]:
+    """Return the nodes that take an item out of the tuple that a module returned."""
+    place = {node: index for index, node in enumerate(flow.nodes)}
+    found: set[FlowNode] = set()
+    for call in flow.calls:
+        assert call.output is not None
+        after = [node for node in call.output.readers if node.item is not None and place[node] >= call.end]
+        if call.returns or _tuple_length(call):
+            found.update(after)
+    return found
+
+
+def _tuple_length(call: Call) -> int | None:
+    """Return the length of the tuple that a module returns; None for one value.
+
+    Of a forward that can't be traced, its caller tells it if it takes the tuple apart.
+    """
+    assert call.output is not None
+    if call.output.kind != Kind.UNKNOWN or call.returns is not None:
+        return call.returns
+    items = [node.item for node in call.output.readers]
+    return len(items) if len(items) > 1 and items == list(range(len(items))) else None
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+class _Search:
+    """The search for blocks in one mode.
+
+    Args:
+        model: The model, unwrapped, in eval mode.
+        training: Whether it is looked at as in train mode.
+    """
+
+    def __init__(self, model: nn.Module, *, training: bool) -> None:
+        self._model = model
+        self._flow = Look(training).plan(model).flow
+        self._place = {node: index for index, node in enumerate(self._flow.nodes)}
+        self._constants = Constants(self._flow.nodes)
+        self._shapes = _Shapes(model, self._flow, self._constants)
+        self._kept = self._shapes.kept
+        self._times = Counter(call.module for call in self._flow.calls)
+
+    def found(self) -> list[tuple[Call, Literal["identity", "zeros"]]]:
+        """Return the calls of blocks, and what takes the place of each, in execution order."""
+        calls = self._flow.calls
+        skips = {call: additions for call in calls if (additions := self._additions(call))}
+        own = {call: self._own(call, additions, skips) for call, additions in skips.items()}
+        branches = {call: end for call in calls if call not in skips and (end := self._end(call)) is not None}
+        found: list[tuple[Call, Literal["identity", "zeros"]]] = []
+        for call in calls:
+            if not self._can_go(call):
+                continue
+            if own.get(call) and self._computes(call):
+                found.append((call, "identity"))
+            elif call in branches and not self._is_all_of_another(call, own, branches):
+                found.append((call, "zeros"))
+        return found
+
+    def _computes(self, call: Call) -> bool:
+        """Tell whether a module does more than scale and norm: mixes neurons or positions, or what is not known."""
+        return any(
+            node.kind in (Kind.OPERATOR, Kind.UNKNOWN)
+            or isinstance(node.module, _POOLS)
+            or any(parameter.ndim > 1 for parameter in (node.module.parameters() if node.module is not None else ()))
+            for node in self._flow.nodes[call.first : call.end]
+        )
+
+    def _additions(self, call: Call) -> set[FlowNode]:
+        """Return the additions on the ways that the input of a call takes unchanged in shape to its output."""
+        if not call.inputs or call.output is None:
+            return set()
+        leads: dict[FlowNode, bool] = {call.inputs[0]: True}
+        return {
+            node for node in self._way_back(call.output, call.first, leads) if node.kind == Kind.ADD and leads[node]
+        }
+
+    def _way_back(self, start: FlowNode, first: int, leads: dict[FlowNode, bool]) -> list[FlowNode]:
+        """List the nodes from which a way back leads on, and note of each whether it leads to where that is known."""
+        order: list[FlowNode] = []
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            if node in leads:
+                stack.pop()
+                continue
+            parents = self._kept.get(node, ()) if self._place[node] >= first else ()
+            missing = [parent for parent in parents if parent not in leads]
+            if missing:
+                stack += missing
+                continue
+            leads[node] = any(leads[parent] for parent in parents)
+            order.append(node)
+            stack.pop()
+        return order
+
+    def _own(self, call: Call, additions: set[FlowNode], skips: Iterable[Call]) -> set[FlowNode]:
+        """Return the additions that a module makes itself, or somewhere inside that is no block."""
+        inner = [other for other in skips if other is not call and call.first <= other.first and other.end <= call.end]
+        inner = [other for other in inner if other.name.startswith(f"{call.name}.")]
+        return {node for node in additions if not any(other.first <= self._place[node] < other.end for other in inner)}
+
+    def _can_go(self, call: Call) -> bool:
+        """Tell whether nothing else than its value is missed when a module is gone."""
+        output = call.output
+        length = _tuple_length(call)
+        if output is None or length == 0 or self._times[call.module] > 1 or call.module is self._model:
+            return False
+        if _submodule(self._model, call.name) is not call.module:
+            return False
+        source = call.inputs[0]
+        elsewhere = any(self._place[reader] >= call.end for reader in source.readers)
+        for node in self._flow.nodes[call.first : call.end]:
+            if node is not output and any(self._place[reader] >= call.end for reader in node.readers):
+                return False
+            if elsewhere and source in self._overwritten(node):
+                return False
+        after = [reader for reader in output.readers if self._place[reader] >= call.end]
+        if length is not None:  # all that is read is the first item
+            return all(reader in self._shapes.unpacked and (reader.item == 0 or not reader.readers) for reader in after)
+        # an identity would let it write to the input
+        return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
+
+    def _overwritten(self, node: FlowNode) -> list[FlowNode]:
+        """Return the nodes whose values a step overwrites."""
+        found = written(node)
+        if getattr(node.module, "inplace", False):
+            found = list(node.inputs[:1])
+        while found and found[-1].inputs and found[-1].kind == Kind.IDENTITY:
+            found.append(found[-1].inputs[0])
+        return found
+
+    def _end(self, call: Call) -> FlowNode | None:
+        """Return the addition of what a module computes to what it was computed from; None if it is no branch."""
+        node = call.output
+        if not call.inputs or call.is_guessed or node is None or node in self._constants:
+            return None
+        sources = self._sources(call.inputs[0])
+        if node in sources:
+            return None
+        for reader in self._way_on(node, call.end):
+            if reader.kind == Kind.ADD and not sources.isdisjoint(self._others(reader, node, sources)):
+                return reader
+            node = reader
+        return None
+
+    def _way_on(self, node: FlowNode, end: int) -> Iterable[FlowNode]:
+        """Yield what reads a value as long as that is one step, which keeps its shape."""
+        while True:
+            readers = [
+                reader
+                for reader in node.readers
+                if self._place[reader] >= end
+                and not (reader in self._shapes.unpacked and reader.item != 0 and not reader.readers)
+            ]
+            if len(readers) != 1 or node not in self._kept.get(readers[0], ()):
+                return
+            node = readers[0]
+            if function_name(node) == "outputs" or not _keeps_zeros(node):
+                return
+            yield node
+            end = 0
+
+    def _sources(self, node: FlowNode) -> set[FlowNode]:
+        """Return a value, and what it was before it was normed, in the same shape."""
+        found = {node}
+        while node.kind != Kind.ADD and len(self._kept.get(node, ())) == 1:
+            node = self._kept[node][0]
+            found.add(node)
+        return found
+
+    def _others(self, addition: FlowNode, node: FlowNode, sources: set[FlowNode]) -> set[FlowNode]:
+        """Return what the other side of an addition was, in the same shape, back to the sources of a branch."""
+        first = min(self._place[source] for source in sources)
+        found = {parent for parent in self._kept[addition] if parent is not node}
+        queue = list(found)
+        while queue:
+            parents = {parent for parent in self._kept.get(queue.pop(), ()) if self._place[parent] >= first} - found
+            found |= parents
+            queue += parents
+        return found
+
+    def _is_all_of_another(self, call: Call, own: dict[Call, set[FlowNode]], branches: dict[Call, FlowNode]) -> bool:
+        """Tell whether a module that holds a branch, and computes nothing else, can be taken out in its place."""
+        for other, additions in own.items():
+            if additions == {branches[call]} and _is_within(call, other) and self._can_go(other):
+                return True
+        return any(
+            other is not call and end is branches[call] and _is_within(call, other) and self._can_go(other)
+            for other, end in branches.items()
+        )
+
+
+def _is_within(inner: Call, outer: Call) -> bool:
+    return inner is not outer and inner.name.startswith(f"{outer.name}.")
+
+
+def _keeps_zeros(node: FlowNode) -> bool:
+    """Tell whether a step makes constants of zeros: everything that passes one value on, but for what needs others."""
+    return node.kind != Kind.OUTPUT and not isinstance(node.module, (nn.Softmax, nn.LogSoftmax, nn.Softmin))
