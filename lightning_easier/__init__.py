@@ -14,11 +14,19 @@ from lightning_easier.measure.entropy import ActivationEntropy, activation_entro
 from lightning_easier.measure.probe import EntropyProbe, measure_affines, measure_entropy, measure_error_likelihood
 from lightning_easier.measure.transport import SlicedWasserstein, sliced_wasserstein
 from lightning_easier.pruning.candidates import candidates
+from lightning_easier.pruning.collapsible import collapsible_blocks
 from lightning_easier.pruning.compress import CompressResult, compress
 from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal, Sparsify
 from lightning_easier.pruning.rules import Rounds
 from lightning_easier.pruning.targets import Target
-from lightning_easier.report import CandidateReport, CollapseReport, CompressReport, ExportReport, PruningReport
+from lightning_easier.report import (
+    BlockReport,
+    CandidateReport,
+    CollapseReport,
+    CompressReport,
+    ExportReport,
+    PruningReport,
+)
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.structure.checkpoint import load_pruned, restore_structure_on_load
 from lightning_easier.structure.linearize import linearize, restore
@@ -33,10 +41,10 @@ __all__ = [
     "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators", "Masks",
     "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
     "ActivationEntropy", "activation_entropy", "EntropyProbe",
-    "SlicedWasserstein", "sliced_wasserstein",
-    "isolate_activations", "candidates", "linearize", "restore", "load_pruned", "restore_structure_on_load",
+    "isolate_activations", "candidates", "collapsible_blocks", "linearize", "restore", "load_pruned",
+    "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",
     "export", "ExportError",
-    "PruningReport", "CandidateReport", "CollapseReport", "CompressReport", "ExportReport",
+    "PruningReport", "CandidateReport", "BlockReport", "CollapseReport", "CompressReport", "ExportReport",
 ]  # fmt: skip

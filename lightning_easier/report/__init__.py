@@ -1,5 +1,6 @@
 """Plain results, shown: tables, Markdown, JSON, figures, and what a run writes to TensorBoard."""
 
+from lightning_easier.report.blocks import BlockReport, CollapsibleBlock
 from lightning_easier.report.candidates import Candidate, CandidateReport
 from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal, Trimmed
 from lightning_easier.report.compression import CompressReport, Trial
@@ -9,7 +10,7 @@ from lightning_easier.report.pruning import PruningReport, Round
 from lightning_easier.report.tables import Report, Table
 
 __all__ = [
-    "Candidate", "CandidateReport", "CollapseReport", "CompressReport", "ExportReport", "Fitted", "Merge", "ModelCost",
-    "Parity", "PruningReport", "Refusal", "Report", "Round", "Table", "Trial",
-    "Trimmed",
+    "BlockReport", "Candidate", "CandidateReport", "CollapseReport", "CollapsibleBlock", "CompressReport",
+    "ExportReport", "Fitted", "Merge", "ModelCost", "Parity", "PruningReport", "Refusal", "Report", "Round", "Table",
+    "Trial", "Trimmed",
 ]  # fmt: skip

@@ -114,7 +114,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def match_names(names: Sequence[str], include: Iterable[str] | None, exclude: Iterable[str] | None) -> list[str]:
+def match_names(
+    names: Sequence[str], include: Iterable[str] | None, exclude: Iterable[str] | None, *, kind: str = "activations"
+) -> list[str]:
     """Select names by shell-style globs: those that match any of ``include`` (all by default) and none of ``exclude``.
 
     Raises:
@@ -124,7 +126,7 @@ def match_names(names: Sequence[str], include: Iterable[str] | None, exclude: It
         for glob in globs or ():
             if not any(fnmatchcase(name, glob) for name in names):
                 raise ValueError(
-                    f"Expected argument `{argument}` to hold globs that match activations, but {glob!r} matches none "
+                    f"Expected argument `{argument}` to hold globs that match {kind}, but {glob!r} matches none "
                     f"of {list(names)}"
                 )
     return [

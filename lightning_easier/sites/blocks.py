@@ -454,17 +454,21 @@ class _Search:
         if _submodule(self._model, call.name) is not call.module:
             return False
         source = call.inputs[0]
-        elsewhere = any(self._place[reader] >= call.end for reader in source.readers)
+        elsewhere = any(self._place[reader] >= call.end for reader in self._readers(source))
         for node in self._flow.nodes[call.first : call.end]:
-            if node is not output and any(self._place[reader] >= call.end for reader in node.readers):
+            if node is not output and any(self._place[reader] >= call.end for reader in self._readers(node)):
                 return False
             if elsewhere and source in self._overwritten(node):
                 return False
-        after = [reader for reader in output.readers if self._place[reader] >= call.end]
+        after = [reader for reader in self._readers(output) if self._place[reader] >= call.end]
         if length is not None:  # all that is read is the first item
             return all(reader in self._shapes.unpacked and (reader.item == 0 or not reader.readers) for reader in after)
         # an identity would let it write to the input
         return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
+
+    def _readers(self, node: FlowNode) -> list[FlowNode]:
+        """Return what reads the numbers of a value; a new tensor of its shape does not."""
+        return [reader for reader in node.readers if reader not in self._constants]
 
     def _overwritten(self, node: FlowNode) -> list[FlowNode]:
         """Return the nodes whose values a step overwrites."""
@@ -494,7 +498,7 @@ class _Search:
         while True:
             readers = [
                 reader
-                for reader in node.readers
+                for reader in self._readers(node)
                 if self._place[reader] >= end
                 and not (reader in self._shapes.unpacked and reader.item != 0 and not reader.readers)
             ]
