@@ -206,7 +206,11 @@ class _Shapes:
         if name in _MERGING_FUNCTIONS:
             if len(values) == 1:
                 return self._keep(node, values) if self._fits_constants(node, read[0]) else _new(read)
-            return _joined(read)
+            joined = _joined(read)
+            scaled = [value for value in values if self._shapes[value] is joined]
+            if all(shape is joined or shape.is_below(joined) for shape in read) and len(scaled) == 1:
+                return self._keep(node, scaled)  # by what was pooled, as a norm does that is written out
+            return joined
         if name in _KEEPING_FUNCTIONS:
             return self._keep(node, values)
         if name in _SHRINKING_FUNCTIONS:
@@ -384,12 +388,14 @@ class _Search:
         self._constants = Constants(self._flow.nodes)
         self._shapes = _Shapes(model, self._flow, self._constants)
         self._kept = self._shapes.kept
+        self._before: dict[FlowNode, FlowNode] = {}  # output of a block -> its input
         self._times = Counter(call.module for call in self._flow.calls)
 
     def found(self) -> list[tuple[Call, Literal["identity", "zeros"]]]:
         """Return the calls of blocks, and what takes the place of each, in execution order."""
         calls = self._flow.calls
         skips = {call: additions for call in calls if (additions := self._additions(call))}
+        self._before = {call.output: call.inputs[0] for call in skips if call.output is not None}
         own = {call: self._own(call, additions, skips) for call, additions in skips.items()}
         branches = {call: end for call in calls if call not in skips and (end := self._end(call)) is not None}
         found: list[tuple[Call, Literal["identity", "zeros"]]] = []
@@ -461,8 +467,9 @@ class _Search:
             if elsewhere and source in self._overwritten(node):
                 return False
         after = [reader for reader in self._readers(output) if self._place[reader] >= call.end]
-        if length is not None:  # all that is read is the first item
-            return all(reader in self._shapes.unpacked and (reader.item == 0 or not reader.readers) for reader in after)
+        takes_first = all(node in self._shapes.unpacked and (node.item == 0 or not node.readers) for node in after)
+        if length is not None and not takes_first:
+            return False
         # an identity would let it write to the input
         return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
 
@@ -471,12 +478,16 @@ class _Search:
         return [reader for reader in node.readers if reader not in self._constants]
 
     def _overwritten(self, node: FlowNode) -> list[FlowNode]:
-        """Return the nodes whose values a step overwrites."""
+        """Return the nodes whose values a step overwrites, or would if the blocks before it were gone."""
         found = written(node)
         if getattr(node.module, "inplace", False):
             found = list(node.inputs[:1])
-        while found and found[-1].inputs and found[-1].kind == Kind.IDENTITY:
-            found.append(found[-1].inputs[0])
+        while found:
+            last = found[-1]
+            before = last.inputs[0] if last.kind == Kind.IDENTITY and last.inputs else self._before.get(last)
+            if before is None:
+                break
+            found.append(before)
         return found
 
     def _end(self, call: Call) -> FlowNode | None:

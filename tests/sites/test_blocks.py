@@ -388,6 +388,11 @@ def test_writing_in_place() -> None:
     assert _names(_Around(_Residual(), nn.ReLU())) == ["block"]
 
 
+def test_writing_in_place_after_two_blocks() -> None:
+    """The one that is left lets it write to the input of both, once the other is gone."""
+    assert _names(_Around(nn.Sequential(_Residual(), _Residual()), nn.ReLU(inplace=True))) == ["block.0.f", "block.1"]
+
+
 class _CalledTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -437,6 +442,32 @@ def test_branches_of_the_model_itself() -> None:
     model = _Branches()
     assert _rows(model) == [("first", "zeros", None, None), ("other", "zeros", None, None)]
     _check_removals(model.eval(), find_blocks(model), (torch.zeros(2, 4, 6, 6),), [torch.Size((2, 4, 3, 3))])
+
+
+class _WrittenOut(nn.Module):
+    """The norms of Llama are formulas; the gate of squeeze and excitation is one like them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.mix, self.mlp, self.gate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x))
+        scaled = self.mlp(x)
+        return x + scaled * torch.sigmoid(self.gate(scaled.mean(1, keepdim=True)))
+
+
+def test_norms_that_are_written_out() -> None:
+    """What the second addition takes is read by the gate, too."""
+    model = _WrittenOut()
+    assert _rows(nn.Sequential(nn.Linear(8, 8), model)) == [
+        ("1", "identity", None, None), ("1.mix", "zeros", "1", None),
+    ]  # fmt: skip
+    _check_removals(model, find_blocks(model), (torch.randn(2, 3, 8),), [torch.Size((2, 3, 8))])
 
 
 class _Unreadable(nn.Module):
