@@ -493,7 +493,7 @@ class _Search:
     def _end(self, call: Call) -> FlowNode | None:
         """Return the addition of what a module computes to what it was computed from; None if it is no branch."""
         node = call.output
-        if not call.inputs or call.is_guessed or node is None or node in self._constants:
+        if not call.inputs or node is None or node in self._constants:
             return None
         sources = self._sources(call.inputs[0])
         if node in sources:

@@ -366,14 +366,12 @@ class Call:
         output: What came out.
         returns: None if that is what the module returns, or if its forward can't be traced; the length of a tuple that
             has it in the first place; 0 for anything else.
-        is_guessed: Whether it is made in a forward that can't be traced: it may be called otherwise, or more often.
     """
 
     name: str
     module: nn.Module
     inputs: tuple[FlowNode, ...]
     first: int
-    is_guessed: bool
     end: int = 0
     output: FlowNode | None = None
     returns: int | None = None

@@ -208,7 +208,6 @@ class Discovery:
         self._steps: dict[nn.Module, Sequence[Step]] = {}
         self._added: dict[nn.Module, dict[str, nn.Module]] = {}  # by the edits, once they are carried out
         self._inside: str | None = None  # the forward that can't be traced, if the walk is in one
-        self._is_guessing = False  # whether the call that comes next is made in such a forward
         self._is_called = True  # whether a forward calls the module that the walk is in
 
     def plan(self, model: nn.Module) -> IsolationPlan:
@@ -257,7 +256,6 @@ class Discovery:
 
     def _call(self, parent: nn.Module, parent_name: str, target: str, inputs: _Inputs) -> FlowNode:
         """Let values flow through a child; an activation is a site."""
-        is_guessed, self._is_guessing = self._is_guessing, False
         name = _join(parent_name, target)
         added = self._added.get(parent, {})
         child = added[target] if target in added else parent.get_submodule(target)
@@ -275,16 +273,16 @@ class Discovery:
             # a gate that nobody asked for is not looked into, whatever it is made of
             if kind:
                 return self._flow.add_leaf(child, name, inputs.values)
-            return self._follow(child, name, inputs, is_guessed)
+            return self._follow(child, name, inputs)
         node = self._flow.add(Kind.ACTIVATION, name, inputs.values[:1], module=child)
         self._plan.found.setdefault(name, (child, node))
         if self._inside is not None:
             self._plan.inside[name] = self._inside
         return node
 
-    def _follow(self, module: nn.Module, name: str, inputs: _Inputs, is_guessed: bool) -> FlowNode:
+    def _follow(self, module: nn.Module, name: str, inputs: _Inputs) -> FlowNode:
         """Let values flow through a module, and note that it was called."""
-        call = Call(name, module, tuple(inputs.values), len(self._flow.nodes), is_guessed)
+        call = Call(name, module, tuple(inputs.values), len(self._flow.nodes))
         if self._is_called:
             self._flow.calls.append(call)
         call.output = self._run(module, name, inputs)
@@ -312,7 +310,6 @@ class Discovery:
         node = self._flow.add(Kind.UNKNOWN, where, inputs)
         for target, child in module.named_children():
             if not isinstance(child, Metric):
-                self._is_guessing = True
                 node = self._flow.add(Kind.UNKNOWN, where, [self._call(module, name, target, _Inputs([node]))])
         self._inside = outside
         return node
