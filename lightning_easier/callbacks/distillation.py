@@ -13,9 +13,7 @@ in memory is one copy of the module, and logits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -27,7 +25,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_easier.callbacks import private, wiring
+from lightning_easier.callbacks import private
+from lightning_easier.callbacks.added_loss import AddedLoss
 from lightning_easier.callbacks.network import copied, holders, notice_calls
 from lightning_easier.structure.linearize import restore, stand_ins
 from lightning_easier.support.arguments import check_positive, check_share
@@ -63,37 +62,33 @@ class Distillation:
         check_positive("temperature", self.temperature)
 
 
-class DenseTeacher:
+class DenseTeacher(AddedLoss):
     """Adds the divergence from a dense network to the loss of a LightningModule's training steps.
 
     Args:
         distillation: How much, and at which temperature.
     """
 
+    argument = "distillation"
+
     def __init__(self, distillation: Distillation) -> None:
+        super().__init__()
         self._weight = distillation.weight
         self._temperature = distillation.temperature
-        self._pl_module: LightningModule | None = None
         self._order: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._teacher: LightningModule | None = None
-        self._in_step = False
         self._depth = 0  # of calls inside calls
         self._taught: Tensor | None = None  # the teacher's logits for the call that goes on
         self._logits: list[tuple[Tensor, Tensor]] = []  # of the calls of this step, and the teacher's for them
 
-    @staticmethod
-    def check(trainer: Trainer, pl_module: LightningModule) -> None:
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what it does not go with.
 
         Raises:
             MisconfigurationException: If the module optimizes by hand, or parameters are sharded.
         """
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "Expected argument `distillation` to be None with manual optimization: the loss is the module's own "
-                "business there. Distil in its training_step."
-            )
+        super().check(trainer, pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 f"Expected argument `distillation` to be None under {type(trainer.strategy).__name__}, which shards "
@@ -115,58 +110,46 @@ class DenseTeacher:
             removed: Names of those that have become so in this run.
             load: Reads the checkpoint of the dense model.
         """
-        if self._pl_module is not None:
+        if self.pl_module is not None:
             return
         sites = list(sites)
         self._teacher = _dense(pl_module, removed, load())
-        self._pl_module, self._order = pl_module, holders(pl_module, sites)
+        self._order = holders(pl_module, sites)
         self._handles = notice_calls(pl_module, sites, self._compare, begins=self._ask)
-        pl_module.training_step = _DistilledStep(pl_module, self._run)  # type: ignore[method-assign]
-        wiring.forget_compiled_code(pl_module)
+        self.attach(pl_module)
 
     def stop(self) -> None:
         """Leave the module as it was; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        own: dict[str, Any] = {} if self._pl_module is None else vars(self._pl_module)
-        now = own.get("training_step")
-        if isinstance(now, _DistilledStep):  # else somebody has put another around it, which goes on calling it
-            del own["training_step"]
-            if now.instead_of is not None:
-                own["training_step"] = now.instead_of
-        self._pl_module = self._teacher = None
+        self.detach()
+        self._teacher = None
 
-    def _run(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a training step and add the divergence to what it returns."""
-        if self._pl_module is None:  # what somebody else has put around it calls it still
-            return step(*args, **kwargs)
-        self._in_step, self._depth, self._logits = True, 0, []
-        try:
-            result = step(*args, **kwargs)
-        finally:
-            logits, self._in_step, self._taught, self._logits = self._logits, False, None, []
-        if result is None:  # the step is skipped
-            return None
-        if not logits:
+    def begin_step(self) -> None:
+        """Forget what the last step has left."""
+        self._depth, self._logits = 0, []
+
+    def end_step(self) -> None:
+        """Let go of the logits."""
+        self._taught, self._logits = None, []
+
+    def added_to(self, loss: Tensor) -> Tensor:
+        """Mix the loss with the divergence."""
+        assert self.pl_module is not None
+        if not self._logits:
             raise MisconfigurationException(
-                f"A round is to be distilled, but the training step of {type(self._pl_module).__name__} called "
+                f"A round is to be distilled, but the training step of {type(self.pl_module).__name__} called "
                 f"none of {[name or 'its forward' for name in self._order]}, or without gradients. Call the network as "
                 f"a module (where it is checkpointed, with use_reentrant=False), or leave out `distillation`."
             )
-        term = torch.stack([divergence(*pair, self._temperature) for pair in logits]).mean()
-        self._pl_module.log(LOSS_KEY, term.detach())
-        if not isinstance(result, Mapping):
-            return self._mixed(result, term)
-        # Lightning names a loss that is missing
-        return {**result, "loss": self._mixed(result["loss"], term)} if result.get("loss") is not None else result
-
-    def _mixed(self, loss: Tensor, term: Tensor) -> Tensor:
+        term = torch.stack([divergence(*pair, self._temperature) for pair in self._logits]).mean()
+        self.pl_module.log(LOSS_KEY, term.detach())
         return (1 - self._weight) * loss + self._weight * term
 
     def _is_trained(self) -> bool:
         """Tell whether a call is one that the loss of a training step can follow from."""
-        return self._in_step and torch.is_grad_enabled()
+        return self.in_step and torch.is_grad_enabled()
 
     def _ask(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the teacher compute what a call is about to."""
@@ -231,37 +214,6 @@ def _dense(pl_module: LightningModule, removed: list[str], checkpoint: Mapping[s
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing, in the place of a module's `log`."""
-
-
-class _DistilledStep:
-    """A module's training step inside another one; a copy of the module, or a pickle, has a step of its own alone.
-
-    Args:
-        pl_module: The module.
-        run: Takes its step, and the arguments of a call.
-    """
-
-    def __init__(self, pl_module: LightningModule, run: Callable[..., Any]) -> None:
-        step = pl_module.training_step
-        self.instead_of = vars(pl_module).get("training_step")
-        update_wrapper(self, step)
-        # Lightning looks one wrapper deep for what a step takes, and there may have been one before.
-        self.__wrapped__ = getattr(step, "__wrapped__", step)
-        self._step, self._run = step, run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
-        return self._run(self._step, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return deepcopy(self._step, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self._step,)
-
-
-def _same(step: Any) -> Any:
-    return step
 
 
 def _logits(output: Any) -> Tensor:

@@ -62,6 +62,25 @@ def mark_validation_as_not_run(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._has_run = False
 
 
+def have_skipped_training_followed(trainer: Trainer, follow: Callable[[], None]) -> Callable[[], None]:
+    """Have something done in the place of a training that the fit loop skips: it is over already, or has no batches.
+
+    Returns:
+        What undoes that.
+    """
+    loop = trainer.fit_loop
+    run = loop.run
+
+    def run_and_follow() -> None:
+        before = loop.epoch_progress.total.ready
+        run()
+        if loop.epoch_progress.total.ready == before and loop.skip:
+            follow()
+
+    loop.run = run_and_follow  # type: ignore[method-assign]
+    return lambda: vars(loop).pop("run", None)
+
+
 def is_compiled_module(module: nn.Module) -> bool:
     """Tell whether a module is compiled, or calls compiled code in the place of its forward."""
     return isinstance(module, torch._dynamo.OptimizedModule) or (

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_easier.callbacks import observing, resuming, rounds, starting, telling, wiring
+from lightning_easier.callbacks import observing, private, resuming, rounds, starting, telling, wiring
 from lightning_easier.callbacks.distillation import Distillation
 from lightning_easier.callbacks.files import Files
 from lightning_easier.callbacks.results import Results
@@ -115,6 +115,11 @@ class PruningCallback(Results, Callback):
                 f"Expected argument `on` of Measuring to be 'validation' with {type(method).__name__}, but got "
                 f"{measuring.on!r}: what it measures has to be computed in eval mode"
             )
+        if not rounds.trains and (measuring.on != "validation" or distillation is not None):
+            raise ValueError(
+                f"Expected arguments `on` of Measuring and `distillation` to be 'validation' and None with "
+                f"Rounds(epochs=0), but got {measuring.on!r} and {distillation}: nothing is trained after a removal"
+            )
         rules = Rules(Tolerance(tolerance, mode), rounds)
         telling.warn_of_a_mode(monitor, rules.tolerance)
         globs = as_globs("include", include), as_globs("exclude", exclude)
@@ -148,6 +153,15 @@ class PruningCallback(Results, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the recipe as it is at the start."""
         starting.begin_fit(self._run, trainer, pl_module)
+        if self._run.is_active and not self._run.settings.rules.rounds.trains:
+            self._run.around.callback(
+                private.have_skipped_training_followed(trainer, lambda: self._follow_training(trainer, pl_module))
+            )
+
+    def _follow_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what follows a training that a run had behind it when it was taken up."""
+        self.on_train_start(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring what a resumed run has left undone to its end, and say so when there was nothing to train on."""
@@ -224,9 +238,9 @@ class PruningCallback(Results, Callback):
         if not run.is_active:
             return
         starting.stop_measuring(run)
-        if self._run.state.rounds[0].accepted is None:
-            telling.warn_that_nothing_was_pruned(run)
         rounds.conclude(run, trainer, pl_module)
+        if run.state.rounds[0].accepted is None:
+            telling.warn_that_nothing_was_pruned(run)
         if run.target is not None and not run.settings.dry_run:
             telling.warn_of_a_missed_target(run)
 

@@ -6,6 +6,7 @@ epoch, the start of the next.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isinf
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -125,7 +126,8 @@ def _claim_folder(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
 
 
 def _begin_first_round(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
-    goes_on = wiring.check_length(trainer, pl_module, run.settings.rules.epochs_of(0))
+    first = run.settings.rules.epochs_of(0)
+    goes_on = isinf(first) or wiring.check_length(trainer, pl_module, int(first))
     if not goes_on and not run.settings.dry_run:
         rank_zero_warn("Nothing will be pruned: the run ends with its dense round. Raise `max_epochs`.")
     run.state.ended = run.state.rounds[0].epoch = trainer.current_epoch

@@ -19,6 +19,7 @@ from lightning_easier.pruning.loop import (
     CutShort,
     Decided,
     Diverged,
+    Evaluate,
     GoBack,
     Keep,
     Settle,
@@ -71,9 +72,12 @@ def end_epoch(
 
 def conclude(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Leave a model that was judged; a second call does nothing."""
+    if run.settings.dry_run and run.listed is not None:
+        return
     if len(run.state.rounds) > 1 and run.state.rounds[-1].accepted is None:
         run.note_score(trainer)
-    obey(run, trainer, pl_module, run.loop.run_ended(_ask(run, trainer)))
+    is_measured = run.state.validations.at == wiring.batches_trained(trainer)
+    obey(run, trainer, pl_module, run.loop.run_ended(_ask(run, trainer), is_measured=is_measured))
 
 
 def _ask(run: Run, trainer: Trainer, not_called: Sequence[str] = (), is_scored: bool = True) -> Ask:
@@ -99,6 +103,7 @@ def obey(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Itera
             case Decided(chosen) if dry_run:
                 list_candidates(run, pl_module, chosen)
                 trainer.should_stop = True
+                return
             case Stop(why):
                 trainer.should_stop = True
                 if why is not None and not dry_run:
@@ -109,6 +114,8 @@ def obey(run: Run, trainer: Trainer, pl_module: LightningModule, commands: Itera
                 _go_back(run, trainer, pl_module)
             case Apply(chosen):
                 _apply(run, trainer, pl_module, chosen)
+            case Evaluate():
+                wiring.run_validation(trainer, 0)
             case Settle(chosen) if not dry_run:
                 _settle(run, trainer, pl_module, chosen)
             case Diverged(score):

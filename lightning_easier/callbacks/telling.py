@@ -53,11 +53,15 @@ def _warn_of_a_weak_reference(run: Run) -> None:
         so = f"is exceeded by the {rounds[-1].score_after:.4f} of round {len(rounds) - 1}"
     else:
         return
-    other = " or pass Rounds(reference='best')," if is_dense else ""
+    if rules.rounds.trains:
+        longer = "Raise `warmup_epochs`,"
+        longer += " or pass Rounds(reference='best')," if is_dense else ""
+    else:
+        longer = "Train longer,"
     rank_zero_warn(
         f"The dense score, {run.settings.monitor} {dense:.4f}, {so}, more than the tolerance of "
         f"{rules.tolerance.amount:g}: the network was still learning. Judged against it, rounds may lose more than the "
-        f"tolerance of what the network can reach. Raise `warmup_epochs`,{other} or take a trained network."
+        f"tolerance of what the network can reach. {longer} or take a trained network."
     )
 
 
@@ -85,9 +89,11 @@ def warn_of_a_missed_target(run: Run) -> None:
 
 def warn_that_nothing_was_pruned(run: Run) -> None:
     """Say that the run was too short for its first round."""
+    rules = run.settings.rules
+    length = f"{rules.epochs_of(0)} epochs" if rules.rounds.trains else "the whole of it"
     rank_zero_warn(
-        f"Nothing was pruned: the run ended before its first round, {run.settings.rules.epochs_of(0)} epochs with a "
-        f"validation at their end that logs {run.settings.monitor!r}."
+        f"Nothing was pruned: the run ended before its first round, {length} with a validation at the end that logs "
+        f"{run.settings.monitor!r}."
     )
 
 

@@ -70,6 +70,11 @@ class Apply:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Run a validation of the model as it is: a decision may follow, and no training comes before."""
+
+
+@dataclass(frozen=True)
 class Settle:
     """Carry out what changes nothing on the data that was measured: the run has ended, and no training follows.
 
@@ -102,7 +107,7 @@ class Diverged:
     score: float
 
 
-Command = Verdict | CutShort | Wait | Decided | Keep | GoBack | Apply | Settle | Stop | Diverged
+Command = Verdict | CutShort | Wait | Decided | Keep | GoBack | Apply | Evaluate | Settle | Stop | Diverged
 
 
 class Ask(NamedTuple):
@@ -138,12 +143,13 @@ class PruningLoop:
         self.monitor = monitor
         self.state = RunState() if state is None else state
         self._waiting = 0  # how many rounds there were when it was said that one waits for its score
+        self._is_over = False  # training is; rounds may follow that do not train
 
     @property
     def may_decide(self) -> bool:
         """Whether a decision may follow the epoch that goes on."""
         state = self.state
-        is_last = state.epochs + 1 >= self.rules.epochs_of(len(state.rounds) - 1)
+        is_last = self._is_over or state.epochs + 1 >= self.rules.epochs_of(len(state.rounds) - 1)
         return not state.finished and (is_last or state.rounds[-1].accepted is not None)
 
     def epoch_ended(self, ended: int, *, is_scored: bool, is_measured: bool, ask: Ask) -> Iterator[Command]:
@@ -178,13 +184,18 @@ class PruningLoop:
             self._waiting = len(state.rounds)
             yield Wait(number)
 
-    def run_ended(self, ask: Ask) -> Iterator[Command]:
+    def run_ended(self, ask: Ask, *, is_measured: bool = False) -> Iterator[Command]:
         """Judge a round that the end of the run has cut short; a second call does nothing more.
+
+        Where rounds do not train, they all follow now.
 
         Args:
             ask: For a score and a choice.
+            is_measured: Whether the model as it is was validated.
         """
         state = self.state
+        if not self.rules.rounds.trains:
+            yield from self._rounds_without_training(ask, is_measured)
         this, number = state.rounds[-1], len(state.rounds) - 1
         if number > 0 and this.accepted is None:
             score = ask.score()
@@ -198,6 +209,24 @@ class PruningLoop:
             yield GoBack()
         if state.kept:
             yield from self._settle(ask)
+
+    def _rounds_without_training(self, ask: Ask, is_measured: bool) -> Iterator[Command]:
+        """Judge the dense network, then remove, evaluate and judge, until it is over."""
+        state = self.state
+        self._is_over = True
+        while not state.finished:
+            yield from self.epoch_begins()
+            this = state.rounds[-1]
+            if not (is_measured and this is state.rounds[0] and state.now.is_whole):
+                yield Evaluate()
+            score = ask.score()
+            if score is None or not state.now.is_whole:
+                break  # what is not judged is taken back
+            if this.accepted is None:
+                yield from self._judge(score, ask)
+            else:  # in a run that is taken up
+                yield from self._decide(ask)
+        self._is_over = False
 
     def epoch_begins(self) -> Iterator[Command]:
         """Return what was decided and not carried out."""
@@ -255,6 +284,10 @@ class PruningLoop:
         if math.isfinite(score):
             self.rules.judge(state.rounds, score)
             yield Verdict(len(state.rounds) - 1)
+            yield from self._decide(ask)
+            return
+        if len(state.rounds) > 1 and not self.rules.rounds.trains:  # no training has diverged
+            yield from self._take_back(f"{self.monitor} was {score}")
             yield from self._decide(ask)
             return
         if state.snapshot.file is not None and len(state.rounds) > 1:

@@ -3,6 +3,7 @@
 They are plain data and pure functions. The loop of the callback and ``compress`` judge by the same ones.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ class Rounds:
     """How long a round is, how much goes in it, and what it is judged against.
 
     Args:
-        epochs: Training epochs of a round.
+        epochs: Training epochs of a round. With 0 the whole run trains the dense network; what goes goes when training
+            has ended, one round after another without training in between, each judged on a validation of its own.
         removals: How much is removed at once, activations for example.
         max_removals: How much may be removed in a run, activations for example; no limit by default.
         warmup_epochs: Epochs before the dense round.
@@ -168,14 +170,24 @@ class Rounds:
     restart: Restart = "none"
 
     def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, 1)
+        check_integer("epochs", self.epochs, 0)
         check_integer("removals", self.removals, 1)
         check_integer("warmup_epochs", self.warmup_epochs, 0)
+        if not self.trains and (self.warmup_epochs or self.restart != "none"):
+            raise ValueError(
+                f"Expected arguments `warmup_epochs` and `restart` to be left out with epochs=0, but got "
+                f"{self.warmup_epochs} and {self.restart!r}: the dense round is the whole run, and none after it trains"
+            )
         if self.max_removals is not None:
             check_integer("max_removals", self.max_removals, 1)
         Rejections(self.max_rejections)
         check_choice("reference", self.reference, ("dense", "best"))
         check_choice("restart", self.restart, RESTARTS)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the network is trained between two removals."""
+        return self.epochs > 0
 
 
 @dataclass(frozen=True)
@@ -195,8 +207,10 @@ class Rules:
         """How much may be taken back."""
         return Rejections(self.rounds.max_rejections)
 
-    def epochs_of(self, number: int) -> int:
-        """Return how many epochs a round takes, the dense one being number 0."""
+    def epochs_of(self, number: int) -> float:
+        """Return how many epochs a round takes, the dense one being number 0; inf if it takes the whole run."""
+        if not self.rounds.trains:
+            return math.inf if number == 0 else 0
         return self.rounds.epochs + (self.rounds.warmup_epochs if number == 0 else 0)
 
     def judge(self, rounds: Sequence[Round], score: float) -> None:

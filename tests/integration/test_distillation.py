@@ -506,7 +506,7 @@ def test_manual_optimization_is_refused_at_the_start(tmp_path):
 def test_sharded_parameters_are_refused():
     trainer = SimpleNamespace(strategy=ModelParallelStrategy())
     with pytest.raises(MisconfigurationException, match="`distillation` to be None under ModelParallelStrategy"):
-        DenseTeacher.check(trainer, Small())
+        DenseTeacher(Distillation()).check(trainer, Small())
 
 
 def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):

@@ -162,7 +162,7 @@ def test_the_report_says_what_was_done(tmp_path):
     assert torch.equal(loaded(data), model.eval()(data))
     model, callback, _ = run(tmp_path / "blocks", model=Deep(), method=Blocks, epochs=4)
     assert len(callback.removed) == 3
-    assert [type(block).__name__ for block in model.layers] == ["Linear", *["IdentityStandIn"] * 3, "Linear"]
+    assert [type(block).__name__ for block in model.layers] == ["Linear", *["BlockStandIn"] * 3, "Linear"]
     loaded = load_pruned(Deep, callback.last_good).eval()
     assert torch.equal(loaded(data), model.eval()(data))
     model, callback, _ = run(tmp_path / "masks", method=SmallestWeights, epochs=2)
