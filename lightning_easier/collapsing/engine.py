@@ -29,6 +29,7 @@ from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, Price
 from lightning_easier.collapsing.fit.fitting import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
+from lightning_easier.structure.stand_in import BlockStandIn
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
 from lightning_easier.support.calibration import read_calibration
@@ -38,6 +39,12 @@ from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compa
 
 # How many times faster a collapsed model has to be at the least; less is slower.
 _NOT_SLOWER = 1 - MARGIN
+
+# What stays of a block that was taken out, where its place is in a forward that is not rewritten.
+_LEFT = {
+    "identity": "the block is gone, but its place stays, which passes on what it gets: what calls it stays whole",
+    "zeros": "the branch is gone, but zeros are added in its place: what calls it stays whole",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -273,9 +280,10 @@ class Prepared:
         self._done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
         steps, collapsed, unmerged = self._done.steps, self._done.collapsed, self._done.unmerged
         graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
+        self._blocks = [name for name, part in fitted.named_modules() if isinstance(part, BlockStandIn)]
         absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
         # else its own forward is as good, and may be faster than what was recorded
-        self._is_changed = bool(steps.changed or absorbed)
+        self._is_changed = bool(steps.changed or absorbed or self._blocks)
         self._depth = depth(graph)
         timed = deepcopy(source)
         self.baseline = baseline_of(source, arguments, graph) if baseline is None else baseline
@@ -354,6 +362,7 @@ class Prepared:
         self, chosen: str, latency: Mapping[str, Latency], difference: float, exactly: float | None
     ) -> CollapseResult:
         result, steps, fits = self.models[chosen], self._done.steps, self._fits
+        left = _leave_for_good(result)
         models = {"before": self.models["before"], "dense": self.models["dense"], "after": result}
         depths = {"before": self._depth, "dense": self.baseline.depth}
         depths["after"] = self._depth if chosen == "before" else depth(result)  # type: ignore[arg-type]
@@ -367,12 +376,13 @@ class Prepared:
                 )
                 cost[name] = replace(known[id(each)], depth=depths[name])
         refusals = [*(Refusal((site,), reason) for site, reason in fits.reasons.items()), *steps.refusals]
+        refusals += [Refusal((name,), _LEFT[leaves]) for name, leaves in left.items()]
         report = CollapseReport(
             steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"],
             difference, exactly, [_record(choice, self._objective) for choice in fits.choices], fits.notes,
             fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
             lost_arguments(self._model, len(self._arguments)) if isinstance(result, fx.GraphModule) else [],
-            steps.trimmed,
+            steps.trimmed, self._blocks,
         )  # fmt: skip
         if report.lost_arguments:
             rank_zero_warn(
@@ -439,6 +449,7 @@ def _rewrite(
         try:
             steps.simplify()
             steps.drop_stand_ins()
+            steps.drop_zeros()
             steps.trim()
             unmerged = steps.snapshot()
             steps.merge()
@@ -469,6 +480,14 @@ def _record(choice: PricedFit, objective: Objective) -> Fitted:
     return Fitted(
         chain.sites, chain.operators, fit.kind, fit.explained, choice.price_before, choice.price_after, objective
     )
+
+
+def _leave_for_good(model: nn.Module) -> dict[str, str]:
+    """Drop the blocks that stand-ins keep, and their marks, in place; return name -> what is left, for each."""
+    left = {name: part for name, part in model.named_modules() if isinstance(part, BlockStandIn)}
+    for name, stand_in in left.items():
+        model.set_submodule(name, stand_in.for_good())
+    return {name: stand_in.leaves for name, stand_in in left.items()}
 
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:

@@ -101,6 +101,7 @@ class CollapseReport(Report):
             other values.
         lost_arguments: Those that it does not take at all; ``*args`` and ``**kwargs`` of the forward with their stars.
         trimmed: Operators of which dead channels are gone.
+        taken_out: Blocks that were taken out of the model before.
     """
 
     merges: list[Merge]
@@ -117,6 +118,7 @@ class CollapseReport(Report):
     fixed_arguments: dict[str, Any] = field(default_factory=dict)
     lost_arguments: list[str] = field(default_factory=list)
     trimmed: list[Trimmed] = field(default_factory=list)
+    taken_out: list[str] = field(default_factory=list)
 
     @property
     def speedup(self) -> Speedup:
@@ -149,4 +151,5 @@ class CollapseReport(Report):
         arguments += [(name, "no longer") for name in self.lost_arguments]
         if arguments:
             yield Table("Arguments that the example left out", ("argument", "is taken"), arguments)
-        yield from notes_table(self.notes)
+        blocks = [f"`{name}` was taken out" for name in self.taken_out]
+        yield from notes_table([*blocks, *self.notes])

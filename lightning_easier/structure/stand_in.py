@@ -191,6 +191,28 @@ class IdentityStandIn(StandIn):
         return input
 
 
+class Bypass(nn.Module):
+    """Passes on the first value that it is called with, or zeros like it: all that is left of a block for good.
+
+    Args:
+        leaves: ``"identity"``, or ``"zeros"`` for a branch of an addition.
+        returns: How many values it returns, if that is a tuple, the first of them that value; 0 otherwise.
+    """
+
+    def __init__(self, leaves: str = "identity", returns: int = 0) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.returns = returns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first value, or zeros like it; what else a block is called with does not matter."""
+        return _left(self.leaves, self.returns, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Name what is left."""
+        return self.leaves
+
+
 class BlockStandIn(StandIn):
     """What a whole block leaves: the first value that it is called with, or zeros like it.
 
@@ -205,6 +227,10 @@ class BlockStandIn(StandIn):
         self.leaves = leaves
         self.returns = returns
 
+    def for_good(self) -> nn.Module:
+        """Return what does the same, without the block and without a mark."""
+        return Bypass(self.leaves, self.returns).train(self.training)
+
     @property
     def computes_identity(self) -> bool:
         """Whether it is the identity, for who looks at what lies between operators."""
@@ -217,10 +243,7 @@ class BlockStandIn(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the first value, or zeros like it; what else a block is called with does not matter."""
-        value = args[0] if args else next(iter(kwargs.values()))
-        if self.leaves == "zeros":
-            value = torch.zeros_like(value)
-        return (value, *[None] * (self.returns - 1)) if self.returns else value
+        return _left(self.leaves, self.returns, args, kwargs)
 
     def extra_repr(self) -> str:
         """Name the class of the block that was there."""
@@ -275,3 +298,11 @@ class AffineStandIn(StandIn):
     def extra_repr(self) -> str:
         """Name the channels and their axis, too."""
         return f"{len(self.weight)}, dim={self.dim}, {super().extra_repr()}"
+
+
+def _left(leaves: str, returns: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a block leaves of what it is called with."""
+    value = args[0] if args else next(iter(kwargs.values()))
+    if leaves == "zeros":
+        value = torch.zeros_like(value)
+    return (value, *[None] * (returns - 1)) if returns else value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
+from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.slices import OPERATORS, Connections, constant_outputs
 from lightning_easier.collapsing.exact.chains import Uses, describe_node, is_question, module_of
 from lightning_easier.collapsing.exact.labels import Channels, Labels, Operated
@@ -228,9 +229,11 @@ class ChannelFlow:
         operated = self._operated(node, module, link)
         if operated is not None:
             return operated
+        name, of_functions = name_of(node), node.op in ("call_function", "call_method")
+        if of_functions and name == "zeros_like":
+            return self._zeros(node)
         if not values:
             return None
-        name, of_functions = name_of(node), node.op in ("call_function", "call_method")
         if of_functions and name in _CONCATENATIONS:
             return self._concatenated(node)
         if (of_functions and name == "prelu") or type(module) is FunctionalPReLU:
@@ -244,6 +247,17 @@ class ChannelFlow:
         if link is not None and link.value in self.channels:
             return self._linear(node, link)
         return self._combined(node, values) if of_functions and name in _BINARY else None
+
+    def _zeros(self, node: fx.Node) -> Channels | None:
+        """Read zeros, as a branch that was taken out leaves; their channels are where an operator reads them."""
+        shape = shape_of(node) or ()
+        if len(shape) < 2:
+            return None
+        readers = [module_of(self._captured, user) for user in node.users]
+        axis = 1 if any(type(reader) in CONVOLUTIONS for reader in readers) else len(shape) - 1
+        made = Channels(axis, self._labels.new(shape[axis]), torch.zeros(shape[axis], dtype=torch.float64))
+        self._labels.keep(made.labels, "they are zeros, which no operator makes")
+        return made
 
     def _operated(self, node: fx.Node, module: nn.Module | None, link: Link | None) -> Channels | None:
         """Read an operator: it ends the channels that it reads, and writes new ones."""

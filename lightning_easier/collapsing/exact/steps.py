@@ -27,6 +27,7 @@ from lightning_easier.collapsing.exact.plans import Plan, original_pieces
 from lightning_easier.collapsing.exact.prices import Objective, Pricer
 from lightning_easier.collapsing.exact.trimming import trim
 from lightning_easier.collapsing.exact.writing import EQUALS, Draft, Writer, equal_in_source
+from lightning_easier.collapsing.exact.zero_branches import erase_unread, zero_branches
 from lightning_easier.report import Merge, Refusal, Trimmed
 from lightning_easier.sites.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.sites.tracing import input_of
@@ -85,6 +86,7 @@ class Steps:
         self.dropped: list[str] = []
         self.trimmed: list[Trimmed] = []
         self.refusals: list[Refusal] = []
+        self._has_dropped_zeros = False
 
     def simplify(self) -> None:
         """Drop what computes nothing, and fold batch norms."""
@@ -171,6 +173,23 @@ class Steps:
                 self._writer.bypass(node, value)
                 self._stand_ins.append((name, value))
         self._explain_what_stays_whole()
+
+    def drop_zeros(self) -> None:
+        """Remove branches of additions that are zeros whatever the input, and all that fed only them."""
+        for found in zero_branches(self._captured):
+            node = found.addition
+            step = CollapseStep("trim", node.name)
+            if step in self._left_out:
+                self.refusals.append(Refusal((node.name,), self._left_out[step]))
+                continue
+            with _said_of(step):
+                name, value = equal_in_source(node) or node.name, found.value
+                if found.is_copied:
+                    value = self._writer.copied(node, value)
+                self._writer.bypass(node, value)
+                erase_unread(self._captured, found.branch)
+            self._has_dropped_zeros = True
+            self._taken.append((name, step))
 
     def _explain_what_stays_whole(self) -> None:
         """Say of parts that were not looked into that they were not, if something could merge there."""
@@ -316,7 +335,7 @@ class Steps:
     @property
     def changed(self) -> bool:
         """Whether anything was done that makes the graph another than the model."""
-        return bool(self.merges or self.fused or self.trimmed or self._stand_ins)
+        return bool(self.merges or self.fused or self.trimmed or self._stand_ins or self._has_dropped_zeros)
 
     def round(self, graph: fx.GraphModule | None = None) -> None:
         """Give new operators, which are in float64, the dtype of those they replace.

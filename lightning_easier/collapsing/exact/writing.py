@@ -96,6 +96,13 @@ class Writer(_Writing):
         _replace(node, value)
         self._graph.erase_node(node)
 
+    def copied(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """Copy a value, before a node and with what is known of that, for what is written into; returns the copy."""
+        with self._graph.inserting_before(node):
+            copy = self._graph.call_method("clone", (value,))
+        copy.meta = {"tensor_meta": node.meta["tensor_meta"], EQUALS: equal_in_source(node), ALIASES: []}
+        return copy
+
     def put(self, name: str, operator: nn.Module, dtype: torch.dtype) -> None:
         """Put an operator, in float64, under a name."""
         self._captured.set_submodule(name, operator)
