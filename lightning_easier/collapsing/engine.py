@@ -29,7 +29,7 @@ from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, Price
 from lightning_easier.collapsing.fit.fitting import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
-from lightning_easier.structure.stand_in import BlockStandIn
+from lightning_easier.structure.stand_in import BlockStandIn, Bypass
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
 from lightning_easier.support.calibration import read_calibration
@@ -280,7 +280,7 @@ class Prepared:
         self._done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
         steps, collapsed, unmerged = self._done.steps, self._done.collapsed, self._done.unmerged
         graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
-        self._blocks = [name for name, part in fitted.named_modules() if isinstance(part, BlockStandIn)]
+        self._blocks = [name for name, part in fitted.named_modules() if isinstance(part, (BlockStandIn, Bypass))]
         absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
         # else its own forward is as good, and may be faster than what was recorded
         self._is_changed = bool(steps.changed or absorbed or self._blocks)
@@ -484,10 +484,10 @@ def _record(choice: PricedFit, objective: Objective) -> Fitted:
 
 def _leave_for_good(model: nn.Module) -> dict[str, str]:
     """Drop the blocks that stand-ins keep, and their marks, in place; return name -> what is left, for each."""
-    left = {name: part for name, part in model.named_modules() if isinstance(part, BlockStandIn)}
-    for name, stand_in in left.items():
-        model.set_submodule(name, stand_in.for_good())
-    return {name: stand_in.leaves for name, stand_in in left.items()}
+    for name, part in [*model.named_modules()]:
+        if isinstance(part, BlockStandIn):
+            model.set_submodule(name, part.for_good())
+    return {name: part.leaves for name, part in model.named_modules() if isinstance(part, Bypass)}
 
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices
+from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.pruning.judge import Judge
 from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.pruning.search import FittedCandidate, Search
@@ -18,6 +19,7 @@ from lightning_easier.pruning.stages import PREPARING, SEARCHING, STAGES, TIMING
 from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
+from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.support.arguments import as_globs, check_choice, check_non_negative, check_positive
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from lightning_easier.support.inference import (
@@ -70,14 +72,16 @@ def compress(
     slack: float = SLACK,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> CompressResult:
-    """Replace chains around activations by fitted operators, the one that changes least per second saved first.
+    """Replace chains around activations, and whole blocks, the one that changes least per second saved first.
 
-    Around every activation between two operators, and every two in a row, every kind of operator is fitted (see
-    :func:`~lightning_easier.collapse` with ``mode="fit"``) and tried alone: the *drift* is the share of the variance of
-    the model's outputs on the calibration batches that changes. In the order of drift per saving, each is fitted again
-    to what the model has become, put in place, and the model is evaluated; where the score has fallen by more than the
-    tolerance, it is taken back. A chain may go in two steps: a convolution takes its place first, and an affine for
-    each channel, which merges with the skip beside it, when that is next. The result is collapsed exactly.
+    Around every activation between two operators, and every two in a row, and in the place of every residual block and
+    every branch that an addition adds, every kind of operator is fitted (see :func:`~lightning_easier.collapse` with
+    ``mode="fit"``) and tried alone; a block may leave nothing, too, the identity or zeros. The *drift* is the share of
+    the variance of the model's outputs on the calibration batches that changes. In the order of drift per saving, each
+    is fitted again to what the model has become, put in place, and the model is evaluated; where the score has fallen
+    by more than the tolerance, it is taken back. A chain may go in two steps: a convolution takes its place first, and
+    an affine for each channel, which merges with the skip beside it, when that is next; the block that it is in may go
+    last. The result is collapsed exactly.
 
     Args:
         model: Any module; it is not changed.
@@ -100,7 +104,8 @@ def compress(
             not cut short: reading ``batches``, each call of ``evaluate`` (one at least), the first run over the data,
             a chain or a trial that has begun, the collapse and its verification.
         objective: What is to be saved: ``"latency"``, ``"macs"`` or ``"depth"``.
-        include: Name globs of the activations that may go; all by default.
+        include: Name globs of the activations that may go; all by default. A block may go if all activations in it may;
+            one that has none goes by its own name.
         exclude: Name globs of those that may not.
         max_rejections: How many in a row may be taken back before it stops.
         slack: Where neither a score nor a target tells where to stop: how much less of the variance of a chain than the
@@ -145,7 +150,10 @@ def compress(
     model = unwrap(model)
     check_weights(model)
     source = without_masks(model).eval()
-    sites = match_names(list(isolate_activations(source)), as_globs("include", include), as_globs("exclude", exclude))
+    activations = list(isolate_activations(source))
+    sites, blocks = _wanted(
+        activations, find_blocks(source), as_globs("include", include), as_globs("exclude", exclude)
+    )
     given = None if example_inputs is None else as_arguments(example_inputs)
     count = arguments_wanted(source) if given is None else len(given)
     device = device_of(source)
@@ -175,7 +183,9 @@ def compress(
         look = watch.look_if_due(search.model, search.saved)
         candidates: list[FittedCandidate] = []
         if look is None or not look.attained.is_reached:  # else by an exact collapse alone
-            candidates = search.candidates(sites, clock, progress)
+            fittable, reasons = fittable_blocks(search.model, blocks, activations, arguments)
+            candidates = search.candidates(sites, fittable, clock, progress)
+            search.reasons |= reasons
         clock.begin(TRYING)
         progress.begin(TRYING, len(candidates), _TIMINGS)
         rejections, ended, is_over = 0, "", False
@@ -227,6 +237,21 @@ def compress(
         drift, look.result.report, ended, notes,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
+
+
+def _wanted(
+    activations: Sequence[str], blocks: Sequence[Block], include: list[str] | None, exclude: list[str] | None
+) -> tuple[list[str], list[Block]]:
+    """Return the activations that may go, and the blocks: with all activations in them, or by name if they have none.
+
+    Raises:
+        ValueError: If a glob matches nothing.
+    """
+    inside = {block.name: [each for each in activations if each.startswith(f"{block.name}.")] for block in blocks}
+    alone = [name for name, sites in inside.items() if not sites]
+    wanted = set(match_names([*activations, *alone], include, exclude))
+    sites = [name for name in activations if name in wanted]
+    return sites, [block for block in blocks if wanted.issuperset(inside[block.name] or [block.name])]
 
 
 def _why_ended(ended: str, look: Look) -> str:

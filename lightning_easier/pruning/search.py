@@ -1,4 +1,4 @@
-"""The search of a compression: which operators might take the places of chains, and one trial after the other."""
+"""The search of a compression: which operators might go where, in chains and blocks, and one trial after the other."""
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -14,7 +14,9 @@ from lightning_easier.collapsing.fit.fittable import (
     CannotFitError,
     FittableChain,
     FittableChains,
+    Place,
 )
+from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
 from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.stages import SEARCHING, Clock
@@ -35,7 +37,7 @@ _UNITS_OF_PRICES = 10
 
 
 class FittedCandidate(NamedTuple):
-    """An operator that might take the place of a chain.
+    """An operator that might take the place of a chain, or of a block.
 
     Attributes:
         choice: The operator, as it was fitted to the model that was given.
@@ -48,28 +50,28 @@ class FittedCandidate(NamedTuple):
     @property
     def rank(self) -> float:
         """Drift per saving."""
-        return self.drift / self.choice.saving
+        return self.drift / self.choice.worth
 
     def follows(self, other: "FittedCandidate") -> bool:
         """Tell whether it saves more of what another has begun with."""
-        return {*other.choice.chain.sites} <= {*self.choice.chain.sites} and self.choice.saving > other.choice.saving
+        return self.choice.chain.holds(other.choice.chain) and self.choice.worth > other.choice.worth
 
     def rank_after(self, other: "FittedCandidate") -> float:
         """Drift per saving, of what it adds to another."""
-        return (self.drift - other.drift) / (self.choice.saving - other.choice.saving)
+        return (self.drift - other.drift) / (self.choice.worth - other.choice.worth)
 
 
 def hull(candidates: Sequence[FittedCandidate]) -> list[FittedCandidate]:
     """Return those for one chain that are worth their drift, each beside the one that saves less: the convex hull."""
     hull: list[FittedCandidate] = []
-    for candidate in sorted(candidates, key=lambda each: (each.choice.saving, -each.drift)):
+    for candidate in sorted(candidates, key=lambda each: (each.choice.worth, -each.drift)):
         while hull and (
-            candidate.choice.saving <= hull[-1].choice.saving
+            candidate.choice.worth <= hull[-1].choice.worth
             or candidate.rank_after(hull[-1]) <= (hull[-1].rank_after(hull[-2]) if hull[1:] else hull[-1].rank)
         ):
             hull.pop()
-        begun_with = hull[-1].choice.saving if hull else 0.0
-        if candidate.choice.saving - begun_with >= _WORTH_A_TRIAL * candidate.choice.price_before:
+        begun_with = hull[-1].choice.worth if hull else 0.0
+        if candidate.choice.worth - begun_with >= _WORTH_A_TRIAL * candidate.choice.price_before:
             hull.append(candidate)
     return hull
 
@@ -79,28 +81,32 @@ class Taken(NamedTuple):
 
     Attributes:
         trial: The trial.
+        place: What the operator has taken the place of.
         saving: Of the price.
+        worth: What it was ranked by, as in :class:`PricedFit`.
         old: What was there before, by name.
         new: What has taken its place, by name.
     """
 
     trial: Trial
+    place: Place
     saving: float
+    worth: float
     old: dict[str, nn.Module]
     new: dict[str, nn.Module]
 
 
-class FittedChain(NamedTuple):
-    """What was fitted to a chain, and what that depends on.
+class FittedPlace(NamedTuple):
+    """What was fitted to a chain or a block, and what that depends on.
 
     Attributes:
-        chain: The chain.
+        chain: The chain, or the block.
         choices: The operators that save something.
         ran: Which of the modules that may be replaced ran before the chain had ended.
         beside: What had taken the place of those by then, by name.
     """
 
-    chain: FittableChain
+    chain: Place
     choices: list[PricedFit]
     ran: frozenset[str]
     beside: dict[str, nn.Module]
@@ -144,9 +150,9 @@ class Search:
         self._dense_outputs = self._outputs()
         self._known = KnownForwards()
         self._replaceable: list[str] = []
-        self._fitted: dict[tuple[str, ...], FittedChain] = {}
+        self._fitted: dict[tuple[str, ...], FittedPlace] = {}
         self._steps: list[Taken] = []  # those that are in place, in the order they were taken
-        self._taken_back: list[Trial] = []
+        self._taken_back: list[Taken] = []
         self._undone: list[
             tuple[int, Taken]
         ] = []  # those that the last one has taken the place of, and where they were
@@ -161,11 +167,13 @@ class Search:
         """Share of the variance of the outputs that all that is in place has changed."""
         return drift_of(self._outputs(), self._dense_outputs)
 
-    def candidates(self, sites: Sequence[str], clock: Clock, progress: Stages) -> list[FittedCandidate]:
-        """Fit operators for every chain alone, and return those that may take its place, the best first."""
+    def candidates(
+        self, sites: Sequence[str], blocks: Sequence[FittableBlock], clock: Clock, progress: Stages
+    ) -> list[FittedCandidate]:
+        """Fit operators for every chain and block alone, and return those that may take its place, the best first."""
         chains = FittableChains(self.model, sites, self._known)
         found: list[FittedCandidate] = []
-        whole = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
+        whole: list[Place] = [*chains.in_windows(ACTIVATIONS_IN_A_CHAIN), *blocks]
         self._replaceable = sorted({name for chain in whole for name in chain.replaced})
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
@@ -177,14 +185,15 @@ class Search:
             progress.finish()
             looked_at += 1
         self.was_cut = looked_at < len(whole)
-        self.looked_at = f"{looked_at} of {len(whole)} chains around activations were looked at"
-        for site in (site for chain in whole[looked_at:] for site in chain.sites):
+        what = "chains around activations and blocks" if blocks else "chains around activations"
+        self.looked_at = f"{looked_at} of {len(whole)} {what} were looked at"
+        for site in (site for chain in whole[looked_at:] for site in chain.told):
             chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
-        tried = {site for each in found for site in each.choice.chain.sites}
+        tried = {name for each in found for name in (*each.choice.chain.sites, *each.choice.chain.told)}
         self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
         of_chain: dict[tuple[str, ...], list[FittedCandidate]] = {}
         for each in found:
-            of_chain.setdefault(each.choice.chain.sites, []).append(each)
+            of_chain.setdefault(each.choice.chain.key, []).append(each)
         best = [each for candidates in of_chain.values() for each in hull(candidates)]
 
         def rank(candidate: FittedCandidate) -> float:
@@ -193,21 +202,21 @@ class Search:
         return sorted(best, key=rank)
 
     def _candidates_for(
-        self, chain: FittableChain, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+        self, chain: Place, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
     ) -> list[FittedCandidate]:
         """Return what may take the place of one chain; add why nothing may, by site."""
         try:
             choices = self._worthwhile(self._fit_to(chain, gathered, advance))
         except CannotFitError as error:
-            if len(chain.sites) == 1:
-                reasons[chain.sites[0]] = str(error)
+            if len(chain.told) == 1:
+                reasons[chain.told[0]] = str(error)
             return []
         found = []
         for choice in choices:
             try:
                 outputs = try_out(self.model, choice, self._outputs)
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
-                reasons.update(dict.fromkeys(chain.sites, str(error)))
+                reasons.update(dict.fromkeys(chain.told, str(error)))
                 continue
             found.append(FittedCandidate(choice, drift_of(outputs, self._dense_outputs)))
         return found
@@ -225,23 +234,22 @@ class Search:
             choice
             for choice in good
             if choice.saving > 0
-            and not any(o.saving >= choice.saving and o.fit.explained > choice.fit.explained for o in good)
+            and not any(o.worth >= choice.worth and o.fit.explained > choice.fit.explained for o in good)
         ]
 
     def take(self, candidate: FittedCandidate) -> Trial | None:
-        """Put an operator in the place of a chain, fitted to what the model has become; None if none pays any more."""
-        chain, wanted = candidate.choice.chain, candidate.choice.fit
-        begun = [step for step in self._steps if {*step.trial.sites} & {*chain.sites}]
-        if self._was_rejected(candidate) or not all(self._may_follow(candidate, step) for step in begun):
+        """Put an operator in its place, fitted to what the model has become; None if none pays any more."""
+        place, wanted = candidate.choice.chain, candidate.choice.fit
+        begun = [step for step in self._steps if place.meets(step.place)]
+        if self._was_rejected(candidate) or not self._may_follow(candidate, begun):
             return None
         self._undone = [(self._steps.index(step), step) for step in begun]
         for step in reversed(begun):
             put(self.model, step.old)
             self._steps.remove(step)
         try:
-            # a neighbour may have gone, and one of its ends with it
-            chain = FittableChains(self.model, chain.sites, self._known).around(chain.sites)
-            choices = [choice for choice in self._fit(chain) if choice.fit.kind == wanted.kind]
+            place = self._found_again(place)
+            choices = [choice for choice in self._fit(place) if choice.fit.kind == wanted.kind]
             if not choices:
                 raise CannotFitError("does not pay any more beside its neighbours")
             choice = next((each for each in choices if str(each.fit.operator) == str(wanted.operator)), choices[0])
@@ -249,36 +257,56 @@ class Search:
         except CannotFitError as error:
             self._redo()
             if not begun:
-                self.reasons.update(dict.fromkeys(chain.sites, str(error)))
+                self.reasons.update(dict.fromkeys(place.told, str(error)))
             return None
-        trial = Trial(chain.sites, chain.operators, wanted.kind, choice.fit.explained, candidate.drift,
+        trial = Trial(place.sites, place.operators, wanted.kind, choice.fit.explained, candidate.drift,
                       choice.price_before, choice.price_after, self._prices.objective)  # fmt: skip
         for step in begun:
             step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
         new = {name: self.model.get_submodule(name) for name in old}
-        self._steps.append(Taken(trial, choice.saving, old, new))
+        self._steps.append(Taken(trial, place, choice.saving, choice.worth, old, new))
         self.trials.append(trial)
-        for site in chain.sites:
-            self.reasons.pop(site, None)
+        for name in (*place.sites, *place.told):
+            self.reasons.pop(name, None)
         return trial
+
+    def _found_again(self, place: Place) -> Place:
+        """Return a place as it is now: a neighbour of a chain may have gone, and one of its ends with it.
+
+        Raises:
+            CannotFitError: If it is none any more.
+        """
+        if isinstance(place, FittableChain):
+            return FittableChains(self.model, place.sites, self._known).around(place.sites)
+        return place
 
     def _was_rejected(self, candidate: FittedCandidate) -> bool:
         """Tell whether something that changes less of the same was taken back."""
-        sites = {*candidate.choice.chain.sites}
-        return any({*each.sites} <= sites and each.drift <= candidate.drift for each in self._taken_back)
+        place = candidate.choice.chain
+        return any(place.holds(each.place) and each.trial.drift <= candidate.drift for each in self._taken_back)
 
-    def _may_follow(self, candidate: FittedCandidate, step: Taken) -> bool:
-        """Tell whether a candidate saves more than what is in place of a part of its chain and can be undone."""
-        is_whole = all(self.model.get_submodule(name) is module for name, module in step.new.items())
-        is_part = {*step.trial.sites} <= {*candidate.choice.chain.sites}
-        return is_whole and is_part and candidate.choice.saving > step.saving
+    def _may_follow(self, candidate: FittedCandidate, begun: Sequence[Taken]) -> bool:
+        """Tell whether a candidate saves more than what is in place of parts of it, and whether that can be undone."""
+        place, worth = candidate.choice.chain, candidate.choice.worth
+        if isinstance(place, FittableChain):
+            if not all(self._is_there([step]) and worth > step.worth for step in begun):
+                return False
+        elif not self._is_there(begun) or not worth > sum(step.worth for step in begun):
+            return False
+        return all(place.holds(step.place) for step in begun)
+
+    def _is_there(self, steps: Sequence[Taken]) -> bool:
+        """Tell whether what steps have put in place, one after the other, is there still."""
+        new = {name: module for step in steps for name, module in step.new.items()}
+        there = dict(self.model.named_modules(remove_duplicate=False))
+        return all(there.get(name) is module for name, module in new.items())
 
     def take_back(self, reason: str) -> None:
         """Undo the last trial."""
         step = self._steps.pop()
         put(self.model, step.old)
         step.trial.kept, step.trial.reason = False, reason
-        self._taken_back.append(step.trial)
+        self._taken_back.append(step)
         self._redo()
 
     def _redo(self) -> None:
@@ -288,30 +316,32 @@ class Search:
             step.trial.kept, step.trial.reason = True, None
         self._undone = []
 
-    def _fit(self, chain: FittableChain) -> list[PricedFit]:
+    def _fit(self, chain: Place) -> list[PricedFit]:
         """Return the operators for a chain that save something, those of the last time where nothing before it changed.
 
         Raises:
             CannotFitError: If there are none.
         """
-        known = self._fitted.get(chain.sites)
+        known = self._fitted.get(chain.key)
         if known is None or known.chain != chain or known.beside != self._in_place(known.ran):
             ((_, gathered),) = self._gather([chain])
             self._fit_to(chain, gathered)
-        return self._fitted[chain.sites].choices
+        return self._fitted[chain.key].choices
 
     def _gather(
-        self, chains: Sequence[FittableChain], advance: Callable[[], object] = lambda: None
-    ) -> Iterator[tuple[FittableChain, Gathered | None]]:
-        return gather(self.model, chains, self._batches, self._arguments, self._replaceable, advance)
+        self, chains: Sequence[Place], advance: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Place, Gathered | None]]:
+        there = dict(self.model.named_modules(remove_duplicate=False))  # what was in a block goes with it
+        watched = [name for name in self._replaceable if name in there]
+        return gather(self.model, chains, self._batches, self._arguments, watched, advance)
 
     def _fit_to(
-        self, chain: FittableChain, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
+        self, chain: Place, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
     ) -> list[PricedFit]:
         choices = fit_to(self.model, chain, gathered, self._prices, advance)
         ran = frozenset() if gathered is None else gathered.ran
         saving = [choice for choice in choices if choice.saving > 0]
-        self._fitted[chain.sites] = FittedChain(chain, saving, ran, self._in_place(ran))
+        self._fitted[chain.key] = FittedPlace(chain, saving, ran, self._in_place(ran))
         return choices
 
     def _in_place(self, names: Container[str]) -> dict[str, nn.Module]:

@@ -11,15 +11,15 @@ from lightning_easier.support.timing import Speedup, speed_up
 
 @dataclass
 class Trial:
-    """A chain that a fitted operator was tried in the place of.
+    """A chain, or a whole block, that an operator was tried in the place of.
 
     Attributes:
         sites: The activations in it.
-        operators: Its operators.
-        kind: Of the fitted operator, as in :class:`Fitted`.
-        explained: Share of the variance of the chain's output that it explains on data held out.
-        drift: Share of the variance of the model's outputs that changes if this chain alone goes.
-        price_before: Of the chain, in the unit of the objective.
+        operators: Its operators; the name of a block.
+        kind: Of the fitted operator, as in :class:`Fitted`; ``"identity"`` or ``"zeros"`` where a block leaves nothing.
+        explained: Share of the variance of its output that the operator explains on data held out.
+        drift: Share of the variance of the model's outputs that changes if it alone goes.
+        price_before: Of the chain or the block, in the unit of the objective.
         price_after: Of the operator.
         objective: What the prices are of.
         score: Of the model with it; None if it was not evaluated.
@@ -50,7 +50,7 @@ class CompressReport(Report):
 
     Attributes:
         trials: What was tried, in order.
-        reasons: Activation -> why nothing was tried for it.
+        reasons: Activation, or block -> why nothing was tried for it.
         score: Of the model as it was given; None if it was not evaluated.
         before: Cost of the model as it was given, in eval mode.
         dense: The same with its batch norms folded, and its activations back if some were linear.
@@ -87,12 +87,12 @@ class CompressReport(Report):
         yield costs_table(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
         if self.trials:
             yield Table(
-                "Tried", ("chain", "by", "variance explained", "drift", "price", "score", "verdict"),
+                "Tried", ("chain or block", "by", "variance explained", "drift", "price", "score", "verdict"),
                 [(" + ".join(t.operators), t.kind, f"{t.explained:.1%}", f"{t.drift:.2%}",
                   prices_in_words(t.price_before, t.price_after, t.objective), number(t.score),
                   "kept" if t.kept else str(t.reason)) for t in self.trials],
             )  # fmt: skip
         if self.reasons:
-            yield Table("Not tried", ("activation", "reason"), list(self.reasons.items()))
+            yield Table("Not tried", ("activation or block", "reason"), list(self.reasons.items()))
         drift = f"{self.drift:.2%} of the variance of the outputs has changed on the calibration data"
         yield from notes_table([drift, *self.notes, _MODES])

@@ -204,6 +204,11 @@ class Bypass(nn.Module):
         self.leaves = leaves
         self.returns = returns
 
+    @property
+    def computes_identity(self) -> bool:
+        """Whether it is the identity, for who looks at what lies between operators."""
+        return self.leaves == "identity" and not self.returns
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the first value, or zeros like it; what else a block is called with does not matter."""
         return _left(self.leaves, self.returns, args, kwargs)

@@ -1,6 +1,6 @@
 """What chains and the operators fitted to them cost, and which operator is worth its place."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.exact.prices import Objective
-from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain
+from lightning_easier.collapsing.fit.fittable import CannotFitError, Place
 from lightning_easier.support.costs import count_macs, price_in_words
 from lightning_easier.support.inference import random_like
 from lightning_easier.support.timing import LatencyTable
 
 SLACK = 0.02
 """An operator that explains so much less of the variance than the best one does not stand for the chain."""
+# A share of the price of a block: what goes with it.
+_WORTH_OF_NOTHING = 0.125
 
 
 class ChainPrices:
@@ -66,17 +68,17 @@ def _depth(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class PricedFit:
-    """An operator that may take the place of a chain.
+    """An operator that may take the place of a chain, or of a block.
 
     Attributes:
-        chain: The chain.
+        chain: The chain, or the block.
         fit: The operator, and how well it represents the chain.
         shortfall: How much less of the variance it explains than the operator that explains most.
         price_before: Of the chain, in the unit of the objective.
         price_after: Of the operator.
     """
 
-    chain: FittableChain
+    chain: Place
     fit: Fit
     shortfall: float
     price_before: float
@@ -86,6 +88,15 @@ class PricedFit:
     def saving(self) -> float:
         """What it saves, in the unit of the objective."""
         return self.price_before - self.price_after
+
+    @property
+    def worth(self) -> float:
+        """What it saves, and something besides where nothing is left in its place, which no price tells of.
+
+        An addition goes with a block then, and perhaps a norm; and what costs no more is not as good.
+        """
+        leaves_nothing = self.chain.timed_in_its_place(self.fit) is None
+        return self.saving + _WORTH_OF_NOTHING * self.price_before if leaves_nothing else self.saving
 
     def represents_chain(self, slack: float = SLACK) -> bool:
         """Tell whether it represents the chain nearly as well as the best does.
@@ -97,17 +108,15 @@ class PricedFit:
 
 
 def priced(
-    model: nn.Module, chain: FittableChain, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
+    model: nn.Module, place: Place, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
 ) -> list[PricedFit]:
-    """Tell what each operator would cost in the place of a chain whose input has a shape."""
+    """Tell what each operator would cost in a place whose input has a shape."""
     most = max(fit.explained for fit in candidates)
-    # in a collapse the batch norms between are folded
-    parts = [model.get_submodule(name) for name in _in_a_row(chain)]
-    weight: Tensor = parts[0].weight  # type: ignore[assignment]
-    wanted = {"": nn.Sequential(*parts), **{str(number): fit.operator for number, fit in enumerate(candidates)}}
-    costs = prices.of(wanted, shape, weight)
+    timed = {str(number): place.timed_in_its_place(fit) for number, fit in enumerate(candidates)}
+    wanted = {"": place.timed(model), **{name: module for name, module in timed.items() if module is not None}}
+    costs = prices.of(wanted, shape, place.like(model))
     return [
-        PricedFit(chain, fit, most - fit.explained, costs[""], costs[str(number)])
+        PricedFit(place, fit, most - fit.explained, costs[""], costs.get(str(number), 0.0))
         for number, fit in enumerate(candidates)
     ]
 
@@ -128,10 +137,3 @@ def choose(choices: Sequence[PricedFit], prices: ChainPrices, slack: float) -> P
         compared = prices.compared(best.price_after, best.price_before)
         raise CannotFitError(f"does not pay: the cheapest takes {compared}")
     return best
-
-
-def _in_a_row(chain: FittableChain) -> Iterator[str]:
-    for operator, site in zip(chain.operators, chain.sites, strict=False):
-        yield operator
-        yield site
-    yield chain.operators[-1]

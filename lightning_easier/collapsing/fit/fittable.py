@@ -4,15 +4,16 @@ A chain is an operator, an activation and an operator, or several of these in a 
 between.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
-from lightning_easier.collapsing.algebra.least_squares import Geometry
+from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments
 from lightning_easier.sites.adjacency import Adjacency
 from lightning_easier.sites.dataflow import FlowNode, Kind
 from lightning_easier.sites.discovery import Discovery, KnownForwards
@@ -24,9 +25,90 @@ ACTIVATIONS_IN_A_CHAIN = 2
 """How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
 
 
+class Place(ABC):
+    """What one operator may take the place of: a chain around activations, or a whole block.
+
+    Attributes:
+        sites: Names of the activations in it, in execution order.
+        operators: The names that a report calls it by.
+        geometry: Which values of its input a fitted operator reads.
+    """
+
+    sites: tuple[str, ...]
+    operators: tuple[str, ...]
+    geometry: Geometry
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[str, ...]:
+        """What tells it from all other places of the model."""
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """What to call it in a sentence."""
+
+    @property
+    @abstractmethod
+    def told(self) -> tuple[str, ...]:
+        """The names that a report gives reasons for where nothing takes its place."""
+
+    @property
+    @abstractmethod
+    def replaced(self) -> tuple[str, ...]:
+        """Names of all that something else takes the place of when an operator is put there."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[str, str]:
+        """Names of the module that reads its input, and of the one that returns its output."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> frozenset[str]:
+        """Names of all modules in it."""
+
+    def meets(self, other: "Place") -> bool:
+        """Tell whether another place has a part of this one."""
+        return not self.parts.isdisjoint(other.parts)
+
+    def holds(self, other: "Place") -> bool:
+        """Tell whether it holds all of another place: what is put here takes the place of what was put there."""
+        return other.parts <= self.parts
+
+    def given(self, value: Tensor) -> Tensor:
+        """Return what is kept of its input until its output is there."""
+        return value.detach()
+
+    def made(self, output: Any) -> Tensor:
+        """Return its output, of what its last module returns."""
+        value: Tensor = output
+        return value.detach()
+
+    @abstractmethod
+    def outputs(self, model: nn.Module) -> int:
+        """Return how many channels its output has."""
+
+    @abstractmethod
+    def like(self, model: nn.Module) -> Tensor:
+        """Return a tensor of the dtype that an operator is to have, on its device."""
+
+    def without_fit(self, moments: Moments) -> Iterator[Fit]:
+        """Yield what may take its place without a fit, and how well that represents it."""
+        yield from ()
+
+    @abstractmethod
+    def timed(self, model: nn.Module) -> nn.Module:
+        """Return a module of one input that costs what the place does."""
+
+    def timed_in_its_place(self, fit: Fit) -> nn.Module | None:
+        """Return a module of one input that costs what an operator does; None where nothing is left to compute."""
+        return fit.operator
+
+
 @dataclass(frozen=True)
-class FittableChain:
-    """What one fitted operator would replace.
+class FittableChain(Place):
+    """A chain that one fitted operator would replace.
 
     Attributes:
         sites: Names of the activations, in execution order.
@@ -51,6 +133,58 @@ class FittableChain:
     def replaced(self) -> tuple[str, ...]:
         """Names of all that something else takes the place of when an operator is put in the place of the chain."""
         return (self.operators[0], *self.after, *([] if self.norm is None else [self.norm]))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The activations."""
+        return self.sites
+
+    @property
+    def described(self) -> str:
+        """What to call it in a sentence."""
+        return f"the chain around {self.sites[0]!r}"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The activations."""
+        return self.sites
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the first and the last operator."""
+        return self.operators[0], self.operators[-1]
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of all modules in it."""
+        return frozenset(self.replaced)
+
+    def meets(self, other: Place) -> bool:
+        """Tell whether another place has a part of this one; chains may have operators in common."""
+        if isinstance(other, FittableChain):
+            return not {*self.sites}.isdisjoint(other.sites)
+        return super().meets(other)
+
+    def holds(self, other: Place) -> bool:
+        """Tell whether it holds all of another place."""
+        if isinstance(other, FittableChain):
+            return {*other.sites} <= {*self.sites}
+        return super().holds(other)
+
+    def outputs(self, model: nn.Module) -> int:
+        """Return how many channels its output has."""
+        weight: Tensor = model.get_submodule(self.operators[-1]).weight  # type: ignore[assignment]
+        return len(weight)
+
+    def like(self, model: nn.Module) -> Tensor:
+        """Return the weight of its first operator."""
+        weight: Tensor = model.get_submodule(self.operators[0]).weight  # type: ignore[assignment]
+        return weight
+
+    def timed(self, model: nn.Module) -> nn.Module:
+        """Return its operators and activations in a row: in a collapse the batch norms between are folded."""
+        row = [name for pair in zip(self.operators, self.sites, strict=False) for name in pair]
+        return nn.Sequential(*(model.get_submodule(name) for name in (*row, self.operators[-1])))
 
 
 class CannotFitError(Exception):

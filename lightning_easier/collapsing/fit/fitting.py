@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose, priced
-from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains, Place
 from lightning_easier.collapsing.fit.placing import replace
 from lightning_easier.support.calibration import tell_left_out
 from lightning_easier.support.inference import copies, evaluation_mode
@@ -34,7 +34,7 @@ class _EndOfChainError(BaseException):
     """Ends a forward of which all that is wanted has been seen; no forward catches it."""
 
 
-def positions_wanted(chain: FittableChain) -> int:
+def positions_wanted(chain: Place) -> int:
     """Return how many positions of the calibration data are enough for a fit."""
     unknowns = chain.geometry.unknowns
     return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
@@ -60,12 +60,12 @@ class Gathered(NamedTuple):
 
 def gather(
     model: nn.Module,
-    chains: Iterable[FittableChain],
+    chains: Iterable[Place],
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     watched: Iterable[str] = (),
     advance: Callable[[], object] = _nothing,
-) -> Iterator[tuple[FittableChain, Gathered | None]]:
+) -> Iterator[tuple[Place, Gathered | None]]:
     """Sum up what goes into each of some chains and what comes out, in one run over the data for as many as fit.
 
     Args:
@@ -81,15 +81,15 @@ def gather(
     """
     watched = tuple(watched)
     for group in _groups(model, chains):
-        moments: dict[FittableChain, Moments] = {}
-        shapes: dict[FittableChain, torch.Size] = {}
+        moments: dict[Place, Moments] = {}
+        shapes: dict[Place, torch.Size] = {}
 
         def add(
-            chain: FittableChain,
+            chain: Place,
             value: Tensor,
             output: Tensor,
-            moments: dict[FittableChain, Moments] = moments,
-            shapes: dict[FittableChain, torch.Size] = shapes,
+            moments: dict[Place, Moments] = moments,
+            shapes: dict[Place, torch.Size] = shapes,
         ) -> None:
             if chain not in moments:
                 axis = 1 if chain.geometry.kernel else -1
@@ -107,14 +107,13 @@ def gather(
             yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_reached and sums is not None else None
 
 
-def _groups(model: nn.Module, chains: Iterable[FittableChain]) -> Iterator[list[FittableChain]]:
+def _groups(model: nn.Module, chains: Iterable[Place]) -> Iterator[list[Place]]:
     """Put chains together whose sums fit into memory beside each other; each is in a group, however large it is."""
-    group: list[FittableChain] = []
+    group: list[Place] = []
     taken = 0
     for chain in chains:
         columns = chain.geometry.unknowns
-        outputs: Tensor = model.get_submodule(chain.operators[-1]).weight  # type: ignore[assignment]
-        needed = 2 * 8 * columns * (columns + len(outputs))  # what is fitted and what is held out, in float64
+        needed = 2 * 8 * columns * (columns + chain.outputs(model))  # what is fitted and what is held out, in float64
         if group and taken + needed > _MOST_BYTES:
             yield group
             group, taken = [], 0
@@ -125,12 +124,12 @@ def _groups(model: nn.Module, chains: Iterable[FittableChain]) -> Iterator[list[
 
 
 def _shapes_of_inputs(
-    model: nn.Module, chains: Sequence[FittableChain], arguments: Sequence[Tensor]
-) -> dict[FittableChain, torch.Size]:
+    model: nn.Module, chains: Sequence[Place], arguments: Sequence[Tensor]
+) -> dict[Place, torch.Size]:
     """Return the shapes of what goes into chains."""
-    shapes: dict[FittableChain, torch.Size] = {}
+    shapes: dict[Place, torch.Size] = {}
 
-    def note(chain: FittableChain, value: Tensor, _: Tensor) -> None:
+    def note(chain: Place, value: Tensor, _: Tensor) -> None:
         shapes[chain] = value.shape
 
     _run_up_to(model, chains, [tuple(arguments)], note)
@@ -139,24 +138,24 @@ def _shapes_of_inputs(
 
 def _run_up_to(
     model: nn.Module,
-    chains: Sequence[FittableChain],
+    chains: Sequence[Place],
     batches: Iterable[tuple[Tensor, ...]],
-    see: Callable[[FittableChain, Tensor, Tensor], None],
+    see: Callable[[Place, Tensor, Tensor], None],
     watched: Iterable[str] = (),
-) -> dict[FittableChain, frozenset[str]]:
+) -> dict[Place, frozenset[str]]:
     """Run a model up to the end of the last of some chains, and show what goes into each and what comes out.
 
     Returns:
         For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
     running: set[str] = set()  # and what ran, in this batch
-    ran: dict[FittableChain, set[str]] = {chain: set() for chain in chains}
-    missing: set[FittableChain] = set()
+    ran: dict[Place, set[str]] = {chain: set() for chain in chains}
+    missing: set[Place] = set()
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, arguments: running.add(name)
 
-    def end(chain: FittableChain, value: Tensor, output: Tensor) -> None:
+    def end(chain: Place, value: Tensor, output: Tensor) -> None:
         if chain not in missing:  # it was called before
             return
         missing.remove(chain)
@@ -192,7 +191,7 @@ def _run_up_to(
 
 def fit_to(
     model: nn.Module,
-    chain: FittableChain,
+    chain: Place,
     gathered: Gathered | None,
     prices: ChainPrices,
     advance: Callable[[], object] = _nothing,
@@ -212,13 +211,11 @@ def fit_to(
     if gathered is None:
         raise CannotFitError("the model's forward does not call it")
     moments = gathered.moments
-    tell_left_out(
-        int(moments.left_out), moments.samples, f"the calibration data of the chain around {chain.sites[0]!r}"
-    )
+    tell_left_out(int(moments.left_out), moments.samples, f"the calibration data of {chain.described}")
     reason = moments.why_no_fit()
     if reason is not None:
         raise CannotFitError(reason)
-    fitted = []
+    fitted = [*chain.without_fit(moments)]
     for fit in fits(moments):
         fitted.append(fit)
         advance()

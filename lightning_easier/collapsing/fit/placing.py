@@ -8,6 +8,7 @@ move into the modules that are there (:func:`as_chain_fit`).
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import singledispatch
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
-from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain
+from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, Place
+from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import replace_activation
 from lightning_easier.structure.names import seen_from
@@ -28,7 +30,7 @@ _T = TypeVar("_T")
 
 
 def replace(model: nn.Module, choice: PricedFit, arguments: Sequence[Tensor]) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place.
+    """Put an operator in the place of a chain, or of a block, in place.
 
     Args:
         model: The model, in eval mode.
@@ -74,19 +76,34 @@ def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
 
 
 def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
-    """Put an operator in the place of a chain, in place; return what was there before, by name.
-
-    Here the operator is a new module, of whatever kind. What it absorbs leaves no attributes: a forward that reads more
-    of an operator than what it computes is refused.
-    """
-    chain = choice.chain
-    like: Tensor = model.get_submodule(chain.operators[0]).weight  # type: ignore[assignment]
-    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(choice.fit.operator).to(like).eval()}
-    new |= {name: Absorbed().eval() for name in chain.after}
-    new |= _adjusted_norm(model, chain, choice.fit)
+    """Put an operator in its place, in place; return what was there before, by name."""
+    new = _modules_in(choice.chain, model, choice.fit)
     old = {name: model.get_submodule(name) for name in new}
     put(model, new)
     return old
+
+
+@singledispatch
+def _modules_in(place: Place, model: nn.Module, fit: Fit) -> dict[str, nn.Module]:
+    """Return name -> module for all that changes when an operator is put in a place."""
+    raise NotImplementedError(type(place).__name__)
+
+
+@_modules_in.register
+def _(chain: FittableChain, model: nn.Module, fit: Fit) -> dict[str, nn.Module]:
+    """Put a new module, of whatever kind, in the place of the first of a chain.
+
+    What it absorbs leaves no attributes: a forward that reads more of an operator than what it computes is refused.
+    """
+    new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(fit.operator).to(chain.like(model)).eval()}
+    new |= {name: Absorbed().eval() for name in chain.after}
+    return new | _adjusted_norm(model, chain, fit)
+
+
+@_modules_in.register
+def _(block: FittableBlock, model: nn.Module, fit: Fit) -> dict[str, nn.Module]:
+    """Put a module in the place of a block that takes what that takes."""
+    return {block.name: block.stand_in(fit, block.like(model)).eval()}
 
 
 def _does_not_run(error: Exception) -> CannotFitError:
