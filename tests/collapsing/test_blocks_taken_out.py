@@ -158,6 +158,19 @@ def test_zeros_that_an_operator_reads_leave_its_bias_alone():
     assert not {"dense", "inner", "norm"} & owners(result.model)
 
 
+def test_a_scale_that_the_caller_of_a_branch_holds_goes_with_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma, self.branch, self.last = nn.Parameter(torch.ones(6)), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(torch.tanh(x + self.branch(x) * self.gamma.view(1, -1)))
+
+    result = without(Net(), ["branch"], "zeros", torch.randn(5, 6))
+    assert dict(result.model.named_parameters()).keys() == {"last.weight", "last.bias"}
+
+
 # ---- random residual networks --------------------------------------------------------
 
 
@@ -248,6 +261,35 @@ def test_random_residual_networks_lose_blocks_and_branches_exactly(seed):
     kept = sum(isinstance(part, Residual) and not isinstance(part.branch, StandIn) for part in model.modules())
     assert additions(result.model, x) <= kept
     assert not any(isinstance(part, StandIn | Bypass) for part in result.model.modules())
+
+
+class AsksForSamples(nn.Module):
+    """Asks for a size, which torch.export takes, and torch.fx does not."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) if x.shape[2] < 100 else x
+
+
+@pytest.mark.parametrize("style", ["skip first", "branch first", "in place", "difference"])
+def test_torch_export_loses_blocks_and_branches_exactly(style):
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
+    blocks = [Residual(nn.LayerNorm(4), copy.deepcopy(branch), Scale(4, 0), style) for _ in range(3)]
+    model = randomize(AsksForSamples(nn.Sequential(*blocks, nn.Linear(4, 3))).double()).eval()
+    bypass(model, ["model.0"], "identity")
+    bypass(model, ["model.1.branch"], "zeros")
+    x = torch.randn(2, 5, 4).double()
+    with torch.no_grad():
+        expected = model(x.clone())
+    result = collapse(model, x, objective="depth")
+    torch.testing.assert_close(result.model(x.clone()), expected, rtol=1e-9, atol=1e-9)
+    assert "aten" in str(result.model.graph)
+    assert additions(result.model, x) == 1
+    assert not any(owner.startswith(("model.0", "model.1")) for owner in owners(result.model))
 
 
 # ---- what is written, read twice, or stays -------------------------------------------

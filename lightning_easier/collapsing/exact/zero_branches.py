@@ -113,7 +113,7 @@ def erase_unread(captured: fx.GraphModule, node: fx.Node) -> None:
     queue, gone = [node], set[fx.Node]()
     while queue:
         node = queue.pop(0)
-        if node in gone or node.users or node.op in ("placeholder", "output"):
+        if node in gone or node.users or node.op in ("placeholder", "output", "get_attr"):  # constants go at the end
             continue
         if changes_its_input(captured, node) and any(is_shared(other) for other in node.all_input_nodes):
             continue
