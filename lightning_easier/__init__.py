@@ -5,6 +5,7 @@ from lightning_easier.callbacks import (
     EntropyGuidedPruningCallback,
     EntropyPruningCallback,
     Files,
+    OptimalTransportCallback,
     PruningCallback,
 )
 from lightning_easier.collapsing import CollapseError, CollapseResult, collapse
@@ -16,7 +17,17 @@ from lightning_easier.measure.transport import SlicedWasserstein, sliced_wassers
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.collapsible import collapsible_blocks
 from lightning_easier.pruning.compress import CompressResult, compress
-from lightning_easier.pruning.methods import FitChains, Linearize, Measuring, Method, Order, Proposal, Sparsify
+from lightning_easier.pruning.methods import (
+    FitChains,
+    Linearize,
+    Measuring,
+    Method,
+    Order,
+    Proposal,
+    Regularizer,
+    RemoveBlocks,
+    Sparsify,
+)
 from lightning_easier.pruning.rules import Rounds
 from lightning_easier.pruning.targets import Target
 from lightning_easier.report import (
@@ -31,18 +42,21 @@ from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.structure.checkpoint import load_pruned, restore_structure_on_load
 from lightning_easier.structure.linearize import linearize, restore
 from lightning_easier.structure.masking import Masks
-from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation
+from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, TakenOut
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EntropyPruningCallback", "EntropyGuidedPruningCallback", "PruningCallback",
-    "Linearize", "FitChains", "Sparsify", "Order", "Rounds", "Measuring", "Target", "Distillation", "Files",
-    "Method", "Proposal", "Operation", "Identities", "Affines", "FittedOperators", "Masks",
+    "EntropyPruningCallback", "EntropyGuidedPruningCallback", "OptimalTransportCallback", "PruningCallback",
+    "Linearize", "FitChains", "Sparsify", "RemoveBlocks", "Order",
+    "Rounds", "Measuring", "Target", "Distillation", "Files",
+    "Method", "Proposal", "Regularizer",
+    "Operation", "Identities", "Affines", "FittedOperators", "Masks", "TakenOut",
     "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
     "ActivationEntropy", "activation_entropy", "EntropyProbe",
-    "isolate_activations", "candidates", "collapsible_blocks", "linearize", "restore", "load_pruned",
-    "restore_structure_on_load",
+    "SlicedWasserstein", "sliced_wasserstein",
+    "isolate_activations", "candidates", "collapsible_blocks", "linearize", "restore",
+    "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
     "compress", "CompressResult",
     "export", "ExportError",

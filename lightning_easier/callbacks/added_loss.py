@@ -4,7 +4,7 @@ The step is wrapped on the instance. Several may be added: each is put around th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import update_wrapper
 from typing import Any
@@ -14,13 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_easier.callbacks import wiring
+from lightning_easier.pruning.methods import Regularizer
 
 
 class AddedLoss(ABC):
     """Adds something to the loss of a LightningModule's training steps, from :meth:`attach` to :meth:`detach`."""
 
-    argument: str
-    """The argument of the callback that asks for it, for errors."""
+    without: str
+    """The argument of the callback that asks for it, and its value that does not, for errors."""
 
     def __init__(self) -> None:
         self.pl_module: LightningModule | None = None
@@ -34,7 +35,7 @@ class AddedLoss(ABC):
         """
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"Expected argument `{self.argument}` to be None with manual optimization: the loss is the module's "
+                f"Expected argument {self.without} with manual optimization: the loss is the module's "
                 f"own business there. Add it in its training_step."
             )
 
@@ -84,6 +85,52 @@ class AddedLoss(ABC):
         finally:
             self.in_step = False
             self.end_step()
+
+
+class AddedTerm(AddedLoss):
+    """Adds the regularizer of a method.
+
+    Args:
+        regularizer: The regularizer.
+    """
+
+    without = "`weight` to be 0"
+
+    def __init__(self, regularizer: Regularizer) -> None:
+        super().__init__()
+        self._regularizer = regularizer
+
+    def start(self, pl_module: LightningModule, names: Sequence[str]) -> None:
+        """Add it from now on, for what may be removed of a module as it is."""
+        self._regularizer.attach(pl_module, names)
+        if self.pl_module is None:
+            self.attach(pl_module)
+        else:
+            wiring.forget_compiled_code(pl_module)
+
+    def stop(self) -> None:
+        """Leave the module as it was; a second call does nothing."""
+        self._regularizer.detach()
+        self.detach()
+
+    def begin_step(self) -> None:
+        """Forget what the last step has left."""
+        assert self.pl_module is not None
+        self._regularizer.begin_step(wiring.batches_trained(self.pl_module.trainer))
+
+    def end_step(self) -> None:
+        """Let go of what is left of a step that has failed."""
+        self._regularizer.term()
+
+    def added_to(self, loss: Tensor) -> Tensor:
+        """Add the term."""
+        assert self.pl_module is not None
+        found = self._regularizer.term()
+        if found is None:
+            return loss
+        term, logged = found
+        self.pl_module.log(self._regularizer.key, logged)
+        return loss + term
 
 
 class _StepWithAddedLoss:

@@ -69,7 +69,7 @@ class DenseTeacher(AddedLoss):
         distillation: How much, and at which temperature.
     """
 
-    argument = "distillation"
+    without = "`distillation` to be None"
 
     def __init__(self, distillation: Distillation) -> None:
         super().__init__()

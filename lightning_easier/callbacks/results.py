@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_easier.callbacks.run import Run, Settings
-from lightning_easier.report import CandidateReport, PruningReport, Round
+from lightning_easier.report import PruningReport, Report, Round
 
 
 class Results:
@@ -42,8 +42,8 @@ class Results:
         return self._run.best_checkpoints
 
     @property
-    def listed(self) -> CandidateReport | None:
-        """What a dry run has listed: activations, their entropies, and what each removal would merge."""
+    def listed(self) -> Report | None:
+        """What a dry run has listed: what could be removed, and what is known of it."""
         return self._run.listed
 
     def report(self) -> PruningReport:

@@ -38,6 +38,10 @@ def begin_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     if not run.settings.dry_run:
         obey(run, trainer, pl_module, run.loop.epoch_begins())
     run.holding.begin(trainer, pl_module, [*run.state.held, *run.state.operations])
+    if run.added is not None and not run.state.finished:
+        run.added.start(pl_module, [name for name in run.candidates or () if name not in run.state.removed])
+    elif run.added is not None:
+        run.added.stop()
     if run.teacher is not None and run.state.chosen_by_now:
         path, dense = run.state.path_of(files.round_file(0)), run.state.rounds[:1]
         use = "checkpoint of the dense round", "be distilled from it"
@@ -74,6 +78,8 @@ def conclude(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Leave a model that was judged; a second call does nothing."""
     if run.settings.dry_run and run.listed is not None:
         return
+    if run.added is not None:
+        run.added.stop()
     if len(run.state.rounds) > 1 and run.state.rounds[-1].accepted is None:
         run.note_score(trainer)
     is_measured = run.state.validations.at == wiring.batches_trained(trainer)

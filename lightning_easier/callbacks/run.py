@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_easier.callbacks.added_loss import AddedTerm
 from lightning_easier.callbacks.distillation import DenseTeacher, Distillation
 from lightning_easier.callbacks.files import Files, RunFiles
 from lightning_easier.callbacks.holding import Holding
@@ -18,7 +19,7 @@ from lightning_easier.pruning.methods import Measuring, Method, Proposal
 from lightning_easier.pruning.rules import Rules
 from lightning_easier.pruning.state import RunState
 from lightning_easier.pruning.targets import Target
-from lightning_easier.report import CandidateReport, PruningReport
+from lightning_easier.report import PruningReport, Report
 from lightning_easier.report.dashboard import Dashboard
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.hooks import Remembered, Undone
@@ -67,6 +68,7 @@ class Run:
         around: Undoes what was put around the objects of the user.
         measurement: Owns the hooks.
         teacher: Distils, if that is asked for.
+        added: Adds what the method adds to the loss, if it does.
         target: Asks whether the target is reached, if there is one.
         dashboard: Writes to TensorBoard.
         recipe: Optimizers and schedules as they began.
@@ -85,12 +87,14 @@ class Run:
         self.method_names: list[str] = []
         self.entropies: dict[str, float] | None = None
         self.proposal = Proposal()
-        self.listed: CandidateReport | None = None
+        self.listed: Report | None = None
         self.is_active = False
         self.stage: str | None = None
         self.around = Undone()
         self.measurement = Measurement(settings.method, settings.measuring, settings.exclude or ())
         self.teacher = None if settings.distillation is None else DenseTeacher(settings.distillation)
+        regularizer = settings.method.regularizer()
+        self.added = None if regularizer is None else AddedTerm(regularizer)
         self.target = None if settings.target is None else TargetCheck(settings.target, settings.method.objective)
         self.dashboard: Dashboard | None = None
         self.recipe: InitialRecipe | None = None

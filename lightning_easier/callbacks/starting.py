@@ -26,6 +26,8 @@ def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -
         run.around.callback(undo)
     if run.teacher is not None:
         run.around.callback(run.teacher.stop)
+    if run.added is not None:
+        run.around.callback(run.added.stop)
     # A model that is built in `setup` or `configure_model` is looked at when it is whole, in on_fit_start.
     if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
         discover(run, trainer, pl_module)
@@ -45,6 +47,8 @@ def begin_fit(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     wiring.check_optimizers(trainer)
     if run.teacher is not None:
         run.teacher.check(trainer, pl_module)
+    if run.added is not None:
+        run.added.check(trainer, pl_module)
     run.recipe = InitialRecipe(trainer)
     wiring.forget_compiled_code(pl_module)
 

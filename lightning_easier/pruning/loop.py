@@ -196,15 +196,12 @@ class PruningLoop:
         state = self.state
         if not self.rules.rounds.trains:
             yield from self._rounds_without_training(ask, is_measured)
-        this, number = state.rounds[-1], len(state.rounds) - 1
-        if number > 0 and this.accepted is None:
+        if len(state.rounds) > 1 and state.rounds[-1].accepted is None:
             score = ask.score()
             if score is not None:
                 yield from self._judge(score, ask)
             else:
-                yield from self._take_back(f"{self.monitor} was not logged in it")
-                yield CutShort(number)
-                yield from self._decide(ask)
+                yield from self._take_back_unscored(ask)
         if state.is_going_back:
             yield GoBack()
         if state.kept:
@@ -220,13 +217,21 @@ class PruningLoop:
             if not (is_measured and this is state.rounds[0] and state.now.is_whole):
                 yield Evaluate()
             score = ask.score()
-            if score is None or not state.now.is_whole:
+            if (score is None and this is state.rounds[0]) or not state.now.is_whole:
                 break  # what is not judged is taken back
-            if this.accepted is None:
-                yield from self._judge(score, ask)
-            else:  # in a run that is taken up
+            if this.accepted is not None:  # in a run that is taken up
                 yield from self._decide(ask)
+            elif score is None:
+                yield from self._take_back_unscored(ask)
+            else:
+                yield from self._judge(score, ask)
         self._is_over = False
+
+    def _take_back_unscored(self, ask: Ask) -> Iterator[Command]:
+        """Reject a round that has no score."""
+        yield from self._take_back(f"{self.monitor} was not logged in it")
+        yield CutShort(len(self.state.rounds) - 1)
+        yield from self._decide(ask)
 
     def epoch_begins(self) -> Iterator[Command]:
         """Return what was decided and not carried out."""

@@ -55,7 +55,10 @@ class Mark:
 
     def encode(self) -> Tensor:
         """Return the mark as a uint8 tensor."""
-        return torch.tensor(list(json.dumps({_MAGIC: _VERSION, **asdict(self)}).encode()), dtype=torch.uint8)
+        data = {_MAGIC: _VERSION, **asdict(self)}
+        if not self.returns:  # as it was written before there were blocks
+            del data["returns"]
+        return torch.tensor(list(json.dumps(data).encode()), dtype=torch.uint8)
 
     @classmethod
     def decode(cls, value: Any) -> "Mark | None":

@@ -20,13 +20,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_easier import Linearize, Method, Proposal, PruningCallback, Sparsify, measure_entropy
+from lightning_easier import Linearize, Method, Proposal, PruningCallback, RemoveBlocks, Sparsify, measure_entropy
 from lightning_easier.callbacks.surgery import fingerprint
 from lightning_easier.pruning import state
 from lightning_easier.pruning.methods import Evidence
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import Identities
 from tests.integration.interrupted import At, Small, run, stop
+from tests.integration.residual import Net
 from tests.settings import callback as callback_of
 
 SLOPE = "layers.3"
@@ -166,6 +167,12 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
         wanted |= {"method": LastFirst, "pruning": {"max_rejections": 3}}
     if "sparse" in name:
         wanted |= {"method": Sparsify, "pruning": {"amount": 0.2, "guard": 1e9, "exclude": SLOPE}}
+    if "blocks" in name:
+        wanted |= {
+            "method": RemoveBlocks,
+            "model": Net(),
+            "pruning": {"weight": 1.0, "epochs": int("after each" in name)},
+        }
     if "training" in name:
         wanted["pruning"] = {"on": "training"}
     if "affine" in name:

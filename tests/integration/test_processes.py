@@ -29,7 +29,8 @@ UNDER_DDP = [
     "fitted, taken back", "fitted, resumed mid-epoch", "slope, distilled", "slope, distilled, resumed mid-epoch",
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
     "borrowed", "full", "in the logger's folder", "own method, taken back", "own method, taken back, resumed mid-epoch",
-    "own method, wrong", "sparse", "sparse, resumed mid-epoch",
+    "own method, wrong", "sparse", "sparse, resumed mid-epoch", "blocks", "blocks, resumed mid-epoch",
+    "blocks after each",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
@@ -96,6 +97,7 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
         "sharded, one file, taken back": "sharded, taken back",
         "own method, taken back, resumed mid-epoch": "own method, taken back",
         "sparse, resumed mid-epoch": "sparse",
+        "blocks, resumed mid-epoch": "blocks",
         "sharded, sparse, resumed": "sharded, sparse",
     }
     assert first == under_torchrun[same_as.get(name, name)][0]

@@ -1,6 +1,7 @@
 """Tests of the loop of rounds with scripted scores: no Trainer, no model but the names of what is linear."""
 
 import math
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_easier.pruning.loop import (
     CutShort,
     Decided,
     Diverged,
+    Evaluate,
     GoBack,
     Keep,
     PruningLoop,
@@ -55,6 +57,7 @@ class Model:
         self.saved = list(saved)
         self.stopped = False
         self.exact: set[str] = set()
+        self.scripted: dict[frozenset[str], float | None] = {}  # what is linear -> the score that it has
         self.commands: list[Command] = []
         self.asked: list[list[str]] = []
 
@@ -77,6 +80,9 @@ class Model:
         for command in commands:
             self.commands.append(command)
             match command:
+                case Evaluate():
+                    assert self.loop.may_decide
+                    self.evaluate(self.scripted[frozenset(self.linear)])
                 case Apply(chosen):
                     self.linear += chosen.names
                     self.loop.applied(Round(chosen.names, chosen.entropies, None, None, None, 0, chosen.names))
@@ -99,19 +105,25 @@ class Model:
         state = self.loop.state
         state.begin_epoch()
         self.carry_out(self.loop.epoch_begins())
+        self.evaluate(score)
+        ask = Ask(lambda: state.score if score is not None else None, self.choose)
+        commands = self.loop.epoch_ended(state.ended + 1, is_scored=score is not None, is_measured=True, ask=ask)
+        self.carry_out(commands)
+
+    def evaluate(self, score: float | None) -> None:
+        """One validation of what is there."""
+        state = self.loop.state
         ranks = {name: float(place) for place, name in enumerate(NAMES) if name not in self.linear}
         proposal = proposal_of(ranks)
         proposal.exact = [name for name in ranks if name in self.exact]
         state.now = Measured(ranks, proposal)
         if score is not None:
             state.score = score
-        ask = Ask(lambda: state.score if score is not None else None, self.choose)
-        commands = self.loop.epoch_ended(state.ended + 1, is_scored=score is not None, is_measured=True, ask=ask)
-        self.carry_out(commands)
 
-    def end(self) -> None:
+    def end(self, *, is_measured: bool = False) -> None:
         state = self.loop.state
-        self.carry_out(self.loop.run_ended(Ask(lambda: state.score, self.choose, self.settle)))
+        ask = Ask(lambda: state.score, self.choose, self.settle)
+        self.carry_out(self.loop.run_ended(ask, is_measured=is_measured))
 
     def resumed(self) -> "Model":
         """A process that has read the record of this one, and its model."""
@@ -442,3 +454,100 @@ def test_a_later_operation_holds_what_an_earlier_one_does_if_it_says_so():
     assert [sorted(plain["pruned"]) for plain in state.held] == [["a", "b"]]
     state.begin_round(Round([], {}, None, None, None, 0))
     assert [sorted(plain["pruned"]) for plain in state.held] == [["a", "b"], ["c"]]
+
+
+class Scripted(dict[frozenset[str], float | None]):
+    """A score for each structure, drawn when it is asked for."""
+
+    def __init__(self, scores: list[float | None]) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def __missing__(self, linear: frozenset[str]) -> float | None:
+        seed = hash(tuple(sorted(linear)))
+        return self.scores[seed % len(self.scores)] if linear else 5.0
+
+
+AT_ONCE = st.builds(
+    Rules,
+    tolerance=st.builds(Tolerance, amount=st.integers(0, 4), mode=st.sampled_from(["min", "max"])),
+    rounds=st.builds(
+        Rounds,
+        epochs=st.just(0),
+        max_rejections=st.integers(1, 3),
+        removals=st.integers(1, 2),
+        max_removals=st.none() | st.integers(1, 4),
+        reference=st.sampled_from(["dense", "best"]),
+    ),
+)
+
+
+class KilledError(Exception):
+    """Between two commands."""
+
+
+@given(AT_ONCE, st.lists(st.none() | st.integers(0, 10).map(float) | st.just(math.nan), min_size=1), st.integers(0, 3))
+def test_rounds_that_do_not_train_follow_the_training(rules, scores, epochs):
+    model = started(rules)
+    model.scripted = Scripted(scores)
+    for _ in range(epochs):
+        model.epoch(5.0)
+        assert not model.commands, "while it is trained nothing is judged"
+    model.end(is_measured=epochs > 0)
+    state = model.loop.state
+    assert (Evaluate() in model.commands[:1]) == (epochs == 0)
+    assert model.linear == model.saved == [name for this in state.kept for name in this.removed if this.accepted]
+    assert state.finished or any("not logged" in (this.reason or "") for this in state.rounds)
+    for before, this in zip(state.rounds, state.rounds[1:], strict=False):
+        assert this.accepted is not None
+        if this.accepted:
+            assert rules.tolerance.allows(this.score_after, this.reference)
+        elif this.score_after is not None:
+            assert not rules.tolerance.allows(this.score_after, this.reference)
+        assert before.accepted is not None
+    commands = list(model.commands)
+    model.end()
+    assert model.commands == commands or not state.finished, "a second call does nothing"
+
+    place = len(commands) // 2  # killed between two commands, and taken up from what was saved last
+    killed = started(rules)
+    killed.scripted = model.scripted
+    for _ in range(epochs):
+        killed.epoch(5.0)
+    saved = killed.resumed()
+
+    class Dying(list[Command]):
+        def append(self, command: Command) -> None:
+            if len(self) == place:
+                raise KilledError
+            super().append(command)
+
+    killed.commands = Dying()
+    original = killed.carry_out
+
+    def carry_out(commands: Any) -> None:
+        nonlocal saved
+
+        def watched() -> Any:
+            nonlocal saved
+            for command in commands:
+                yield command
+                if isinstance(command, Keep):  # the state is saved with the model
+                    saved = killed.resumed()
+
+        original(watched())
+
+    killed.carry_out = carry_out  # type: ignore[method-assign]
+    with suppress(KilledError):
+        killed.end(is_measured=epochs > 0)
+    saved.scripted = model.scripted
+    saved.end()
+    if all(score is not None for score in scores):
+        assert saved.linear == model.linear
+        assert [asdict(this) for this in saved.loop.state.rounds] == [asdict(this) for this in state.rounds]
+
+
+@pytest.mark.parametrize("given", [{"warmup_epochs": 1}, {"restart": "optimizer"}])
+def test_what_has_no_effect_on_rounds_that_do_not_train_is_refused(given):
+    with pytest.raises(ValueError, match="left out with epochs=0"):
+        Rounds(epochs=0, **given)

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.candidates import candidates
-from lightning_easier.report import CandidateReport
+from lightning_easier.report import Report
 from lightning_easier.sites.activations import ActivationSite, planned_sites
 from lightning_easier.structure.operations import Operation, from_plain, kind_of
 from lightning_easier.support.arguments import as_axes, check_choice, check_share
@@ -149,6 +149,41 @@ class Evidence:
     entropies: dict[str, float]
 
 
+class Regularizer(ABC):
+    """What a method adds to the loss of training steps; owns the hooks that it needs for it.
+
+    Attributes:
+        key: The name that it is logged by.
+    """
+
+    key: str
+
+    @abstractmethod
+    def attach(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Watch what training computes from now on; a second call watches what the model has become.
+
+        Args:
+            model: The model.
+            names: What may be removed of it still.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take all hooks away; a second call does nothing."""
+
+    @abstractmethod
+    def begin_step(self, number: int) -> None:
+        """Forget what the last step has left.
+
+        Args:
+            number: Of the training batch, counted over all epochs: a step that is repeated has the same.
+        """
+
+    @abstractmethod
+    def term(self) -> tuple[Tensor, Tensor] | None:
+        """Return what is added to the loss of this step, and what is logged of it; None if nothing is."""
+
+
 class Outlook(NamedTuple):
     """What may come of a run.
 
@@ -186,6 +221,10 @@ class Method(ABC):
     def worker(self, measuring: Measuring) -> "Worker":
         """Return who measures for it in a run."""
         return Worker(self, measuring)
+
+    def regularizer(self) -> Regularizer | None:
+        """Return what it adds to the loss of training steps; None for nothing."""
+        return None
 
     @property
     def needs_eval_mode(self) -> bool:
@@ -250,7 +289,7 @@ class Method(ABC):
         """What the network is collapsed for when it is asked whether it has reached a target."""
         return "latency"
 
-    def list_candidates(self, model: nn.Module, entropies: Mapping[str, float] | None) -> CandidateReport:
+    def list_candidates(self, model: nn.Module, entropies: Mapping[str, float] | None) -> Report:
         """List what may be removed, for a dry run.
 
         Args:

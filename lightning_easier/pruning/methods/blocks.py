@@ -1,0 +1,302 @@
+r"""LaCoOT: whole blocks are taken out, those first whose output is nearest to their input.
+
+In training, a regulariser brings the two together. With blocks :math:`b`, what goes in :math:`x_b` and comes out
+:math:`y_b`, and :math:`W` the max-sliced Wasserstein distance, the loss of a step becomes
+
+.. math:: L + \lambda \, \frac{1}{B} \sum_b W(x_b, y_b).
+
+Source: LaCoOT, arXiv 2406.08933.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easier.measure.block_pairs import BlockPairs
+from lightning_easier.measure.probe import EntropyProbe
+from lightning_easier.measure.transport import SlicedWasserstein, sliced_wasserstein
+from lightning_easier.pruning.collapsible import collapsible_blocks
+from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Proposal, Regularizer, Worker
+from lightning_easier.report import BlockReport
+from lightning_easier.sites.activations import ActivationSite, match_names
+from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.operations import TakenOut
+from lightning_easier.support.arguments import as_globs, check_non_negative
+from lightning_easier.support.hooks import Remembered
+from lightning_easier.support.processes import sum_over_processes
+
+LOSS_KEY = "transport_loss"
+DISTANCE_KEY = "distance/"
+
+
+@dataclass(frozen=True)
+class RemoveBlocks(Method):
+    """Take whole blocks out, those first whose output is nearest to their input.
+
+    A block leaves its input, or zeros where it is a branch of an addition; see
+    :func:`~lightning_easier.collapsible_blocks`. Nearness is the max-sliced Wasserstein distance on validation batches,
+    the mean over them; of a branch, that of its output to zeros. Logged as ``distance/<block>``.
+
+    Args:
+        weight: Of the regulariser that brings inputs and outputs together, in the loss of training steps; none for 0.
+            LaCoOT takes 5 for ResNet-18, 0.1 for Swin-T, 9 for MobileNetV2 on CIFAR-10. Its value, without the weight,
+            is logged as ``transport_loss``. Without it the distance tells little of what a block is worth.
+        blocks: Name globs of the blocks; by default those that lie in no other.
+        directions: How many directions the distance looks along; drawn anew for each batch.
+        p: Order of the distance, at least 1.
+        seed: Of the directions.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument has a value out of range; when training starts, if no block is found, or one of
+            those chosen lies inside another.
+
+    Source: LaCoOT, arXiv 2406.08933.
+    """
+
+    weight: float = 0.0
+    blocks: list[str] | str | None = None
+    directions: int = 50
+    p: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_non_negative("weight", self.weight)
+        as_globs("blocks", self.blocks)
+        SlicedWasserstein(p=self.p, directions=self.directions, seed=self.seed)
+
+    @property
+    def needs_eval_mode(self) -> bool:
+        """Yes: nearness is measured between removals, when nothing is trained."""
+        return True
+
+    @property
+    def needs_whole_parameters(self) -> tuple[str, str] | None:
+        """Those of blocks leave with them."""
+        return "take blocks out", "Take them out of a gathered model with `compress`"
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """The distances of all blocks in one chart."""
+        return {"Distance of blocks": f"{DISTANCE_KEY}.*"}
+
+    def worker(self, measuring: Measuring) -> "BlockWorker":
+        """Return who measures for it in a run."""
+        return BlockWorker(self, measuring)
+
+    def regularizer(self) -> "BlockRegularizer | None":
+        """Return what it adds to the loss."""
+        return BlockRegularizer(self) if self.weight > 0 else None
+
+    def chosen(self, model: nn.Module) -> list[Block]:
+        """Return the blocks of a model that may be taken out.
+
+        Raises:
+            ValueError: If a glob matches none.
+        """
+        found, globs = find_blocks(model), as_globs("blocks", self.blocks)
+        if globs is None:
+            return [block for block in found if block.inside is None]
+        removed = [name for name, each in stand_ins(model).items() if each.mark.stand_in in ("identity", "zeros")]
+        names = match_names([*(block.name for block in found), *removed], globs, None)
+        return [block for block in found if block.name in names]
+
+    def removable(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the blocks that may be taken out, by name."""
+        return {block.name: block.module for block in self.chosen(model)}
+
+    def check(self, model: nn.Module, names: Sequence[str], *, named: bool) -> None:
+        """Refuse blocks that overlap."""
+        for name in names:
+            other = next((other for other in names if name.startswith(f"{other}.")), None)
+            if other is not None:
+                raise ValueError(
+                    f"Expected argument `blocks` to choose blocks that do not overlap, but {name!r} lies inside "
+                    f"{other!r}. Name one of the two; `collapsible_blocks(model)` tells which lie in which."
+                )
+
+    def propose(self, model: nn.Module, evidence: "BlockEvidence") -> Proposal:
+        """Propose to take out each block that was measured, ranked by its distance."""
+        proposal = Proposal()
+        for name, block in evidence.blocks.items():
+            distance = evidence.distances.get(name)
+            if distance is not None:  # else it was not called
+                operation = TakenOut([name], block.leaves, block.returns or 0)
+                proposal.add(operation, distance if isfinite(distance) else inf)
+        return proposal
+
+    def list_candidates(self, model: nn.Module, entropies: Mapping[str, float] | None) -> BlockReport:
+        """List the blocks, for a dry run."""
+        return collapsible_blocks(model, include=[block.name for block in self.chosen(model)])
+
+
+@dataclass(frozen=True)
+class BlockEvidence(Evidence):
+    """What was measured of the blocks.
+
+    Attributes:
+        blocks: Name -> block.
+        distances: Name -> distance between what it leaves and what it computes, of those that were called.
+    """
+
+    blocks: dict[str, Block]
+    distances: dict[str, float]
+
+
+class BlockWorker(Worker):
+    """Measures how near what blocks compute is to what they would leave.
+
+    Args:
+        method: The method.
+        measuring: What is measured on.
+    """
+
+    method: RemoveBlocks
+
+    def __init__(self, method: RemoveBlocks, measuring: Measuring) -> None:
+        super().__init__(method, measuring)
+        self._looked_at: Remembered[nn.Module] = Remembered()
+        self._gone: list[str] = []
+        self._blocks: dict[str, Block] = {}
+        self._metrics: dict[str, SlicedWasserstein] = {}
+        self._pairs: BlockPairs | None = None
+        self.distances: dict[str, float] = {}
+
+    def start(self, model: nn.Module, sites: Sequence[ActivationSite]) -> None:
+        """Measure from zero."""
+        super().start(model, sites)
+        method = self.method
+        gone = list(stand_ins(model))
+        if not self._looked_at.is_(model) or gone != self._gone:  # to look for blocks takes time
+            self._blocks = {block.name: block for block in method.chosen(model)}
+            self._looked_at, self._gone = Remembered(model), gone
+        self._metrics = {
+            name: SlicedWasserstein(p=method.p, directions=method.directions, seed=method.seed).to(_device(block))
+            for name, block in self._blocks.items()
+        }
+        self._pairs = BlockPairs([*self._blocks.values()], lambda name, x, y: self._metrics[name].update(x, y))
+        self._pairs.attach()
+
+    def pause(self, paused: bool) -> None:
+        """Leave what runs now out, or measure again."""
+        super().pause(paused)
+        if self._pairs is not None:
+            self._pairs.paused = paused
+
+    def take(self, probe: EntropyProbe) -> None:
+        """Take note of what was measured; every process has to call this."""
+        super().take(probe)
+        metrics = self._metrics.values()
+        sums = [each for metric in metrics for each in (metric.total, metric.samples, metric.left_out)]
+        total, samples, left_out = (
+            torch.stack([each.cpu().double() for each in sum_over_processes(sums)]).reshape(-1, 3).T
+            if sums
+            else torch.zeros(3, 0, dtype=torch.float64)
+        )
+        was_called = (samples + left_out > 0).tolist()
+        distances = (total / samples).tolist()  # NaN where each batch was of one sample
+        called = zip(self._metrics, distances, was_called, strict=True)
+        self.distances = {name: distance for name, distance, is_there in called if is_there}
+        if self.distances and not samples.any():
+            raise ValueError(
+                "Expected validation batches of two samples or more, but got batches of one, which are no "
+                "distribution. Raise the batch size of the validation loader."
+            )
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the distances."""
+        return {f"{DISTANCE_KEY}{name}": value for name, value in self.distances.items()}
+
+    def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
+        """Have the method propose by what was measured last."""
+        blocks = {name: block for name, block in self._blocks.items() if name in names}
+        return self.method.propose(model, BlockEvidence(self._among(names), blocks, self.distances))
+
+    def detach(self) -> None:
+        """Take all hooks away; what was measured stays."""
+        super().detach()
+        if self._pairs is not None:
+            self._pairs.detach()
+
+
+class BlockRegularizer(Regularizer):
+    """Brings what goes into blocks and what comes out of them together, while training goes on.
+
+    Args:
+        method: The method.
+    """
+
+    key = LOSS_KEY
+
+    def __init__(self, method: RemoveBlocks) -> None:
+        self._method = method
+        self._pairs: BlockPairs | None = None
+        self._watched: dict[str, nn.Module] | None = None
+        self._number = 0  # of the step
+        self._is_in_step = self._has_seen_two = False
+        self._distances: list[Tensor] = []
+
+    def attach(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Watch the blocks that are in the model."""
+        self.detach()
+        modules = {name: model.get_submodule(name) for name in names}
+        if modules != self._watched:  # a removal has changed the model, or another one is trained
+            self._watched = modules
+            blocks = [block for block in self._method.chosen(model) if block.name in names]
+            self._pairs = BlockPairs(blocks, self._compare)
+        assert self._pairs is not None
+        self._pairs.attach()
+
+    def detach(self) -> None:
+        """Take all hooks away."""
+        if self._pairs is not None:
+            self._pairs.detach()
+
+    def begin_step(self, number: int) -> None:
+        """Forget the last step."""
+        self._number, self._is_in_step, self._distances = number, True, []
+        if self._pairs is not None:
+            self._pairs.forget()
+
+    def term(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean of the distances, with and without the weight."""
+        distances, self._distances, self._is_in_step = self._distances, [], False
+        if not distances:
+            return None
+        mean = torch.stack([each.float() for each in distances]).mean()
+        return self._method.weight * mean, mean.detach()
+
+    def _compare(self, name: str, left: Tensor, computed: Tensor) -> None:
+        """Take the distance of one block.
+
+        A call that is checkpointed is repeated in the backward pass, and has to compute the same then.
+        """
+        if not torch.is_grad_enabled():
+            return
+        if len(computed) < 2:
+            if not self._has_seen_two:
+                raise ValueError(
+                    f"Expected training batches of two samples or more, but {name!r} has computed one, which is no "
+                    f"distribution. Raise the batch size of the training loader, or pass weight=0."
+                )
+            return
+        self._has_seen_two = True
+        seed = Random(f"{self._method.seed}, {self._number}, {name}").getrandbits(32)
+        generator = torch.Generator(computed.device).manual_seed(seed)
+        try:
+            distance = sliced_wasserstein(
+                left, computed, p=self._method.p, directions=self._method.directions, generator=generator
+            )
+        except ValueError as error:
+            raise ValueError(f"The block {name!r} can't be taken out: {error}") from error
+        if self._is_in_step:
+            self._distances.append(distance)
+
+
+def _device(block: Block) -> torch.device:
+    return next((each.device for each in block.module.parameters()), torch.device("cpu"))

@@ -1,0 +1,344 @@
+"""LaCoOT in a Trainer: blocks are brought near to the identity in training, and taken out when it has ended."""
+
+import copy
+from contextlib import suppress
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_easier import (
+    EntropyPruningCallback,
+    Files,
+    OptimalTransportCallback,
+    PruningCallback,
+    RemoveBlocks,
+    Rounds,
+    collapse,
+    load_pruned,
+)
+from lightning_easier.callbacks.distillation import Distillation
+from lightning_easier.cli import main, read_pruning_report
+from lightning_easier.pruning.methods import Measuring
+from lightning_easier.structure.linearize import stand_ins
+from tests.integration.interrupted import Killed, ResumableLoader
+from tests.integration.residual import Net, Residual
+from tests.integration.test_cli import CONFIGS, SHORT
+from tests.integration.tiny import assert_equal_states
+
+
+def data(count=12):
+    values = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(values, (values.sum(1) > 0).long())
+
+
+def fit(root, *callbacks, model=None, epochs=2, ckpt_path=None, batch=4, val_batch=6, kind=None, **options):
+    torch.manual_seed(3)
+    model = model if isinstance(model, LightningModule) else (model or Net)()
+    kind = kind or OptimalTransportCallback
+    callback = kind(**({"monitor": "score", "tolerance": 0.1, "files": Files(dirpath=str(root / "rounds"))} | options))
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=root, callbacks=[callback, *callbacks],
+    )  # fmt: skip
+    loaders = ResumableLoader(data(), batch), DataLoader(data(), val_batch)
+    with suppress(Killed):
+        trainer.fit(model, *loaders, ckpt_path=ckpt_path)
+    return model, callback, trainer
+
+
+def chosen(callback):
+    return [this.chosen for this in callback.rounds]
+
+
+def test_the_nearest_blocks_go_first_while_the_score_allows(tmp_path):
+    model, callback, trainer = fit(tmp_path, model=Net((0.9, 0.95, 0.85, 0.7)))
+    assert chosen(callback) == [[], ["blocks.1"], ["blocks.2"], ["blocks.0"]]
+    assert [this.score_after for this in callback.rounds] == pytest.approx([0.9, 0.95, 0.85, 0.7])
+    assert [this.accepted for this in callback.rounds] == [True, True, True, False]
+    assert callback.removed == list(stand_ins(model)) == ["blocks.1", "blocks.2"]
+    assert "blocks.2 (the block was taken out)" in str(callback.report())
+    assert trainer.global_step == 6, "nothing is trained after the first"
+
+    loaded = load_pruned(Net, callback.last_good).eval()
+    x = torch.randn(5, 4)
+    assert torch.equal(loaded(x), model.eval()(x))
+    small = collapse(model, x).model
+    assert (small(x) - model(x)).norm() < 1e-5 * model(x).norm()
+    expected = sum(p.numel() for part in (model.stem, model.blocks[0], model.head) for p in part.parameters())
+    assert sum(p.numel() for p in small.parameters()) <= expected
+    assert not [name for name in small.state_dict() if "blocks.1" in name or "blocks.2" in name]
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_others_are_tried_where_that_is_asked_for(tmp_path):
+    class Needed(Net):
+        def on_validation_epoch_end(self):
+            self.log("score", 0.9 if "blocks.1" not in stand_ins(self) else 0.1)
+
+    model, callback, _ = fit(tmp_path, model=Needed(), rounds=Rounds(epochs=0, max_rejections=2))
+    assert chosen(callback) == [[], ["blocks.1"], ["blocks.2"], ["blocks.0"]]
+    assert callback.removed == list(stand_ins(model)) == ["blocks.0", "blocks.2"] or callback.removed == [
+        "blocks.2", "blocks.0",
+    ]  # fmt: skip
+
+
+def test_the_loss_gets_the_distance_of_what_goes_in_and_comes_out(tmp_path):
+    """Of one neuron the only directions are 1 and -1, so that the distance can be written down."""
+    model = Net((0.9, 0.1), width=1)
+    for block in model.blocks:
+        block.norm = nn.Identity()
+    noted = []
+
+    class Notes(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            noted.append([p.grad.clone() for p in pl_module.parameters()])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            noted.append((outputs["loss"].clone(), trainer.callback_metrics["transport_loss"].clone()))
+
+    begun = copy.deepcopy(model)
+    _, _, trainer = fit(tmp_path, Notes(), model=model, epochs=1, weight=2.5, batch=12)
+    ((gradients), (loss, logged)) = noted
+
+    x, labels = data().tensors
+    x, distances = begun.stem(x), []
+    for block in begun.blocks:
+        y = block(x)
+        distances.append(((y.sort(0).values - x.sort(0).values) ** 2).mean().sqrt())
+        x = y
+    mean = sum(distances) / 3
+    wanted = F.cross_entropy(begun.head(x), labels) + 2.5 * mean
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach())
+    torch.testing.assert_close(logged, mean.detach())
+    torch.testing.assert_close(gradients, [p.grad for p in begun.parameters()])
+    assert trainer.callback_metrics["distance/blocks.1"] < trainer.callback_metrics["distance/blocks.2"]
+
+
+def kept_dense(root, **net):
+    """Train, and have no block go: what was logged in training is there still."""
+    model, _, trainer = fit(root, epochs=2, weight=1.0, tolerance=0.0, model=lambda: Net((0.9, 0.1), **net))
+    return model, trainer.callback_metrics["transport_loss"]
+
+
+def test_a_block_that_is_computed_again_in_the_backward_pass_is_trained_the_same(tmp_path):
+    (plain, loss), (recomputed, other) = kept_dense(tmp_path / "0"), kept_dense(tmp_path / "1", recomputed=True)
+    assert_equal_states(dict(recomputed.state_dict()), dict(plain.state_dict()))
+    assert loss == other > 0
+
+
+def test_a_block_that_writes_to_its_input_is_compared_with_what_it_was(tmp_path):
+    """What it is compared with is told of by the second call, the first one has it copied."""
+    begun = Net(width=1, inplace=True)
+    for block in begun.blocks:
+        block.norm, block.scale = nn.Identity(), 0.0  # it computes relu(x)
+    noted = []
+
+    class Notes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            x = pl_module.stem(batch[0]).detach()
+            noted.append((x.sort(0).values - x.clamp(min=0).sort(0).values).square().mean().sqrt() / 3)
+
+        def on_train_batch_end(self, trainer, *_):
+            noted.append(trainer.callback_metrics.get("transport_loss"))
+
+    fit(tmp_path, Notes(), model=begun, epochs=2, weight=1.0, batch=12)
+    assert noted[1] is None
+    torch.testing.assert_close(noted[3], noted[2])
+    assert noted[2] > 0
+
+
+def test_it_brings_blocks_nearer_to_the_identity(tmp_path):
+    def distances(root, weight):
+        _, _, trainer = fit(root, epochs=25, weight=weight, tolerance=0.0, model=Net((0.9, 0.1)))
+        return [float(trainer.callback_metrics[f"distance/blocks.{n}"]) for n in range(3)]
+
+    without, with_it = distances(tmp_path / "0", 0.0), distances(tmp_path / "1", 3.0)
+    assert max(with_it) < 0.3 * max(without)
+
+
+class Dies(Callback):
+    """Leaves at the n-th call of a hook, as if killed."""
+
+    def __init__(self, hook, number):
+        self.left = number
+
+        def count(*_, **__):
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+
+        setattr(self, hook, count)
+
+
+class Saves(Callback):
+    """Saves a checkpoint at the end of each training batch and epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [("on_train_batch_start", 3), ("on_train_epoch_start", 2), ("on_validation_start", 3), ("on_train_end", 1)]
+    + [(hook, number) for hook in ("on_validation_start", "on_validation_end") for number in (4, 5, 6)],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, hook, number):
+    """Validations number 1 and 2 are the sanity check and that of the first epoch; those from number 4 remove."""
+    scores = (0.9, 0.95, 0.85, 0.7)
+    options = {"weight": 1.0, "epochs": 2}
+    whole = fit(tmp_path / "whole", model=lambda: Net(scores), **options)
+    root = tmp_path / "killed"
+    root.mkdir()
+    fit(root, Saves(root), Dies(hook, number), model=lambda: Net(scores), **options)
+    saved = max([*root.glob("rounds/round_*.ckpt"), root / "last.ckpt"], key=lambda path: path.stat().st_mtime_ns)
+    resumed = fit(root, Saves(root), model=lambda: Net(scores), ckpt_path=saved, **options)
+    assert [vars(this) for this in resumed[1].rounds] == [vars(this) for this in whole[1].rounds]
+    assert resumed[1].removed == whole[1].removed == ["blocks.1", "blocks.2"]
+    assert_equal_states(dict(resumed[0].state_dict()), dict(whole[0].state_dict()))
+    assert_equal_states(resumed[2].optimizers[0].state_dict(), whole[2].optimizers[0].state_dict())
+
+
+def test_without_an_epoch_of_training_a_trained_model_is_pruned(tmp_path):
+    trained, *_ = fit(tmp_path / "trained", weight=0.0, tolerance=0.0, model=Net((0.9, 0.1)))
+    assert not stand_ins(trained)
+    trained.scores = (0.9,)
+    before = dict(trained.state_dict())
+    model, callback, _ = fit(tmp_path / "pruned", model=trained, epochs=0)
+    assert len(callback.removed) == 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+
+
+@pytest.mark.parametrize("method", ["easier", "blocks"])
+def test_other_methods_remove_after_training_too(tmp_path, method):
+    kinds = {"easier": EntropyPruningCallback, "blocks": lambda **options: PruningCallback(RemoveBlocks(), **options)}
+    model, callback, trainer = fit(tmp_path, kind=kinds[method], rounds=Rounds(epochs=0))
+    assert len(callback.removed) == len(stand_ins(model)) == 3
+    assert trainer.global_step == 6
+
+
+def test_blocks_may_go_with_training_after_each(tmp_path):
+    model, callback, trainer = fit(tmp_path, rounds=Rounds(epochs=1), epochs=4, weight=1.0)
+    assert [this.epoch for this in callback.rounds] == [0, 1, 2, 3]
+    assert len(stand_ins(model)) == 3
+    assert trainer.global_step == 12
+
+
+def test_the_step_is_as_it_was_afterwards(tmp_path):
+    model = Net()
+    fit(tmp_path, model=model, weight=1.0)
+    assert "training_step" not in vars(model)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert "run" not in vars(model.trainer.fit_loop)
+
+
+class Narrow(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    forward = Net.forward
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class ByHand(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error"),
+    [
+        (Narrow, {}, "RemoveBlocks removes, but found none"),
+        (ByHand, {"weight": 1.0}, "`weight` to be .* manual optimization"),
+        (Net, {"blocks": ["nothing*"]}, "nothing\\*"),
+        (Net, {"weight": 1.0, "batch": 1}, "training batches of two samples or more, but 'blocks.0'"),
+        (Net, {"weight": 0.0, "val_batch": 1}, "validation batches of two samples or more"),
+    ],
+)
+def test_what_it_can_not_work_on_is_refused(tmp_path, model, options, error):
+    with pytest.raises((ValueError, MisconfigurationException), match=error):
+        fit(tmp_path, model=model(), **options)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Residual(6)
+
+    def forward(self, x):
+        return x + F.relu(self.inner(x))
+
+
+def test_blocks_that_overlap_are_refused_and_the_outermost_are_the_default(tmp_path):
+    model = Net()
+    model.blocks[1] = Nested()
+    with pytest.raises(ValueError, match="'blocks.1.inner' lies inside 'blocks.1'"):
+        fit(tmp_path / "overlap", model=copy.deepcopy(model), blocks="blocks.*")
+    assert "training_step" not in vars(model)
+    _, callback, _ = fit(tmp_path / "outermost", model=copy.deepcopy(model))
+    assert sorted(callback.removed) == ["blocks.0", "blocks.1", "blocks.2"]
+    pruned, callback, _ = fit(tmp_path / "inner", model=copy.deepcopy(model), blocks=["blocks.1.inner", "blocks.0"])
+    assert sorted(callback.removed) == sorted(stand_ins(pruned)) == ["blocks.0", "blocks.1.inner"]
+
+
+@pytest.mark.parametrize("options", [{"weight": -1.0}, {"directions": 0}, {"p": 0.5}, {"seed": -1}, {"blocks": 3}])
+def test_arguments_out_of_range_are_refused(options):
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        OptimalTransportCallback("score", **options)
+
+
+@pytest.mark.parametrize("options", [{"measuring": Measuring(on="training")}, {"distillation": Distillation()}])
+def test_what_needs_training_does_not_go_with_rounds_that_have_none(options):
+    with pytest.raises(ValueError, match="epochs=0"):
+        EntropyPruningCallback("score", rounds=Rounds(epochs=0), **options)
+
+
+def test_a_dry_run_changes_nothing(tmp_path):
+    model, callback, _ = fit(tmp_path, dry_run=True)
+    assert not stand_ins(model)
+    assert [row.name for row in callback.listed.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_score_that_is_not_a_number_is_taken_back(tmp_path):
+    model, callback, _ = fit(tmp_path, model=Net((0.9, float("nan"))))
+    assert [this.accepted for this in callback.rounds] == [True, False]
+    assert not stand_ins(model)
+
+
+def test_the_recipe_runs_from_the_command_line_and_its_options_are_overridden(tmp_path):
+    small = "--model.backbone_args.widths=[4,8]", "--model.backbone_args.blocks=2", "--trainer.limit_val_batches=2"
+    options = "weight=0.5", "tolerance=1", "blocks=model.stages.*"
+    main([
+        "fit", f"--config={CONFIGS / 'digits.yaml'}", f"--trainer={CONFIGS / 'recipe' / 'lacoot.yaml'}", *SHORT, *small,
+        *(f"--trainer.callbacks.{each}" for each in options), f"--trainer.default_root_dir={tmp_path}",
+    ])  # fmt: skip
+    saved = tmp_path / "lightning_logs" / "version_0"
+    callback = yaml.safe_load((saved / "config.yaml").read_text())["trainer"]["callbacks"][-1]
+    assert callback["class_path"] == "lightning_easier.OptimalTransportCallback"
+    assert callback["init_args"]["weight"] == 0.5
+    *_, last = sorted((saved / "entropy_pruning").glob("round_*.ckpt"))
+    rounds = read_pruning_report(last).rounds
+    blocks = ["model.stages.0.0", "model.stages.0.1", "model.stages.1.1"]  # the first of the second stage has a stride
+    assert sorted(name for this in rounds for name in this.removed) == blocks
