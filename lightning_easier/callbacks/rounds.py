@@ -78,8 +78,6 @@ def conclude(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Leave a model that was judged; a second call does nothing."""
     if run.settings.dry_run and run.listed is not None:
         return
-    if run.added is not None:
-        run.added.stop()
     if len(run.state.rounds) > 1 and run.state.rounds[-1].accepted is None:
         run.note_score(trainer)
     is_measured = run.state.validations.at == wiring.batches_trained(trainer)

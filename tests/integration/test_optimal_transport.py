@@ -155,6 +155,28 @@ def test_a_block_that_writes_to_its_input_is_compared_with_what_it_was(tmp_path)
     assert noted[2] > 0
 
 
+def test_each_step_looks_along_other_directions_and_a_seed_along_the_same(tmp_path):
+    class Still(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    class Notes(Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.losses.append(float(trainer.callback_metrics["transport_loss"]))
+
+    def losses(seed):
+        notes = Notes()
+        fit(tmp_path / str(seed), notes, model=Still, weight=1.0, batch=12, epochs=3, seed=seed, directions=1)
+        return notes.losses
+
+    first = losses(0)
+    assert len({*first}) == 3
+    assert first == losses(0) != losses(1)
+
+
 def test_it_brings_blocks_nearer_to_the_identity(tmp_path):
     def distances(root, weight):
         _, _, trainer = fit(root, epochs=25, weight=weight, tolerance=0.0, model=Net((0.9, 0.1)))

@@ -11,7 +11,8 @@ import lightning_easier
 from lightning_easier import linearize, load_pruned, restore_structure_on_load
 from lightning_easier.cli import read_pruning_report
 from lightning_easier.structure.checkpoint import restructure_on_load
-from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.linearize import bypass, stand_ins
+from lightning_easier.structure.operations import TakenOut, from_plain
 
 
 class Net(LightningModule):
@@ -188,3 +189,64 @@ def test_a_module_that_expects_it_loads_from_a_pruned_checkpoint(pruned, tmp_pat
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     again.load_state_dict(pruned.state_dict())
     assert torch.equal(again(x), pruned(x))
+
+
+class Layer(nn.Module):
+    """A transformer's: two branches, the first of which returns two values."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(2))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        y = self.norms[0](x)
+        x = x + self.attention(y, y, y)[0]
+        return x + self.mlp(self.norms[1](x))
+
+
+class Layers(LightningModule):
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(*(Layer() for _ in range(width)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+TAKEN_OUT = [
+    ("layers.0", "identity", 0, lambda m, x: m.layers[1](x)),
+    ("layers.1.attention", "zeros", 2, lambda m, x: (y := m.layers[0](x)) + m.layers[1].mlp(m.layers[1].norms[1](y))),
+    ("layers.1.mlp", "zeros", 0,
+     lambda m, x: (y := m.layers[0](x)) + m.layers[1].attention(*[m.layers[1].norms[0](y)] * 3)[0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "leaves", "returns", "expected"), TAKEN_OUT)
+def test_blocks_and_branches_stay_out_in_a_checkpoint_and_come_back(tmp_path, name, leaves, returns, expected):
+    dense, x = Layers(), torch.randn(2, 3, 4)
+    model = copy.deepcopy(dense)
+    operation = TakenOut([name], leaves, returns)
+    change = from_plain(operation.to_plain()).apply(model)
+    assert torch.equal(model(x), expected(dense, x))
+    assert len(change.lost) == sum(1 for key, _ in dense.named_parameters() if key.startswith(f"{name}."))
+    assert not any(key.startswith(f"{name}.") for key, _ in model.named_parameters())
+
+    loaded = load_pruned(Layers, save(model, tmp_path / "a.ckpt"))
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(RuntimeError, match="made_linear_by_lightning_easier"):
+        Layers().load_state_dict(model.state_dict())
+
+    assert [id(p) for p in operation.undo(model)] == [id(p) for p in change.lost]
+    assert torch.equal(model(x), dense(x))
+
+
+def test_what_is_no_block_can_not_be_taken_out():
+    model = Layers()
+    cases = ((["layers.7"], "zeros", "names"), ([""], "zeros", "names"), (["layers.0"], "ones", "leaves"))
+    for names, leaves, error in cases:
+        with pytest.raises(ValueError, match=error):
+            bypass(model, names, leaves)
+    assert not stand_ins(model)
