@@ -17,8 +17,9 @@ Seen = Callable[[str, Tensor, Tensor], None]
 class BlockPairs:
     """Owns the hooks on blocks that compare what a block computes with what is left when it is taken out.
 
-    That is the block's input, or zeros where a branch of an addition is taken out. A block that writes into its input
-    is told of from its second call on: from then on its input is copied first.
+    That is the block's input, or zeros where a branch of an addition is taken out. Where no gradients are recorded, the
+    input is copied first, for a block may write into it; where they are, from the first call on that has done so, which
+    is not told of.
 
     Args:
         blocks: The blocks.
@@ -69,7 +70,7 @@ class BlockPairs:
     def _begin(self, block: Block, value: Any) -> None:
         if self.paused or not isinstance(value, Tensor):
             return
-        if block.name in self._writes_to_its_input:
+        if block.leaves == "identity" and (block.name in self._writes_to_its_input or not torch.is_grad_enabled()):
             value = value.clone()
         version = 0 if value.is_inference() else value._version
         self._inputs.setdefault(block.name, []).append((value, version))

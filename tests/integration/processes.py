@@ -167,7 +167,9 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
         wanted |= {"method": LastFirst, "pruning": {"max_rejections": 3}}
     if "sparse" in name:
         wanted |= {"method": Sparsify, "pruning": {"amount": 0.2, "guard": 1e9, "exclude": SLOPE}}
-    if "blocks" in name:
+    if "fitted, blocks" in name:
+        wanted |= {"model": Net(), "pruning": {"blocks": True}}
+    elif "blocks" in name:
         wanted |= {
             "method": RemoveBlocks,
             "model": Net(),

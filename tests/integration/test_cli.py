@@ -69,7 +69,7 @@ def test_parts_can_be_swapped_on_the_command_line():
 def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
     given = [
         f"--trainer.callbacks.{argument}" for argument in (
-            "distillation.weight=0.25", "rounds.reference=best", "method=FitChains", "method.stand_in=on_off",
+            "distillation.weight=0.25", "rounds.reference=best", "method=FitChains", "method.blocks=true", "method.stand_in=on_off",
             "method.order.criterion=tlc", "method.order.gain=macs",
             "measuring.neuron_dim={act*: 1}", "exclude=[conv1.act]", "target.depth=4",
         )
@@ -82,7 +82,7 @@ def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
     for each in (first, cli):
         (callback,) = [one for one in each.trainer.callbacks if isinstance(one, EntropyPruningCallback)]
         settings = callback.settings
-        assert settings.method == FitChains(stand_in="on_off", order=Order("tlc", "macs"))
+        assert settings.method == FitChains(stand_in="on_off", order=Order("tlc", "macs"), blocks=True)
         assert settings.rules == Rules(Tolerance(1.0, "max"), Rounds(reference="best"))
         assert (settings.distillation, settings.target) == (Distillation(weight=0.25), Target(depth=4))
         assert (settings.measuring, settings.exclude) == (Measuring(neuron_dim={"act*": 1}), ["conv1.act"])

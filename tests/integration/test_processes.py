@@ -30,7 +30,7 @@ UNDER_DDP = [
     "priced", "fitted, priced", "not shared", "sometimes called", "logged on rank 0", "drift",
     "borrowed", "full", "in the logger's folder", "own method, taken back", "own method, taken back, resumed mid-epoch",
     "own method, wrong", "sparse", "sparse, resumed mid-epoch", "blocks", "blocks, resumed mid-epoch",
-    "blocks after each",
+    "blocks after each", "fitted, blocks",
 ]  # fmt: skip
 SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",

@@ -228,7 +228,7 @@ def fittable_blocks(
     found: list[FittableBlock] = []
     reasons: dict[str, str] = {}
     for block in blocks:
-        made = _fittable(model, block, calls[block.name], sites)
+        made = fittable_block(model, block, calls[block.name], sites)
         if isinstance(made, str):
             reasons[block.name] = made
         else:
@@ -236,10 +236,17 @@ def fittable_blocks(
     return found, reasons
 
 
-def _fittable(
+def fittable_block(
     model: nn.Module, block: Block, calls: Sequence[tuple[Any, ...]], sites: Collection[str]
 ) -> FittableBlock | str:
-    """Read one block, or say why no operator can take its place."""
+    """Read one block, or say why no operator can take its place.
+
+    Args:
+        model: The model.
+        block: The block.
+        calls: Arguments by position, arguments by name, and output, of each call of it in one of the model's.
+        sites: Names of all activations of the model.
+    """
     if len(calls) != 1:
         return f"the model's forward calls it {len(calls)} times"
     ((args, kwargs, output),) = calls

@@ -1,20 +1,27 @@
 """One cheaper operator, fitted to what a chain of operators computes, takes the place of the chain at once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
+from lightning_easier.collapsing.fit.block_fits import BlockProbe
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
 from lightning_easier.collapsing.fit.fittable import ACTIVATIONS_IN_A_CHAIN, FittableChain
 from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.gains import Gain
-from lightning_easier.pruning.methods.base import Measuring, Proposal, Worker
+from lightning_easier.pruning.methods.base import Measuring, Outlook, Proposal, Worker
 from lightning_easier.pruning.methods.linearize import LinearEvidence, Linearize, LinearWorker, Option
-from lightning_easier.structure.operations import FittedOperators, from_plain
+from lightning_easier.sites.activations import ActivationSite, planned_sites
+from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.operations import FittedOperators, TakenOut, from_plain
+from lightning_easier.support.arguments import check_bool
 from lightning_easier.support.calibration import tell, tell_left_out
+from lightning_easier.support.hooks import Remembered
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,13 @@ class ChainEvidence(LinearEvidence):
 
     Attributes:
         chains: What was summed up of the chains around the activations; None if nothing was.
+        blocks: What was summed up of whole blocks; None if nothing was.
+        of_all: Name -> entropy in bits of all activations that were measured, also those that may not be removed alone.
     """
 
     chains: ChainProbe | None
+    blocks: BlockProbe | None = field(default=None, kw_only=True)
+    of_all: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -37,20 +48,31 @@ class FitChains(Linearize):
     activations in a row, as in the bodies of bottlenecks and inverted residuals, go as one where the first alone saves
     nothing. Chains are measured in the last validation of a round.
 
+    Whole blocks may go, too, as far as they leave their input (see :func:`~lightning_easier.collapsible_blocks`). They
+    are ranked among the chains: by linearity by the share of the variance of the block's output, the skip among it,
+    that its input does not explain, else by the sum over the activations that were measured in it; with a ``gain`` for
+    what the whole block costs. What is equal to a chain goes after it. `include` and `exclude` of the callback choose
+    blocks by their names, also those around activations that may not go alone.
+
     Args:
         stand_in: What takes the place of an activation that lies in no such chain.
         trainable: As for :class:`Linearize`.
         shift_padding: As for :class:`Linearize`, where there is no chain.
         gates: As for :class:`Linearize`.
         order: Which goes first.
+        blocks: Whether whole blocks are taken out, too.
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If an argument has a value that is not supported, or has no effect beside another.
+        ValueError: If an argument has a value that is not supported, or has no effect beside another; when training
+            starts, if there is no block to take out.
     """
+
+    blocks: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bool("blocks", self.blocks)
         given = self.stand_in, self.trainable, self.shift_padding
         if self.order.mergeable_only and given != ("identity", False, True):
             raise ValueError(
@@ -66,6 +88,29 @@ class FitChains(Linearize):
     def worker(self, measuring: Measuring) -> Worker:
         """Return who measures for it in a run."""
         return ChainWorker(self, measuring)
+
+    def removable(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return what may be removed, by name: the activations, and whole blocks."""
+        return super().removable(model) | {block.name: block.module for block in self.chosen(model)}
+
+    def chosen(self, model: nn.Module) -> list[Block]:
+        """Return the blocks of a model that may be taken out; a branch of an addition is none of them.
+
+        What is left of a branch, zeros, would have to be compared with the sum, which no module returns.
+        """
+        if not self.blocks:
+            return []
+        activations = {site.name for site in planned_sites(model, self.kinds_of_gates)}
+        found = find_blocks(model)
+        return [block for block in found if block.leaves == "identity" and block.name not in activations]
+
+    def check(self, model: nn.Module, names: Sequence[str], *, named: bool) -> None:
+        """Refuse a model without blocks where they are asked for."""
+        if self.blocks and not self.chosen(model) and not stand_ins(model):
+            raise ValueError(
+                f"Expected argument `blocks` to be False for {type(model).__name__}, which has no block that leaves its "
+                f"input when it is taken out, but got True. `collapsible_blocks(model)` lists what could be taken out."
+            )
 
     @property
     def prices_by(self) -> Gain:
@@ -92,15 +137,44 @@ class FitChains(Linearize):
             reasons = {name: why for name, why in evidence.chains.reasons.items() if name in evidence.entropies}
             if reasons:
                 tell(f"No operator can take the place of a chain: {reasons}")
+        if evidence.blocks is not None and evidence.blocks.reasons and not _blocks_in(proposal):
+            tell(f"No block can be taken out: {evidence.blocks.reasons}")
         return proposal
 
     def options(self, model: nn.Module, evidence: LinearEvidence) -> dict[str, Option]:
         """Return how each activation may be removed."""
         assert isinstance(evidence, ChainEvidence)
         fitted = self._chains(evidence) if evidence.chains is not None else {}
+        whole = self._blocks(evidence) if evidence.blocks is not None else {}
         if self.order.mergeable_only:  # what merges is in a chain
-            return fitted
-        return fitted | self.stand_ins(model, evidence, [name for name in evidence.entropies if name not in fitted])
+            return fitted | whole
+        others = [name for name in evidence.entropies if name not in fitted]
+        return fitted | self.stand_ins(model, evidence, others) | whole
+
+    def _blocks(self, evidence: ChainEvidence) -> dict[str, Option]:
+        """Return how each block is taken out, of those that cost something."""
+        blocks, gains = evidence.blocks, evidence.gains
+        assert blocks is not None
+        assert gains is not None
+        options: dict[str, Option] = {}
+        for place, unexplained, shape in blocks.measured():
+            cost = unexplained if self.order.criterion == "linearity" else self._cost_over(place.sites, evidence)
+            if cost is None:
+                blocks.reasons[place.name] = "no activation was measured in it, which tells what it is worth"
+                continue
+            saving = blocks.price(place, shape, gains.prices)
+            if saving > 0:
+                operation = TakenOut([place.name], place.leaves, place.returns)
+                options[place.name] = Option(operation, cost, saving)
+            else:
+                blocks.reasons[place.name] = "it costs nothing"
+        return options
+
+    def _cost_over(self, sites: Sequence[str], evidence: ChainEvidence) -> float | None:
+        """Return the sum of what activations cost, whether they may be removed alone or not; None if one is unknown."""
+        of_all = replace(evidence, entropies=dict(evidence.of_all))
+        costs = [cost for site in sites if (cost := self.cost(site, of_all)) is not None]
+        return sum(costs) if costs and len(costs) == len(sites) else None
 
     def _chains(self, evidence: ChainEvidence) -> dict[str, Option]:
         """Return the best way to put one operator in the place of a chain that begins with each activation.
@@ -169,14 +243,26 @@ class FitChains(Linearize):
             useful |= super()._useful(model, proposal)[0]
         return useful, set()
 
+    def outlook(self, model: nn.Module, proposal: Proposal, names: Sequence[str], device: str) -> Outlook:
+        """Say how many removals would save something, and how many blocks there are."""
+        words, is_promising = super().outlook(model, proposal, names, device)
+        blocks = _blocks_in(proposal)
+        if blocks:
+            words += f" Besides, {len(blocks)} blocks may be taken out whole."
+        return Outlook(words, is_promising or any(proposal.ranks[name] < math.inf for name in blocks))
+
     @staticmethod
     def _fitted(proposal: Proposal) -> list[FittedOperators]:
         operations = (plain for plain in proposal.operations.values() if plain["kind"] == FittedOperators.kind)
         return [made for plain in operations if isinstance(made := from_plain(plain), FittedOperators)]
 
 
+def _blocks_in(proposal: Proposal) -> list[str]:
+    return [name for name, plain in proposal.operations.items() if plain["kind"] == TakenOut.kind]
+
+
 class ChainWorker(LinearWorker):
-    """Measures what the chains around activations compute, too.
+    """Measures what the chains around activations compute, and whole blocks, too.
 
     Args:
         method: The method.
@@ -188,19 +274,41 @@ class ChainWorker(LinearWorker):
     def __init__(self, method: FitChains, measuring: Measuring) -> None:
         super().__init__(method, measuring)
         self.chains: ChainProbe | None = None
+        self.blocks: BlockProbe | None = None
+        self._sites: list[str] = []
+        self._looked_at: Remembered[nn.Module] = Remembered()
+        self._gone: list[str] = []
+        self._chosen: list[Block] = []
         self._has_told_left_out = False  # that samples were left out of what was measured last
 
+    def start(self, model: nn.Module, sites: Sequence[ActivationSite]) -> None:
+        """Count from zero."""
+        super().start(model, sites)
+        self._sites = [site.name for site in sites]
+
     def follow(self, model: nn.Module, names: Sequence[str], batches: int) -> None:
-        """Sum up what the chains around activations read and compute."""
+        """Sum up what the chains around activations, and blocks, read and compute."""
         self.chains = ChainProbe(model, names, batches, ACTIVATIONS_IN_A_CHAIN)
         self.chains.attach()
+        if self.method.blocks:
+            self.blocks = BlockProbe(model, self._blocks_of(model), self._sites)
+            self.blocks.attach()
         super().follow(model, names, batches)
+
+    def _blocks_of(self, model: nn.Module) -> list[Block]:
+        """Look for blocks, once for a structure: it takes time."""
+        gone = list(stand_ins(model))
+        if not self._looked_at.is_(model) or gone != self._gone:
+            self._chosen = self.method.chosen(model)
+            self._looked_at, self._gone = Remembered(model), gone
+        return self._chosen
 
     def pause(self, paused: bool) -> None:
         """Leave what runs now out of the counts, or count again."""
         super().pause(paused)
-        if self.chains is not None:
-            self.chains.paused = paused
+        for probe in (self.chains, self.blocks):
+            if probe is not None:
+                probe.paused = paused
 
     def take(self, probe: EntropyProbe) -> None:
         """Take note of what was counted."""
@@ -208,28 +316,36 @@ class ChainWorker(LinearWorker):
         self._has_told_left_out = probe.has_left_out
 
     def reduce(self) -> None:
-        """Sum up over all processes what the chains have computed."""
-        if self.chains is not None:
-            self.chains.reduce()
+        """Sum up over all processes what chains and blocks have computed."""
+        for probe in (self.chains, self.blocks):
+            if probe is not None:
+                probe.reduce()
 
     def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
         """Have the method propose by what was measured last."""
         entropies = self._among(names)
-        evidence = ChainEvidence(entropies, **self.evidence(), chains=self.chains)
+        if self.blocks is not None:
+            self.blocks.leave_out_all_but(names)
+        evidence = ChainEvidence(
+            entropies, **self.evidence(), chains=self.chains, blocks=self.blocks, of_all=self.entropies
+        )
         proposal = self.method.propose(model, evidence)
-        if self.chains is not None and not self._has_told_left_out:
-            tell_left_out(*self.chains.left_out, "what fitted operators are fitted to")
+        if not self._has_told_left_out:
+            left_out = max((p.left_out for p in (self.chains, self.blocks) if p is not None), default=(0, 0))
+            tell_left_out(*left_out, "what fitted operators are fitted to")
         return proposal
 
     def detach(self) -> None:
         """Take all hooks away; what was counted stays."""
         super().detach()
-        if self.chains is not None:
-            self.chains.detach()
+        for probe in (self.chains, self.blocks):
+            if probe is not None:
+                probe.detach()
 
     def forget(self) -> None:
-        """Forget the chains."""
-        if self.chains is not None:
-            self.chains.detach()
-        self.chains = None
+        """Forget chains and blocks."""
+        for probe in (self.chains, self.blocks):
+            if probe is not None:
+                probe.detach()
+        self.chains = self.blocks = None
         super().forget()

@@ -213,7 +213,8 @@ class Linearize(Method):
         options = self.options(model, evidence)
         weighs = self.order.gain is not None
         proposal = Proposal()
-        for name in evidence.entropies:
+        others = [name for name in options if name not in evidence.entropies]
+        for name in (*evidence.entropies, *others):
             option = options.get(name)
             if option is None or (self.order.mergeable_only and weighs and option.gain <= 0):
                 continue
