@@ -69,8 +69,8 @@ def test_parts_can_be_swapped_on_the_command_line():
 def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
     given = [
         f"--trainer.callbacks.{argument}" for argument in (
-            "distillation.weight=0.25", "rounds.reference=best", "method=FitChains", "method.blocks=true", "method.stand_in=on_off",
-            "method.order.criterion=tlc", "method.order.gain=macs",
+            "distillation.weight=0.25", "rounds.reference=best", "method=FitChains", "method.stand_in=on_off",
+            "method.blocks=true", "method.order.criterion=tlc", "method.order.gain=macs",
             "measuring.neuron_dim={act*: 1}", "exclude=[conv1.act]", "target.depth=4",
         )
     ]  # fmt: skip

@@ -84,7 +84,7 @@ class _Seen:
     block: Block
     sums: _Sums
     place: FittableBlock | str | None = None  # why it is none; None before the first call
-    shape: torch.Size = torch.Size()
+    shape: torch.Size | None = None
 
 
 class BlockProbe:
@@ -174,7 +174,7 @@ class BlockProbe:
         """Yield the blocks that were called: each with the share that the identity does not explain, and the shape."""
         for seen in self._seen.values():
             share = seen.sums.unexplained()
-            if isinstance(seen.place, FittableBlock) and share is not None:
+            if isinstance(seen.place, FittableBlock) and seen.shape is not None and share is not None:
                 yield seen.place, share, seen.shape
 
     @property

@@ -1,4 +1,7 @@
-"""One cheaper operator, fitted to what a chain of operators computes, takes the place of the chain at once."""
+"""One cheaper operator, fitted to what a chain of operators computes, takes the place of the chain at once.
+
+Where that is asked for, whole blocks are taken out as well, in one order with the chains.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -108,8 +111,8 @@ class FitChains(Linearize):
         """Refuse a model without blocks where they are asked for."""
         if self.blocks and not self.chosen(model) and not stand_ins(model):
             raise ValueError(
-                f"Expected argument `blocks` to be False for {type(model).__name__}, which has no block that leaves its "
-                f"input when it is taken out, but got True. `collapsible_blocks(model)` lists what could be taken out."
+                f"Expected argument `blocks` to be False for {type(model).__name__}, which has no block that leaves "
+                f"its input when it is taken out, but got True. `collapsible_blocks(model)` lists what there is."
             )
 
     @property
@@ -248,7 +251,7 @@ class FitChains(Linearize):
         words, is_promising = super().outlook(model, proposal, names, device)
         blocks = _blocks_in(proposal)
         if blocks:
-            words += f" Besides, {len(blocks)} blocks may be taken out whole."
+            words += f" Besides, {len(blocks)} of its blocks may be taken out whole."
         return Outlook(words, is_promising or any(proposal.ranks[name] < math.inf for name in blocks))
 
     @staticmethod
