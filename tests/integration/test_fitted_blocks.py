@@ -106,7 +106,7 @@ def test_a_block_goes_by_the_share_of_its_variance_that_its_input_does_not_expla
     for ranks, shares, this in zip(Ranks.seen, by_hand.shares, callback.rounds[1:], strict=False):
         assert {name: ranks[name] for name in shares} == pytest.approx(shares, rel=1e-5)
         assert this.chosen == [min(ranks, key=ranks.__getitem__)]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert no_hooks_on(model)
     if least is not None:
         assert callback.removed == list(stand_ins(model))
         assert callback.removed[0] == least
@@ -180,6 +180,10 @@ def test_a_fitted_chain_goes_with_its_block_and_comes_back_with_it(tmp_path, sco
     assert torch.equal(load_pruned(Net(), callback.last_good).eval()(x), model.eval()(x))
 
 
+def no_hooks_on(model):
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def held_by(trainer):
     return sorted(id(p) for group in trainer.optimizers[0].param_groups for p in group["params"])
 
@@ -190,7 +194,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment):
     whole = run(tmp_path / "whole", model=Net(), **options)
     assert whole[1].removed == ["blocks.0.relu", "blocks.0", "blocks.1"]
     saver = At(*moment, lambda trainer: (trainer.save_checkpoint(tmp_path / "saved.ckpt"), stop(trainer)))
-    run(tmp_path, saver, model=Net(), **options)
+    killed, _, _ = run(tmp_path, saver, model=Net(), **options)
+    assert no_hooks_on(killed)
     resumed = run(tmp_path, model=Net(), ckpt_path=tmp_path / "saved.ckpt", **options)
     assert_equal_states(outcome(*resumed), outcome(*whole))
 
@@ -209,6 +214,7 @@ def test_include_and_exclude_choose_blocks_too(tmp_path, caplog):
 def test_without_it_blocks_are_left_alone(tmp_path):
     _, callback, _ = run(tmp_path, model=Net(), method=FitChains, pruning={"criterion": "linearity"}, epochs=6)
     assert sorted(callback.removed) == [f"blocks.{place}.relu" for place in range(3)]
+    assert sorted(FitChains().removable(Net())) == sorted(callback.removed)
 
 
 def test_what_it_can_not_work_on_is_refused(tmp_path):
