@@ -541,3 +541,22 @@ def test_two_chains_in_a_row_are_timed_and_written():
     layers = {"a": nn.Linear(8, 999), "b": nn.Linear(999, 8), "c": nn.Linear(8, 999), "d": nn.Linear(999, 8)}
     merges = merges_of(Net(forward, **layers), (64, 8), "latency")
     assert merges == {("a", "b"): "Linear 8→8", ("c", "d"): "Linear 8→8"}
+
+
+@pytest.mark.parametrize("step", [lambda x: 0.3 * x, lambda x: x / 0.7, lambda x: x + 0.1, lambda x: 0.01 - x])
+@pytest.mark.filterwarnings("error")
+def test_a_number_that_float32_rounds_is_taken_as_it_is_written(step):
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return step(self.linear(x))
+
+    net = Stepping()
+    result = collapse(net, torch.randn(4, 5), objective="depth")
+    assert [merge.operators for merge in result.report.merges] == [("linear", result.report.merges[0].operators[1])]
+    exact = collapse(net.double(), torch.randn(4, 5, dtype=torch.float64), objective="depth")
+    x = torch.randn(7, 5, dtype=torch.float64)
+    assert (exact.model(x) - net(x)).abs().max() < 1e-15

@@ -101,7 +101,7 @@ def test_the_options_of_the_readme_go_with_every_config(config):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("rounds.epochs=0", "`epochs` to be at least 1, but got 0"), ("distillation.weight=2", "`weight` to be"),
+    [("rounds.epochs=-1", "`epochs` to be at least 0, but got -1"), ("distillation.weight=2", "`weight` to be"),
      ("target.speedup=1", "`speedup` to be above 1"), ("method.trainable=true", "identity has nothing to train"),
      ("rounds.on_reject=next", "on_reject")],
 )  # fmt: skip

@@ -86,7 +86,8 @@ class Arithmetic(Rule):
         """Return the constant as a tensor, without axes if it is one number."""
         constant = self._operands(call).constant
         if not isinstance(constant, Tensor):
-            return torch.tensor(constant, dtype=value.meta["tensor_meta"].dtype, device=call.device)
+            # Not in the dtype of the value: what is verified in float64 has it as it was written
+            return torch.tensor(constant, dtype=torch.float64, device=call.device)
         one = constant.numel() == 1 and constant.ndim <= len(axes_of(value))
         return constant.detach().reshape(()) if one else constant.detach()
 
