@@ -10,6 +10,7 @@ from functools import update_wrapper
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -99,6 +100,7 @@ class AddedTerm(AddedLoss):
     def __init__(self, regularizer: Regularizer) -> None:
         super().__init__()
         self._regularizer = regularizer
+        self._has_added = False
 
     def start(self, pl_module: LightningModule, names: Sequence[str]) -> None:
         """Add it from now on, for what may be removed of a module as it is."""
@@ -127,7 +129,15 @@ class AddedTerm(AddedLoss):
         assert self.pl_module is not None
         found = self._regularizer.term()
         if found is None:
+            if not self._has_added:
+                self._has_added = True  # said once
+                rank_zero_warn(
+                    f"Nothing is added to the loss for {self._regularizer.key}: the training step of "
+                    f"{type(self.pl_module).__name__} has called none of what it watches with gradients on. Call the "
+                    f"blocks as modules, and where they are checkpointed, with use_reentrant=False."
+                )
             return loss
+        self._has_added = True
         term, logged = found
         self.pl_module.log(self._regularizer.key, logged)
         return loss + term

@@ -67,6 +67,7 @@ def record_of_this_moment(run: Run, trainer: Trainer) -> dict[str, Any]:
 def begin(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Begin a run, or take one up and make up for what an interruption has cut off."""
     run.files.stop_watching_loading(trainer)
+    _check_training_is_over(run, trainer)
     run.dashboard = Dashboard(trainer.loggers, run.settings.monitor)
     run.dashboard.write_layout(run.settings.method.charts)
     run.scores.have_early_stopping_wait(trainer)
@@ -83,6 +84,22 @@ def begin(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     if trainer.fit_loop.restarted_mid_epoch and not trainer.fit_loop.done:  # it skips the start of an epoch
         rounds.begin_epoch(run, trainer, pl_module)
         observing.watch_training(run, trainer, pl_module)
+
+
+def _check_training_is_over(run: Run, trainer: Trainer) -> None:
+    """Refuse to train on where rounds that do not train have begun.
+
+    Raises:
+        MisconfigurationException: If the run has epochs left.
+    """
+    state = run.state
+    begun = state.rounds[0].accepted is not None and not state.finished
+    if begun and not run.settings.rules.rounds.trains and not trainer.fit_loop.done:
+        raise MisconfigurationException(
+            f"Expected the Trainer's `max_epochs` to be {trainer.current_epoch} or less, but got {trainer.max_epochs}: "
+            f"the training of the run was over when this checkpoint was saved, and what goes after it was going. "
+            f"Resume with as many epochs, or take a checkpoint that was saved before to train on."
+        )
 
 
 def _check_structure(run: Run, pl_module: LightningModule) -> None:

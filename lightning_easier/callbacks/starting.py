@@ -58,8 +58,7 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     settings, method = run.settings, run.settings.method
     found, axes = method.removable(pl_module), settings.measuring.axes
     known = [*found, *stand_ins(pl_module)]
-    removes = type(pl_module).__name__, type(method).__name__
-    chosen = wiring.check_names(*removes, known, settings.include, settings.exclude)
+    chosen = wiring.check_names(type(pl_module).__name__, method, known, settings.include, settings.exclude)
     if axes:
         sites = [*(site.name for site in planned_sites(pl_module, method.kinds_of_gates)), *stand_ins(pl_module)]
         wiring.check_axes(sites, axes)
@@ -67,7 +66,8 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     if is_fitting:
         live = {name: found[name] for name in chosen if name in found}
         method.check(pl_module, list(live), named=settings.include is not None)
-        wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath)
+        only_validation = method.needs_eval_mode or not settings.rules.rounds.trains
+        wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
         wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         if settings.target is not None or method.looks_at_operators:
             wiring.check_network_can_be_priced(trainer, settings.target is not None)

@@ -22,6 +22,7 @@ from torch.optim import LBFGS
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_easier.callbacks import private
+from lightning_easier.pruning.methods import Method
 from lightning_easier.sites.activations import match_names
 from lightning_easier.sites.rectifiers import FunctionalPReLU
 from lightning_easier.structure.checkpoint import will_restore_structure
@@ -30,7 +31,14 @@ from lightning_easier.structure.checkpoint import will_restore_structure
 _BATCHES_OF_ENDLESS_LOADERS = 16
 
 
-def check(trainer: Trainer, candidates: Mapping[str, nn.Module], on: str, dirpath: str | Path | None) -> None:
+def check(
+    trainer: Trainer,
+    candidates: Mapping[str, nn.Module],
+    on: str,
+    dirpath: str | Path | None,
+    *,
+    only_validation: bool = False,
+) -> None:
     """Refuse what pruning does not go with, before anything is changed.
 
     Args:
@@ -38,6 +46,7 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], on: str, dirpat
         candidates: Name -> module of the activations that may become linear.
         on: Which batches the entropy is measured on.
         dirpath: Folder of the rounds' checkpoints.
+        only_validation: Whether it can't be measured on training batches.
 
     Raises:
         MisconfigurationException: With the reason and the remedy.
@@ -93,7 +102,8 @@ def check(trainer: Trainer, candidates: Mapping[str, nn.Module], on: str, dirpat
     if on == "validation" and not trainer.enable_validation:
         raise MisconfigurationException(
             f"Pruning measures on validation batches, but the run has none (limit_val_batches="
-            f"{trainer.limit_val_batches}). Add a validation loader and step, or pass Measuring(on='training')."
+            f"{trainer.limit_val_batches}). Add a validation loader and step"
+            + ("." if only_validation else ", or pass Measuring(on='training').")
         )
 
 
@@ -175,13 +185,13 @@ def _accumulation(trainer: Trainer, epoch: int) -> int:
 
 
 def check_names(
-    model: str, method: str, known: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+    model: str, method: Method, known: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> list[str]:
     """Return what may be removed.
 
     Args:
         model: Name of the model's class.
-        method: Name of the method's class.
+        method: The method.
         known: All that the method removes, what was removed among it.
         include: Name globs of what may be removed.
         exclude: Name globs of what may not.
@@ -191,8 +201,7 @@ def check_names(
     """
     if not known:
         raise MisconfigurationException(
-            f"Expected {model} to call at least one rectifier, or what else {method} removes, but found none. "
-            f"Rectifiers are the activations of torch.nn from ReLU to Softplus; see `isolate_activations`."
+            f"Expected {model} {method.wanted}, for {type(method).__name__}, but found none."
         )
     try:
         chosen = match_names(known, include, exclude)

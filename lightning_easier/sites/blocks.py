@@ -455,9 +455,11 @@ class _Search:
         """Tell whether nothing else than its value is missed when a module is gone."""
         output = call.output
         length = _tuple_length(call)
-        if output is None or length == 0 or self._times[call.module] > 1 or call.module is self._model:
+        if output is None or not call.inputs or length == 0:
             return False
-        if _submodule(self._model, call.name) is not call.module:
+        if self._times[call.module] > 1 or call.module is self._model:
+            return False
+        if _submodule(self._model, call.name) is not call.module or self._is_looked_into(call):
             return False
         source = call.inputs[0]
         elsewhere = any(self._place[reader] >= call.end for reader in self._readers(source))
@@ -472,6 +474,14 @@ class _Search:
             return False
         # an identity would let it write to the input
         return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
+
+    def _is_looked_into(self, call: Call) -> bool:
+        """Tell whether something outside of a module reads a weight in it, or asks what it is made of."""
+        around = (*self._flow.nodes[: call.first], *self._flow.nodes[call.end :])
+        if any(node.kind == Kind.CONSTANT and node.name.startswith(f"{call.name}.") for node in around):
+            return True
+        owner, _, place = call.name.rpartition("layers.")  # torch's encoder asks the first of its layers
+        return place == "0" and isinstance(_submodule(self._model, owner.removesuffix(".")), nn.TransformerEncoder)
 
     def _readers(self, node: FlowNode) -> list[FlowNode]:
         """Return what reads the numbers of a value; a new tensor of its shape does not."""

@@ -13,7 +13,7 @@ from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import isolate, plan_isolation, replace_activation, unwrap
 from lightning_easier.sites.discovery import IsolationPlan
 from lightning_easier.sites.rectifiers import GATES, activation_kind
-from lightning_easier.structure.padding import PaddingShift, apply_shifts, possible_shift, undo_shifts
+from lightning_easier.structure.padding import PaddingShift, apply_shifts, check_undoable, possible_shift, undo_shifts
 from lightning_easier.structure.stand_in import (
     LEAVES,
     MARK_KEY,
@@ -122,6 +122,14 @@ def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", ret
     for name in names:
         if name not in there or not name:
             raise ValueError(f"Expected argument `names` to hold names of modules, but got {name!r}")
+    inside = tuple(f"{name}." for name in names)
+    for site, stand_in in stand_ins(inner).items():
+        around = {other for other in stand_in.names_around(site) if other in names or other.startswith(inside)}
+        if around and site not in names and not site.startswith(inside):
+            raise ValueError(
+                f"Expected argument `names` to hold modules that nothing outside of them was changed with, but where "
+                f"{site!r} became linear {sorted(around)} were changed, too. Restore {site!r} first."
+            )
     with _operators_as_built(inner):
         for name in names:
             replace_activation(inner, name, BlockStandIn(inner.get_submodule(name), leaves, returns))
@@ -285,7 +293,10 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         for name in names:
             activation = linear[name].activation
             activation.train(linear[name].training)
-            if next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
+            stand_in = linear[name]
+            if isinstance(stand_in, BlockStandIn):
+                stand_in.bring_along()
+            elif next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
                 activation.to(_floating(inner))
             replace_activation(inner, name, activation)
     return model
@@ -338,6 +349,7 @@ def _check_whole(model: nn.Module) -> None:
                 f"Expected argument `model` to be a whole model, but where {name!r} became linear, operators outside "
                 f"of it were changed, too: {stand_in}. Pass the model that they are in."
             )
+    check_undoable(model, _shifts(model))
 
 
 def _substitutions(model: nn.Module) -> dict[str, Substitution]:

@@ -35,6 +35,7 @@ class PaddingShift:
         self.first = seen_from(site, first)
         self.second = seen_from(site, second)
         self._paddings: tuple[Any, Any] | None = None  # of the two, before the shift
+        self._left: tuple[Any, Any] | None = None  # and after it
 
     def names(self, site: str) -> tuple[str, str]:
         """Return the qualified names of the two, given that of the activation."""
@@ -49,6 +50,7 @@ class PaddingShift:
         assert p2 is not None
         _set_padding(first, tuple(a + s * b for a, s, b in zip(p1, first.stride, p2, strict=True)))
         _set_padding(second, (0,) * len(p2))
+        self._left = first.padding, second.padding
 
     def undo(self, model: nn.Module, site: str) -> None:
         """Take the shift back."""
@@ -56,6 +58,18 @@ class PaddingShift:
         for name, padding in zip(self.names(site), self._paddings, strict=True):
             _set_padding(model.get_submodule(name), padding)
         self._paddings = None
+
+    @property
+    def before(self) -> tuple[Any, Any]:
+        """The paddings of the two before the shift."""
+        assert self._paddings is not None
+        return self._paddings
+
+    @property
+    def left(self) -> tuple[Any, Any]:
+        """The paddings of the two after it."""
+        assert self._left is not None
+        return self._left
 
     @property
     def moves_padding(self) -> bool:
@@ -105,6 +119,27 @@ def undo_shifts(model: nn.Module, shifts: Mapping[str, PaddingShift]) -> None:
     """Take the shifts around activations back, those at the head of a chain first."""
     for site in reversed(_from_end_to_head(shifts)):
         shifts[site].undo(model, site)
+
+
+def check_undoable(model: nn.Module, shifts: Mapping[str, PaddingShift]) -> None:
+    """Refuse shifts that can't be taken back: something else has changed the paddings since.
+
+    Raises:
+        ValueError: If so.
+    """
+    now: dict[str, Any] = {}
+    for site in reversed(_from_end_to_head(shifts)):
+        shift = shifts[site]
+        names = shift.names(site)
+        for name in names:
+            now.setdefault(name, getattr(model.get_submodule(name), "padding", None))
+        if tuple(now[name] for name in names) != shift.left:
+            raise ValueError(
+                f"Expected argument `model` to be a whole model, but where {site!r} became linear the paddings of "
+                f"{' and '.join(map(repr, names))} were changed, and are others now: by what was made linear outside "
+                f"of this part, for example. Pass the model that it is in."
+            )
+        now.update(zip(names, shift.before, strict=True))
 
 
 def numeric_padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.padding import PaddingShift
 from lightning_easier.structure.substitution import Form, Substitution
+from lightning_easier.support.hooks import first_tensor
 
 STAND_INS = ("identity", "affine")
 LEAVES = ("identity", "zeros")
@@ -213,7 +214,7 @@ class Bypass(nn.Module):
         return self.leaves == "identity" and not self.returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first value, or zeros like it; what else a block is called with does not matter."""
+        """Return the first tensor, or zeros like it; what else a block is called with does not matter."""
         return _left(self.leaves, self.returns, args, kwargs)
 
     def extra_repr(self) -> str:
@@ -230,10 +231,25 @@ class BlockStandIn(StandIn):
         returns: How many values the block returned, if that was a tuple, the first of them that value; 0 otherwise.
     """
 
+    _witness: Tensor
+
     def __init__(self, block: nn.Module, leaves: str = "identity", returns: int = 0) -> None:
         super().__init__(block)
         self.leaves = leaves
         self.returns = returns
+        # It is moved and cast with the model, which tells what the block has to follow when it comes back
+        like = next((tensor for tensor in block.parameters() if tensor.is_floating_point()), torch.empty(0))
+        self._as_it_was = like.dtype, like.device
+        self.register_buffer("_witness", like.detach().new_empty(0), persistent=False)
+
+    def bring_along(self) -> None:
+        """Move and cast the block as the model was since it was taken out."""
+        dtype, device = self._witness.dtype, self._witness.device
+        if device != self._as_it_was[1]:
+            self.activation.to(device)
+        if dtype != self._as_it_was[0]:
+            self.activation.to(dtype)
+        self._as_it_was = dtype, device
 
     def for_good(self) -> nn.Module:
         """Return what does the same, without the block and without a mark."""
@@ -310,7 +326,7 @@ class AffineStandIn(StandIn):
 
 def _left(leaves: str, returns: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what a block leaves of what it is called with."""
-    value = args[0] if args else next(iter(kwargs.values()))
+    value = first_tensor(args, kwargs)
     if leaves == "zeros":
         value = torch.zeros_like(value)
     return (value, *[None] * (returns - 1)) if returns else value

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 T = TypeVar("T")
 
@@ -21,6 +22,14 @@ def _ignoring() -> Callable[..., None]:
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module of one input is called with, by position or by name; None if it is called with nothing."""
     return next(iter((*args, *kwargs.values())), None)
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first tensor that a module is called with, by position or by name; None if there is none.
+
+    While a forward is traced, that is what stands for one.
+    """
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | Proxy)), None)
 
 
 class HookOfOneModel:

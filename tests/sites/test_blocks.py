@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.linearize import bypass
 from lightning_easier.support.inference import tensors_in
 from lightning_easier.zoo import CifarResNet
 from tests.networks import NETWORKS
+from tests.sites.test_dataflow import Net
 
 
 class _Gone(nn.Module):
@@ -529,3 +531,51 @@ def test_lightning_modules() -> None:
 def test_wrapped_models() -> None:
     assert _names(torch.compile(CifarResNet(8))) == ["layer1.0"]  # type: ignore[arg-type]
     assert _names(nn.DataParallel(CifarResNet(8))) == ["layer1.0"]
+
+
+class Position(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(8))
+
+    def forward(self):
+        return self.values * 2
+
+
+class Residual(nn.Module):
+    def __init__(self, first=False):
+        super().__init__()
+        self.f, self.first = nn.Linear(8, 8), first
+
+    def forward(self, scale, x):
+        return x + scale * self.f(x)
+
+
+def test_a_module_that_is_called_with_nothing_is_no_block():
+    net = Net(lambda m, x: m.block(1.0, x + m.position()), block=Residual(), position=Position())
+    assert [block.name for block in find_blocks(net)] == ["block"]
+
+
+def test_a_block_with_a_weight_that_is_read_outside_is_left_out():
+    net = Net(lambda m, x: F.linear(m.block(1.0, x), m.block.f.weight), block=Residual())
+    assert find_blocks(net) == []
+
+
+def test_the_layer_that_torchs_encoder_asks_stays():
+    layers = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3, enable_nested_tensor=False
+    )
+    net = nn.Sequential(nn.Linear(5, 8), layers)
+    names = [block.name for block in find_blocks(net) if block.inside is None]
+    assert "1.layers.0" not in names
+    assert {"1.layers.1", "1.layers.2"} <= {*names}
+    bypass(net, ["1.layers.1", "1.layers.2"])
+    net.eval()(torch.randn(2, 4, 5))
+
+
+def test_what_is_left_is_the_first_tensor():
+    net = Net(lambda m, x: m.block(2.0, x), block=Residual())
+    (block,) = find_blocks(net)
+    bypass(net, [block.name], block.leaves)
+    x = torch.randn(3, 8)
+    assert torch.equal(net(x), x)

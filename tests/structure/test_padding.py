@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_easier import collapse, fit_chains, isolate_activations, linearize, restore
-from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
+from lightning_easier.structure.linearize import bypass, restructure_as_marked, stand_ins
 from tests.models import randomize_batch_norms
 from tests.sites.test_dataflow import Net
 
@@ -122,6 +122,26 @@ def test_a_part_that_lacks_some_of_it_is_refused_and_stays():
     assert torch.equal(outer(x), expected)
     restore(outer)
     assert paddings(outer) == paddings(make(*CHAIN))
+
+
+def test_a_part_whose_padding_went_on_beyond_it_is_refused_and_stays():
+    model = make(*CHAIN)
+    outer = nn.Sequential(*model[:3], model[3:])
+    linearize(outer, ["2", "3.5"])  # names go on in a slice
+    before = paddings(outer)
+    with pytest.raises(ValueError, match="whole model.*others now.*Pass the model that it is in"):
+        restore(outer[3])
+    assert paddings(outer) == before
+    assert paddings(restore(outer)) == paddings(make(*CHAIN))
+
+
+def test_an_operator_whose_padding_was_moved_is_not_taken_out_alone():
+    model = linearize(make(*CHAIN), ["2"])
+    before = paddings(model)
+    with pytest.raises(ValueError, match="'2' became linear \\['3'\\] were changed, too. Restore '2' first"):
+        bypass(model, ["3"])
+    assert paddings(model) == before
+    assert paddings(restore(model)) == paddings(make(*CHAIN))
 
 
 def conv(kernel=3, padding=1, **options):

@@ -15,7 +15,7 @@ from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.fittable import Place
 from lightning_easier.sites.blocks import Block
 from lightning_easier.structure.stand_in import Bypass
-from lightning_easier.support.hooks import HookOfOneModel, input_of
+from lightning_easier.support.hooks import HookOfOneModel, first_tensor, input_of
 from lightning_easier.support.inference import copies, evaluation_mode
 
 # Of sums over what a larger kernel reads, in float64: more is not gathered for one block.
@@ -38,7 +38,7 @@ class InPlaceOfBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the operator makes of the first value, and None for all others that the block returned."""
-        value = self.operator(args[0] if args else next(iter(kwargs.values())))
+        value = self.operator(first_tensor(args, kwargs))
         return (value, *[None] * (self.returns - 1)) if self.returns else value
 
 

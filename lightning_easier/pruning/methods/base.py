@@ -222,6 +222,14 @@ class Method(ABC):
         """Return who measures for it in a run."""
         return Worker(self, measuring)
 
+    @property
+    def wanted(self) -> str:
+        """What a model is expected to do or to have, in words, for errors."""
+        return (
+            "to call at least one rectifier, which are the activations of torch.nn from ReLU to Softplus (see "
+            "`isolate_activations`), or to have what else is removed"
+        )
+
     def regularizer(self) -> Regularizer | None:
         """Return what it adds to the loss of training steps; None for nothing."""
         return None

@@ -10,6 +10,7 @@ Source: LaCoOT, arXiv 2406.08933.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import inf, isfinite
 from random import Random
 
@@ -71,6 +72,11 @@ class RemoveBlocks(Method):
         SlicedWasserstein(p=self.p, directions=self.directions, seed=self.seed)
 
     @property
+    def wanted(self) -> str:
+        """Blocks."""
+        return "to have at least one block whose output has the shape of its input (see `collapsible_blocks`)"
+
+    @property
     def needs_eval_mode(self) -> bool:
         """Yes: nearness is measured between removals, when nothing is trained."""
         return True
@@ -103,7 +109,14 @@ class RemoveBlocks(Method):
         if globs is None:
             return [block for block in found if block.inside is None]
         removed = [name for name, each in stand_ins(model).items() if each.mark.stand_in in ("identity", "zeros")]
-        names = match_names([*(block.name for block in found), *removed], globs, None)
+        there = [*(block.name for block in found), *removed]
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in there):
+                raise ValueError(
+                    f"Expected argument `blocks` to hold globs that match blocks, but {glob!r} matches none of "
+                    f"{there}. `collapsible_blocks(model)` lists them."
+                )
+        names = match_names(there, globs, None)
         return [block for block in found if block.name in names]
 
     def removable(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -179,8 +192,11 @@ class BlockWorker(Worker):
             name: SlicedWasserstein(p=method.p, directions=method.directions, seed=method.seed).to(_device(block))
             for name, block in self._blocks.items()
         }
-        self._pairs = BlockPairs([*self._blocks.values()], lambda name, x, y: self._metrics[name].update(x, y))
+        self._pairs = BlockPairs([*self._blocks.values()], self._compare)
         self._pairs.attach()
+
+    def _compare(self, name: str, left: Tensor, computed: Tensor) -> None:
+        self._metrics[name].update(left, computed)
 
     def pause(self, paused: bool) -> None:
         """Leave what runs now out, or measure again."""
@@ -238,7 +254,7 @@ class BlockRegularizer(Regularizer):
         self._pairs: BlockPairs | None = None
         self._watched: dict[str, nn.Module] | None = None
         self._number = 0  # of the step
-        self._is_in_step = self._has_seen_two = False
+        self._is_in_step = False
         self._distances: list[Tensor] = []
 
     def attach(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -279,13 +295,12 @@ class BlockRegularizer(Regularizer):
         if not torch.is_grad_enabled():
             return
         if len(computed) < 2:
-            if not self._has_seen_two:
+            if self._number <= 0:  # the first batch of the run
                 raise ValueError(
                     f"Expected training batches of two samples or more, but {name!r} has computed one, which is no "
                     f"distribution. Raise the batch size of the training loader, or pass weight=0."
                 )
             return
-        self._has_seen_two = True
         seed = Random(f"{self._method.seed}, {self._number}, {name}").getrandbits(32)
         generator = torch.Generator(computed.device).manual_seed(seed)
         try:
