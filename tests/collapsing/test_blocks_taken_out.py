@@ -410,3 +410,39 @@ def test_a_model_that_is_faster_as_it_was_keeps_its_forward_and_no_block(times):
     reasons = {refusal.operators: refusal.reason for refusal in result.report.refusals}
     assert "zeros are added in its place" in reasons["branch",]
     assert model.branch.activation is not None  # the model itself was not touched
+
+
+class PostNormed(nn.Module):
+    """x + norm(f(x)), as in Swin v2."""
+
+    def __init__(self, f, norm):
+        super().__init__()
+        self.f, self.norm = f, norm
+
+    def forward(self, x):
+        return x + self.norm(self.f(x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(6), nn.RMSNorm(6), nn.LayerNorm(6, bias=False), nn.GroupNorm(2, 6), nn.BatchNorm2d(6)],
+)
+def test_a_norm_of_zeros_leaves_its_offset_alone(norm):
+    is_of_maps = isinstance(norm, nn.GroupNorm | nn.BatchNorm2d)
+    layer = (lambda a, b: nn.Conv2d(a, b, 1)) if is_of_maps else nn.Linear
+    model = randomize(nn.Sequential(layer(5, 6), PostNormed(layer(6, 6), norm), nn.Tanh(), layer(6, 2))).double().eval()
+    bypass(model, ["1.f"], "zeros")
+    x = torch.randn(3, 5, *((4, 3) if is_of_maps else ()), dtype=torch.float64)
+    small = collapse(model, x, objective="macs").model
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+    assert additions(small, x) == 0
+    assert not [name for name, _ in small.named_parameters() if "norm" in name]
+
+
+def test_a_norm_over_several_axes_stays():
+    norm = nn.LayerNorm((4, 6))
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(nn.Linear(5, 6), PostNormed(nn.Linear(6, 6), norm), nn.Tanh()).double().eval()
+    bypass(model, ["1.f"], "zeros")
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(collapse(model, x, objective="macs").model(x), model(x), rtol=0, atol=1e-12)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.algebra.affine import ChannelAffine
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
+from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.algebra.slices import OPERATORS, Connections, constant_outputs
 from lightning_easier.collapsing.exact.chains import Uses, describe_node, is_question, module_of
 from lightning_easier.collapsing.exact.labels import Channels, Labels, Operated
@@ -238,10 +239,14 @@ class ChannelFlow:
             return self._concatenated(node)
         if (of_functions and name == "prelu") or type(module) is FunctionalPReLU:
             return self._sloped(node)
+        if len(values) == 1 and isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            return self._norm_of_zeros(node, module, values[0])
         if len(values) == 1 and (type(module) in _FOR_EACH_CHANNEL or self._is_elementwise(node, module)):
             return self._of_each(node, module, values[0])
         if len(values) == 1 and (type(module) in (*_MAX_POOLS, *_RESIZED) or self._is_pooled(node)):
             return self._with_positions(node, module, values[0])
+        if _is_idle_depth(node) and node.args[:1] == tuple(values):
+            return self.channels[values[0]]
         if of_functions and name in _COPIES and node.args[:1] == tuple(values):
             return self.channels[values[0]]
         if link is not None and link.value in self.channels:
@@ -254,10 +259,28 @@ class ChannelFlow:
         if len(shape) < 2:
             return None
         readers = [module_of(self._captured, user) for user in node.users]
-        axis = 1 if any(type(reader) in CONVOLUTIONS for reader in readers) else len(shape) - 1
+        kinds = (*CONVOLUTIONS, *BATCH_NORMS, nn.GroupNorm)
+        axis = 1 if any(type(reader) in kinds for reader in readers) else len(shape) - 1
         made = Channels(axis, self._labels.new(shape[axis]), torch.zeros(shape[axis], dtype=torch.float64))
         self._labels.keep(made.labels, "they are zeros, which no operator makes")
         return made
+
+    def _norm_of_zeros(self, node: fx.Node, module: nn.Module, value: fx.Node) -> Channels | None:
+        """Read a norm of each sample: of zeros it makes its offset, of anything else nothing is known."""
+        channels, rank = self.channels[value], len(shape_of(value) or ())
+        axis = 1 if isinstance(module, nn.GroupNorm) else rank - 1
+        if bool((channels.constants != 0).any()) or channels.axis != axis:
+            return None
+        if not isinstance(module, nn.GroupNorm) and len(module.normalized_shape) != 1:  # type: ignore[arg-type]
+            return None  # its offset is not one for each channel
+        count, offset = len(channels.labels), getattr(module, "bias", None)
+        made = torch.zeros(count, dtype=torch.float64) if offset is None else offset.detach().cpu().double()
+        if not bool(made.isfinite().all()):
+            return None
+        self._labels.keep(channels.labels, self._said_of(node))
+        labels = self._labels.new(len(made))
+        self._labels.keep(labels, "they are what a norm makes of zeros")
+        return Channels(axis, labels, made)
 
     def _operated(self, node: fx.Node, module: nn.Module | None, link: Link | None) -> Channels | None:
         """Read an operator: it ends the channels that it reads, and writes new ones."""
@@ -505,3 +528,9 @@ def _same_memory(value: fx.Node) -> set[fx.Node]:
                 found.add(other)
                 queue.append(other)
     return found
+
+
+def _is_idle_depth(node: fx.Node) -> bool:
+    """Tell whether a node calls torchvision's stochastic depth as in eval mode."""
+    is_called = node.op == "call_function" and getattr(node.target, "__name__", "") == "stochastic_depth"
+    return is_called and bind(node, "input p mode training").get("training", True) is False
