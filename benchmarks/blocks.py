@@ -69,7 +69,7 @@ def networks(weight: float, options: Any, images: Images) -> list[nn.Module]:
         folder.mkdir(parents=True)
         train(weight, options, images, folder)
     found = []
-    for number in range(len([*folder.glob("round_*.ckpt")])):
+    for number in range(min(len([*folder.glob("round_*.ckpt")]), options.most + 1)):
         learner = restore_structure_on_load(Learner(load(options.weights, options.depth), images, options.rate, 1))
         learner.load_state_dict(torch.load(folder / f"round_{number}.ckpt", weights_only=True)["state_dict"])
         found.append(learner.model.eval())
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=2_000, help="training images that distances are measured on")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.05, help="largest learning rate")
+    parser.add_argument("--most", type=int, default=7, help="blocks taken out of the networks in the first table")
     parser.add_argument("--tuned", nargs="*", type=int, default=[2, 3], help="numbers of blocks that are tuned without")
     parser.add_argument("--tuning", type=float, default=1.0, help="epochs of that")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,20 +98,20 @@ def main() -> None:
     example, subset = test.batch(torch.arange(64)), drawn(images, options.images, options.seed)
     of_weight = {weight: networks(weight, options, images) for weight in options.regularizers}
     dense = of_weight[0.0][0]
-    calls = {"dense": collapse(dense, example).model}
+    calls = {"dense": collapse(dense, example, objective="macs").model}
     scores: dict[str, tuple[str, ...]] = {"dense": ("0", f"{accuracy(dense, test):.2f}", "–")}
     for weight, found in of_weight.items():
         for number, network in enumerate(found):
             name = f"{weight:g}, {number} taken out"
             scores[name] = str(number), f"{accuracy(network, test):.2f}", "–"
-            calls[name] = collapse(network, example).model
+            calls[name] = collapse(network, example, objective="macs").model
             print(name, *scores[name], flush=True)
 
     def tuned(name: str, number: int, network: nn.Module) -> None:
         before = accuracy(network, test)
         network = tune(network, images, subset, options.tuning, options.seed + 1, teacher=dense)
         scores[name] = str(number), f"{before:.2f}", f"{accuracy(network, test):.2f}"
-        calls[name] = collapse(network, example).model
+        calls[name] = collapse(network, example, objective="macs").model
         print(name, *scores[name], flush=True)
 
     tuned("dense, tuned", 0, deepcopy(dense))
