@@ -120,7 +120,7 @@ IMAGES = (2, 3, 8, 9)
         (Net(lambda s, x: torch.cat([s.a(x), s.b(x)], 1), a=conv(3, 3, 3, padding=1), b=conv(3, 2)), IMAGES,
          {("a", "b", "cat"): "Conv2d 3×3 3→5"}, [(1, 3, 5, 6)]),
         (Net(lambda s, x: s.c(s.b(s.a(x)) + s.a.weight.new_zeros(1)), a=conv(3, 3), b=conv(3, 3), c=conv(3, 3)), IMAGES,
-         {}, []),
+         {("b", "c"): "Conv2d 1×1 3→3"}, []),
         (Net(lambda s, x: s.b(F.pad(s.a(x), (0, 0, 0, 0, 1, 2))), a=conv(3, 3), b=conv(6, 2)), IMAGES,
          {("a", "pad", "b"): "Conv2d 1×1 3→2"}, []),
         (Net(lambda s, x: s.b(s.a(x)[:, :, ::2, ::2]), a=conv(3, 3, 2), b=conv(3, 2)), IMAGES,

@@ -602,7 +602,7 @@ def test_a_second_fit_starts_anew(tmp_path):
         ({"tolerance": -0.1}, ValueError, "`tolerance` to be finite and at least 0, but got -0.1"),
         ({"tolerance": math.nan}, ValueError, "`tolerance` to be finite and at least 0, but got nan"),
         ({"tolerance": "1%"}, TypeError, "`tolerance` to be a number, but got '1%'"),
-        ({"epochs": 0}, ValueError, "`epochs` to be at least 1, but got 0"),
+        ({"epochs": -1}, ValueError, "`epochs` to be at least 0, but got -1"),
         ({"removals": 1.5}, TypeError, "`removals` to be an integer, but got 1.5"),
         ({"max_removals": 0}, ValueError, "`max_removals` to be at least 1, but got 0"),
         ({"warmup_epochs": -1}, ValueError, "`warmup_epochs` to be at least 0, but got -1"),

@@ -214,8 +214,14 @@ class Saves(Callback):
 
 @pytest.mark.parametrize(
     ("hook", "number"),
-    [("on_train_batch_start", 3), ("on_train_epoch_start", 2), ("on_validation_start", 3), ("on_train_end", 1)]
-    + [(hook, number) for hook in ("on_validation_start", "on_validation_end") for number in (4, 5, 6)],
+    [
+        ("on_train_batch_start", 3),
+        ("on_train_epoch_start", 2),
+        ("on_train_end", 1),
+        ("on_validation_start", 4),
+        ("on_validation_end", 5),
+        ("on_validation_start", 6),
+    ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, hook, number):
     """Validations number 1 and 2 are the sanity check and that of the first epoch; those from number 4 remove."""
