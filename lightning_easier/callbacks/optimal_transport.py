@@ -46,8 +46,9 @@ class OptimalTransportCallback(PruningCallback):
             optimizes by hand; besides what a PruningCallback raises.
 
     Note:
-        The first axis of what a block reads is taken for the samples. The network that was trained is the last round that was kept if no block could go. To run an epoch of training
-        after the blocks have gone, train what :func:`~lightning_easier.load_pruned` returns.
+        The first axis of what a block reads is taken for the samples. The network that was trained is the last round
+        that was kept if no block could go. To train on after blocks have gone, take what
+        :func:`~lightning_easier.load_pruned` returns.
 
     Source: LaCoOT, arXiv 2406.08933.
 
