@@ -107,7 +107,7 @@ def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", ret
     Args:
         model: Any module.
         names: Qualified names of modules.
-        leaves: What they leave: ``"identity"``, the first value that they are called with, or ``"zeros"`` like it.
+        leaves: What they leave: ``"identity"``, the first tensor that they are called with, or ``"zeros"`` like it.
         returns: How many values they return, if that is a tuple, the first of them that value; 0 otherwise.
 
     Returns:

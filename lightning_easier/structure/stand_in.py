@@ -223,7 +223,7 @@ class Bypass(nn.Module):
 
 
 class BlockStandIn(StandIn):
-    """What a whole block leaves: the first value that it is called with, or zeros like it.
+    """What a whole block leaves: the first tensor that it is called with, or zeros like it.
 
     Args:
         block: The block.

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 import lightning_easier
-from lightning_easier import linearize, load_pruned, restore_structure_on_load
+from lightning_easier import linearize, load_pruned, restore, restore_structure_on_load
 from lightning_easier.cli import read_pruning_report
 from lightning_easier.structure.checkpoint import restructure_on_load
 from lightning_easier.structure.linearize import bypass, stand_ins
@@ -241,6 +241,15 @@ def test_blocks_and_branches_stay_out_in_a_checkpoint_and_come_back(tmp_path, na
 
     assert [id(p) for p in operation.undo(model)] == [id(p) for p in change.lost]
     assert torch.equal(model(x), dense(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_block_that_comes_back_was_cast_with_the_model_meanwhile(dtype):
+    model = bypass(Layers(), ["layers.0"]).to(dtype)
+    assert {parameter.dtype for parameter in restore(model).parameters()} == {dtype}
+    model(torch.randn(2, 3, 4, dtype=dtype))
+    bypass(model, ["layers.0"])
+    assert {parameter.dtype for parameter in restore(model).parameters()} == {dtype}
 
 
 def test_what_is_no_block_can_not_be_taken_out():
