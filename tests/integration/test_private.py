@@ -83,3 +83,18 @@ def test_what_is_compiled_is_known():
     assert private.is_compiled_module(torch.compile(layer, backend="eager"))
     in_place.compile(backend="eager")
     assert private.is_compiled_module(in_place)
+
+
+@pytest.mark.parametrize(("epochs", "limit", "follows"), [(0, 1.0, True), (1, 0, True), (1, 1.0, False)])
+def test_what_follows_a_training_that_is_skipped(epochs, limit, follows):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, limit_train_batches=limit, enable_model_summary=False, **quiet
+    )
+    followed = []
+    undo = private.have_skipped_training_followed(trainer, lambda: followed.append(trainer.training))
+    loaders = [DataLoader(TensorDataset(torch.randn(4, 4), torch.zeros(4, dtype=torch.long)), 2) for _ in range(2)]
+    trainer.fit(Small(), *loaders)
+    assert followed == [True] * follows  # once, while the Trainer trains
+    undo()
+    assert "run" not in vars(trainer.fit_loop)
