@@ -22,6 +22,7 @@ from lightning_easier.sites.activations import isolate_activations, match_names,
 from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.support.arguments import as_globs, check_choice, check_non_negative, check_positive
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
+from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import (
     arguments_wanted,
     as_arguments,
@@ -150,6 +151,7 @@ def compress(
     model = unwrap(model)
     check_weights(model)
     source = without_masks(model).eval()
+    remove_hooks_of_one_model(source)
     activations = list(isolate_activations(source))
     sites, blocks = _wanted(
         activations, find_blocks(source), as_globs("include", include), as_globs("exclude", exclude)

@@ -7,9 +7,11 @@ is planned first (see :mod:`lightning_easier.sites.discovery`), without touching
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lightning_easier.sites.discovery import ActivationSite, Discovery, IsolationPlan
 from lightning_easier.sites.rectifiers import as_gates
@@ -84,14 +86,25 @@ def planned_sites(model: nn.Module, gates: bool | Iterable[str] = False) -> list
 
 
 def replace_activation(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of an activation.
+    """Put a module in the place of an activation, or of anything else.
 
-    torch's transformer layer has a fused path for inference that computes the activation by itself; it is told.
+    torch's transformer layer has a fused path for inference that computes the activation by itself; it is told, and
+    told again when everything is back.
     """
     model.set_submodule(name, module)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 1 if isinstance(module, nn.ReLU) else 2 if isinstance(module, nn.GELU) else 0
+        parent.activation_relu_or_gelu = _fused_as(parent)
+
+
+def _fused_as(layer: nn.TransformerEncoderLayer) -> int:
+    """Return as what the fused path of a layer computes what is in it: 1 as ReLU, 2 as GELU, 0 for not at all."""
+    activation: Any = layer.activation
+    if any(type(operator) is not nn.Linear for operator in (layer.linear1, layer.linear2)):
+        return 0
+    if activation is functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is functional.gelu or isinstance(activation, nn.GELU) else 0
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
+from lightning_easier.collapsing.fit.block_fits import BlockProbe
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
-from lightning_easier.sites.blocks import Block
+from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.structure.stand_in import Bypass
+from lightning_easier.support import timing
 from lightning_easier.support.inference import relative_difference
+from lightning_easier.support.timing import LatencyTable
+from tests.clocks import Clock, honest, work_of
 
 
 class Skip(nn.Module):
@@ -313,3 +318,36 @@ def test_a_block_that_is_called_with_a_cache_stays_and_says_why():
         {"branch": "it is called with a Cache, which it may change"},
     )
     assert not model.branch._forward_hooks
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    """A model with a layer of torch that runs fused, and what the honest clock tells that it takes."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        return model, work_of(lambda: model(TOKENS[0]))
+
+
+def test_a_block_that_runs_fused_is_priced_fused_though_chains_in_it_were_tried(encoder):
+    """A chain in it that is put back leaves no trace: else it would cost more than the whole network."""
+    model, whole = encoder
+    report = compress(model, TOKENS, max_drift=math.inf).report
+    chain, *blocks = report.trials
+    assert chain.sites == ("0.activation",)
+    assert blocks
+    assert all(0.5 * whole < block.price_before < whole for block in blocks)
+
+
+def test_a_block_that_runs_fused_is_priced_fused_though_hooks_watch_it(encoder):
+    """Any hook turns the fused path off; those that only count are not timed."""
+    model, whole = encoder
+    probe = BlockProbe(model, find_blocks(model), ["0.activation"])
+    probe.attach()
+    with torch.no_grad():
+        model(TOKENS[0])
+    ((block, _, shape),) = probe.measured()
+    assert 0.5 * whole < probe.price(block, shape, ChainPrices("latency", LatencyTable())) < whole
+    watched = compress(model, TOKENS, max_drift=math.inf, include=[])
+    assert watched.report.before.latency.median == pytest.approx(whole)

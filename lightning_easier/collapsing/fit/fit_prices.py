@@ -13,6 +13,7 @@ from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Place
 from lightning_easier.support.costs import count_macs, price_in_words
+from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import random_like
 from lightning_easier.support.timing import LatencyTable
 
@@ -44,6 +45,8 @@ class ChainPrices:
         """
         value = random_like(like, shape)
         modules = {name: deepcopy(module).to(value).eval() for name, module in modules.items()}
+        for module in modules.values():
+            remove_hooks_of_one_model(module)
         if self.objective == "depth":
             return {name: float(_depth(module)) for name, module in modules.items()}
         if self.objective == "macs":
