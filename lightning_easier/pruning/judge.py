@@ -59,7 +59,11 @@ class Judge:
 
     def why_not(self, score: float | None, drift: float) -> str | None:
         """Say why a model of this score and drift is not good enough; None if it is."""
-        if not drift <= self._max_drift:  # of NaN
+        if not math.isfinite(drift):
+            return "the outputs of the model with it are not finite"
+        if score is not None and not math.isfinite(score):
+            return f"the score of the model with it is not finite: {score}"
+        if drift > self._max_drift:
             self._went_beyond = True
             return (
                 f"{drift:.2%} of the variance of the outputs changed, beyond the {self._max_drift:.2%} of `max_drift`"

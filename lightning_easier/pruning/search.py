@@ -218,7 +218,11 @@ class Search:
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
                 reasons.update(dict.fromkeys(chain.told, str(error)))
                 continue
-            found.append(FittedCandidate(choice, drift_of(outputs, self._dense_outputs)))
+            drift = drift_of(outputs, self._dense_outputs)
+            if math.isfinite(drift):
+                found.append(FittedCandidate(choice, drift))
+            else:
+                reasons.update(dict.fromkeys(chain.told, f"the model's outputs are not finite with {choice.fit.kind}"))
         return found
 
     def _worthwhile(self, choices: Sequence[PricedFit]) -> list[PricedFit]:
@@ -229,7 +233,7 @@ class Search:
         """
         good = [choice for choice in choices if choice.represents_chain(self._slack)]
         if not math.isinf(self._slack) or all(choice.saving <= 0 for choice in good):
-            return [choose(good, self._prices, self._slack)]
+            return [choose(choices, self._prices, self._slack)]
         return [
             choice
             for choice in good

@@ -1,6 +1,7 @@
 """Whole blocks in a compression without training: one more rung of the ladder that chains go down."""
 
 import copy
+import dataclasses
 import io
 import math
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
 from lightning_easier.collapsing.fit.block_fits import BlockProbe
-from lightning_easier.collapsing.fit.fit_prices import ChainPrices
+from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices, priced
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.structure.stand_in import Bypass
@@ -351,3 +353,82 @@ def test_a_block_that_runs_fused_is_priced_fused_though_hooks_watch_it(encoder):
     assert 0.5 * whole < probe.price(block, shape, ChainPrices("latency", LatencyTable())) < whole
     watched = compress(model, TOKENS, max_drift=math.inf, include=[])
     assert watched.report.before.latency.median == pytest.approx(whole)
+
+
+class Logarithm(nn.Module):
+    """A block adds something to values that are zero at times, which has no logarithm without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.block = nn.ReLU(), Positive()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.act(x)).log()
+
+
+class Positive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-3 * self.second(self.act(self.first(x))).square() + 1e-3
+
+
+def test_what_makes_outputs_infinite_is_not_put_in_place_whatever_drift_is_allowed():
+    torch.manual_seed(0)
+    result = compress(Logarithm().eval(), BATCHES, max_drift=math.inf, exclude=["act"], **GUIDED)
+    assert all(trial.kind != "identity" for trial in result.report.trials)
+    assert math.isfinite(result.report.drift)
+    with torch.no_grad():
+        assert result.model(BATCHES[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(("mode", "score"), [("max", math.inf), ("min", -math.inf), ("max", math.nan)])
+def test_a_score_that_is_not_finite_is_no_better_than_any(mode, score):
+    torch.manual_seed(0)
+    model = stack(Skip(), Skip(scale=1e-3))
+    scores = iter([1.0, *[score] * 9])
+    trials = compress(model, BATCHES, evaluate=lambda _: next(scores), mode=mode, objective="macs").report.trials
+    assert trials
+    assert not any(trial.kept for trial in trials)
+    assert {trial.reason for trial in trials} == {f"the score of the model with it is not finite: {score}"}
+
+
+def test_a_fit_of_which_is_not_known_what_it_explains_does_not_stand_in_the_way_of_others(monkeypatch):
+    """Of not-a-number nothing is more or less."""
+    def some_unknown(model, place, fits, *others):
+        fits = [dataclasses.replace(fit, explained=math.nan) if fit.kind == "identity" else fit for fit in fits]
+        return priced(model, place, fits, *others)
+
+    monkeypatch.setattr(fitting, "priced", some_unknown)
+    torch.manual_seed(0)
+    report = compress(stack(Skip(), Skip(scale=1e-3)), BATCHES, objective="macs", max_drift=math.inf).report
+    assert report.trials
+    assert all(math.isfinite(trial.explained) for trial in report.trials)
+
+
+class Mixing(nn.Module):
+    """A block that nothing but a Linear comes near, which costs as much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def test_what_slack_rules_out_is_said_with_what_to_do():
+    torch.manual_seed(0)
+    model = stack(Mixing())
+    reason = compress(model, BATCHES, objective="macs").report.reasons["1"]
+    assert reason.startswith("does not pay: what represents it nearly as well as the best takes ")
+    assert "explains " in reason
+    assert reason.endswith(
+        "less of its variance than the best, more than the 2.0% of `slack`. Raise `slack`, or pass `evaluate` or a "
+        "target to `compress`, which then tries it"
+    )
+    raised = compress(model, BATCHES, objective="macs", max_drift=math.inf, slack=1.0).report
+    assert [trial.operators for trial in raised.trials] == [("1",)]
+    assert "1" not in raised.reasons

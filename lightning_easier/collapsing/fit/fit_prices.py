@@ -1,5 +1,6 @@
 """What chains and the operators fitted to them cost, and which operator is worth its place."""
 
+import math
 from collections.abc import Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
-from lightning_easier.collapsing.algebra.least_squares import Fit
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Place
 from lightning_easier.support.costs import count_macs, price_in_words
@@ -113,7 +114,14 @@ class PricedFit:
 def priced(
     model: nn.Module, place: Place, candidates: Sequence[Fit], shape: torch.Size, prices: ChainPrices
 ) -> list[PricedFit]:
-    """Tell what each operator would cost in a place whose input has a shape."""
+    """Tell what each operator would cost in a place whose input has a shape.
+
+    Raises:
+        CannotFitError: If of none is known what it explains.
+    """
+    candidates = [fit for fit in candidates if math.isfinite(fit.explained)]
+    if not candidates:
+        raise CannotFitError(NOT_FINITE)
     most = max(fit.explained for fit in candidates)
     timed = {str(number): place.timed_in_its_place(fit) for number, fit in enumerate(candidates)}
     wanted = {"": place.timed(model), **{name: module for name, module in timed.items() if module is not None}}
@@ -136,7 +144,15 @@ def choose(choices: Sequence[PricedFit], prices: ChainPrices, slack: float) -> P
         CannotFitError: If it is not cheaper than the chain.
     """
     best = min((each for each in choices if each.represents_chain(slack)), key=lambda each: each.price_after)
-    if best.saving <= 0:
-        compared = prices.compared(best.price_after, best.price_before)
+    if best.saving > 0:
+        return best
+    compared = prices.compared(best.price_after, best.price_before)
+    cheaper = [each for each in choices if each.worth > 0 and not each.represents_chain(slack)]
+    if not cheaper:
         raise CannotFitError(f"does not pay: the cheapest takes {compared}")
-    return best
+    nearest = min(cheaper, key=lambda each: each.shortfall)
+    raise CannotFitError(
+        f"does not pay: what represents it nearly as well as the best takes {compared}, and {nearest.fit.kind}, which "
+        f"is cheaper, explains {nearest.shortfall:.1%} less of its variance than the best, more than the {slack:.1%} "
+        f"of `slack`. Raise `slack`, or pass `evaluate` or a target to `compress`, which then tries it"
+    )
