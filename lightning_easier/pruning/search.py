@@ -173,7 +173,7 @@ class Search:
         """Fit operators for every chain and block alone, and return those that may take its place, the best first."""
         chains = FittableChains(self.model, sites, self._known)
         found: list[FittedCandidate] = []
-        whole: list[Place] = [*chains.in_windows(ACTIVATIONS_IN_A_CHAIN), *blocks]
+        whole = self._in_order([*chains.in_windows(ACTIVATIONS_IN_A_CHAIN), *blocks])
         self._replaceable = sorted({name for chain in whole for name in chain.replaced})
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
@@ -200,6 +200,18 @@ class Search:
             return max([candidate.rank, *(candidate.rank_after(o) for o in best if candidate.follows(o))])
 
         return sorted(best, key=rank)
+
+    def _in_order(self, places: Sequence[Place]) -> list[Place]:
+        """Return chains and blocks in the order of where they end, a block right after what is in it.
+
+        Where the time is over before all are looked at, some of each sort were.
+        """
+        numbers = {name: number for number, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+
+        def end(place: Place) -> int:  # isolated activations come last in their module, wherever they are called
+            return max(numbers[name] for name in place.parts if name not in place.sites)
+
+        return sorted(places, key=lambda place: (end(place), len(place.parts)))
 
     def _candidates_for(
         self, chain: Place, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]

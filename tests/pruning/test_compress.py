@@ -411,9 +411,10 @@ def at_a_pace(monkeypatch, seconds):
 
 def test_it_ends_when_its_minutes_are_over(monkeypatch):
     """Half of the time is for the search, so that what it finds can still be tried, and the end is for the costs."""
-    report = at_a_pace(monkeypatch, 23)  # two chains are looked at in the first minute, one is tried up to 80 %
+    report = at_a_pace(monkeypatch, 23)  # a chain and its block are looked at in the first minute, up to 80 % tried
     assert [trial.kept for trial in report.trials] == [True]
-    assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * (2 + 4)
+    assert list(report.reasons.values()) == ["the time of `max_minutes` was over before it was looked at"] * (3 + 3)
+    assert "mlps.0" not in report.reasons  # a block does not wait for all chains
     assert report.ended == "the time for trials is over, 80 % of the 2 minutes of `max_minutes`"
     assert at_a_pace(monkeypatch, 1).ended == "nothing is left to try"
 
@@ -519,7 +520,8 @@ def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before
     report = compress(mlps(4), BATCHES, **OPTIONS).report
     chains = [(f"mlps.{number}.1",) for number in range(4)]
     assert [trial.sites for trial in report.trials] == chains[::-1]  # nothing that goes lies before the next
-    assert runs == [[*chains, *chains]]  # the chains, and the branches that they are
+    both = [chain for chain in chains for _ in range(2)]  # each chain, and then the branch that it is
+    assert runs == [both]
 
     runs.clear()
     model = mlps(4)
@@ -527,7 +529,7 @@ def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before
         mlp[3].weight.data *= 0.1 ** (3 - number)
     report = compress(model, BATCHES, **OPTIONS).report
     assert [trial.sites for trial in report.trials] == chains
-    assert runs == [[*chains, *chains], *([chain] for chain in chains[1:])]
+    assert runs == [both, *([chain] for chain in chains[1:])]
 
 
 def test_a_fit_that_is_used_again_is_the_one_that_would_be_made(monkeypatch):
