@@ -17,6 +17,7 @@ from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.pruning.search import FittedCandidate, Search
 from lightning_easier.pruning.stages import PREPARING, SEARCHING, STAGES, TIMING, TRYING, Clock
 from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
+from lightning_easier.pruning.unneeded import Unneeded
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
@@ -96,7 +97,9 @@ def compress(
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
         target_speedup: Stop when the collapsed model is measured to be so many times faster at ``example_inputs`` than
             the dense network with its batch norms folded, both timed in turn.
-        target_depth: Stop when it has no more operators than this in a row.
+        target_depth: Stop when it has no more operators than this in a row. Where the last step passes a target, those
+            that are not needed for it are taken back, the largest drift first, or less is put in their places, while
+            what is measured reaches it still.
         max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
             may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
         max_minutes: Stop after so many minutes with what is there then; no limit by default. The first half is for
@@ -190,7 +193,7 @@ def compress(
             search.reasons |= reasons
         clock.begin(TRYING)
         progress.begin(TRYING, len(candidates), _TIMINGS)
-        rejections, ended, is_over = 0, "", False
+        rejections, ended, is_over, score = 0, "", False, judge.dense_score
         for candidate in candidates:
             if most.are_too_many(rejections):
                 ended = f"{rejections} in a row were taken back"
@@ -207,7 +210,7 @@ def compress(
                     search.take_back(trial.reason)
                     rejections += 1
                 else:
-                    rejections = 0
+                    rejections, score = 0, trial.score
                     look = watch.look_if_due(search.model, search.saved)
                     if look is not None and (look.attained.is_reached or look.is_impossible):
                         break
@@ -215,9 +218,13 @@ def compress(
         else:
             ended = judge.why_nothing_is_left(search.was_cut)
         clock.begin(TIMING)
-        progress.begin(TIMING, units=_TIMINGS)
+        progress.begin(TIMING, 1 + len(search.steps) * watch.has_target, _TIMINGS)
         if look is None:  # whatever was estimated: what is returned is measured
             look = watch.look(search.model, search.saved)
+        progress.finish()
+        unneeded = Unneeded(search, candidates, judge, watch, look, score, most, clock, progress)
+        unneeded.take_back()
+        look, score = unneeded.look, unneeded.score
         drift = search.drift
     is_too_short = not search.trials and (search.was_cut or is_over)
     if is_too_short and not look.attained.is_reached:
@@ -236,7 +243,7 @@ def compress(
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        drift, look.result.report, ended, notes,
+        drift, look.result.report, ended, notes, score,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
 

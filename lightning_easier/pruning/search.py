@@ -318,12 +318,36 @@ class Search:
         return all(there.get(name) is module for name, module in new.items())
 
     def take_back(self, reason: str) -> None:
+        """Undo the last trial, since the model is not good enough with it; what changes more there is not tried."""
+        self._taken_back.append(self._steps[-1])
+        self.undo(reason)
+
+    def undo(self, reason: str) -> None:
         """Undo the last trial."""
         step = self._steps.pop()
         put(self.model, step.old)
         step.trial.kept, step.trial.reason = False, reason
-        self._taken_back.append(step)
         self._redo()
+
+    @property
+    def steps(self) -> list[Taken]:
+        """Those that are in place, in the order they were taken."""
+        return list(self._steps)
+
+    def is_uncovered(self, step: Taken) -> bool:
+        """Tell whether a step is in place, and nothing was put where it is since: it can be undone by itself."""
+        return self._is_there([step])
+
+    def leave_out(self, step: Taken) -> int:
+        """Undo a step, whichever it is; return its number, for :meth:`put_back`."""
+        number = self._steps.index(step)
+        put(self.model, self._steps.pop(number).old)
+        return number
+
+    def put_back(self, step: Taken, number: int) -> None:
+        """Put a step back that was left out."""
+        put(self.model, step.new)
+        self._steps.insert(number, step)
 
     def _redo(self) -> None:
         for place, step in self._undone:

@@ -204,6 +204,40 @@ class TargetWatch:
         """
         return self._look(self._prepared(model, saved), saved)
 
+    def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
+        """Look at a model; None, before anything is timed, for one that is deeper than it should be.
+
+        Args:
+            model: The model.
+            saved: As for :meth:`look_if_due`.
+        """
+        prepared = self._prepared(model, saved)
+        return None if self._depth is not None and prepared.depth > self._depth else self._look(prepared, saved)
+
+    def is_passed(self, look: Look) -> bool:
+        """Tell whether a model is so much faster than it should be, or shallower, that less may be enough."""
+        if not look.attained.is_reached:
+            return False
+        report = look.result.report
+        if self._speedup is not None:
+            return report.speedup.median > self._speedup * _NEARLY
+        return self._depth is not None and report.after.depth < self._depth
+
+    def may_do_with(self, look: Look, saved: float, less: float) -> bool:
+        """Tell whether a model may still be fast enough that saves less; if a depth alone is asked for, it may.
+
+        What was measured that all its steps save together is shared out by their prices.
+
+        Args:
+            look: The last look at the model.
+            saved: Of its price by then, in the unit of the objective.
+            less: How much less it is to be.
+        """
+        if self._speedup is None:
+            return True
+        share = 1 / look.result.report.speedup.median
+        return share + (1 - share) * less / saved <= _NEARLY / self._speedup
+
     def _look(self, prepared: Prepared, saved: float) -> Look:
         both = {"exact": self._exact, "fitted": prepared}
         models = {(whose, name): model for whose, each in both.items() for name, model in each.models.items()}

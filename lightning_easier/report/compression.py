@@ -60,6 +60,7 @@ class CompressReport(Report):
         collapse: What the final collapse merged of the fitted model.
         ended: Why nothing more was tried.
         notes: What else there is to know, of the calibration data for example.
+        score_after: Of the result; None if it was not evaluated.
     """
 
     trials: list[Trial]
@@ -73,6 +74,7 @@ class CompressReport(Report):
     collapse: CollapseReport
     ended: str = ""
     notes: list[str] = field(default_factory=list)
+    score_after: float | None = None
 
     @property
     def speedup(self) -> Speedup:
@@ -81,9 +83,13 @@ class CompressReport(Report):
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""
-        last = next((trial.score for trial in reversed(self.trials) if trial.kept), self.score)
         costs = {"as given": self.before, "collapsed exactly": self.exact, "compressed": self.after}
-        scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score, "compressed": last}
+        scores = {
+            "dense": self.score,
+            "as given": self.score,
+            "collapsed exactly": self.score,
+            "compressed": self.score_after,
+        }
         yield costs_table(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
         if self.trials:
             yield Table(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress
-from lightning_easier.collapsing.fit.block_fits import BlockProbe
 from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit.block_fits import BlockProbe
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, priced
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.sites.blocks import Block, find_blocks
@@ -397,6 +397,7 @@ def test_a_score_that_is_not_finite_is_no_better_than_any(mode, score):
 
 def test_a_fit_of_which_is_not_known_what_it_explains_does_not_stand_in_the_way_of_others(monkeypatch):
     """Of not-a-number nothing is more or less."""
+
     def some_unknown(model, place, fits, *others):
         fits = [dataclasses.replace(fit, explained=math.nan) if fit.kind == "identity" else fit for fit in fits]
         return priced(model, place, fits, *others)

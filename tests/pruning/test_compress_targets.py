@@ -1,0 +1,133 @@
+"""What a compression with a target leaves as it was: the least change that reaches it is wanted."""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_easier import compress
+from lightning_easier.pruning import targets
+from lightning_easier.report import CompressReport
+from lightning_easier.support import timing
+from lightning_easier.support.inference import relative_difference
+from tests.clocks import Clock, honest, jittering
+
+
+class Sum(nn.Module):
+    """MLPs of some widths, each added times a scale."""
+
+    def __init__(self, widths: list[int], scales: list[float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scales = scales
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)) for width in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mlp, scale in zip(self.mlps, self.scales, strict=True):
+            x = x + mlp(x) * scale
+        return x
+
+
+torch.manual_seed(1)
+BATCHES = [torch.randn(64, 32) for _ in range(3)]
+
+
+def kept(report) -> list[str]:
+    """Return which part of the model operators took the place of."""
+    return sorted(trial.operators[0].removeprefix("mlps.").split(".")[0] for trial in report.trials if trial.kept)
+
+
+def test_what_a_later_step_has_made_needless_is_taken_back(monkeypatch):
+    """The small MLPs change less for what they save, so that they go first; the large one is enough alone."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    model = Sum([128, 128, 1024], [0.02, 0.02, 0.5]).eval()
+    result = compress(model, BATCHES, target_speedup=1.6, max_drift=math.inf)
+    report = result.report
+    assert kept(report) == ["2"]
+    assert report.speedup.median > 1.6
+    needless = [trial for trial in report.trials if str(trial.reason).startswith("not needed for the target: ")]
+    assert {trial.operators[0] for trial in needless} == {"mlps.0", "mlps.1"}
+    assert all("of the 1.6× that was asked for, without it" in trial.reason for trial in needless)
+    assert report.ended.startswith(f"the target is reached: {report.speedup} of")
+    with torch.no_grad():
+        for number in (0, 1):
+            assert torch.equal(result.fitted.mlps[number](BATCHES[0]), model.mlps[number](BATCHES[0]))
+        assert relative_difference(result.model(BATCHES[0]), result.fitted(BATCHES[0])) < 1e-5
+        dense, now = (torch.cat([each(x) for x in BATCHES]) for each in (model, result.fitted))
+    changed = float((now - dense).square().sum() / (dense - dense.mean(0)).square().sum())
+    assert report.drift == pytest.approx(changed, rel=1e-3)
+
+
+def test_what_changes_less_takes_the_place_of_a_step_that_passes_the_target(monkeypatch):
+    """By drift per saving the largest is before the one in the middle, which is enough."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    model = Sum([192, 640, 448], [0.02, 0.5, 0.45]).eval()
+    seen = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(float(model(BATCHES[0]).detach().mean()))
+        return seen[-1]
+
+    result = compress(model, BATCHES, target_speedup=1.4, evaluate=evaluate, tolerance=100.0)
+    report = result.report
+    assert kept(report) == ["2"]
+    (large,) = (trial for trial in report.trials if trial.operators[0].startswith("mlps.1"))
+    assert large.reason.endswith("linear in its place")
+    assert 1.4 < report.speedup.median < 1.8
+    with torch.no_grad():  # the score that is told is that of the result, whatever was tried last
+        assert report.score_after == float(result.fitted(BATCHES[0]).mean()) != large.score
+    assert f"{report.score_after:.4f}" in str(report)
+
+
+def test_what_is_passed_while_the_timings_disagree_comes_back_when_they_agree(monkeypatch):
+    """A machine that is busy while things are tried leaves open whether the target is reached, until all is gone."""
+    widths, scales = [512, 640, 768, 896], [0.3, 0.4, 0.5, 0.6]
+    noise, is_quiet = jittering(1.5), [True]
+
+    def evaluate(_: nn.Module) -> float:
+        calls = next(counted)
+        is_quiet[0] = calls == 0 or calls > 3
+        return 1.0
+
+    def compressed(count: Iterable[int]) -> CompressReport:
+        nonlocal counted
+        counted = iter(count)
+        clock = Clock(lambda now: 1.0 if is_quiet[0] else noise(now))
+        monkeypatch.setattr(timing, "stopwatch", clock)
+        return compress(Sum(widths, scales).eval(), BATCHES, target_speedup=1.5, evaluate=evaluate).report
+
+    counted = iter(())
+    quiet = compressed(itertools.repeat(0))
+    busy = compressed(itertools.count())
+    assert any("not needed" in str(trial.reason) for trial in busy.trials)
+    assert kept(busy) == kept(quiet)
+
+
+class Deep(nn.Module):
+    """A block of some Linears in a row."""
+
+    def __init__(self, depth: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.row = nn.Sequential(*(each for _ in range(depth) for each in (nn.Linear(32, 32), nn.Tanh())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.row(x) * self.scale
+
+
+def test_a_depth_that_is_passed_is_given_back_and_what_is_too_deep_is_not_timed(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), Deep(2, 1e-4), Deep(6, 1e-2), nn.Linear(32, 4)).eval()
+    looks = []
+    compare = targets.compare
+    monkeypatch.setattr(targets, "compare", lambda *args: looks.append(args) or compare(*args))
+    report = compress(model, BATCHES, target_depth=5, objective="depth", max_drift=math.inf).report
+    assert report.before.depth == 10
+    assert report.after.depth <= 5
+    assert kept(report) == ["2"]
+    assert len(looks) == 2  # when the target was reached, and when it was without the first block
