@@ -476,7 +476,7 @@ def _rewrite(
 
 
 def _record(choice: PricedFit, objective: Objective) -> Fitted:
-    chain, fit = choice.chain, choice.fit
+    chain, fit = choice.place, choice.fit
     return Fitted(
         chain.sites, chain.operators, fit.kind, fit.explained, choice.price_before, choice.price_after, objective
     )

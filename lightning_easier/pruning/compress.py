@@ -201,7 +201,7 @@ def compress(
             if is_over := clock.is_over():
                 ended = f"the time for trials is over, 80 % of the {max_minutes:g} minutes of `max_minutes`"
                 break
-            progress.name(" + ".join(candidate.choice.chain.operators))
+            progress.name(" + ".join(candidate.choice.place.operators))
             trial = search.take(candidate)
             if trial is not None:
                 trial.score = judge.score(search.model)

@@ -54,7 +54,7 @@ class FittedCandidate(NamedTuple):
 
     def follows(self, other: "FittedCandidate") -> bool:
         """Tell whether it saves more of what another has begun with."""
-        return self.choice.chain.holds(other.choice.chain) and self.choice.worth > other.choice.worth
+        return self.choice.place.holds(other.choice.place) and self.choice.worth > other.choice.worth
 
     def rank_after(self, other: "FittedCandidate") -> float:
         """Drift per saving, of what it adds to another."""
@@ -100,13 +100,13 @@ class FittedPlace(NamedTuple):
     """What was fitted to a chain or a block, and what that depends on.
 
     Attributes:
-        chain: The chain, or the block.
+        place: The chain, or the block.
         choices: The operators that save something.
-        ran: Which of the modules that may be replaced ran before the chain had ended.
+        ran: Which of the modules that may be replaced ran before the place had ended.
         beside: What had taken the place of those by then, by name.
     """
 
-    chain: Place
+    place: Place
     choices: list[PricedFit]
     ran: frozenset[str]
     beside: dict[str, nn.Module]
@@ -174,27 +174,27 @@ class Search:
         chains = FittableChains(self.model, sites, self._known)
         found: list[FittedCandidate] = []
         whole = self._in_order([*chains.in_windows(ACTIVATIONS_IN_A_CHAIN), *blocks])
-        self._replaceable = sorted({name for chain in whole for name in chain.replaced})
+        self._replaceable = sorted({name for place in whole for name in place.replaced})
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
         sums = self._gather(whole, progress.advance)
         while looked_at < len(whole) and not clock.is_over():
-            chain, gathered = next(sums)
-            progress.name(" + ".join(chain.operators))
-            found += self._candidates_for(chain, gathered, chains.reasons, progress.advance)
+            place, gathered = next(sums)
+            progress.name(" + ".join(place.operators))
+            found += self._candidates_for(place, gathered, chains.reasons, progress.advance)
             progress.finish()
             looked_at += 1
         self.was_cut = looked_at < len(whole)
         what = "chains around activations and blocks" if blocks else "chains around activations"
         self.looked_at = f"{looked_at} of {len(whole)} {what} were looked at"
-        for site in (site for chain in whole[looked_at:] for site in chain.told):
+        for site in (site for place in whole[looked_at:] for site in place.told):
             chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
-        tried = {name for each in found for name in (*each.choice.chain.sites, *each.choice.chain.told)}
+        tried = {name for each in found for name in (*each.choice.place.sites, *each.choice.place.told)}
         self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
-        of_chain: dict[tuple[str, ...], list[FittedCandidate]] = {}
+        of_place: dict[tuple[str, ...], list[FittedCandidate]] = {}
         for each in found:
-            of_chain.setdefault(each.choice.chain.key, []).append(each)
-        best = [each for candidates in of_chain.values() for each in hull(candidates)]
+            of_place.setdefault(each.choice.place.key, []).append(each)
+        best = [each for candidates in of_place.values() for each in hull(candidates)]
 
         def rank(candidate: FittedCandidate) -> float:
             return max([candidate.rank, *(candidate.rank_after(o) for o in best if candidate.follows(o))])
@@ -214,27 +214,27 @@ class Search:
         return sorted(places, key=lambda place: (end(place), len(place.parts)))
 
     def _candidates_for(
-        self, chain: Place, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+        self, place: Place, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
     ) -> list[FittedCandidate]:
-        """Return what may take the place of one chain; add why nothing may, by site."""
+        """Return what may go into one place; add why nothing may, by site."""
         try:
-            choices = self._worthwhile(self._fit_to(chain, gathered, advance))
+            choices = self._worthwhile(self._fit_to(place, gathered, advance))
         except CannotFitError as error:
-            if len(chain.told) == 1:
-                reasons[chain.told[0]] = str(error)
+            if len(place.told) == 1:
+                reasons[place.told[0]] = str(error)
             return []
         found = []
         for choice in choices:
             try:
                 outputs = try_out(self.model, choice, self._outputs)
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
-                reasons.update(dict.fromkeys(chain.told, str(error)))
+                reasons.update(dict.fromkeys(place.told, str(error)))
                 continue
             drift = drift_of(outputs, self._dense_outputs)
             if math.isfinite(drift):
                 found.append(FittedCandidate(choice, drift))
             else:
-                reasons.update(dict.fromkeys(chain.told, f"the model's outputs are not finite with {choice.fit.kind}"))
+                reasons.update(dict.fromkeys(place.told, f"the model's outputs are not finite with {choice.fit.kind}"))
         return found
 
     def _worthwhile(self, choices: Sequence[PricedFit]) -> list[PricedFit]:
@@ -255,7 +255,7 @@ class Search:
 
     def take(self, candidate: FittedCandidate) -> Trial | None:
         """Put an operator in its place, fitted to what the model has become; None if none pays any more."""
-        place, wanted = candidate.choice.chain, candidate.choice.fit
+        place, wanted = candidate.choice.place, candidate.choice.fit
         begun = [step for step in self._steps if place.meets(step.place)]
         if self._was_rejected(candidate) or not self._may_follow(candidate, begun):
             return None
@@ -298,12 +298,12 @@ class Search:
 
     def _was_rejected(self, candidate: FittedCandidate) -> bool:
         """Tell whether something that changes less of the same was taken back."""
-        place = candidate.choice.chain
+        place = candidate.choice.place
         return any(place.holds(each.place) and each.trial.drift <= candidate.drift for each in self._taken_back)
 
     def _may_follow(self, candidate: FittedCandidate, begun: Sequence[Taken]) -> bool:
         """Tell whether a candidate saves more than what is in place of parts of it, and whether that can be undone."""
-        place, worth = candidate.choice.chain, candidate.choice.worth
+        place, worth = candidate.choice.place, candidate.choice.worth
         if isinstance(place, FittableChain):
             if not all(self._is_there([step]) and worth > step.worth for step in begun):
                 return False
@@ -356,32 +356,32 @@ class Search:
             step.trial.kept, step.trial.reason = True, None
         self._undone = []
 
-    def _fit(self, chain: Place) -> list[PricedFit]:
-        """Return the operators for a chain that save something, those of the last time where nothing before it changed.
+    def _fit(self, place: Place) -> list[PricedFit]:
+        """Return the operators for a place that save something, those of the last time where nothing before it changed.
 
         Raises:
             CannotFitError: If there are none.
         """
-        known = self._fitted.get(chain.key)
-        if known is None or known.chain != chain or known.beside != self._in_place(known.ran):
-            ((_, gathered),) = self._gather([chain])
-            self._fit_to(chain, gathered)
-        return self._fitted[chain.key].choices
+        known = self._fitted.get(place.key)
+        if known is None or known.place != place or known.beside != self._in_place(known.ran):
+            ((_, gathered),) = self._gather([place])
+            self._fit_to(place, gathered)
+        return self._fitted[place.key].choices
 
     def _gather(
-        self, chains: Sequence[Place], advance: Callable[[], object] = lambda: None
+        self, places: Sequence[Place], advance: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Place, Gathered | None]]:
         there = dict(self.model.named_modules(remove_duplicate=False))  # what was in a block goes with it
         watched = [name for name in self._replaceable if name in there]
-        return gather(self.model, chains, self._batches, self._arguments, watched, advance)
+        return gather(self.model, places, self._batches, self._arguments, watched, advance)
 
     def _fit_to(
-        self, chain: Place, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
+        self, place: Place, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
     ) -> list[PricedFit]:
-        choices = fit_to(self.model, chain, gathered, self._prices, advance)
+        choices = fit_to(self.model, place, gathered, self._prices, advance)
         ran = frozenset() if gathered is None else gathered.ran
         saving = [choice for choice in choices if choice.saving > 0]
-        self._fitted[chain.key] = FittedPlace(chain, saving, ran, self._in_place(ran))
+        self._fitted[place.key] = FittedPlace(place, saving, ran, self._in_place(ran))
         return choices
 
     def _in_place(self, names: Container[str]) -> dict[str, nn.Module]:

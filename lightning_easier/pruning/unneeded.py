@@ -69,7 +69,7 @@ class Unneeded:
         yield None
         others = [each.place for each in self._search.steps if each is not step]
         for candidate in sorted(self._candidates, key=lambda each: each.drift):
-            place = candidate.choice.chain
+            place = candidate.choice.place
             if candidate.drift < step.trial.drift and not any(place.meets(o) or o.meets(place) for o in others):
                 yield candidate
 

@@ -75,14 +75,14 @@ class PricedFit:
     """An operator that may take the place of a chain, or of a block.
 
     Attributes:
-        chain: The chain, or the block.
+        place: The chain, or the block.
         fit: The operator, and how well it represents the chain.
         shortfall: How much less of the variance it explains than the operator that explains most.
         price_before: Of the chain, in the unit of the objective.
         price_after: Of the operator.
     """
 
-    chain: Place
+    place: Place
     fit: Fit
     shortfall: float
     price_before: float
@@ -99,7 +99,7 @@ class PricedFit:
 
         An addition goes with a block then, and perhaps a norm; and what costs no more is not as good.
         """
-        leaves_nothing = self.chain.timed_in_its_place(self.fit) is None
+        leaves_nothing = self.place.timed_in_its_place(self.fit) is None
         return self.saving + _WORTH_OF_NOTHING * self.price_before if leaves_nothing else self.saving
 
     def represents_chain(self, slack: float = SLACK) -> bool:

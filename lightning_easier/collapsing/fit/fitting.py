@@ -34,9 +34,9 @@ class _EndOfChainError(BaseException):
     """Ends a forward of which all that is wanted has been seen; no forward catches it."""
 
 
-def positions_wanted(chain: Place) -> int:
+def positions_wanted(place: Place) -> int:
     """Return how many positions of the calibration data are enough for a fit."""
-    unknowns = chain.geometry.unknowns
+    unknowns = place.geometry.unknowns
     return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
 
 
@@ -44,12 +44,12 @@ def _nothing() -> None: ...
 
 
 class Gathered(NamedTuple):
-    """What was summed up of one chain.
+    """What was summed up of one place.
 
     Attributes:
         moments: The sums.
-        shape: Of what goes into the chain at the example inputs.
-        ran: Which of the watched modules ran before the chain had ended, in any batch: where they are still what they
+        shape: Of what goes into the place at the example inputs.
+        ran: Which of the watched modules ran before the place had ended, in any batch: where they are still what they
             were, so are the sums.
     """
 
@@ -60,107 +60,107 @@ class Gathered(NamedTuple):
 
 def gather(
     model: nn.Module,
-    chains: Iterable[Place],
+    places: Iterable[Place],
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
     watched: Iterable[str] = (),
     advance: Callable[[], object] = _nothing,
 ) -> Iterator[tuple[Place, Gathered | None]]:
-    """Sum up what goes into each of some chains and what comes out, in one run over the data for as many as fit.
+    """Sum up what goes into each of some places and what comes out, in one run over the data for as many as fit.
 
     Args:
-        model: The model, in eval mode; whatever is done to it between two chains has to be undone before the next.
-        chains: The chains.
+        model: The model, in eval mode; whatever is done to it between two places has to be undone before the next.
+        places: The places.
         batches: The forward's positional arguments, for each batch.
         arguments: Example inputs.
         watched: Names of modules of which is said whether they ran.
-        advance: What is called after each batch, for each chain.
+        advance: What is called after each batch, for each place.
 
     Yields:
-        Each chain, and its sums; None if the forward does not get there.
+        Each place, and its sums; None if the forward does not get there.
     """
     watched = tuple(watched)
-    for group in _groups(model, chains):
+    for group in _groups(model, places):
         moments: dict[Place, Moments] = {}
         shapes: dict[Place, torch.Size] = {}
 
         def add(
-            chain: Place,
+            place: Place,
             value: Tensor,
             output: Tensor,
             moments: dict[Place, Moments] = moments,
             shapes: dict[Place, torch.Size] = shapes,
         ) -> None:
-            if chain not in moments:
-                axis = 1 if chain.geometry.kernel else -1
-                moments[chain] = Moments.of(chain.geometry, output.shape[axis], output.device)
-                shapes[chain] = value.shape
-            moments[chain].add(value, output, -(-positions_wanted(chain) // len(batches)))
+            if place not in moments:
+                axis = 1 if place.geometry.kernel else -1
+                moments[place] = Moments.of(place.geometry, output.shape[axis], output.device)
+                shapes[place] = value.shape
+            moments[place].add(value, output, -(-positions_wanted(place) // len(batches)))
             advance()
 
         reached = _run_up_to(model, group, batches, add, watched)
         if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
             shapes = _shapes_of_inputs(model, list(reached), arguments)
-        for chain in group:
-            is_reached = chain in reached and chain in shapes
-            sums = moments.pop(chain, None)  # not kept beside those of the next
-            yield chain, Gathered(sums, shapes[chain], reached[chain]) if is_reached and sums is not None else None
+        for place in group:
+            is_reached = place in reached and place in shapes
+            sums = moments.pop(place, None)  # not kept beside those of the next
+            yield place, Gathered(sums, shapes[place], reached[place]) if is_reached and sums is not None else None
 
 
-def _groups(model: nn.Module, chains: Iterable[Place]) -> Iterator[list[Place]]:
-    """Put chains together whose sums fit into memory beside each other; each is in a group, however large it is."""
+def _groups(model: nn.Module, places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Put places together whose sums fit into memory beside each other; each is in a group, however large it is."""
     group: list[Place] = []
     taken = 0
-    for chain in chains:
-        columns = chain.geometry.unknowns
-        needed = 2 * 8 * columns * (columns + chain.outputs(model))  # what is fitted and what is held out, in float64
+    for place in places:
+        columns = place.geometry.unknowns
+        needed = 2 * 8 * columns * (columns + place.outputs(model))  # what is fitted and what is held out, in float64
         if group and taken + needed > _MOST_BYTES:
             yield group
             group, taken = [], 0
-        group.append(chain)
+        group.append(place)
         taken += needed
     if group:
         yield group
 
 
 def _shapes_of_inputs(
-    model: nn.Module, chains: Sequence[Place], arguments: Sequence[Tensor]
+    model: nn.Module, places: Sequence[Place], arguments: Sequence[Tensor]
 ) -> dict[Place, torch.Size]:
-    """Return the shapes of what goes into chains."""
+    """Return the shapes of what goes into places."""
     shapes: dict[Place, torch.Size] = {}
 
-    def note(chain: Place, value: Tensor, _: Tensor) -> None:
-        shapes[chain] = value.shape
+    def note(place: Place, value: Tensor, _: Tensor) -> None:
+        shapes[place] = value.shape
 
-    _run_up_to(model, chains, [tuple(arguments)], note)
+    _run_up_to(model, places, [tuple(arguments)], note)
     return shapes
 
 
 def _run_up_to(
     model: nn.Module,
-    chains: Sequence[Place],
+    places: Sequence[Place],
     batches: Iterable[tuple[Tensor, ...]],
     see: Callable[[Place, Tensor, Tensor], None],
     watched: Iterable[str] = (),
 ) -> dict[Place, frozenset[str]]:
-    """Run a model up to the end of the last of some chains, and show what goes into each and what comes out.
+    """Run a model up to the end of the last of some places, and show what goes into each and what comes out.
 
     Returns:
-        For each chain that the forward gets to in all batches: which of the watched modules ran before it had ended.
+        For each place that the forward gets to in all batches: which of the watched modules ran before it had ended.
     """
     running: set[str] = set()  # and what ran, in this batch
-    ran: dict[Place, set[str]] = {chain: set() for chain in chains}
+    ran: dict[Place, set[str]] = {place: set() for place in places}
     missing: set[Place] = set()
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, arguments: running.add(name)
 
-    def end(chain: Place, value: Tensor, output: Tensor) -> None:
-        if chain not in missing:  # it was called before
+    def end(place: Place, value: Tensor, output: Tensor) -> None:
+        if place not in missing:  # it was called before
             return
-        missing.remove(chain)
-        ran[chain] |= running
-        see(chain, value, output)
+        missing.remove(place)
+        ran[place] |= running
+        see(place, value, output)
         if not missing:
             raise _EndOfChainError
 
@@ -168,7 +168,7 @@ def _run_up_to(
         stack.enter_context(evaluation_mode(model))
         for name in watched:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(note(name)).remove)
-        hooks = [ChainHooks(model, chain, partial(end, chain)) for chain in chains]
+        hooks = [ChainHooks(model, place, partial(end, place)) for place in places]
         for each in hooks:
             stack.callback(each.detach)
             each.attach()
@@ -181,26 +181,26 @@ def _run_up_to(
                 model(*copies(arguments))
             except _EndOfChainError:
                 continue
-            for chain in missing:
-                del ran[chain]
+            for place in missing:
+                del ran[place]
             missing.clear()
             if not ran:
                 break
-    return {chain: frozenset(names) for chain, names in ran.items()}
+    return {place: frozenset(names) for place, names in ran.items()}
 
 
 def fit_to(
     model: nn.Module,
-    chain: Place,
+    place: Place,
     gathered: Gathered | None,
     prices: ChainPrices,
     advance: Callable[[], object] = _nothing,
 ) -> list[PricedFit]:
-    """Fit and price every operator that may take the place of a chain whose sums are known.
+    """Fit and price every operator for a place whose sums are known.
 
     Args:
         model: The model, in eval mode; it is not changed.
-        chain: The chain.
+        place: The place.
         gathered: Its sums, as :func:`gather` yields them.
         prices: Tells what modules cost.
         advance: What is called after each fit.
@@ -211,17 +211,17 @@ def fit_to(
     if gathered is None:
         raise CannotFitError("the model's forward does not call it")
     moments = gathered.moments
-    tell_left_out(int(moments.left_out), moments.samples, f"the calibration data of {chain.described}")
+    tell_left_out(int(moments.left_out), moments.samples, f"the calibration data of {place.described}")
     reason = moments.why_no_fit()
     if reason is not None:
         raise CannotFitError(reason)
-    fitted = [*chain.without_fit(moments)]
+    fitted = [*place.without_fit(moments)]
     for fit in fits(moments):
         fitted.append(fit)
         advance()
     if not fitted:
         raise CannotFitError(NOT_FINITE)
-    return priced(model, chain, fitted, gathered.shape, prices)
+    return priced(model, place, fitted, gathered.shape, prices)
 
 
 def replace_chains(

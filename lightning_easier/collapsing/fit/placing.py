@@ -77,7 +77,7 @@ def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
 
 def _put_fitted(model: nn.Module, choice: PricedFit) -> dict[str, nn.Module]:
     """Put an operator in its place, in place; return what was there before, by name."""
-    new = _modules_in(choice.chain, model, choice.fit)
+    new = _modules_in(choice.place, model, choice.fit)
     old = {name: model.get_submodule(name) for name in new}
     put(model, new)
     return old
