@@ -223,6 +223,11 @@ class TargetWatch:
             return report.speedup.median > self._speedup * _NEARLY
         return self._depth is not None and report.after.depth < self._depth
 
+    def is_surely_reached(self, look: Look) -> bool:
+        """Tell whether a model is as fast and as shallow as it should be, and the timings leave no doubt about it."""
+        report = look.result.report
+        return look.attained.is_reached and (self._speedup is None or report.speedup.is_above(self._speedup))
+
     def may_do_with(self, look: Look, saved: float, less: float) -> bool:
         """Tell whether a model may still be fast enough that saves less; if a depth alone is asked for, it may.
 

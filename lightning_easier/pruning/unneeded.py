@@ -86,7 +86,7 @@ class Unneeded:
         look = None
         if reason is None:
             look = self._watch.look_if_shallow(search.model, search.saved)
-            if look is None or not look.attained.is_reached:
+            if look is None or not self._watch.is_surely_reached(look):
                 words = "it is too deep" if look is None else look.attained.words
                 reason = f"it changes less, but is not enough for the target: {words}"
         if trial is not None:
