@@ -68,9 +68,9 @@ def chosen(result):
     return [(trial.sites, trial.kind, trial.kept) for trial in result.report.trials]
 
 
-@pytest.fixture(scope="module", params=[1.5, 3.0, None])
+@pytest.fixture(scope="module", params=[1.42, 3.0, None])
 def honestly(request):
-    """What is compressed to a target while nothing else runs."""
+    """What is compressed to a target while nothing else runs; no set of MLPs comes very near to it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         under(monkeypatch, honest)
         result = compress(Residual(), batches(), target_speedup=request.param, max_drift=math.inf)
