@@ -42,7 +42,14 @@ from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.structure.checkpoint import load_pruned, restore_structure_on_load
 from lightning_easier.structure.linearize import linearize, restore
 from lightning_easier.structure.masking import Masks
-from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, TakenOut
+from lightning_easier.structure.operations import (
+    Affines,
+    FittedBlocks,
+    FittedOperators,
+    Identities,
+    Operation,
+    TakenOut,
+)
 
 __version__ = "0.1.0"
 
@@ -51,7 +58,7 @@ __all__ = [
     "Linearize", "FitChains", "Sparsify", "RemoveBlocks", "Order",
     "Rounds", "Measuring", "Target", "Distillation", "Files",
     "Method", "Proposal", "Regularizer",
-    "Operation", "Identities", "Affines", "FittedOperators", "Masks", "TakenOut",
+    "Operation", "Identities", "Affines", "FittedOperators", "FittedBlocks", "Masks", "TakenOut",
     "measure_entropy", "measure_affines", "measure_error_likelihood", "fit_chains",
     "ActivationEntropy", "activation_entropy", "EntropyProbe",
     "SlicedWasserstein", "sliced_wasserstein",

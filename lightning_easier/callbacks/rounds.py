@@ -170,7 +170,8 @@ def _selected(method: Method, eligible: dict[str, float], count: int) -> list[st
 def list_candidates(run: Run, pl_module: LightningModule, chosen: Chosen | None) -> None:
     """Say what would be done."""
     entropies = run.entropies or run.state.snapshot.measured.entropies
-    run.listed = run.settings.method.list_candidates(pl_module, entropies)
+    known = run.state.now.proposal or run.proposal  # a run that is taken up has the first alone
+    run.listed = run.settings.method.listed(pl_module, entropies, known)
     names = "nothing" if chosen is None else ", ".join(f"`{name}`" for name in chosen.names)
     rank_zero_info(f"{run.listed}\nDry run: {names} would be removed next. The model was not changed.")
 

@@ -29,7 +29,7 @@ from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, Price
 from lightning_easier.collapsing.fit.fitting import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
-from lightning_easier.structure.stand_in import BlockStandIn, Bypass
+from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
 from lightning_easier.support.calibration import read_calibration
@@ -280,10 +280,11 @@ class Prepared:
         self._done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
         steps, collapsed, unmerged = self._done.steps, self._done.collapsed, self._done.unmerged
         graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
-        self._blocks = [name for name, part in fitted.named_modules() if isinstance(part, (BlockStandIn, Bypass))]
+        gone = [name for name, part in fitted.named_modules() if isinstance(part, (BlockStandIn, Bypass))]
+        self._blocks = [name for name in gone if not isinstance(fitted.get_submodule(name), OperatorStandIn)]
         absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
         # else its own forward is as good, and may be faster than what was recorded
-        self._is_changed = bool(steps.changed or absorbed or self._blocks)
+        self._is_changed = bool(steps.changed or absorbed or gone)
         self._depth = depth(graph)
         timed = deepcopy(source)
         self.baseline = baseline_of(source, arguments, graph) if baseline is None else baseline

@@ -1,7 +1,7 @@
 """Plain results, shown: tables, Markdown, JSON, figures, and what a run writes to TensorBoard."""
 
 from lightning_easier.report.blocks import BlockReport, CollapsibleBlock
-from lightning_easier.report.candidates import Candidate, CandidateReport
+from lightning_easier.report.candidates import BlockCandidate, BlockWay, Candidate, CandidateReport, FitReport
 from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal, Trimmed
 from lightning_easier.report.compression import CompressReport, Trial
 from lightning_easier.report.costs import ModelCost
@@ -10,7 +10,7 @@ from lightning_easier.report.pruning import PruningReport, Round
 from lightning_easier.report.tables import Report, Table
 
 __all__ = [
-    "BlockReport", "Candidate", "CandidateReport", "CollapseReport", "CollapsibleBlock", "CompressReport",
-    "ExportReport", "Fitted", "Merge", "ModelCost", "Parity", "PruningReport", "Refusal", "Report", "Round", "Table",
-    "Trial", "Trimmed",
+    "BlockCandidate", "BlockReport", "BlockWay", "Candidate", "CandidateReport", "CollapseReport", "CollapsibleBlock",
+    "CompressReport", "ExportReport", "FitReport", "Fitted", "Merge", "ModelCost", "Parity", "PruningReport", "Refusal",
+    "Report", "Round", "Table", "Trial", "Trimmed",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Make activations linear, reversibly, and give a model the structure that a state dict is marked with."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,11 +17,13 @@ from lightning_easier.structure.padding import PaddingShift, apply_shifts, check
 from lightning_easier.structure.stand_in import (
     LEAVES,
     MARK_KEY,
+    OPERATOR,
     STAND_INS,
     AffineStandIn,
     BlockStandIn,
     IdentityStandIn,
     Mark,
+    OperatorStandIn,
     StandIn,
 )
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, Substitution
@@ -118,6 +120,43 @@ def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", ret
     """
     check_choice("leaves", leaves, LEAVES)
     inner, names = unwrap(model), _as_names(names)
+    _check_modules(inner, names)
+    with _operators_as_built(inner):
+        for name in names:
+            replace_activation(inner, name, BlockStandIn(inner.get_submodule(name), leaves, returns))
+    return model
+
+
+def replace_block(model: nn.Module, name: str, operator: nn.Module, returns: int = 0) -> nn.Module:
+    """Put an operator in the place of a block whose output has the shape of its input, in place.
+
+    A state dict marks it, and :func:`restore` brings the block back, as it does after :func:`bypass`.
+
+    Args:
+        model: Any module.
+        name: Qualified name of the block.
+        operator: A Linear, a convolution, a scale and an offset for each channel, or several in a row; it reads the
+            first tensor that the block is called with. Its parameters are the model's from then on, trained if anything
+            in the block was.
+        returns: How many values the block returns, if that is a tuple, the first of them the value; 0 otherwise.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If there is no module of that name.
+    """
+    inner = unwrap(model)
+    _check_modules(inner, [name])
+    with _operators_as_built(inner):
+        block = inner.get_submodule(name)
+        like = next((each for each in block.parameters() if each.is_floating_point()), _floating(inner))
+        replace_activation(inner, name, OperatorStandIn(block, operator.to(like), returns))
+    return model
+
+
+def _check_modules(inner: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to take out what is not there, or what something outside was changed with."""
     there = dict(inner.named_modules())
     for name in names:
         if name not in there or not name:
@@ -130,10 +169,6 @@ def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", ret
                 f"Expected argument `names` to hold modules that nothing outside of them was changed with, but where "
                 f"{site!r} became linear {sorted(around)} were changed, too. Restore {site!r} first."
             )
-    with _operators_as_built(inner):
-        for name in names:
-            replace_activation(inner, name, BlockStandIn(inner.get_submodule(name), leaves, returns))
-    return model
 
 
 class _Wanted(NamedTuple):
@@ -396,7 +431,7 @@ def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tu
     sites = {name: module for name, (module, _) in plan.found.items()}
     for name, mark in marks.items():
         found = linear[name].activation if name in linear else sites.get(name, _block(inner, name))
-        kinds = {*STAND_INS, *LEAVES}
+        kinds = {*STAND_INS, *LEAVES, OPERATOR}
         if found is None or type(found).__name__ != mark.activation or mark.stand_in not in kinds:
             raise ValueError(
                 f"Expected the model to have an activation {name!r} of class {mark.activation}, which the checkpoint "
@@ -414,7 +449,12 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
     restore(model, restored)
     blocks = [name for name in linearized if _block(unwrap(model), name) is not None]
     for name in blocks:
-        bypass(model, [name], linearized[name].stand_in, linearized[name].returns)
+        mark = linearized[name]
+        operator = mark.blank_operator()
+        if operator is None:
+            bypass(model, [name], mark.stand_in, mark.returns)
+        else:
+            replace_block(model, name, operator, mark.returns)
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):
         wanted = {

@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.rectifiers import activation_kind
-from lightning_easier.structure.linearize import bypass, linearize, restore, stand_ins
+from lightning_easier.structure.block_operators import BlockFit
+from lightning_easier.structure.linearize import bypass, linearize, replace_block, restore, stand_ins
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import ChainFit, Substitution
 
@@ -277,7 +278,45 @@ class FittedOperators(_StandIns):
 
 
 @dataclass
-class TakenOut(Operation):
+class _OfBlocks(Operation):
+    """Something takes the places of whole blocks."""
+
+    @abstractmethod
+    def put(self, model: nn.Module) -> None:
+        """Put it there, in place."""
+
+    @abstractmethod
+    def describe(self, name: str) -> str:
+        """Say what took the place of a block."""
+
+    def apply(self, model: nn.Module) -> Change:
+        """Carry it out, in place."""
+        blocks = [model.get_submodule(name) for name in self.names]
+        self.put(model)
+        joined = [name for name in self.names if any(p.requires_grad for p in model.get_submodule(name).parameters())]
+        notes = {name: [self.describe(name)] for name in self.names}
+        return Change(lost=_missing(model, blocks), joined=joined, notes=notes)
+
+    def undo(self, model: nn.Module) -> list[Parameter]:
+        """Undo it, in place."""
+        linear = stand_ins(model)
+        back = _missing(model, [linear[name].activation for name in self.names])
+        restore(model, self.names)
+        return back
+
+    def leaving(self, model: nn.Module) -> list[Parameter]:
+        """Return the parameters of what took the places; what a block leaves has none."""
+        linear = stand_ins(model)
+        return [parameter for name in self.names for parameter in linear[name].parameters()]
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Those of the blocks leave."""
+        return True
+
+
+@dataclass
+class TakenOut(_OfBlocks):
     """Whole blocks are taken out (LaCoOT).
 
     Attributes:
@@ -290,28 +329,38 @@ class TakenOut(Operation):
     leaves: str = "identity"
     returns: int = 0
 
-    def apply(self, model: nn.Module) -> Change:
-        """Carry it out, in place."""
-        blocks = [model.get_submodule(name) for name in self.names]
+    def put(self, model: nn.Module) -> None:
+        """Take them out, in place."""
         bypass(model, self.names, self.leaves, self.returns)
-        what = "the branch was taken out" if self.leaves == "zeros" else "the block was taken out"
-        return Change(lost=_missing(model, blocks), notes={name: [what] for name in self.names})
 
-    def undo(self, model: nn.Module) -> list[Parameter]:
-        """Undo it, in place."""
-        linear = stand_ins(model)
-        back = _missing(model, [linear[name].activation for name in self.names])
-        restore(model, self.names)
-        return back
+    def describe(self, name: str) -> str:
+        """Say which sort it is."""
+        return "the branch was taken out" if self.leaves == "zeros" else "the block was taken out"
 
-    def leaving(self, model: nn.Module) -> list[Parameter]:
-        """None: what a block leaves has no parameters."""
-        return []
 
-    @property
-    def changes_parameters(self) -> bool:
-        """Those of the blocks leave."""
-        return True
+@dataclass
+class FittedBlocks(_OfBlocks):
+    """Fitted operators take the places of whole blocks; their parameters are new, and join the optimizer.
+
+    Attributes:
+        names: The blocks.
+        fits: Name -> the operator, as plain data.
+    """
+
+    kind = "fitted block"
+    is_large = True
+    fits: dict[str, dict[str, Any]]
+
+    def put(self, model: nn.Module) -> None:
+        """Put the operators there, in place."""
+        for name in self.names:
+            fit = BlockFit.from_plain(self.fits[name])
+            replace_block(model, name, fit.operator(), fit.returns)
+
+    def describe(self, name: str) -> str:
+        """Say which operator it is, and how well it stands for the block."""
+        fit = BlockFit.from_plain(self.fits[name])
+        return f"{fit.kind} in place of the block, {1 - fit.unexplained:.1%} explained"
 
 
 def kind_of(plain: Mapping[str, Any]) -> type[Operation]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier.measure.affines import AffineFit
+from lightning_easier.structure.block_operators import Layer, blank_operator, form_of
 from lightning_easier.structure.padding import PaddingShift
 from lightning_easier.structure.substitution import Form, Substitution
 from lightning_easier.support.hooks import first_tensor
@@ -23,6 +24,8 @@ from lightning_easier.support.hooks import first_tensor
 STAND_INS = ("identity", "affine")
 LEAVES = ("identity", "zeros")
 """What a block may leave: its input, or zeros where it is a branch of an addition."""
+OPERATOR = "operator"
+"""What takes the place of a block where it leaves neither: one operator."""
 EXTRA_STATE = "_extra_state"
 HINT = "made_linear_by_lightning_easier__use_load_pruned_or_restore_structure_on_load"
 MARK_KEY = f"{HINT}.{EXTRA_STATE}"
@@ -35,7 +38,8 @@ class Mark:
     """What a state dict says of one linearized activation.
 
     Attributes:
-        stand_in: The kind of stand-in: ``"identity"``, ``"affine"``, or ``"zeros"`` in the place of a block.
+        stand_in: The kind of stand-in: ``"identity"``, ``"affine"``, or, in the place of a block, ``"zeros"`` or
+            ``"operator"``.
         activation: Class name of the activation it replaces, or of the block.
         shifts_padding: Whether the padding of the convolution after it was moved to the one before it.
         channels: Of an affine; 0 for an identity.
@@ -43,6 +47,7 @@ class Mark:
         trainable: Whether an affine's scale and offset are trained.
         form: What became of the chain around it, if a fitted operator has taken its place.
         returns: How many values a block returned, if that was a tuple; 0 otherwise.
+        layers: What the operator in the place of a block is made of, if there is one.
     """
 
     stand_in: str
@@ -53,12 +58,14 @@ class Mark:
     trainable: bool = False
     form: Form | None = None
     returns: int = 0
+    layers: tuple[Layer, ...] = ()
 
     def encode(self) -> Tensor:
         """Return the mark as a uint8 tensor."""
         data = {_MAGIC: _VERSION, **asdict(self)}
-        if not self.returns:  # as it was written before there were blocks
-            del data["returns"]
+        for name in ("returns", "layers"):  # as it was written before there were blocks
+            if not data[name]:
+                del data[name]
         return torch.tensor(list(json.dumps(data).encode()), dtype=torch.uint8)
 
     @classmethod
@@ -85,6 +92,7 @@ class Mark:
                 data["stand_in"], data["activation"], bool(data.get("shifts_padding", False)),
                 int(data.get("channels", 0)), int(data.get("dim", 1)), bool(data.get("trainable", False)),
                 None if data.get("form") is None else Form.from_plain(data["form"]), int(data.get("returns", 0)),
+                tuple(Layer.from_plain(layer) for layer in data.get("layers", ())),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError):
             return None
@@ -94,6 +102,10 @@ class Mark:
         if self.stand_in != "affine":
             return None
         return AffineFit(torch.ones(self.channels), torch.zeros(self.channels), self.dim, 0.0)
+
+    def blank_operator(self) -> nn.Module | None:
+        """Return an operator of its shapes, whose numbers are still to be loaded; None where there is none."""
+        return blank_operator(self.layers) if self.stand_in == OPERATOR else None
 
 
 class _Marked(nn.Module):
@@ -222,6 +234,25 @@ class Bypass(nn.Module):
         return self.leaves
 
 
+class InPlaceOfBlock(nn.Module):
+    """An operator in the place of a block: it reads the first value that the block is called with.
+
+    Args:
+        operator: The operator.
+        returns: How many values the block returned, if that was a tuple; 0 otherwise.
+    """
+
+    def __init__(self, operator: nn.Module, returns: int = 0) -> None:
+        super().__init__()
+        self.operator = operator
+        self.returns = returns
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the operator makes of the first value, and None for all others that the block returned."""
+        value = self.operator(first_tensor(args, kwargs))
+        return (value, *[None] * (self.returns - 1)) if self.returns else value
+
+
 class BlockStandIn(StandIn):
     """What a whole block leaves: the first tensor that it is called with, or zeros like it.
 
@@ -272,6 +303,41 @@ class BlockStandIn(StandIn):
     def extra_repr(self) -> str:
         """Name the class of the block that was there."""
         return f"{self.leaves} in place of {type(self.activation).__name__}"
+
+
+class OperatorStandIn(BlockStandIn):
+    """One operator in the place of a whole block; it is trained if anything in the block was.
+
+    Args:
+        block: The block.
+        operator: What reads the first tensor that the block is called with.
+        returns: As for :class:`BlockStandIn`.
+    """
+
+    def __init__(self, block: nn.Module, operator: nn.Module, returns: int = 0) -> None:
+        super().__init__(block, OPERATOR, returns)
+        parameters = list(block.parameters())
+        is_trained = any(parameter.requires_grad for parameter in parameters) or not parameters
+        self.operator = operator.train(self.training).requires_grad_(is_trained)
+
+    def for_good(self) -> nn.Module:
+        """Return what does the same, without the block and without a mark."""
+        return InPlaceOfBlock(self.operator, self.returns).train(self.training)
+
+    @property
+    def mark(self) -> Mark:
+        """What the state dict says of this stand-in."""
+        block = type(self.activation).__name__
+        return Mark(OPERATOR, block, returns=self.returns, layers=form_of(self.operator))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the operator makes of the first value, and None for all others that the block returned."""
+        value = self.operator(first_tensor(args, kwargs))
+        return (value, *[None] * (self.returns - 1)) if self.returns else value
+
+    def extra_repr(self) -> str:
+        """Name the operator, and the class of the block that was there."""
+        return f"{self.operator} in place of {type(self.activation).__name__}"
 
 
 class AffineStandIn(StandIn):

@@ -14,32 +14,13 @@ from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Mom
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.fittable import Place
 from lightning_easier.sites.blocks import Block
-from lightning_easier.structure.stand_in import Bypass
-from lightning_easier.support.hooks import HookOfOneModel, first_tensor, input_of
+from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock
+from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import copies, evaluation_mode
 
 # Of sums over what a larger kernel reads, in float64: more is not gathered for one block.
 _MOST_UNKNOWNS = 2**13
 _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, torch.Size, type(None))
-
-
-class InPlaceOfBlock(nn.Module):
-    """An operator in the place of a block: it reads the first value that the block is called with.
-
-    Args:
-        operator: The operator.
-        returns: How many values the block returned, if that was a tuple; 0 otherwise.
-    """
-
-    def __init__(self, operator: nn.Module, returns: int = 0) -> None:
-        super().__init__()
-        self.operator = operator
-        self.returns = returns
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the operator makes of the first value, and None for all others that the block returned."""
-        value = self.operator(first_tensor(args, kwargs))
-        return (value, *[None] * (self.returns - 1)) if self.returns else value
 
 
 class _Call(NamedTuple):

@@ -71,11 +71,13 @@ class Proposal:
         operations: Name -> what removes it, as plain data.
         exact: Names of what changes nothing on the data that was measured. What is left of it when the run ends is done
             then, and not trained any more.
+        blocks: What a dry run lists of whole blocks, one a block, as plain data; see :meth:`Method.listed`.
     """
 
     ranks: dict[str, float] = field(default_factory=dict)
     operations: dict[str, dict[str, Any]] = field(default_factory=dict)
     exact: list[str] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, operation: Operation, rank: float, name: str | None = None) -> None:
         """Propose one more operation.
@@ -130,7 +132,7 @@ class Proposal:
     def without_large_operations(self) -> "Proposal":
         """Forget what may be as large as the model; what is left may be chosen still."""
         kept = {name: plain for name, plain in self.operations.items() if not kind_of(plain).is_large}
-        return Proposal(self.ranks, kept, self.exact)
+        return Proposal(self.ranks, kept, self.exact, self.blocks)
 
 
 def _overlap(part: str, other: str) -> bool:
@@ -305,6 +307,16 @@ class Method(ABC):
             entropies: Name -> entropy in bits.
         """
         return candidates(model, entropies, gates=self.kinds_of_gates)
+
+    def listed(self, model: nn.Module, entropies: Mapping[str, float] | None, proposal: Proposal) -> Report:
+        """Return what a dry run lists: by default what :meth:`list_candidates` does.
+
+        Args:
+            model: The model.
+            entropies: Name -> entropy in bits.
+            proposal: What was proposed for it.
+        """
+        return self.list_candidates(model, entropies)
 
     def outlook(self, model: nn.Module, proposal: Proposal, names: Sequence[str], device: str) -> Outlook | None:
         """Say before the first removal what may come of it; None if there is nothing to tell.

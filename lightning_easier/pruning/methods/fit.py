@@ -4,24 +4,28 @@ Where that is asked for, whole blocks are taken out as well, in one order with t
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.block_fits import BlockProbe
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
-from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.collapsing.fit.fit_prices import SLACK, PricedFit
 from lightning_easier.collapsing.fit.fittable import ACTIVATIONS_IN_A_CHAIN, FittableChain
+from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
 from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.gains import Gain
 from lightning_easier.pruning.methods.base import Measuring, Outlook, Proposal, Worker
 from lightning_easier.pruning.methods.linearize import LinearEvidence, Linearize, LinearWorker, Option
+from lightning_easier.report import BlockCandidate, BlockWay, FitReport, Report
 from lightning_easier.sites.activations import ActivationSite, planned_sites
 from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.block_operators import BlockFit
+from lightning_easier.structure.inventory import is_reached_across, not_removed
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.structure.operations import FittedOperators, TakenOut, from_plain
+from lightning_easier.structure.operations import FittedBlocks, FittedOperators, Operation, TakenOut, from_plain
 from lightning_easier.support.arguments import check_bool
 from lightning_easier.support.calibration import tell, tell_left_out
 from lightning_easier.support.hooks import Remembered
@@ -51,11 +55,16 @@ class FitChains(Linearize):
     activations in a row, as in the bodies of bottlenecks and inverted residuals, go as one where the first alone saves
     nothing. Chains are measured in the last validation of a round.
 
-    Whole blocks may go, too, as far as they leave their input (see :func:`~lightning_easier.collapsible_blocks`). They
-    are ranked among the chains: by linearity by the share of the variance of the block's output, the skip among it,
-    that its input does not explain, else by the sum over the activations that were measured in it; with a ``gain`` for
-    what the whole block costs. What is equal to a chain goes after it. `include` and `exclude` of the callback choose
-    blocks by their names, also those around activations that may not go alone.
+    Whole blocks may go, too, and branches that an addition adds (see :func:`~lightning_easier.collapsible_blocks`).
+    Nothing is left of them, so that a block leaves its input and a branch zeros, or one operator takes their place: a
+    scale and an offset for each channel, a Linear or a convolution, or two smaller ones in a row, fitted to what they
+    compute, a block with its skip. Its parameters are new and join the optimizer, in the group of what is trained right
+    before it. They are ranked among the chains: by linearity by the share of the variance that is not explained, of the
+    block's output, the skip among it, or of the sum that a branch is added to; else by the sum over the activations
+    that were measured in them; with a ``gain`` for what that saves, where nothing is left an eighth of the block's cost
+    more. What is equal to a chain goes after it. A block goes once: what took its place goes with a block around it
+    only. `include` and `exclude` of the callback choose blocks by their names, also those around activations that may
+    not go alone.
 
     Args:
         stand_in: What takes the place of an activation that lies in no such chain.
@@ -63,7 +72,7 @@ class FitChains(Linearize):
         shift_padding: As for :class:`Linearize`, where there is no chain.
         gates: As for :class:`Linearize`.
         order: Which goes first.
-        blocks: Whether whole blocks are taken out, too.
+        blocks: Whether whole blocks, and branches, may go, too.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -97,22 +106,25 @@ class FitChains(Linearize):
         return super().removable(model) | {block.name: block.module for block in self.chosen(model)}
 
     def chosen(self, model: nn.Module) -> list[Block]:
-        """Return the blocks of a model that may be taken out; a branch of an addition is none of them.
-
-        What is left of a branch, zeros, would have to be compared with the sum, which no module returns.
-        """
+        """Return the blocks and branches of a model that may go; what took the place of one is none."""
         if not self.blocks:
             return []
         activations = {site.name for site in planned_sites(model, self.kinds_of_gates)}
-        found = find_blocks(model)
-        return [block for block in found if block.leaves == "identity" and block.name not in activations]
+        return [
+            block
+            for block in find_blocks(model)
+            if block.name not in activations
+            and not_removed(model, [block.name])
+            and not is_reached_across(model, block.name)
+        ]
 
     def check(self, model: nn.Module, names: Sequence[str], *, named: bool) -> None:
         """Refuse a model without blocks where they are asked for."""
         if self.blocks and not self.chosen(model) and not stand_ins(model):
             raise ValueError(
-                f"Expected argument `blocks` to be False for {type(model).__name__}, which has no block that leaves "
-                f"its input when it is taken out, but got True. `collapsible_blocks(model)` lists what there is."
+                f"Expected argument `blocks` to be False for {type(model).__name__}, which has neither a block "
+                f"nor a branch of an addition that could be taken out, but got True. `collapsible_blocks(model)` lists "
+                f"what there is."
             )
 
     @property
@@ -142,36 +154,96 @@ class FitChains(Linearize):
                 tell(f"No operator can take the place of a chain: {reasons}")
         if evidence.blocks is not None and evidence.blocks.reasons and not _blocks_in(proposal):
             tell(f"No block can be taken out: {evidence.blocks.reasons}")
+        if evidence.blocks is not None:
+            proposal.blocks = [asdict(each) for each in self._listed(evidence.blocks, proposal)]
         return proposal
+
+    @staticmethod
+    def _listed(blocks: BlockProbe, proposal: Proposal) -> Iterator[BlockCandidate]:
+        """Yield what is known of each block."""
+        for block in blocks.blocks:
+            name, kind = block.name, type(block.module).__name__
+            ways, operation = tuple(blocks.ways.get(name, ())), proposal.operations.get(name)
+            chosen = reason = None
+            if operation is not None:
+                made = from_plain(operation)
+                chosen = made.fits[name]["kind"] if isinstance(made, FittedBlocks) else block.leaves
+                reason = blocks.notes.get(name)
+            else:
+                reason = blocks.reasons.get(name, "validation does not call it")
+            yield BlockCandidate(name, kind, block.inside, ways, chosen, reason)
+
+    def listed(self, model: nn.Module, entropies: Mapping[str, float] | None, proposal: Proposal) -> Report:
+        """List the activations, and the blocks where they may go, for a dry run."""
+        found = self.list_candidates(model, entropies)
+        if not self.blocks:
+            return found
+        return FitReport(found.candidates, [BlockCandidate.from_plain(plain) for plain in proposal.blocks])
 
     def options(self, model: nn.Module, evidence: LinearEvidence) -> dict[str, Option]:
         """Return how each activation may be removed."""
         assert isinstance(evidence, ChainEvidence)
         fitted = self._chains(evidence) if evidence.chains is not None else {}
-        whole = self._blocks(evidence) if evidence.blocks is not None else {}
+        whole = self._blocks(model, evidence) if evidence.blocks is not None else {}
         if self.order.mergeable_only:  # what merges is in a chain
             return fitted | whole
         others = [name for name in evidence.entropies if name not in fitted]
         return fitted | self.stand_ins(model, evidence, others) | whole
 
-    def _blocks(self, evidence: ChainEvidence) -> dict[str, Option]:
-        """Return how each block is taken out, of those that cost something."""
+    def _blocks(self, model: nn.Module, evidence: ChainEvidence) -> dict[str, Option]:
+        """Return how each block may go; all that may take its place is noted."""
         blocks, gains = evidence.blocks, evidence.gains
         assert blocks is not None
         assert gains is not None
         options: dict[str, Option] = {}
-        for place, unexplained, shape in blocks.measured():
-            cost = unexplained if self.order.criterion == "linearity" else self._cost_over(place.sites, evidence)
-            if cost is None:
+        for found in blocks.choices():
+            place = found.place
+            known = None if self.order.criterion == "linearity" else self._cost_over(place.sites, evidence)
+            ways: list[tuple[float, Option]] = []
+            priced = blocks.priced(found, gains.prices)
+            for choice in priced:
+                unexplained = found.unexplained(choice.fit)
+                operation = self._in_place_of(model, place, choice.fit, unexplained)
+                if operation is None or choice.saving <= 0:
+                    continue
+                way = BlockWay(choice.fit.kind, unexplained, choice.saving, choice.price_before, gains.prices.objective)
+                blocks.ways.setdefault(place.name, []).append(way)
+                cost = unexplained if self.order.criterion == "linearity" else known
+                if cost is not None:
+                    ways.append((unexplained, Option(operation, cost, choice.worth)))
+            best = self._best_for_block(ways)
+            if best is not None:
+                options[place.name] = best
+            elif place.name in blocks.ways:
                 blocks.reasons[place.name] = "no activation was measured in it, which tells what it is worth"
-                continue
-            saving = blocks.price(place, shape, gains.prices)
-            if saving > 0:
-                operation = TakenOut([place.name], place.leaves, place.returns)
-                options[place.name] = Option(operation, cost, saving)
-            else:
+            elif priced[0].price_before <= 0:
                 blocks.reasons[place.name] = "it costs nothing"
+            else:
+                blocks.reasons[place.name] = "nothing that may take its place is cheaper"
         return options
+
+    def _best_for_block(self, ways: Sequence[tuple[float, Option]]) -> Option | None:
+        """Choose among what may take the place of a block and saves something; None if nothing does.
+
+        As for chains; but nothing is compared with what saves nothing: a convolution as wide as the body of a
+        bottleneck is narrow costs more than that.
+
+        Args:
+            ways: What may, each with the share of the variance that it does not explain.
+        """
+        if self._weighs_savings:
+            return min((option for _, option in ways), key=lambda option: option.rank, default=None)
+        least = min((unexplained for unexplained, _ in ways), default=0.0)
+        good = [option for unexplained, option in ways if unexplained <= least + SLACK]
+        return max(good, key=lambda option: option.gain, default=None)
+
+    @staticmethod
+    def _in_place_of(model: nn.Module, place: FittableBlock, fit: Fit, unexplained: float) -> Operation | None:
+        """Return what lets an operator, or nothing, take the place of a block; None if its values are too large."""
+        if fit.kind == place.leaves:
+            return TakenOut([place.name], place.leaves, place.returns)
+        made = BlockFit.of(fit.operator, fit.kind, unexplained, place.like(model), place.returns)
+        return None if made is None else FittedBlocks([place.name], {place.name: made.to_plain()})
 
     def _cost_over(self, sites: Sequence[str], evidence: ChainEvidence) -> float | None:
         """Return the sum of what activations cost, whether they may be removed alone or not; None if one is unknown."""
@@ -251,7 +323,7 @@ class FitChains(Linearize):
         words, is_promising = super().outlook(model, proposal, names, device)
         blocks = _blocks_in(proposal)
         if blocks:
-            words += f" Besides, {len(blocks)} of its blocks may be taken out whole."
+            words += f" Besides, {len(blocks)} of its blocks and branches may go whole."
         return Outlook(words, is_promising or any(proposal.ranks[name] < math.inf for name in blocks))
 
     @staticmethod
@@ -261,7 +333,8 @@ class FitChains(Linearize):
 
 
 def _blocks_in(proposal: Proposal) -> list[str]:
-    return [name for name, plain in proposal.operations.items() if plain["kind"] == TakenOut.kind]
+    kinds = TakenOut.kind, FittedBlocks.kind
+    return [name for name, plain in proposal.operations.items() if plain["kind"] in kinds]
 
 
 class ChainWorker(LinearWorker):
@@ -294,7 +367,7 @@ class ChainWorker(LinearWorker):
         self.chains = ChainProbe(model, names, batches, ACTIVATIONS_IN_A_CHAIN)
         self.chains.attach()
         if self.method.blocks:
-            self.blocks = BlockProbe(model, self._blocks_of(model), self._sites)
+            self.blocks = BlockProbe(model, self._blocks_of(model), self._sites, batches)
             self.blocks.attach()
         super().follow(model, names, batches)
 

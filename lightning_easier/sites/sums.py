@@ -1,0 +1,101 @@
+"""Where the sum can be seen that a branch is added to: no module returns it, but some module reads it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from lightning_easier.sites.activations import unwrap
+from lightning_easier.sites.blocks import Block
+from lightning_easier.sites.dataflow import Call, Flow, FlowNode, Kind
+from lightning_easier.sites.discovery import Look
+from lightning_easier.sites.feeding import Constants
+from lightning_easier.support.inference import evaluation_mode
+
+
+class Watched(NamedTuple):
+    """Where a value is seen.
+
+    Attributes:
+        module: A module that is called once in a forward.
+        side: Whether it is what the module is called with first, or what it returns.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+def sums_of(model: nn.Module, branches: Iterable[Block]) -> dict[str, Watched | str]:
+    """Find where the sums are seen that branches are added to.
+
+    Args:
+        model: Any module; it is looked at as in eval mode, and not touched.
+        branches: Branches of it, as :func:`~lightning_easier.sites.blocks.find_blocks` finds them.
+
+    Returns:
+        Name of each branch -> where its sum is seen; or why that is not known.
+    """
+    branches = list(branches)
+    if not branches:
+        return {}
+    inner = unwrap(model)
+    with evaluation_mode(inner):
+        flow = Look(training=False).plan(inner).flow
+    search = _Search(flow)
+    return {branch.name: search.sum_of(branch) for branch in branches}
+
+
+class _Search:
+    """The search in one flow."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._place = {node: index for index, node in enumerate(flow.nodes)}
+        self._constants = Constants(flow.nodes)
+        self._calls = Counter(call.module for call in flow.calls)
+        self._nodes = Counter(node.module for node in flow.nodes if node.module is not None)
+
+    def sum_of(self, branch: Block) -> Watched | str:
+        """Return where the sum of one branch is seen, or why that is not known."""
+        call = next((call for call in self._flow.calls if call.module is branch.module), None)
+        total = None if call is None else self._addition(call)
+        if total is None:
+            return "it is scaled, or something else is done to it, before it is added"
+        return (
+            self._seen(total) or "no module alone reads the sum that it is added to, so nothing tells what it is worth"
+        )
+
+    def _addition(self, call: Call) -> FlowNode | None:
+        """Return the addition that reads what a branch computes, as it is."""
+        node, end = call.output, call.end
+        while node is not None:
+            after = [
+                reader
+                for reader in node.readers
+                if reader not in self._constants
+                and self._place[reader] >= end
+                and not (reader.item not in (None, 0) and not reader.readers)
+            ]
+            if len(after) != 1:
+                return None
+            (node,) = after
+            end = 0
+            if node.kind == Kind.ADD:
+                return node
+            if node.kind != Kind.IDENTITY and not (node.kind == Kind.OTHER and node.item == 0):
+                return None
+        return None
+
+    def _seen(self, total: FlowNode) -> Watched | None:
+        """Return a module that is called with a value, or returns it, once in a forward."""
+        for call in self._flow.calls:
+            if self._calls[call.module] == 1 and call.inputs and call.inputs[0] is total:
+                return Watched(call.module, "input")
+        for node in total.readers:
+            if node.module is not None and self._nodes[node.module] == 1 and node.inputs[0] is total:
+                return Watched(node.module, "input")
+        for call in self._flow.calls:
+            if self._calls[call.module] == 1 and call.output is total and call.returns is None:
+                return Watched(call.module, "output")
+        return None
