@@ -62,9 +62,7 @@ class _Search:
         total = None if call is None else self._addition(call)
         if total is None:
             return "it is scaled, or something else is done to it, before it is added"
-        return (
-            self._seen(total) or "no module alone reads the sum that it is added to, so nothing tells what it is worth"
-        )
+        return self._seen(total) or "nothing tells what it is worth: no module alone reads the sum that it is added to"
 
     def _addition(self, call: Call) -> FlowNode | None:
         """Return the addition that reads what a branch computes, as it is."""

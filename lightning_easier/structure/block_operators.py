@@ -1,4 +1,4 @@
-"""What one operator in the place of a block is made of, as plain data: a state dict tells it, and a proposal holds it."""
+"""What one operator in the place of a block is made of, as plain data, for state dicts and proposals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +11,8 @@ from lightning_easier.structure.substitution import CONVOLUTIONS, attributes_of
 from lightning_easier.support.affine import ChannelAffine
 from lightning_easier.support.finite import is_finite
 
-_KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (nn.Linear, *CONVOLUTIONS, ChannelAffine)}
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, ChannelAffine)
+_KINDS = {kind.__name__: kind for kind in _LAYERS}
 
 
 @dataclass(frozen=True)

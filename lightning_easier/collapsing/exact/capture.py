@@ -18,6 +18,7 @@ from torch.fx._symbolic_trace import PH
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
+from lightning_easier.collapsing.algebra.affine import AFFINES
 from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards
@@ -318,6 +319,8 @@ class _ModelTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self._opaque or isinstance(m, StandIn) or is_activation(m) or has_hooks(m):
             return not isinstance(m, BlockStandIn)  # what a block leaves is no module
+        if type(m) in AFFINES:  # as an operator, which merges
+            return True
         if any(isinstance(part, StandIn) for part in m.modules()):  # torch's own layers too, a transformer's
             return False
         return module_qualified_name != "model" and super().is_leaf_module(m, module_qualified_name)
