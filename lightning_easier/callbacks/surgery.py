@@ -30,7 +30,14 @@ from lightning_easier.callbacks.optimizers import (
 )
 from lightning_easier.callbacks.recipe import clear_gradients
 from lightning_easier.structure.inventory import not_removed, outermost
-from lightning_easier.structure.linearize import MARK_KEY, bypass, read_marks, restore, stand_ins
+from lightning_easier.structure.linearize import (
+    MARK_KEY,
+    bypass,
+    read_marks,
+    restore,
+    restructure_as_marked,
+    stand_ins,
+)
 from lightning_easier.structure.operations import Change, Operation
 from lightning_easier.support.processes import reshard
 
@@ -124,8 +131,7 @@ def go_back(
     leaving = [parameter for operation in operations for parameter in operation.leaving(pl_module)]
     _check_recipe(trainer, dropped, set(leaving), path, checkpoint)
     drop_parameters(trainer.optimizers, leaving)
-    back = [operation.undo(pl_module) for operation in reversed(operations)]
-    gone = [parameter for parameters in reversed(back) for parameter in parameters]
+    gone = _undone(pl_module, operations, checkpoint)
     put_back_parameters(trainer.optimizers, gone, dropped)
     if loads_into_model(trainer):
         reshard(pl_module)
@@ -143,6 +149,25 @@ def go_back(
     if gone or leaving:
         _wrap_anew(trainer)
     check_processes_agree(trainer, pl_module)
+
+
+def _undone(
+    pl_module: LightningModule, operations: Sequence[Operation], checkpoint: Mapping[str, Any]
+) -> list[nn.Parameter]:
+    """Undo operations; return the parameters that were lost by them, in the order in which they were.
+
+    A block that comes back in a run that was taken up is as it was built, whatever had become linear inside of it, or
+    was replaced, by the time it went: the checkpoint tells.
+    """
+    known = set(pl_module.parameters())
+    back = [operation.undo(pl_module) for operation in reversed(operations)][::-1]
+    changed = restructure_as_marked(pl_module, checkpoint["state_dict"])[0] if "state_dict" in checkpoint else {}
+    for place, operation in enumerate(operations):
+        if any(inner.startswith(f"{name}.") for name in operation.names for inner in changed):
+            parts = [pl_module.get_submodule(name) for name in operation.names]
+            own = [parameter for part in parts for parameter in part.parameters() if parameter not in known]
+            back[place] = list(dict.fromkeys(own))
+    return [parameter for parameters in back for parameter in parameters]
 
 
 def _check_recipe(

@@ -26,7 +26,7 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True) if torchs else Attention(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        self.dropout, self.torchs = nn.Dropout(0.1), torchs
+        self.dropout, self.torchs = nn.Dropout(0.0), torchs
 
     def forward(self, x):
         y = self.norm1(x)
