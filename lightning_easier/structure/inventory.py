@@ -53,19 +53,6 @@ def not_removed(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in linear and not name.startswith(blocks)]
 
 
-def is_reached_across(model: nn.Module, name: str) -> bool:
-    """Tell whether operators inside of a module and outside of it were changed together when something became linear.
-
-    If it went, the half that is left could not be told from what was built.
-    """
-    for site, stand_in in stand_ins(model).items():
-        changed = {site, *stand_in.names_around(site)}
-        inside = {other for other in changed if other == name or other.startswith(f"{name}.")}
-        if inside and inside != changed:
-            return True
-    return False
-
-
 def outermost(names: Iterable[str]) -> list[str]:
     """Leave out modules that lie inside another of them."""
     names = list(names)

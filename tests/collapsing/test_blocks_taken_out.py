@@ -16,9 +16,10 @@ from lightning_easier.collapsing import engine
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.zero_branches import zero_branches
-from lightning_easier.structure.linearize import bypass
+from lightning_easier.structure.linearize import bypass, replace_block
 from lightning_easier.structure.stand_in import Bypass, StandIn
 from lightning_easier.support import timing
+from lightning_easier.support.affine import ChannelAffine
 from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
 
@@ -446,3 +447,16 @@ def test_a_norm_over_several_axes_stays():
     bypass(model, ["1.f"], "zeros")
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(collapse(model, x, objective="macs").model(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_what_took_the_place_of_a_block_merges_with_its_neighbours():
+    torch.manual_seed(0)
+    for operator in (ChannelAffine(4, -1), nn.Linear(4, 4)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3))
+        for parameter in operator.parameters():
+            nn.init.normal_(parameter)
+        model = replace_block(model, "1", operator).double()
+        x = torch.randn(5, 4, dtype=torch.float64)
+        result = collapse(model, x, objective="depth")
+        torch.testing.assert_close(result.model(x), model(x))
+        assert [tuple(p.shape) for p in result.model.parameters()] == [(3, 4), (3,)]

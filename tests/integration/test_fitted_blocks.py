@@ -56,12 +56,21 @@ class Maps(Small):
 
 
 class Ranks(FitChains):
-    """Keeps the ranks of each choice."""
+    """Keeps the ranks of each choice, and what was known of the blocks then."""
 
     seen: list = []  # noqa: RUF012
+    ways: list = []  # noqa: RUF012
+    last: dict = {}  # noqa: RUF012
+
+    def propose(self, model, evidence):
+        proposal = super().propose(model, evidence)
+        self.last.clear()
+        self.last.update({b["name"]: {way["kind"]: way for way in b["ways"]} for b in proposal.blocks})
+        return proposal
 
     def select(self, ranks, count):
         self.seen.append(dict(ranks))
+        self.ways.append(dict(self.last))
         return super().select(ranks, count)
 
 
@@ -100,11 +109,17 @@ class ByHand(Callback):
 
 @pytest.mark.parametrize(("make", "axis", "least"), [(Net, -1, "blocks.1"), (Maps, 1, None)])
 def test_a_block_goes_by_the_share_of_its_variance_that_its_input_does_not_explain(tmp_path, make, axis, least):
-    by_hand, Ranks.seen = ByHand(axis), []
+    by_hand, Ranks.seen, Ranks.ways = ByHand(axis), [], []
     model, callback, trainer = run(tmp_path, by_hand, model=make(), method=Ranks, epochs=3, pruning=BY_LINEARITY)
     assert len(by_hand.shares[0]) in (2, 3)
-    for ranks, shares, this in zip(Ranks.seen, by_hand.shares, callback.rounds[1:], strict=False):
-        assert {name: ranks[name] for name in shares} == pytest.approx(shares, rel=1e-5)
+    assert Ranks.seen
+    for ranks, ways, shares, this in zip(Ranks.seen, Ranks.ways, by_hand.shares, callback.rounds[1:], strict=False):
+        assert {name: ways[name]["identity"]["unexplained"] for name in shares} == pytest.approx(shares, rel=1e-5)
+        for name in shares:  # the cheapest of what represents it nearly as well as the best
+            best = min(way["unexplained"] for way in ways[name].values())
+            good = [way for way in ways[name].values() if way["unexplained"] <= best + 0.02]
+            most = max(way["saving"] for way in good)
+            assert ranks[name] in [way["unexplained"] for way in good if way["saving"] == most]
         assert this.chosen == [min(ranks, key=ranks.__getitem__)]
     assert no_hooks_on(model)
     if least is not None:
@@ -119,13 +134,21 @@ def test_a_block_goes_by_the_share_of_its_variance_that_its_input_does_not_expla
 
 @pytest.mark.parametrize("gain", ["macs", "latency"])
 def test_a_block_and_the_chain_in_it_are_ranked_by_what_they_save(tmp_path, gain):
-    by_hand, Ranks.seen = ByHand(-1), []
+    by_hand, Ranks.seen, Ranks.ways = ByHand(-1), [], []
     options = {"method": Ranks, "epochs": 2, "pruning": BY_LINEARITY | {"gain": gain}}
     _, callback, _ = run(tmp_path, by_hand, model=Net(), **options)
     ranks = Ranks.seen[0]
     for name, share in by_hand.shares[0].items():
+        ways = Ranks.ways[0][name]
+        costs = {  # where nothing is left, that is worth an eighth of the block more
+            kind: way["unexplained"] / (way["saving"] + (0.125 * way["price"] if kind == "identity" else 0))
+            for kind, way in ways.items()
+        }
+        assert ranks[name] == min(costs.values())
+        assert ways["identity"]["unexplained"] == pytest.approx(share, rel=1e-5)
         if gain == "macs":  # two layers, for a batch of the validation
-            assert ranks[name] == pytest.approx(share / (2 * 6 * 6 * 6), rel=1e-5)
+            assert ways["identity"]["saving"] == 2 * 6 * 6 * 6
+            assert ways["linear"]["saving"] == 6 * 6 * 6
         assert 0 < ranks[name] < math.inf
     assert callback.removed == [min(ranks, key=ranks.__getitem__)]
 
@@ -208,7 +231,7 @@ def test_include_and_exclude_choose_blocks_too(tmp_path, caplog):
             pruning=BY_LINEARITY | {"include": include, "exclude": exclude},
         )  # fmt: skip
         assert callback.removed == ["blocks.2"]
-    assert caplog.text.count("Besides, 1 of its blocks may be taken out whole.") == 1
+    assert caplog.text.count("Besides, 1 of its blocks and branches may go whole.") == 1
 
 
 def test_without_it_blocks_are_left_alone(tmp_path):
@@ -221,7 +244,7 @@ def test_what_it_can_not_work_on_is_refused(tmp_path):
     with pytest.raises(TypeError, match="`blocks` to be a bool, but got 'all'"):
         FitChains(blocks="all")
     model = Small()
-    with pytest.raises(ValueError, match="`blocks` to be False for Small, which has no block that leaves its input"):
+    with pytest.raises(ValueError, match="`blocks` to be False for Small, which has neither a block nor a branch"):
         run(tmp_path, model=model, method=FitChains, pruning=BY_LINEARITY)
     assert not stand_ins(model)
 

@@ -243,9 +243,14 @@ def test_an_operator_comes_back_with_the_block_around_it(tmp_path, scores):
         assert torch.equal(load_pruned(Transformer(), callback.last_good).eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("moment", [("on_train_batch_end", 2, 1), ("on_validation_batch_end", 1, None)])
-@pytest.mark.parametrize("scores", [(0.9, 0.9, 0.9, 0.9), (0.9, 0.9, 0.1, 0.9)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment, scores):
+@pytest.mark.parametrize(
+    ("scores", "moment"),
+    [
+        ((0.9, 0.9, 0.9, 0.9), ("on_validation_batch_end", 1, None)),
+        ((0.9, 0.9, 0.1, 0.9), ("on_train_batch_end", 2, 1)),  # the block comes back, with the operator in it
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, scores, moment):
     options = {"method": InOrder, "pruning": BY_LINEARITY | {"max_rejections": 2}, "epochs": 4}
     whole = run(tmp_path / "whole", model=Transformer(scores), **options)
     assert [this.accepted for this in whole[1].rounds[:3]] == [True, True, scores[2] > 0.5]
@@ -314,7 +319,9 @@ def test_a_dry_run_lists_blocks_what_would_take_their_places_and_why_not(tmp_pat
     rows = {each.name: each for each in callback.listed.blocks}
     assert rows["layers.0"].inside is None
     assert rows["layers.0.mlp"].inside == "layers.0"
-    assert rows["layers.1.layer.attention"].reason == "it is scaled, or something else is done to it, before it is added"
+    assert (
+        rows["layers.1.layer.attention"].reason == "it is scaled, or something else is done to it, before it is added"
+    )
     assert rows["layers.1.layer.attention"].ways == ()
     mlp = {way.kind: way for way in rows["layers.0.mlp"].ways}
     macs = 6 * 3 * 2 * 4 * 8  # batch, tokens, two layers
@@ -333,7 +340,7 @@ def test_a_dry_run_lists_blocks_what_would_take_their_places_and_why_not(tmp_pat
 def test_an_operator_in_the_place_of_a_frozen_block_is_not_trained(tmp_path):
     model = Transformer()
     model.layers[0].mlp.requires_grad_(False)
-    model, callback, trainer = run(
+    model, _, trainer = run(
         tmp_path, model=model, method=FitChains, epochs=2, pruning=BY_LINEARITY | {"include": "layers.0.mlp"}
     )
     (stand_in,) = stand_ins(model).values()

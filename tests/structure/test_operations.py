@@ -9,8 +9,17 @@ from torch import nn
 
 from lightning_easier import callbacks, fit_chains, linearize, measure_affines
 from lightning_easier.structure import operations
-from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.structure.operations import Affines, FittedOperators, Identities, Operation, from_plain
+from lightning_easier.structure.block_operators import BlockFit
+from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
+from lightning_easier.structure.operations import (
+    Affines,
+    FittedBlocks,
+    FittedOperators,
+    Identities,
+    Operation,
+    from_plain,
+)
+from lightning_easier.support.affine import ChannelAffine
 
 NAME = "1"
 
@@ -89,3 +98,65 @@ def test_no_module_of_the_callback_knows_a_kind_of_operation(path):
     assert len(names) == 8
     names += [] if path.stem == "entropy_pruning" else ["Linearize", "FitChains"]
     assert [name for name in names if name in path.read_text()] == []
+
+
+class Pair(nn.Module):
+    """A block of maps that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.back = nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x + self.back(self.act(self.conv(x))), None
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 4, (1, 3)), Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.stem(x))[0].mean((2, 3))
+
+
+OPERATORS = {
+    "convolution": lambda: nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
+    "separable": lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), nn.Conv2d(4, 4, 1)),
+    "affine": lambda: ChannelAffine(4, 1),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_an_operator_takes_the_place_of_a_block_and_gives_it_back(kind):
+    torch.manual_seed(0)
+    model, operator = Holder().double(), OPERATORS[kind]()
+    for parameter in operator.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    dense, before = model(x), list(model.named_parameters())
+    fit = BlockFit.of(operator, kind, 0.25, model.stem.weight, returns=2)
+    assert fit is not None
+    made = from_plain(FittedBlocks(["block"], {"block": fit.to_plain()}).to_plain())
+    change = made.apply(model)
+    assert change.lost == [p for name, p in before if name.startswith("block.")]
+    assert change.joined == ["block"]
+    assert change.notes == {"block": [f"{kind} in place of the block, 75.0% explained"]}
+    expected = operator.double()(model.stem(x)).mean((2, 3))
+    torch.testing.assert_close(model(x), expected)
+    again = Holder().double()
+    restructure_as_marked(again, model.state_dict())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(RuntimeError, match="made_linear_by_lightning_easier"):
+        Holder().double().load_state_dict(model.state_dict())
+    assert made.leaving(model) == list(model.block.parameters())
+    assert made.undo(model) == change.lost
+    assert [(name, id(p)) for name, p in model.named_parameters()] == [(name, id(p)) for name, p in before]
+    assert torch.equal(model(x), dense)
+
+
+def test_an_operator_whose_numbers_are_too_large_for_the_model_is_none():
+    operator = nn.Linear(2, 2).double()
+    nn.init.constant_(operator.weight, 1e6)
+    assert BlockFit.of(operator, "linear", 0.0, torch.zeros((), dtype=torch.float16)) is None

@@ -23,7 +23,7 @@ from lightning_easier.report import BlockCandidate, BlockWay, FitReport, Report
 from lightning_easier.sites.activations import ActivationSite, planned_sites
 from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.structure.block_operators import BlockFit
-from lightning_easier.structure.inventory import is_reached_across, not_removed
+from lightning_easier.structure.inventory import not_removed
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import FittedBlocks, FittedOperators, Operation, TakenOut, from_plain
 from lightning_easier.support.arguments import check_bool
@@ -111,11 +111,7 @@ class FitChains(Linearize):
             return []
         activations = {site.name for site in planned_sites(model, self.kinds_of_gates)}
         return [
-            block
-            for block in find_blocks(model)
-            if block.name not in activations
-            and not_removed(model, [block.name])
-            and not is_reached_across(model, block.name)
+            block for block in find_blocks(model) if block.name not in activations and not_removed(model, [block.name])
         ]
 
     def check(self, model: nn.Module, names: Sequence[str], *, named: bool) -> None:
