@@ -347,7 +347,7 @@ class FittedBlocks(_OfBlocks):
         fits: Name -> the operator, as plain data.
     """
 
-    kind = "fitted block"
+    kind = "operator"
     is_large = True
     fits: dict[str, dict[str, Any]]
 
