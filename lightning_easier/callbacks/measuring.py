@@ -25,7 +25,7 @@ class Measurement:
     Args:
         method: The method, whose worker measures.
         measuring: What is measured on.
-        exclude: Name globs of activations that are not measured.
+        exclude: Name globs of activations, or what else the method removes, that are not measured.
     """
 
     def __init__(self, method: Method, measuring: Measuring, exclude: Sequence[str]) -> None:
@@ -33,6 +33,7 @@ class Measurement:
         self._gates = method.kinds_of_gates
         self._exclude = exclude
         self._worker = method.worker(measuring)
+        self._worker.excluded = exclude
         self._first_call: FirstCall | None = None
         self._sites: list[ActivationSite] | None = None  # None: the structure may have changed
         self._linear: set[str] = set()  # what was linear when the sites were looked for

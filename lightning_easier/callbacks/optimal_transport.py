@@ -41,12 +41,14 @@ class OptimalTransportCallback(PruningCallback):
     Raises:
         TypeError: If an argument is of another type.
         ValueError: If an argument has a value out of range. When training starts, if blocks overlap; in training, if a
-            block changes the shape of its input, or batches have one sample, which is no distribution.
+            block changes the shape of its input, or its first batch has one sample, which is no distribution; in
+            validation, if all batches have.
         MisconfigurationException: When training starts, if there is no block, a glob matches none, or the module
             optimizes by hand; besides what a PruningCallback raises.
 
     Note:
-        The first axis of what a block reads is taken for the samples. The network that was trained is the last round
+        The first axis of what a block reads is taken for the samples. A block stays, with a warning, if its distance is
+        not finite, or if validation only gives it one sample at once. The network that was trained is the last round
         that was kept if no block could go. To train on after blocks have gone, take what
         :func:`~lightning_easier.load_pruned` returns.
 

@@ -66,9 +66,9 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     if is_fitting:
         live = {name: found[name] for name in chosen if name in found}
         method.check(pl_module, list(live), named=settings.include is not None)
+        wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         only_validation = method.needs_eval_mode or not settings.rules.rounds.trains
         wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
-        wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         if settings.target is not None or method.looks_at_operators:
             wiring.check_network_can_be_priced(trainer, settings.target is not None)
     run.candidates, run.method_names = chosen, known

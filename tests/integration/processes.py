@@ -49,6 +49,15 @@ class Sharded(Small):
         self.log("score", self.scores[min(self.current_epoch, len(self.scores) - 1)], sync_dist=True)
 
 
+class ShardedBlocks(Net):
+    """The same, of residual blocks."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            for block in self.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
 class Borrowing(Small):
     """Computes with a slope of its own, which no module holds."""
 
@@ -208,7 +217,9 @@ def scenario(name: str, root: Path, world: int) -> tuple[Small, PruningCallback]
     if "sharded" in name:
         made = ModelParallelStrategy(process_group_backend="gloo", save_distributed_checkpoint="one file" not in name)
         pruning = {"exclude": SLOPE, "max_rejections": 3} if "slope" not in name else {}
-        wanted |= {"model": Sharded(wanted["scores"]), "pruning": wanted.get("pruning", {}) | pruning}
+        pruning = {} if "blocks" in name else pruning
+        model = ShardedBlocks() if "blocks" in name else Sharded(wanted["scores"])
+        wanted |= {"model": model, "pruning": wanted.get("pruning", {}) | pruning}
         callbacks = []
     if "resumed" in name:
         strategy = copy.deepcopy(made)

@@ -20,6 +20,7 @@ from lightning_easier import (
     PruningCallback,
     RemoveBlocks,
     Rounds,
+    SlicedWasserstein,
     collapse,
     load_pruned,
 )
@@ -346,6 +347,135 @@ class ByHand(Net):
 def test_what_it_can_not_work_on_is_refused(tmp_path, model, options, error):
     with pytest.raises((ValueError, MisconfigurationException), match=error):
         fit(tmp_path, model=model(), **options)
+
+
+class Spread(nn.Module):
+    """Adds rows and columns; nobody can tell without running it that this is larger than what goes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.mix(x).transpose(0, 1)
+
+
+class WithSpread(Net):
+    def __init__(self, scores=(0.9,)):
+        super().__init__(scores)
+        self.blocks[1] = Spread()
+
+    def forward(self, x):
+        x = self.stem(x)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("weight", "samples"), [(1.0, 4), (0.0, 6)])  # it is noticed in training, or in validation
+def test_a_block_of_another_shape_is_named_and_everything_is_as_it_was(tmp_path, weight, samples):
+    model = WithSpread()
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
+    states = []
+
+    class Notes(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            states.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+
+    shapes = f"\\({samples}, 1, 6\\) and \\({samples}, {samples}, 6\\)"
+    with pytest.raises(ValueError, match=f"'blocks.1' can't be taken out.*{shapes}.*`exclude`"):
+        fit(tmp_path, Notes(), model=model, weight=weight)
+    assert_equal_states(dict(model.state_dict()), dict(before))
+    assert modules.items() <= dict(model.named_modules()).items()
+    assert not stand_ins(model)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert "training_step" not in vars(model)
+    assert weight == 0 or states == [{}], "no step was made"
+    assert not [*tmp_path.rglob("*.ckpt")]
+
+
+def test_a_block_that_is_excluded_is_not_measured(tmp_path):
+    _, callback, trainer = fit(tmp_path, model=WithSpread(), weight=1.0, exclude="blocks.1")
+    assert sorted(callback.removed) == ["blocks.0", "blocks.2"]
+    assert "distance/blocks.1" not in trainer.callback_metrics
+
+
+class Diverges(Net):
+    """Its weights are NaN after the first step, which its score does not tell."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_blocks_whose_distances_are_not_finite_stay_and_it_is_said_why(tmp_path, weight):
+    with pytest.warns(UserWarning, match=r"\['blocks.0', 'blocks.1', 'blocks.2'\] are not taken out.*not finite"):
+        model, callback, _ = fit(tmp_path, model=Diverges(), weight=weight)
+    assert [this.accepted for this in callback.rounds] == [True]
+    assert callback.removed == list(stand_ins(model)) == []
+
+
+class OneStrange(Net):
+    """What one block computes is infinite."""
+
+    def forward(self, x):
+        x = self.blocks[1](self.blocks[0](self.stem(x)))
+        strange = self.blocks[2](x).detach()
+        return self.head(torch.where(strange.isfinite(), strange, x))
+
+
+def test_one_block_whose_distance_is_not_finite_keeps_no_other(tmp_path):
+    model = OneStrange()
+    model.blocks[2].scale = float("inf")
+    with pytest.warns(UserWarning, match=r"\['blocks.2'\] are not taken out"):
+        model, callback, _ = fit(tmp_path, model=model, weight=0.0)
+    assert sorted(callback.removed) == ["blocks.0", "blocks.1"]
+
+
+class Summary(Net):
+    """A block that is given the mean of the batch: one sample at once."""
+
+    def forward(self, x):
+        x = self.blocks[1](self.blocks[0](self.stem(x)))
+        return self.head(x + self.blocks[2](x.mean(0, keepdim=True)))
+
+
+def test_a_block_that_is_given_one_sample_at_once_stays_and_it_is_said_why(tmp_path):
+    with pytest.warns(UserWarning, match=r"\['blocks.2'\] are not taken out: .* one sample at once"):
+        _, callback, trainer = fit(tmp_path, model=Summary(), weight=0.0)
+    assert sorted(callback.removed) == ["blocks.0", "blocks.1"]
+    assert "distance/blocks.2" not in trainer.callback_metrics
+    with pytest.raises(ValueError, match=r"two samples or more, but 'blocks.2' has computed one.*`exclude`"):
+        fit(tmp_path / "trained", model=Summary(), weight=1.0)
+    _, callback, _ = fit(tmp_path / "without", model=Summary(), weight=1.0, exclude="blocks.2")
+    assert sorted(callback.removed) == ["blocks.0", "blocks.1"]
+
+
+def test_a_last_batch_of_one_sample_is_left_out_of_the_distances(tmp_path):
+    """Of 12 samples 11 are in the first batch."""
+
+    class Still(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    class Notes(Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.losses.append((outputs["loss"].item(), F.cross_entropy(pl_module(batch[0]), batch[1]).item()))
+
+    notes = Notes()
+    options = {"weight": 1.0, "tolerance": 0.0, "batch": 11, "val_batch": 11, "epochs": 1}
+    model, _, trainer = fit(tmp_path, notes, model=Still((0.9, 0.1)), **options)
+    (first, plain), (last, alone) = notes.losses
+    assert first > plain
+    assert last == alone
+    x = model.stem(data().tensors[0][:11])
+    metric = SlicedWasserstein()
+    metric.update(x, model.blocks[0](x))
+    assert trainer.callback_metrics["distance/blocks.0"] == pytest.approx(float(metric.compute()))
 
 
 class Nested(nn.Module):

@@ -36,6 +36,7 @@ SHARDED = [
     "sharded", "sharded, affine, taken back", "sharded, taken back", "sharded, one file, taken back",
     "sharded, resumed", "sharded, one file, resumed", "sharded, slope", "sharded, affine, trained",
     "sharded, priced", "sharded, mergeable", "sharded, sparse", "sharded, sparse, resumed",
+    "sharded, blocks",
 ]  # fmt: skip
 REFUSED = {
     "own method, wrong",
@@ -47,6 +48,7 @@ REFUSED = {
     "sharded, affine, trained",
     "sharded, priced",
     "sharded, mergeable",
+    "sharded, blocks",
 }
 
 
@@ -117,6 +119,9 @@ def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_tor
         assert "can't train affines under ModelParallelStrategy" in result["error"]
     for result in under_torchrun["sharded, priced"] + under_torchrun["sharded, mergeable"]:
         assert "can't tell what merges, or price it, under ModelParallelStrategy" in result["error"]
+    for result in under_torchrun["sharded, blocks"]:
+        assert "can't take blocks out under ModelParallelStrategy" in result["error"]
+        assert "gathered model with `compress`" in result["error"]
     for result in under_torchrun["sharded, slope"]:
         assert "can't remove ['layers.3'] under ModelParallelStrategy" in result["error"]
 

@@ -337,7 +337,12 @@ class Worker:
         method: The method.
         measuring: What is measured on.
         affines: Whether the affine that comes closest to each activation is measured, too.
+
+    Attributes:
+        excluded: Name globs of what a user leaves out: it is not measured.
     """
+
+    excluded: Sequence[str] = ()
 
     def __init__(self, method: Method, measuring: Measuring, *, affines: bool = False) -> None:
         self.method = method

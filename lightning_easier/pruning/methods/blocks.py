@@ -8,10 +8,11 @@ In training, a regulariser brings the two together. With blocks :math:`b`, what 
 Source: LaCoOT, arXiv 2406.08933.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import inf, isfinite
+from math import isfinite
 from random import Random
 
 import torch
@@ -28,6 +29,7 @@ from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.operations import TakenOut
 from lightning_easier.support.arguments import as_globs, check_non_negative
+from lightning_easier.support.calibration import tell
 from lightning_easier.support.hooks import Remembered
 from lightning_easier.support.processes import sum_over_processes
 
@@ -134,13 +136,20 @@ class RemoveBlocks(Method):
                 )
 
     def propose(self, model: nn.Module, evidence: "BlockEvidence") -> Proposal:
-        """Propose to take out each block that was measured, ranked by its distance."""
+        """Propose to take out each block whose distance is known and finite, ranked by it."""
         proposal = Proposal()
-        for name, block in evidence.blocks.items():
-            distance = evidence.distances.get(name)
-            if distance is not None:  # else it was not called
-                operation = TakenOut([name], block.leaves, block.returns or 0)
-                proposal.add(operation, distance if isfinite(distance) else inf)
+        known = {name: evidence.distances[name] for name in evidence.blocks if name in evidence.distances}
+        strange = [name for name, distance in known.items() if not isfinite(distance)]
+        if strange:  # they would order nothing, and a score that says nothing of them would let all of them go
+            tell(
+                f"{strange} are not taken out: the distance between what goes in and what comes out is not finite. "
+                f"Look for NaN in the validation data; if there is none, the training has diverged: lower the learning "
+                f"rate, or `weight`."
+            )
+        for name, distance in known.items():
+            if name not in strange:
+                block = evidence.blocks[name]
+                proposal.add(TakenOut([name], block.leaves, block.returns or 0), distance)
         return proposal
 
     def list_candidates(self, model: nn.Module, entropies: Mapping[str, float] | None) -> BlockReport:
@@ -154,7 +163,8 @@ class BlockEvidence(Evidence):
 
     Attributes:
         blocks: Name -> block.
-        distances: Name -> distance between what it leaves and what it computes, of those that were called.
+        distances: Name -> distance between what it leaves and what it computes, of those that were called with two
+            samples or more; NaN or infinite where values are not finite.
     """
 
     blocks: dict[str, Block]
@@ -186,7 +196,12 @@ class BlockWorker(Worker):
         method = self.method
         gone = list(stand_ins(model))
         if not self._looked_at.is_(model) or gone != self._gone:  # to look for blocks takes time
-            self._blocks = {block.name: block for block in method.chosen(model)}
+            chosen = {block.name: block for block in method.chosen(model)}
+            self._blocks = {
+                name: block
+                for name, block in chosen.items()
+                if not any(fnmatchcase(name, glob) for glob in self.excluded)
+            }
             self._looked_at, self._gone = Remembered(model), gone
         self._metrics = {
             name: SlicedWasserstein(p=method.p, directions=method.directions, seed=method.seed).to(_device(block))
@@ -196,7 +211,8 @@ class BlockWorker(Worker):
         self._pairs.attach()
 
     def _compare(self, name: str, left: Tensor, computed: Tensor) -> None:
-        self._metrics[name].update(left, computed)
+        with _naming(name):
+            self._metrics[name].update(left, computed)
 
     def pause(self, paused: bool) -> None:
         """Leave what runs now out, or measure again."""
@@ -214,14 +230,19 @@ class BlockWorker(Worker):
             if sums
             else torch.zeros(3, 0, dtype=torch.float64)
         )
-        was_called = (samples + left_out > 0).tolist()
-        distances = (total / samples).tolist()  # NaN where each batch was of one sample
-        called = zip(self._metrics, distances, was_called, strict=True)
-        self.distances = {name: distance for name, distance, is_there in called if is_there}
-        if self.distances and not samples.any():
+        is_measured, distances = (samples > 0).tolist(), (total / samples).tolist()
+        measured = zip(self._metrics, distances, is_measured, strict=True)
+        self.distances = {name: distance for name, distance, is_there in measured if is_there}
+        single = [name for name, n, out in zip(self._metrics, samples, left_out, strict=True) if n == 0 < out]
+        if single and not self.distances and not self._gone:  # else they may be what is left
             raise ValueError(
                 "Expected validation batches of two samples or more, but got batches of one, which are no "
                 "distribution. Raise the batch size of the validation loader."
+            )
+        if single:
+            tell(
+                f"{single} are not taken out: in validation they are only given one sample at once, which is no "
+                f"distribution."
             )
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
@@ -298,19 +319,29 @@ class BlockRegularizer(Regularizer):
             if self._number <= 0:  # the first batch of the run
                 raise ValueError(
                     f"Expected training batches of two samples or more, but {name!r} has computed one, which is no "
-                    f"distribution. Raise the batch size of the training loader, or pass weight=0."
+                    f"distribution. Raise the batch size of the training loader, leave the block out by `exclude`, or "
+                    f"pass weight=0."
                 )
             return
         seed = Random(f"{self._method.seed}, {self._number}, {name}").getrandbits(32)
         generator = torch.Generator(computed.device).manual_seed(seed)
-        try:
+        with _naming(name):
             distance = sliced_wasserstein(
                 left, computed, p=self._method.p, directions=self._method.directions, generator=generator
             )
-        except ValueError as error:
-            raise ValueError(f"The block {name!r} can't be taken out: {error}") from error
         if self._is_in_step:
             self._distances.append(distance)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in the error of a comparison which block it was, and what to do."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"The block {name!r} can't be taken out: {error}. Leave it out by `exclude`, or by the globs of `blocks`."
+        ) from error
 
 
 def _device(block: Block) -> torch.device:
