@@ -23,6 +23,8 @@ class AddedLoss(ABC):
 
     without: str
     """The argument of the callback that asks for it, and its value that does not, for errors."""
+    in_step: bool
+    """Whether a step goes on whose loss it is added to."""
 
     def __init__(self) -> None:
         self.pl_module: LightningModule | None = None
@@ -98,9 +100,18 @@ class AddedTerm(AddedLoss):
     without = "`weight` to be 0"
 
     def __init__(self, regularizer: Regularizer) -> None:
-        super().__init__()
         self._regularizer = regularizer
+        super().__init__()
         self._has_added = False
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step goes on."""
+        return self._regularizer.in_step
+
+    @in_step.setter
+    def in_step(self, value: bool) -> None:
+        self._regularizer.in_step = value
 
     def start(self, pl_module: LightningModule, names: Sequence[str]) -> None:
         """Add it from now on, for what may be removed of a module as it is."""

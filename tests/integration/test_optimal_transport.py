@@ -18,6 +18,7 @@ from lightning_easier import (
     Files,
     OptimalTransportCallback,
     PruningCallback,
+    Regularizer,
     RemoveBlocks,
     Rounds,
     SlicedWasserstein,
@@ -153,6 +154,43 @@ def test_a_block_that_writes_to_its_input_is_compared_with_what_it_was(tmp_path)
     fit(tmp_path, Notes(), model=begun, epochs=2, weight=1.0, batch=12)
     torch.testing.assert_close(noted[1::2], noted[::2])
     assert noted[0] > 0
+
+
+class Notices(Regularizer):
+    """Notes whether a block is called in a step, in its forward pass."""
+
+    key = "nothing"
+
+    def __init__(self):
+        self.noted = []
+
+    def attach(self, model, names):
+        def note(*_):
+            self.noted.append((torch.is_grad_enabled(), self.in_step))
+
+        self.handle = model.blocks[0].register_forward_pre_hook(note)
+
+    def detach(self):
+        self.handle.remove()
+
+    def begin_step(self, number):
+        assert self.in_step
+
+    def term(self):
+        assert not self.in_step
+
+
+def test_a_regularizer_is_told_whether_a_step_goes_on(tmp_path):
+    """Each block is called in a step, again in the backward pass, and in validations."""
+    notices = Notices()
+
+    class Method(RemoveBlocks):
+        def regularizer(self):
+            return notices
+
+    fit(tmp_path, model=Net(recomputed=True), epochs=1, batch=12, val_batch=12,
+        kind=lambda **options: PruningCallback(Method(), **options, rounds=Rounds(epochs=0)))  # fmt: skip
+    assert notices.noted[:3] == [(True, True), (True, False), (False, False)]
 
 
 def test_each_step_looks_along_other_directions_and_a_seed_along_the_same(tmp_path):

@@ -156,9 +156,12 @@ class Regularizer(ABC):
 
     Attributes:
         key: The name that it is logged by.
+        in_step: Whether a step goes on whose loss it is added to, which who adds it sets: a hook is called in other
+            forwards, too, those of a validation or those that a backward pass repeats.
     """
 
     key: str
+    in_step: bool = False
 
     @abstractmethod
     def attach(self, model: nn.Module, names: Sequence[str]) -> None:

@@ -275,7 +275,6 @@ class BlockRegularizer(Regularizer):
         self._pairs: BlockPairs | None = None
         self._watched: dict[str, nn.Module] | None = None
         self._number = 0  # of the step
-        self._is_in_step = False
         self._distances: list[Tensor] = []
 
     def attach(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -296,13 +295,13 @@ class BlockRegularizer(Regularizer):
 
     def begin_step(self, number: int) -> None:
         """Forget the last step."""
-        self._number, self._is_in_step, self._distances = number, True, []
+        self._number, self._distances = number, []
         if self._pairs is not None:
             self._pairs.forget()
 
     def term(self) -> tuple[Tensor, Tensor] | None:
         """Return the mean of the distances, with and without the weight."""
-        distances, self._distances, self._is_in_step = self._distances, [], False
+        distances, self._distances = self._distances, []
         if not distances:
             return None
         mean = torch.stack([each.float() for each in distances]).mean()
@@ -329,7 +328,7 @@ class BlockRegularizer(Regularizer):
             distance = sliced_wasserstein(
                 left, computed, p=self._method.p, directions=self._method.directions, generator=generator
             )
-        if self._is_in_step:
+        if self.in_step:
             self._distances.append(distance)
 
 
