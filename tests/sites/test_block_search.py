@@ -1,0 +1,177 @@
+"""Blocks and branches are found where nothing else is missed when they are gone."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_easier.sites.blocks import find_blocks
+from lightning_easier.structure.linearize import bypass
+from tests.sites.residual_blocks import AddsFirst, Residual, ScaledResidual, check_removals, conv, names, rows
+from tests.sites.test_dataflow import Net
+
+
+class _Tuple(Residual):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.f(x)
+        return x + y, y
+
+
+class _SecondInput(Residual):
+    """The skip is the second value that it is given."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.f(x)
+
+
+class _WritesInput(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(x) + self.f(x)
+
+
+class _Leaky(nn.Module):
+    """A value from inside a block is read by its caller."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.block, self.end = inner, Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, inner = self.block(x)
+        return self.end(value) + inner
+
+
+class _UsesFirst(_Leaky):
+    def forward(self, x: Tensor) -> Tensor:
+        value, _ = self.block(x)
+        return self.end(value)
+
+
+def test_values_that_others_read() -> None:
+    assert names(_Leaky(_Tuple())) == ["end"]
+    model = _UsesFirst(_Tuple())
+    assert rows(model) == [("block", "identity", None, 2), ("end", "identity", None, None)]
+    check_removals(model, find_blocks(model), (torch.zeros(2, 4, 6, 6),), [torch.Size((2, 4, 6, 6))])
+
+
+class _Around(nn.Module):
+    """The value before a block is read again after it, or the value after it is overwritten."""
+
+    def __init__(self, block: nn.Module, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block, self.after, self.other = block, after or nn.Identity(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(x)
+        return torch.cat([self.after(self.block(x)), x], 1)
+
+
+def test_writing_in_place() -> None:
+    assert names(nn.Sequential(conv(), _WritesInput())) == ["1"]  # nothing else reads what it overwrites
+    assert names(_Around(_WritesInput())) == ["block.f"]  # the branch writes nothing
+    assert names(_Around(Residual(), nn.ReLU(inplace=True))) == ["block.f"]  # an identity would let it write to x
+    assert names(_Around(Residual(), nn.ReLU())) == ["block"]
+
+
+def test_writing_in_place_after_two_blocks() -> None:
+    """The one that is left lets it write to the input of both, once the other is gone."""
+    assert names(_Around(nn.Sequential(Residual(), Residual()), nn.ReLU(inplace=True))) == ["block.0.f", "block.1"]
+
+
+class _CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.once = Residual(), Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.once(self.block(self.block(x)))
+
+
+def test_what_is_called_twice_is_left_out() -> None:
+    assert names(_CalledTwice()) == ["once"]
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.left, self.right = block, conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.left(x), self.right(x))
+
+
+def test_two_inputs() -> None:
+    """The identity passes the first value on, so that has to be the skip."""
+    assert names(_TwoInputs(AddsFirst())) == ["block"]
+    assert names(_TwoInputs(_SecondInput())) == []
+
+
+class _Branches(nn.Module):
+    """Additions of branches, one with a norm before and dropout after, made by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.first, self.gated, self.strided, self.other = conv(), conv(), conv(stride=2), conv()
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale * self.drop(self.first(self.norm(x)))
+        x = x + x * self.gated(x)  # no addition takes what it computes
+        x = self.pool(x) + self.strided(x)
+        return x + x + 2 * self.other(F.relu(x))
+
+
+def test_branches_of_the_model_itself() -> None:
+    model = _Branches()
+    assert rows(model) == [("first", "zeros", None, None), ("other", "zeros", None, None)]
+    check_removals(model.eval(), find_blocks(model), (torch.zeros(2, 4, 6, 6),), [torch.Size((2, 4, 3, 3))])
+
+
+class _Unreadable(nn.Module):
+    """Its forward asks for a value, so that nobody can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.branch = Residual(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(x.sum() * 0) + 1):
+            x = self.block(x)
+        return x + self.branch(x)
+
+
+def test_blocks_inside_what_cannot_be_traced() -> None:
+    """A block keeps its shape whoever calls it; what a branch is added to is not known."""
+    assert names(nn.Sequential(conv(), _Unreadable())) == ["1.block"]
+
+
+class Position(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(8))
+
+    def forward(self):
+        return self.values * 2
+
+
+def test_a_module_that_is_called_with_nothing_is_no_block():
+    net = Net(lambda m, x: m.block(1.0, x + m.position()), block=ScaledResidual(), position=Position())
+    assert [block.name for block in find_blocks(net)] == ["block"]
+
+
+def test_a_block_with_a_weight_that_is_read_outside_is_left_out():
+    net = Net(lambda m, x: F.linear(m.block(1.0, x), m.block.f.weight), block=ScaledResidual())
+    assert find_blocks(net) == []
+
+
+def test_the_layer_that_torchs_encoder_asks_stays():
+    layers = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3, enable_nested_tensor=False
+    )
+    net = nn.Sequential(nn.Linear(5, 8), layers)
+    names = [block.name for block in find_blocks(net) if block.inside is None]
+    assert "1.layers.0" not in names
+    assert {"1.layers.1", "1.layers.2"} <= {*names}
+    bypass(net, ["1.layers.1", "1.layers.2"])
+    net.eval()(torch.randn(2, 4, 5))
