@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_easier.report import BlockReport, CollapsibleBlock
 from lightning_easier.sites.activations import match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.stand_in import Bypass
 from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.hooks import HookOfOneModel
@@ -39,8 +40,8 @@ def collapsible_blocks(
     Args:
         model: Any module.
         example_inputs: A tensor, or the positional arguments of the forward, ``(N, *)`` each. The model is run on them,
-            and with one sample more where it takes that: a block whose output has not the shape and dtype of its input
-            is left out, with the reason.
+            and with one sample more where it takes that, and without each block: one whose output has not the shape and
+            dtype of its input, or without which the model does not run, is left out, with the reason.
         include: Name globs of the blocks to list; all by default.
         exclude: Name globs of those not to list.
 
@@ -80,6 +81,11 @@ def collapsible_blocks(
             notes.append(f"The shapes were checked with the batch as given only; with one sample more: {error}")
         if calls_with_more is not None:
             left_out = _misfits(blocks, calls_with_more) | left_out
+        left_out |= {
+            block.name: reason
+            for block in blocks
+            if block.name not in left_out and (reason := _fails_without(inner, block, arguments)) is not None
+        }
         blocks = [block for block in blocks if block.name not in left_out]
         macs, times = _shares(inner, arguments, {block.name: calls[block.name][0] for block in blocks})
     rows = [_row(block, macs.get(block.name), times.get(block.name)) for block in blocks]
@@ -158,6 +164,23 @@ def _misfits(blocks: Iterable[Block], calls: Mapping[str, Sequence[_Call]]) -> d
         if reason is not None:
             reasons[block.name] = reason
     return reasons
+
+
+def _fails_without(model: nn.Module, block: Block, arguments: Sequence[Tensor]) -> str | None:
+    """Run a model without one of its blocks; return why it can't, None if it can."""
+    holder = model.get_submodule(block.name.rpartition(".")[0])
+    name = block.name.rpartition(".")[2]
+    holder._modules[name] = Bypass(block.leaves, block.returns or 0).eval()
+    try:
+        forward(model, copies(arguments), "example_inputs")
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        cause = error.__cause__ or error
+        return f"the model does not run without it ({type(cause).__name__}: {cause})"
+    finally:
+        holder._modules[name] = block.module
+    return None
 
 
 def _one_more(arguments: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

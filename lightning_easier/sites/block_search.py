@@ -29,7 +29,9 @@ class BlockSearch:
 
     def __init__(self, model: nn.Module, *, training: bool) -> None:
         self._model = model
-        self._flow = Look(training).plan(model).flow
+        look = Look(training)
+        self._flow = look.plan(model).flow
+        self._looked_into = look.looked_into
         self._place = {node: index for index, node in enumerate(self._flow.nodes)}
         self._constants = Constants(self._flow.nodes)
         self._shapes = Shapes(model, self._flow, self._constants)
@@ -122,7 +124,9 @@ class BlockSearch:
         return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
 
     def _is_looked_into(self, call: Call) -> bool:
-        """Tell whether something outside of a module reads a weight in it, or asks what it is made of."""
+        """Tell whether something outside of a module reads a weight or an attribute of it, which it may set itself."""
+        if call.module in self._looked_into:
+            return True
         around = (*self._flow.nodes[: call.first], *self._flow.nodes[call.end :])
         if any(node.kind == Kind.CONSTANT and node.name.startswith(f"{call.name}.") for node in around):
             return True

@@ -502,6 +502,11 @@ class Look(Discovery):
         super().__init__(frozenset())
         self._readings = [Reading(training), Reading()] if training else [Reading()]
 
+    @property
+    def looked_into(self) -> set[nn.Module]:
+        """The modules that forwards of others ask for attributes of their own."""
+        return set().union(*(reading.looked_into for reading in self._readings))
+
     def _recall(self, module: nn.Module, name: str) -> Sequence[Step]:
         return self._steps_of(module, name)
 

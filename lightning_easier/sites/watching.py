@@ -31,6 +31,7 @@ _OWN_FRAMES = (
     "torch.fx", "torch.nn.modules.module", "torch._", "torch.overrides", "contextlib", "lightning_easier.sites.tracing",
     "lightning_easier.sites.watching",
 )  # fmt: skip
+_OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 _MISSING = object()
 
 
@@ -69,13 +70,16 @@ class Watch:
         self._containers: dict[int, tuple[str, Any, Any]] = {}
 
     def __enter__(self) -> "Watch":
-        read, miss, write = self.read, self.miss, self.write
+        read, miss, write, kept_aside = self.read, self.miss, self.write, self.kept_aside
 
         def getattribute(module: nn.Module, name: str) -> Any:
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:  # a child, a parameter or a buffer, or nothing
                 if is_user_frame(1):
+                    value = kept_aside(module, name)
+                    if value is not _MISSING:
+                        return value
                     miss(module, name)
                 raise
             return read(module, name, value) if name != "__class__" and is_user_frame(1) else value
@@ -125,6 +129,10 @@ class Watch:
         """Refuse a write; true would say that it was taken care of."""
         raise UntraceableError(f"its forward changes `self.{name}`")
 
+    def kept_aside(self, module: nn.Module, name: str) -> Any:
+        """Return what the forward has written under a name that was not there before."""
+        return _MISSING
+
     def _note(self, module: nn.Module, name: str, how: str, value: Any) -> None:
         self._guards.setdefault((id(module), name), (module, name, how, value))
 
@@ -148,6 +156,7 @@ class LooseWatch(Watch):
 
     Attributes:
         asked: The modules that were asked for attributes, each with the names.
+        looked_into: The modules other than the root that somebody else asked for what not every module has.
         asks_for_more: Whether the forward may know more of a module than its class, its attributes that were asked for,
             and which children, parameters and buffers it has.
     """
@@ -156,6 +165,7 @@ class LooseWatch(Watch):
         super().__init__(root, training)
         self._written: dict[tuple[int, str], Any] = {}
         self.asked: dict[nn.Module, set[str]] = {}
+        self.looked_into: set[nn.Module] = set()
         self.asks_for_more = False
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -175,11 +185,26 @@ class LooseWatch(Watch):
     def miss(self, module: nn.Module, name: str) -> None:
         """Note what was asked for."""
         self.asked.setdefault(module, set()).add(name)
+        if module is not self._root and name not in _OF_EVERY_MODULE and not _asks_itself(module):
+            self.looked_into.add(module)
 
     def write(self, module: nn.Module, name: str, value: Any) -> bool:
         """Keep the value aside."""
         self._written[id(module), name] = value
         return True
+
+    def kept_aside(self, module: nn.Module, name: str) -> Any:
+        """Return what the forward has written under a name that was not there before."""
+        return self._written.get((id(module), name), _MISSING)
+
+
+def _asks_itself(module: nn.Module) -> bool:
+    """Tell whether a module's own method reads an attribute, one around its forward for example."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    first = frame.f_code.co_varnames[:1]
+    return bool(first) and frame.f_locals.get(first[0]) is module
 
 
 def _tells_more(module: nn.Module, name: str) -> bool:

@@ -142,6 +142,32 @@ def test_a_block_that_is_called_several_times_is_left_out() -> None:
     assert collapsible_blocks(_SometimesCalled(), torch.randn(3, 8)).left_out["block"] == "it is called 3 times"
 
 
+class _Asks(nn.Module):
+    """Asks its block for something in a way that no look at its code tells: its own forward can't be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.other = nn.Linear(8, 8), _Layer(8), _Layer(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if bool((x == x).all()):
+            x = self.block(x) * len(self.block.mlp)
+        return self.other(x)
+
+
+def test_a_block_without_which_the_model_does_not_run_is_left_out_with_the_reason() -> None:
+    model = _Asks()
+    modules, before = dict(model.named_modules()), [*model.block._modules]
+
+    report = collapsible_blocks(model, torch.randn(3, 8), include=["block", "other"])
+
+    assert _names(report) == ["other"]
+    assert report.left_out["block"].startswith("the model does not run without it (AttributeError: ")
+    assert dict(model.named_modules()) == modules
+    assert [*model.block._modules] == before
+
+
 def test_no_block_is_no_error() -> None:
     report = collapsible_blocks(nn.Linear(3, 3), torch.randn(2, 3))
 

@@ -1,5 +1,6 @@
 """Blocks and branches are found where nothing else is missed when they are gone."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,6 +164,64 @@ def test_a_module_that_is_called_with_nothing_is_no_block():
 def test_a_block_with_a_weight_that_is_read_outside_is_left_out():
     net = Net(lambda m, x: F.linear(m.block(1.0, x), m.block.f.weight), block=ScaledResidual())
     assert find_blocks(net) == []
+
+
+class _Sets(Residual):
+    """It leaves what it has computed where others may read it."""
+
+    factor = 2.0
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8))
+
+    def forward(self, x):
+        self.last = x + self.f(x)
+        return self.last
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda m, x: m.block(x), ["block"]),
+        (lambda m, x: m.block(x) * m.block.last, ["block.f"]),  # the branch in it may go still
+        (lambda m, x: m.block(x * m.block.factor), ["block.f"]),
+        (lambda m, x: m.block(x * m.block.f.in_features), []),
+    ],
+)
+def test_what_another_forward_looks_into_is_left_out(forward, expected):
+    """That may be an attribute that the block itself sets while it runs."""
+    net = Net(forward, block=_Sets())
+    assert names(net) == expected  # the attribute is not there yet
+    net(torch.randn(3, 8))
+    assert names(net) == expected
+    for block in find_blocks(net):
+        bypass(net, [block.name], block.leaves)
+        net(torch.randn(3, 8))
+    if not expected:
+        bypass(net, ["block.f"], "zeros")
+        with pytest.raises(AttributeError, match="in_features"):
+            net(torch.randn(3, 8))
+
+
+def test_each_of_several_that_are_alike_is_left_out_if_it_is_looked_into():
+    """Of modules that are alike, the forward of the first only is looked at."""
+
+    def forward(net, x):
+        return net.block(x) * net.block.factor
+
+    model = nn.Sequential(nn.Linear(8, 8), *(Net(forward, block=_Sets()) for _ in range(2)))
+    assert names(model) == ["1.block.f", "2.block.f"]
+
+
+class _Wrapped(ScaledResidual):
+    """It reads its own attributes around its forward, as layers of `transformers` do."""
+
+    def __call__(self, *args):
+        return super().__call__(*args) if self.first is False else None
+
+
+def test_what_a_module_asks_itself_around_its_forward_is_nobody_elses():
+    assert names(Net(lambda m, x: m.block(1.0, x), block=_Wrapped())) == ["block"]
 
 
 def test_the_layer_that_torchs_encoder_asks_stays():
