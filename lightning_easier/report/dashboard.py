@@ -37,15 +37,15 @@ class Dashboard:
             "Pruning": {
                 "Entropy of every activation [bit]": ["Multiline", [f"^{ENTROPY_TAG}/.*$"]],
                 **{title: ["Multiline", [tags]] for title, tags in charts.items()},
-                "Activations removed": ["Multiline", ["^removed$"]],
-                f"{self._monitor} against activations removed": ["Multiline", [f"^{SCORE_TAG}/.*$"]],
+                "Number removed": ["Multiline", ["^removed$"]],
+                f"{self._monitor} against the number removed": ["Multiline", [f"^{SCORE_TAG}/.*$"]],
             }
         }
         for writer in self._writers:
             writer.add_custom_scalars(layout)
 
     def write_score(self, score: float, removed: int) -> None:
-        """Write the score of a structure, at the number of activations removed from it as the step."""
+        """Write the score of a structure, at the number removed from it as the step."""
         for writer in self._writers:
             writer.add_scalar(f"{SCORE_TAG}/{self._monitor}", score, removed)
 

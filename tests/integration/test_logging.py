@@ -5,13 +5,17 @@ import re
 from itertools import pairwise
 
 import pytest
+import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_easier import EntropyGuidedPruningCallback, Files, Rounds
+from lightning_easier import EntropyGuidedPruningCallback, Files, OptimalTransportCallback, RemoveBlocks, Rounds
 from lightning_easier.report.figures import plot_entropies, read_entropies
+from tests.integration.residual import Net
 from tests.integration.tiny import NAMES, Tiny, pruning, train
 
 
@@ -72,8 +76,8 @@ def test_the_number_removed_and_the_score_against_it(events):
 def test_one_layout_shows_all_curves_in_one_chart(events):
     assert charts(events) == {
         "Entropy of every activation [bit]": ["^entropy/.*$"],
-        "Activations removed": ["^removed$"],
-        "scripted against activations removed": ["^score_by_removed/.*$"],
+        "Number removed": ["^removed$"],
+        "scripted against the number removed": ["^score_by_removed/.*$"],
     }
 
 
@@ -81,8 +85,8 @@ def test_a_run_that_prunes_weights_has_charts_of_zeros_and_of_emptied_layers_bes
     """Each regular expression finds the tags that are logged and no others; runs of other methods have none of it."""
     found = charts(sparse)
     assert list(found) == [
-        "Entropy of every activation [bit]", "Zeros among the weights", "Layers emptied", "Activations removed",
-        "val_acc against activations removed",
+        "Entropy of every activation [bit]", "Zeros among the weights", "Layers emptied", "Number removed",
+        "val_acc against the number removed",
     ]  # fmt: skip
     tags = sparse.Tags()["scalars"]
     shown = {title: {tag for tag in tags if re.search(pattern, tag)} for title, (pattern,) in found.items()}
@@ -91,6 +95,31 @@ def test_a_run_that_prunes_weights_has_charts_of_zeros_and_of_emptied_layers_bes
     assert shown["Zeros among the weights"] == {"sparsity", *weights}
     assert shown["Layers emptied"] == {"emptied"}
     assert not any(tag.startswith(("sparsity", "emptied")) for tag in events.Tags()["scalars"])
+
+
+class Elsewhere(Net):
+    """Logs a distance of its own."""
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val/distance/mean", 1.0)
+        self.log("other_transport_loss", 1.0)
+
+
+def test_a_run_that_takes_blocks_out_has_charts_of_distances_and_of_the_loss_besides(tmp_path):
+    callback = OptimalTransportCallback("score", weight=1.0, files=Files(tmp_path / "rounds"))
+    samples = TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
+    data = LightningDataModule.from_datasets(samples, samples, batch_size=4)
+    train(Elsewhere(), callback, root=tmp_path, epochs=1, data=data, logger=TensorBoardLogger(tmp_path, "tb", ""),
+          log_every_n_steps=1)  # fmt: skip
+    events = read(tmp_path / "tb")
+    found, tags = charts(events), events.Tags()["scalars"]
+    shown = {title: {tag for tag in tags if re.search(pattern, tag)} for title, (pattern,) in found.items()}
+    assert shown["Distance of blocks"] == {f"distance/blocks.{place}" for place in range(3)}
+    assert shown["Distance in the loss of training steps"] == {"transport_loss"}
+    assert shown["Number removed"] == {"removed"}
+    # no chart without a curve
+    assert [*RemoveBlocks(weight=0.0).charts] == ["Distance of blocks"]
 
 
 def test_zeros_have_a_curve_that_rises_with_every_round(sparse):

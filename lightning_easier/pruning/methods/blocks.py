@@ -90,8 +90,9 @@ class RemoveBlocks(Method):
 
     @property
     def charts(self) -> dict[str, str]:
-        """The distances of all blocks in one chart."""
-        return {"Distance of blocks": f"{DISTANCE_KEY}.*"}
+        """The distances of all blocks in one chart, and what is added to the loss."""
+        charts = {"Distance of blocks": f"^{DISTANCE_KEY}.*$"}
+        return charts | ({"Distance in the loss of training steps": f"^{LOSS_KEY}$"} if self.weight > 0 else {})
 
     def worker(self, measuring: Measuring) -> "BlockWorker":
         """Return who measures for it in a run."""
