@@ -1,7 +1,8 @@
 """The search for what can be taken out whole, in the flow of values of one mode.
 
 A *block* is found by the way back from its output to its input that keeps the shape and has an addition of its own on
-it; a *branch* by the way on from its output to an addition, the other side of which is what it was computed from.
+it; a *branch* by the way on from its output to an addition, the other side of which is what it was computed from. Two
+axes may be exchanged before a branch, as an MLP does that mixes tokens, if they are exchanged again after it.
 """
 
 from collections import Counter
@@ -17,6 +18,9 @@ from lightning_easier.sites.shapes import POOLS, Shapes, submodule, tuple_length
 
 Leaves = Literal["identity", "zeros"]
 """What takes the place of a module: its input, or zeros of that shape."""
+
+Turn = frozenset[int]
+"""Two axes that are exchanged, as they are named."""
 
 
 class BlockSearch:
@@ -155,17 +159,40 @@ class BlockSearch:
         node = call.output
         if not call.inputs or node is None or node in self._constants:
             return None
-        sources = self._sources(call.inputs[0])
-        if node in sources:
-            return None
-        for reader in self._way_on(node, call.end):
-            if reader.kind == Kind.ADD and not sources.isdisjoint(self._others(reader, node, sources)):
+        for turn, sources in self._origins(call.inputs[0]):
+            end = None if node in sources else self._addition(node, call.end, sources, turn)
+            if end is not None:
+                return end
+        return None
+
+    def _origins(self, node: FlowNode) -> Iterable[tuple[Turn | None, set[FlowNode]]]:
+        """Yield what a value was before, in the same shape, and what it was before two of its axes were exchanged."""
+        sources = self._sources(node)
+        yield None, sources
+        first = min(sources, key=self._place.__getitem__)
+        turn = _turn(first)
+        if turn is not None:
+            yield turn, self._sources(first.inputs[0])
+
+    def _addition(self, node: FlowNode, end: int, sources: set[FlowNode], turn: Turn | None) -> FlowNode | None:
+        """Return the addition that a value goes on to, the other side of which was one of the sources.
+
+        Args:
+            node: The value.
+            end: The place from which on it is read.
+            sources: What it was computed from.
+            turn: Which axes were exchanged before; they have to be exchanged again on the way.
+        """
+        for reader in self._way_on(node, end, turn):
+            if _turn(reader) is not None:
+                turn = None
+            elif turn is None and reader.kind == Kind.ADD and sources & self._others(reader, node, sources):
                 return reader
             node = reader
         return None
 
-    def _way_on(self, node: FlowNode, end: int) -> Iterable[FlowNode]:
-        """Yield what reads a value as long as that is one step, which keeps its shape."""
+    def _way_on(self, node: FlowNode, end: int, turn: Turn | None) -> Iterable[FlowNode]:
+        """Yield what reads a value as long as that is one step, which keeps its shape, or exchanges two axes once."""
         while True:
             readers = [
                 reader
@@ -173,7 +200,11 @@ class BlockSearch:
                 if self._place[reader] >= end
                 and not (reader in self._shapes.unpacked and reader.item != 0 and not reader.readers)
             ]
-            if len(readers) != 1 or node not in self._kept.get(readers[0], ()):
+            if len(readers) != 1:
+                return
+            if turn is not None and _turn(readers[0]) == turn:
+                turn = None
+            elif node not in self._kept.get(readers[0], ()):
                 return
             node = readers[0]
             if function_name(node) == "outputs" or not _keeps_zeros(node):
@@ -209,6 +240,11 @@ class BlockSearch:
             other is not call and end is branches[call] and _is_within(call, other) and self._can_go(other)
             for other, end in branches.items()
         )
+
+
+def _turn(node: FlowNode) -> Turn | None:
+    """Return the two axes that a step exchanges; None if it does something else."""
+    return frozenset(node.layout[1:]) if node.layout[0] == "swap" and len(node.inputs) == 1 else None
 
 
 def _is_within(inner: Call, outer: Call) -> bool:

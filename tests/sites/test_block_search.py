@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_easier import collapse
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.structure.linearize import bypass
 from tests.sites.residual_blocks import AddsFirst, Residual, ScaledResidual, check_removals, conv, names, rows
@@ -127,6 +128,53 @@ def test_branches_of_the_model_itself() -> None:
     model = _Branches()
     assert rows(model) == [("first", "zeros", None, None), ("other", "zeros", None, None)]
     check_removals(model.eval(), find_blocks(model), (torch.zeros(2, 4, 6, 6),), [torch.Size((2, 4, 3, 3))])
+
+
+class _Turned(nn.Module):
+    """Mixes positions: the axes are exchanged before, and after."""
+
+    def __init__(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+        self.norm, self.mix, self.other = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.other(x)
+        turned = self.norm(x).transpose(*self.before)
+        return x + F.relu(self.mix(turned).transpose(*self.after))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((1, 2), (1, 2), True),
+        ((1, 2), (2, 1), True),
+        ((-1, -2), (-2, -1), True),
+        ((1, 2), (0, 1), False),
+        ((1, 2), (0, 2), False),
+    ],
+)
+def test_a_branch_of_exchanged_axes(before: tuple[int, int], after: tuple[int, int], expected: bool) -> None:
+    """Without it the model computes what is left of the sum."""
+    model, x = nn.Sequential(nn.Linear(6, 6), _Turned(before, after), nn.Linear(6, 6)), torch.randn(6, 6, 6)
+    found = [block.name for block in find_blocks(nn.Sequential(model, nn.ReLU())) if block.leaves == "zeros"]
+    assert found == (["0.1.other", "0.1.mix"] if expected else ["0.1.other"])
+    if expected:
+        bypass(model, ["1.mix"], "zeros")
+        y = model[0](x)
+        torch.testing.assert_close(model(x), model[2](y + model[1].other(y)))
+        torch.testing.assert_close(collapse(model, x).model(x), model(x))
+
+
+class _TurnedTwice(_Turned):
+    """What is added is not turned back; of sizes that are all the same it fits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x.transpose(1, 2))
+
+
+def test_a_branch_whose_axes_stay_exchanged_is_none() -> None:
+    assert names(nn.Sequential(nn.Linear(6, 6), _TurnedTwice((1, 2), (1, 2)))) == ["1"]
 
 
 class _Unreadable(nn.Module):

@@ -40,6 +40,12 @@ def _convnext() -> nn.Module:
     return torchvision.models.ConvNeXt([setting(8, 16, 2), setting(16, None, 1)], stochastic_depth_prob=0.2)
 
 
+def _mixer() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    model: nn.Module = timm.models.mlp_mixer.MlpMixer(img_size=32, patch_size=8, num_blocks=2, embed_dim=24)
+    return model
+
+
 _VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, "image_size": 32, "patch_size": 8}
 
 
@@ -72,6 +78,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], tuple[in
         _tiny("timm", "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, drop_path_rate=0.2), _IMAGES, (2, 4)
     ),
     "timm convnextv2": (_tiny("timm", "convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)), _IMAGES, (4, 0)),
+    "timm mixer": (_mixer, _IMAGES, (2, 4)),
     "BERT": (_listed("transformers-BertModel"), _WORDS, (4, 0)),
     "ViT": (_listed("transformers-ViTModel"), _IMAGES, (2, 4)),
     "GPT-2": (_listed("transformers-GPT2Model"), _WORDS, (2, 4)),
