@@ -5,7 +5,7 @@ are marked ``real_clock`` use the machine's.
 """
 
 import gc
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
@@ -49,5 +49,9 @@ def forked():
     context.set_forkserver_preload([
         "tests.integration.processes", "tests.integration.test_interruptions", "tests.integration.test_writing",
         "tests.measure.test_entropy", "tests.measure.test_over_processes", "tests.measure.test_transport",
+        "tests.sites.test_activations",
     ])  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", "1")  # they iterate over sets in an order of their own
+        forkserver.ensure_running()
     return context

@@ -1,6 +1,6 @@
 """A script for several processes: what each scenario ended with, on each of them, as JSON.
 
-Started by torchrun, or by Lightning, which starts it again for every other process.
+Started by torchrun's agent, or by Lightning, which starts it again for every other process.
 """
 
 import copy
@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -317,6 +318,14 @@ def main_on_rank(rank: int, world: int, port: int, folder: str, *names: str) -> 
     os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {name: str(value) for name, value in told.items()}
     main(folder, *names)
+
+
+def main_under_torchrun(world: int, folder: str, *names: str) -> None:
+    """Run scenarios in processes that torchrun's agent starts; it forks them, so that nothing is imported again."""
+    torch.set_num_threads(1)
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "standalone"}
+    config = LaunchConfig(1, 1, world, start_method="fork", max_restarts=0, **where)
+    elastic_launch(config, main)(folder, *names)
 
 
 if __name__ == "__main__":

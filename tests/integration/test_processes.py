@@ -16,7 +16,7 @@ from lightning_easier import restore_structure_on_load
 from lightning_easier.structure.linearize import stand_ins
 from tests.forks import run_together
 from tests.integration.interrupted import Small, run
-from tests.integration.processes import SLOPE, main_on_rank
+from tests.integration.processes import SLOPE, main_on_rank, main_under_torchrun
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -57,9 +57,9 @@ def noted(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
     return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
 
 
-def launch(folder: Path, world: int, names: list[str], *launcher: str) -> dict[str, list[dict]]:
+def launch(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
     """Run scenarios in processes; returns what each of them noted."""
-    command = [sys.executable, "-m", *launcher, SCRIPT, str(folder), *names]
+    command = [sys.executable, "-m", SCRIPT, str(folder), *names]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return noted(folder, world, names)
@@ -105,9 +105,9 @@ def test_two_processes_prune_as_one_does(under_torchrun, name):
     assert first == under_torchrun[same_as.get(name, name)][0]
 
 
-def test_torchrun_starts_the_processes_and_they_prune_as_forked_ones_do(under_torchrun, tmp_path):
-    launcher = "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"
-    assert launch(tmp_path, 2, ["plain"], *launcher)["plain"] == under_torchrun["plain"]
+def test_torchrun_starts_the_processes_and_they_prune_as_told_ones_do(under_torchrun, tmp_path, forked):
+    run_together([forked.Process(target=main_under_torchrun, args=(2, str(tmp_path), "plain"))])
+    assert noted(tmp_path, 2, ["plain"])["plain"] == under_torchrun["plain"]
 
 
 def test_what_can_not_leave_a_model_under_several_processes_is_refused(under_torchrun):
