@@ -18,7 +18,7 @@ from tests.random_graphs import Graph, graphs
 
 ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time
 SETTINGS = settings(
-    max_examples=int(ASKED_FOR or 40),
+    max_examples=int(ASKED_FOR or 25),
     derandomize=ASKED_FOR is None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
