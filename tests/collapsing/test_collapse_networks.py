@@ -10,7 +10,11 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.densenet import DenseNet
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.mobilenetv2 import MobileNetV2
+from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -46,13 +50,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # How many times narrower than their own: width takes more time than it shows, but for the rounding of long sums, which
 # the others show.
-NARROWER = {"alexnet": 4, "densenet121": 2, "inception_v3": 4, "vgg11_bn": 4}
-# Those whose widths are arguments; that of a ViT and a MaxVit takes images of 224×224 only
+NARROWER = {"alexnet": 4, "inception_v3": 4, "vgg11_bn": 4}
+INVERTED = [
+    (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 48, 1), (6, 5, 1, 48, 56, 2),
+    (6, 3, 1, 56, 80, 1),
+]  # fmt: skip
+# Those whose widths are arguments; that of a ViT and a MaxVit takes images of 224×224 only. Blocks that only repeat the
+# one before them are left out where there are many: blocks that change sizes and blocks that do not are there.
 NARROW: dict[str, Callable[..., nn.Module]] = {
     "convnext_tiny": lambda **options: ConvNeXt(
-        [CNBlockConfig(*block) for block in ((24, 48, 3), (48, 96, 3), (96, 192, 9), (192, None, 3))], **options
+        [CNBlockConfig(*block) for block in ((24, 48, 2), (48, 96, 2), (96, 192, 3), (192, None, 2))], **options
     ),
+    "densenet121": lambda **options: DenseNet(16, (3, 4, 5, 3), 32, **options),
+    "efficientnet_b0": lambda **options: EfficientNet([MBConvConfig(*block) for block in INVERTED], 0.2, **options),
     "maxvit_t": lambda **options: MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.2, **options),
+    "mobilenet_v2": lambda **options: MobileNetV2(
+        inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2], [6, 64, 1, 2], [6, 80, 2, 1]], **options
+    ),
+    "regnet_x_400mf": lambda **options: RegNet(
+        BlockParams([1, 2, 3, 3], [32, 64, 160, 400], [16, 16, 16, 16], [1.0] * 4, [2] * 4), **options
+    ),
     "swin_t": lambda **options: SwinTransformer([4, 4], 24, [2, 2, 6, 2], [1, 2, 4, 8], [7, 7], **options),
     "vit_b_32": lambda **options: VisionTransformer(64, 32, 12, 4, 64, 256, **options),
 }
