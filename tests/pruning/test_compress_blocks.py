@@ -350,8 +350,8 @@ def test_a_block_that_runs_fused_is_priced_fused_though_hooks_watch_it(encoder):
     with torch.no_grad():
         model(TOKENS[0])
     (choices,) = probe.choices()
-    for priced in probe.priced(choices, ChainPrices("latency", LatencyTable())):
-        assert 0.5 * whole < priced.price_before < whole
+    for each in probe.priced(choices, ChainPrices("latency", LatencyTable())):
+        assert 0.5 * whole < each.price_before < whole
     watched = compress(model, TOKENS, max_drift=math.inf, include=[])
     assert watched.report.before.latency.median == pytest.approx(whole)
 
