@@ -9,20 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_easier.pruning.without_blocks import can_be_passed_again, fails_without
 from lightning_easier.report import BlockReport, CollapsibleBlock
 from lightning_easier.sites.activations import match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
-from lightning_easier.structure.stand_in import Bypass
 from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.costs import count_macs
+from lightning_easier.support.finite import is_finite
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import as_arguments, check_weights, copies, evaluation_mode, forward
+from lightning_easier.support.inference import as_arguments, check_weights, copies, evaluation_mode, forward, tensors_in
 from lightning_easier.support.timing import speed_up, time_interleaved
 
 _SAMPLES = 7
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
-# What may be passed to a block again and again; a cache of keys and values, say, would grow
-_PASSED_AGAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def collapsible_blocks(
@@ -41,7 +40,8 @@ def collapsible_blocks(
         model: Any module.
         example_inputs: A tensor, or the positional arguments of the forward, ``(N, *)`` each. The model is run on them,
             and with one sample more where it takes that, and without each block: one whose output has not the shape and
-            dtype of its input, or without which the model does not run, is left out, with the reason.
+            dtype of its input, or without which the model does not run
+            or returns what is not finite, is left out, with the reason.
         include: Name globs of the blocks to list; all by default.
         exclude: Name globs of those not to list.
 
@@ -81,10 +81,13 @@ def collapsible_blocks(
             notes.append(f"The shapes were checked with the batch as given only; with one sample more: {error}")
         if calls_with_more is not None:
             left_out = _misfits(blocks, calls_with_more) | left_out
+        run = partial(_run, inner, arguments)
+        is_finite_with = is_finite(*tensors_in(run()))
         left_out |= {
             block.name: reason
             for block in blocks
-            if block.name not in left_out and (reason := _fails_without(inner, block, arguments)) is not None
+            if block.name not in left_out
+            and (reason := fails_without(inner, block, run, is_finite_with=is_finite_with)) is not None
         }
         blocks = [block for block in blocks if block.name not in left_out]
         macs, times = _shares(inner, arguments, {block.name: calls[block.name][0] for block in blocks})
@@ -106,7 +109,7 @@ class _Call:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what it is called with; the block may write to it."""
-        again = {key: value for key, value in kwargs.items() if _can_be_passed_again(value)}
+        again = {key: value for key, value in kwargs.items() if can_be_passed_again(value)}
         args, again = pytree.tree_map_only(Tensor, torch.clone, (args, again))
         self.given = next((value for value in (*args, *again.values()) if isinstance(value, Tensor)), None)
         self.run = partial(module, *args, **again)
@@ -125,10 +128,6 @@ class _Call:
                 f"its output has shape {tuple(value.shape)} and dtype {value.dtype}, its input "
                 f"{tuple(self.given.shape)} and {self.given.dtype}"
             )
-
-
-def _can_be_passed_again(value: Any) -> bool:
-    return all(isinstance(leaf, _PASSED_AGAIN) for leaf in pytree.tree_leaves(value))
 
 
 def _calls(model: nn.Module, blocks: Iterable[Block], arguments: Sequence[Tensor]) -> dict[str, list[_Call]]:
@@ -166,21 +165,8 @@ def _misfits(blocks: Iterable[Block], calls: Mapping[str, Sequence[_Call]]) -> d
     return reasons
 
 
-def _fails_without(model: nn.Module, block: Block, arguments: Sequence[Tensor]) -> str | None:
-    """Run a model without one of its blocks; return why it can't, None if it can."""
-    holder = model.get_submodule(block.name.rpartition(".")[0])
-    name = block.name.rpartition(".")[2]
-    holder._modules[name] = Bypass(block.leaves, block.returns or 0).eval()
-    try:
-        forward(model, copies(arguments), "example_inputs")
-    except torch.OutOfMemoryError:
-        raise
-    except _FAILURES as error:
-        cause = error.__cause__ or error
-        return f"the model does not run without it ({type(cause).__name__}: {cause})"
-    finally:
-        holder._modules[name] = block.module
-    return None
+def _run(model: nn.Module, arguments: Sequence[Tensor]) -> Any:
+    return forward(model, copies(arguments), "example_inputs")
 
 
 def _one_more(arguments: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

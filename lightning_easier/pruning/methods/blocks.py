@@ -10,7 +10,7 @@ Source: LaCoOT, arXiv 2406.08933.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isfinite
 from random import Random
@@ -23,6 +23,7 @@ from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.measure.transport import SlicedWasserstein, sliced_wasserstein
 from lightning_easier.pruning.collapsible import collapsible_blocks
 from lightning_easier.pruning.methods.base import Evidence, Measuring, Method, Proposal, Regularizer, Worker
+from lightning_easier.pruning.without_blocks import WithoutBlocks, no_longer_blocks
 from lightning_easier.report import BlockReport
 from lightning_easier.sites.activations import ActivationSite, match_names
 from lightning_easier.sites.blocks import Block, find_blocks
@@ -138,8 +139,12 @@ class RemoveBlocks(Method):
 
     def propose(self, model: nn.Module, evidence: "BlockEvidence") -> Proposal:
         """Propose to take out each block whose distance is known and finite, ranked by it."""
-        proposal = Proposal()
-        known = {name: evidence.distances[name] for name in evidence.blocks if name in evidence.distances}
+        proposal = Proposal(blocks=[{"name": name, "reason": reason} for name, reason in evidence.needed.items()])
+        known = {
+            name: evidence.distances[name]
+            for name in evidence.blocks
+            if name in evidence.distances and name not in evidence.needed
+        }
         strange = [name for name, distance in known.items() if not isfinite(distance)]
         if strange:  # they would order nothing, and a score that says nothing of them would let all of them go
             tell(
@@ -157,6 +162,12 @@ class RemoveBlocks(Method):
         """List the blocks, for a dry run."""
         return collapsible_blocks(model, include=[block.name for block in self.chosen(model)])
 
+    def listed(self, model: nn.Module, entropies: Mapping[str, float] | None, proposal: Proposal) -> BlockReport:
+        """List the blocks, and those that the model can't do without, for a dry run."""
+        found = self.list_candidates(model, entropies)
+        needed = {block["name"]: block["reason"] for block in proposal.blocks}
+        return BlockReport([row for row in found.blocks if row.name not in needed], needed, found.notes)
+
 
 @dataclass(frozen=True)
 class BlockEvidence(Evidence):
@@ -166,10 +177,12 @@ class BlockEvidence(Evidence):
         blocks: Name -> block.
         distances: Name -> distance between what it leaves and what it computes, of those that were called with two
             samples or more; NaN or infinite where values are not finite.
+        needed: Name -> why the model can't do without a block.
     """
 
     blocks: dict[str, Block]
     distances: dict[str, float]
+    needed: dict[str, str] = field(default_factory=dict)
 
 
 class BlockWorker(Worker):
@@ -189,6 +202,7 @@ class BlockWorker(Worker):
         self._blocks: dict[str, Block] = {}
         self._metrics: dict[str, SlicedWasserstein] = {}
         self._pairs: BlockPairs | None = None
+        self._without = WithoutBlocks(self.pause)
         self.distances: dict[str, float] = {}
 
     def start(self, model: nn.Module, sites: Sequence[ActivationSite]) -> None:
@@ -210,6 +224,7 @@ class BlockWorker(Worker):
         }
         self._pairs = BlockPairs([*self._blocks.values()], self._compare)
         self._pairs.attach()
+        self._without.watch(model, [*self._blocks.values()])
 
     def _compare(self, name: str, left: Tensor, computed: Tensor) -> None:
         with _naming(name):
@@ -250,14 +265,23 @@ class BlockWorker(Worker):
         """Return the distances."""
         return {f"{DISTANCE_KEY}{name}": value for name, value in self.distances.items()}
 
+    def reduce(self) -> None:
+        """Put together over all processes which blocks the model can't do without."""
+        super().reduce()
+        self._without.agree()
+
     def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
         """Have the method propose by what was measured last."""
         blocks = {name: block for name, block in self._blocks.items() if name in names}
-        return self.method.propose(model, BlockEvidence(self._among(names), blocks, self.distances))
+        needed = {name: reason for name, reason in self._without.reasons.items() if name in blocks}
+        needed |= no_longer_blocks(model, [name for name in names if name not in blocks])
+        self._without.tell(needed)
+        return self.method.propose(model, BlockEvidence(self._among(names), blocks, self.distances, needed))
 
     def detach(self) -> None:
         """Take all hooks away; what was measured stays."""
         super().detach()
+        self._without.detach()
         if self._pairs is not None:
             self._pairs.detach()
 

@@ -6,6 +6,7 @@ Where that is asked for, whole blocks are taken out as well, in one order with t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.pruning.gains import Gain
 from lightning_easier.pruning.methods.base import Measuring, Outlook, Proposal, Worker
 from lightning_easier.pruning.methods.linearize import LinearEvidence, Linearize, LinearWorker, Option
+from lightning_easier.pruning.without_blocks import WithoutBlocks, no_longer_blocks
 from lightning_easier.report import BlockCandidate, BlockWay, FitReport, Report
 from lightning_easier.sites.activations import ActivationSite, planned_sites
 from lightning_easier.sites.blocks import Block, find_blocks
@@ -39,11 +41,13 @@ class ChainEvidence(LinearEvidence):
         chains: What was summed up of the chains around the activations; None if nothing was.
         blocks: What was summed up of whole blocks; None if nothing was.
         of_all: Name -> entropy in bits of all activations that were measured, also those that may not be removed alone.
+        needed: Block -> why the model can't do without.
     """
 
     chains: ChainProbe | None
     blocks: BlockProbe | None = field(default=None, kw_only=True)
     of_all: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    needed: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,9 @@ class FitChains(Linearize):
         options: dict[str, Option] = {}
         for found in blocks.choices():
             place = found.place
+            if place.name in evidence.needed:
+                blocks.reasons[place.name] = evidence.needed[place.name]
+                continue
             known = None if self.order.criterion == "linearity" else self._cost_over(place.sites, evidence)
             ways: list[tuple[float, Option]] = []
             priced = blocks.priced(found, gains.prices)
@@ -351,6 +358,7 @@ class ChainWorker(LinearWorker):
         self._looked_at: Remembered[nn.Module] = Remembered()
         self._gone: list[str] = []
         self._chosen: list[Block] = []
+        self._without = WithoutBlocks(self.pause)
         self._has_told_left_out = False  # that samples were left out of what was measured last
 
     def start(self, model: nn.Module, sites: Sequence[ActivationSite]) -> None:
@@ -365,6 +373,10 @@ class ChainWorker(LinearWorker):
         if self.method.blocks:
             self.blocks = BlockProbe(model, self._blocks_of(model), self._sites, batches)
             self.blocks.attach()
+            self._without.watch(
+                model,
+                [block for block in self._chosen if not any(fnmatchcase(block.name, glob) for glob in self.excluded)],
+            )
         super().follow(model, names, batches)
 
     def _blocks_of(self, model: nn.Module) -> list[Block]:
@@ -392,14 +404,17 @@ class ChainWorker(LinearWorker):
         for probe in (self.chains, self.blocks):
             if probe is not None:
                 probe.reduce()
+        self._without.agree()
 
     def propose(self, model: nn.Module, names: Sequence[str]) -> Proposal:
         """Have the method propose by what was measured last."""
         entropies = self._among(names)
+        needed = self._needed(model, names)
+        self._without.tell(needed)
         if self.blocks is not None:
             self.blocks.leave_out_all_but(names)
         evidence = ChainEvidence(
-            entropies, **self.evidence(), chains=self.chains, blocks=self.blocks, of_all=self.entropies
+            entropies, **self.evidence(), chains=self.chains, blocks=self.blocks, of_all=self.entropies, needed=needed
         )
         proposal = self.method.propose(model, evidence)
         if not self._has_told_left_out:
@@ -407,9 +422,18 @@ class ChainWorker(LinearWorker):
             tell_left_out(*left_out, "what fitted operators are fitted to")
         return proposal
 
+    def _needed(self, model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+        """Say why the model can't do without some blocks."""
+        if self.blocks is None:
+            return {}
+        known = {name: reason for name, reason in self._without.reasons.items() if name in names}
+        others = {*self._sites, *(block.name for block in self._chosen)}
+        return known | no_longer_blocks(model, [name for name in names if name not in others])
+
     def detach(self) -> None:
         """Take all hooks away; what was counted stays."""
         super().detach()
+        self._without.detach()
         for probe in (self.chains, self.blocks):
             if probe is not None:
                 probe.detach()
