@@ -177,6 +177,8 @@ class PruningCallback(Results, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; what was counted stays, for a checkpoint that is saved on the exception."""
+        if self._run.is_active and isinstance(exception, Exception):
+            telling.explain_failure(self._run, pl_module, exception)
         if isinstance(exception, KeyboardInterrupt) and self._run.stage == TrainerFn.FITTING:
             telling.warn_of_what_is_unjudged(self._run)
         self._run.around.close()

@@ -7,6 +7,7 @@ from lightning_easier.callbacks import wiring
 from lightning_easier.callbacks.run import Run
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.rules import Tolerance, mode_in_name
+from lightning_easier.structure.linearize import stand_ins
 
 
 def warn_of_a_mode(monitor: str, tolerance: Tolerance) -> None:
@@ -107,6 +108,21 @@ def warn_of_what_is_unjudged(run: Run) -> None:
             f"Round {number} was interrupted before it was {moment}: {this.chosen} are removed from the model as it "
             f"is. The last good model is {run.last_good}; with a checkpoint of the run as `ckpt_path` the round goes "
             f"on."
+        )
+
+
+def explain_failure(run: Run, pl_module: LightningModule, exception: BaseException) -> None:
+    """Add a note to an error that a step or a forward has raised since it reads something of what was taken out."""
+    linear = stand_ins(pl_module)
+    asked = getattr(exception, "obj", None)  # of an AttributeError
+    names = [name for name, stand_in in linear.items() if stand_in is asked]
+    if not names and any(f"'{type(stand_in).__name__}'" in str(exception) for stand_in in linear.values()):
+        names = [name for name in run.state.rounds[-1].chosen if name in linear] or list(linear)
+    if names:
+        exception.add_note(
+            f"{names} were taken out of the model by {run.settings.method}: a step of the LightningModule, or a "
+            f"forward, reads something of them that what took their place has not. Leave them alone: pass "
+            f"exclude={names}."
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_easier.support.arguments import check_choice, check_instance, check_integer
+from lightning_easier.support.finite import finite_samples
 
 Kind = Literal["max", "mean"]
 
@@ -80,35 +81,67 @@ def _draw_directions(x: Tensor, dtype: torch.dtype, directions: int, generator: 
     return drawn
 
 
-def _sorted_differences(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Return the sorted projections of x less those of y, shape (samples, directions)."""
+def _sorted_differences(x: Tensor, y: Tensor, directions: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return the sorted projections of x less those of y, shape (samples, directions).
+
+    Those of samples that are not kept are the largest of both, and differ by zero.
+    """
     projected, other = F.linear(x, directions), F.linear(y, directions)
-    return projected.sort(dim=0).values - other.sort(dim=0).values
+    if kept is None:
+        return projected.sort(dim=0).values - other.sort(dim=0).values
+    last = torch.finfo(projected.dtype).max
+    projected, other = (torch.where(kept[:, None], each, last) for each in (projected, other))
+    differences = projected.sort(dim=0).values - other.sort(dim=0).values
+    places = torch.arange(len(kept), device=kept.device)[:, None]
+    return torch.where(places < kept.sum(), differences, 0.0)
 
 
-def _slice_differences(x: Tensor, y: Tensor, directions: Tensor, p: float, kind: str) -> Tensor:
+def _slice_differences(
+    x: Tensor, y: Tensor, directions: Tensor, p: float, kind: str, kept: Tensor | None = None
+) -> Tensor:
     """Return the sorted differences of the slices that count, shape (samples, slices): of all, or of the largest."""
     if kind == "max":
         with torch.no_grad():
-            lengths = torch.linalg.vector_norm(_sorted_differences(x, y, directions), ord=p, dim=0)
+            lengths = torch.linalg.vector_norm(_sorted_differences(x, y, directions, kept), ord=p, dim=0)
             # An index that stays a tensor: no value is read back to the host.
             directions = directions.index_select(0, lengths.argmax().reshape(1))
-    return _sorted_differences(x, y, directions)
+    return _sorted_differences(x, y, directions, kept)
+
+
+def _kept_samples(x: Tensor, y: Tensor) -> Tensor:
+    """Tell of each sample of two batches whether it counts, shape (samples,), without reading a value back to the host.
+
+    One that is not finite in both does not, and one that is left alone is no distribution. Where none is finite, all
+    count: a distance that is not finite tells of it.
+    """
+    kept = finite_samples(x, y)
+    number = kept.sum()
+    return (kept | (number == 0)) & (number != 1)
 
 
 def _sliced_wasserstein_update(
-    x: Tensor, y: Tensor, p: float, directions: int, kind: str, generator: torch.Generator | None
-) -> tuple[Tensor, int]:
+    x: Tensor,
+    y: Tensor,
+    p: float,
+    directions: int,
+    kind: str,
+    generator: torch.Generator | None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, int | Tensor]:
     """Compute the distance of one batch times its samples, a scalar in float32 or float64, and count the samples."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    samples = len(x)
+    length = len(x)
+    samples = length if kept is None else kept.sum()
     with _without_autocast(x.device.type):
         drawn = _draw_directions(x, dtype, directions, generator)
-        flat_x, flat_y = (value.reshape(samples, -1).to(dtype) for value in (x, y))
-        differences = _slice_differences(flat_x, flat_y, drawn, p, kind)
+        flat_x, flat_y = (value.reshape(length, -1).to(dtype) for value in (x, y))
+        differences = _slice_differences(flat_x, flat_y, drawn, p, kind, kept)
         # The root of the mean power over samples and slices is a norm. Where it is zero, so is its gradient in torch:
         # a distance can't be smaller, so zero is a subgradient there. A root of a mean would give 0 · inf.
-        distance = torch.linalg.vector_norm(differences, ord=p) / differences.numel() ** (1 / p)
+        numbers = samples * (differences.numel() // length)
+        if isinstance(numbers, Tensor):
+            numbers = numbers.clamp(min=1).to(dtype)
+        distance = torch.linalg.vector_norm(differences, ord=p) / numbers ** (1 / p)
     return distance * samples, samples
 
 
@@ -190,7 +223,8 @@ class SlicedWasserstein(Metric):
 
     The mean is weighted by samples. The distance of two batches depends on their size, so the result depends on how a
     data set is cut into batches. Batches of fewer than two samples are no distribution: they are left out, and counted
-    in ``left_out``.
+    in ``left_out``. So are samples that are not finite in both, unless none of a batch is: then the distance is not
+    finite.
 
     The directions of each update are drawn anew, from ``seed`` and the number of the update since the last reset: every
     process draws the same, and so does every epoch of the same data. Devices of another kind draw others.
@@ -265,12 +299,14 @@ class SlicedWasserstein(Metric):
             self.left_out = self.left_out + 1
             return
         with torch.no_grad():
+            kept = _kept_samples(x, y)
             total, samples = _sliced_wasserstein_update(
-                x, y, self.p, self.directions, self.kind, self._generator(x.device)
+                x, y, self.p, self.directions, self.kind, self._generator(x.device), kept
             )
         # Out of place: a state made under inference_mode must not be written to outside of it.
         self.total = self.total + total.to(self.device, torch.float32)
         self.samples = self.samples + samples
+        self.left_out = self.left_out + (~kept.any()).to(self.left_out)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the distance of two batches, and return it; NaN if they are left out."""

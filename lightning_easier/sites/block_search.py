@@ -128,8 +128,12 @@ class BlockSearch:
         return not elsewhere or not any(output in self._overwritten(node) for node in self._flow.nodes[call.end :])
 
     def _is_looked_into(self, call: Call) -> bool:
-        """Tell whether something outside of a module reads a weight or an attribute of it, which it may set itself."""
-        if call.module in self._looked_into:
+        """Tell whether something outside of a module reads a weight, a child or an attribute of it, or of a part of it.
+
+        That may be one that it sets itself.
+        """
+        inside = {*call.module.modules()}
+        if any(part in inside and not askers <= inside for part, askers in self._looked_into.items()):
             return True
         around = (*self._flow.nodes[: call.first], *self._flow.nodes[call.end :])
         if any(node.kind == Kind.CONSTANT and node.name.startswith(f"{call.name}.") for node in around):

@@ -503,9 +503,13 @@ class Look(Discovery):
         self._readings = [Reading(training), Reading()] if training else [Reading()]
 
     @property
-    def looked_into(self) -> set[nn.Module]:
-        """The modules that forwards of others ask for attributes of their own."""
-        return set().union(*(reading.looked_into for reading in self._readings))
+    def looked_into(self) -> dict[nn.Module, set[nn.Module]]:
+        """The modules that others ask for attributes of their own, or for children, each with who asked."""
+        modules = dict.fromkeys(module for reading in self._readings for module in reading.looked_into)
+        return {
+            module: set().union(*(reading.looked_into.get(module, set()) for reading in self._readings))
+            for module in modules
+        }
 
     def _recall(self, module: nn.Module, name: str) -> Sequence[Step]:
         return self._steps_of(module, name)

@@ -61,7 +61,7 @@ class _Search:
         call = next((call for call in self._flow.calls if call.module is branch.module), None)
         total = None if call is None else self._addition(call)
         if total is None:
-            return "it is scaled, or something else is done to it, before it is added"
+            return "it is scaled, its axes are exchanged, or something else is done to it, before it is added"
         return self._seen(total) or "nothing tells what it is worth: no module alone reads the sum that it is added to"
 
     def _addition(self, call: Call) -> FlowNode | None:

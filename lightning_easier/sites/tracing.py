@@ -255,15 +255,16 @@ class Reading:
         training: The mode that all modules are taken to be in.
 
     Attributes:
-        looked_into: The modules that forwards of others ask for attributes of their own.
+        looked_into: The modules that others ask for attributes of their own, or children, each with who asked.
     """
 
     def __init__(self, training: bool = False) -> None:
-        self.looked_into: set[nn.Module] = set()
+        self.looked_into: dict[nn.Module, set[nn.Module]] = {}
         self._training = training
         self._graphs: dict[nn.Module, fx.Graph | None] = {}
         self._known: dict[type[nn.Module], deque[tuple[nn.Module, dict[str, set[str]]]]] = {}
-        self._parts: dict[nn.Module, list[str]] = {}  # of those that others may be alike to: what it looks into
+        # of those that others may be alike to: what it looks into, and who asks
+        self._parts: dict[nn.Module, list[tuple[str, str]]] = {}
 
     def read(self, module: nn.Module) -> fx.Graph | None:
         """Return what a module's forward does; None if it can't be traced. The graph may be that of another module."""
@@ -274,18 +275,24 @@ class Reading:
             alike = next((other for other, asked in known if _is_alike(other, module, asked)), None)
             self._graphs[module] = self._graphs[alike] if alike is not None else self._trace(module)
             if alike is not None:
-                self.looked_into.update(module.get_submodule(name) for name in self._parts[alike])
+                for part, asker in self._parts[alike]:
+                    self._note(module.get_submodule(part), module.get_submodule(asker))
         return self._graphs[module]
+
+    def _note(self, part: nn.Module, asker: nn.Module) -> None:
+        self.looked_into.setdefault(part, set()).add(asker)
 
     def _trace(self, module: nn.Module) -> fx.Graph | None:
         watch = LooseWatch(module, self._training)
         graph = _read(module, watch)
-        self.looked_into |= watch.looked_into
+        pairs = [(part, asker) for part, askers in watch.looked_into.items() for asker in askers]
+        for part, asker in pairs:
+            self._note(part, asker)
         names = {part: name for name, part in module.named_modules()}
         if not watch.asks_for_more and watch.asked.keys() <= names.keys():
             asked = {names[part]: attributes for part, attributes in watch.asked.items()}
             self._known[type(module)].appendleft((module, asked))
-            self._parts[module] = [names[part] for part in watch.looked_into]
+            self._parts[module] = [(names[part], names.get(asker, "")) for part, asker in pairs]
         return graph
 
 

@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Callable
 from copy import copy
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, TracebackType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ _OWN_FRAMES = (
 )  # fmt: skip
 _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 _MISSING = object()
+_INDEXED = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class UntraceableError(Exception):
@@ -156,7 +157,8 @@ class LooseWatch(Watch):
 
     Attributes:
         asked: The modules that were asked for attributes, each with the names.
-        looked_into: The modules other than the root that somebody else asked for what not every module has.
+        looked_into: The modules other than the root that somebody else asked for what not every module has, or for their
+            children, each with who asked: the modules whose methods did, the root where that was another function.
         asks_for_more: Whether the forward may know more of a module than its class, its attributes that were asked for,
             and which children, parameters and buffers it has.
     """
@@ -165,7 +167,7 @@ class LooseWatch(Watch):
         super().__init__(root, training)
         self._written: dict[tuple[int, str], Any] = {}
         self.asked: dict[nn.Module, set[str]] = {}
-        self.looked_into: set[nn.Module] = set()
+        self.looked_into: dict[nn.Module, set[nn.Module]] = {}
         self.asks_for_more = False
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
@@ -185,8 +187,11 @@ class LooseWatch(Watch):
     def miss(self, module: nn.Module, name: str) -> None:
         """Note what was asked for."""
         self.asked.setdefault(module, set()).add(name)
-        if module is not self._root and name not in _OF_EVERY_MODULE and not _asks_itself(module):
-            self.looked_into.add(module)
+        is_own = name not in _OF_EVERY_MODULE or (name == "_modules" and isinstance(module, _INDEXED))
+        if module is not self._root and is_own:
+            asker = _asker(module, self._root)
+            if asker is not module:
+                self.looked_into.setdefault(module, set()).add(asker)
 
     def write(self, module: nn.Module, name: str, value: Any) -> bool:
         """Keep the value aside."""
@@ -198,13 +203,29 @@ class LooseWatch(Watch):
         return self._written.get((id(module), name), _MISSING)
 
 
-def _asks_itself(module: nn.Module) -> bool:
-    """Tell whether a module's own method reads an attribute, one around its forward for example."""
+def _asker(module: nn.Module, root: nn.Module) -> nn.Module:
+    """Return the module whose method reads an attribute of one: itself, around its forward for example, or another.
+
+    A container's own methods stand for who calls them, by an index or in a loop.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
+    while frame.f_back is not None and _is_container_protocol(frame, module):
+        frame = frame.f_back
+    first = _first_argument(frame)
+    return first if isinstance(first, nn.Module) else root
+
+
+def _first_argument(frame: FrameType) -> Any:
     first = frame.f_code.co_varnames[:1]
-    return bool(first) and frame.f_locals.get(first[0]) is module
+    return frame.f_locals.get(first[0]) if first else None
+
+
+def _is_container_protocol(frame: FrameType, module: nn.Module) -> bool:
+    """Tell whether a frame is a method of torch's containers other than a forward, called on a module."""
+    is_of_container = frame.f_globals.get("__name__") == nn.Sequential.__module__
+    return is_of_container and frame.f_code.co_name != "forward" and _first_argument(frame) is module
 
 
 def _tells_more(module: nn.Module, name: str) -> bool:

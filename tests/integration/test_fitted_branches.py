@@ -320,7 +320,8 @@ def test_a_dry_run_lists_blocks_what_would_take_their_places_and_why_not(tmp_pat
     assert rows["layers.0"].inside is None
     assert rows["layers.0.mlp"].inside == "layers.0"
     assert (
-        rows["layers.1.layer.attention"].reason == "it is scaled, or something else is done to it, before it is added"
+        rows["layers.1.layer.attention"].reason
+        == "it is scaled, its axes are exchanged, or something else is done to it, before it is added"
     )
     assert rows["layers.1.layer.attention"].ways == ()
     mlp = {way.kind: way for way in rows["layers.0.mlp"].ways}

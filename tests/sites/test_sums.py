@@ -70,7 +70,7 @@ def test_who_is_told_to_see_it_sees_it(way):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("scaled", "it is scaled, or something else is done to it, before it is added"),
+        ("scaled", "it is scaled, its axes are exchanged, or something else is done to it, before it is added"),
         ("functions", "no module alone reads the sum"),
         ("read twice by one", "no module alone reads the sum"),
     ],
