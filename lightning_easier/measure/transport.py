@@ -300,12 +300,12 @@ class SlicedWasserstein(Metric):
             return
         with torch.no_grad():
             kept = _kept_samples(x, y)
-            total, samples = _sliced_wasserstein_update(
+            total, _ = _sliced_wasserstein_update(
                 x, y, self.p, self.directions, self.kind, self._generator(x.device), kept
             )
         # Out of place: a state made under inference_mode must not be written to outside of it.
         self.total = self.total + total.to(self.device, torch.float32)
-        self.samples = self.samples + samples
+        self.samples = self.samples + kept.sum().to(self.samples)
         self.left_out = self.left_out + (~kept.any()).to(self.left_out)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -157,8 +157,8 @@ class LooseWatch(Watch):
 
     Attributes:
         asked: The modules that were asked for attributes, each with the names.
-        looked_into: The modules other than the root that somebody else asked for what not every module has, or for their
-            children, each with who asked: the modules whose methods did, the root where that was another function.
+        looked_into: The modules other than the root that somebody else asked for what not every module has, or, of a
+            container, for its children; each with who asked: modules whose methods did, or else the root.
         asks_for_more: Whether the forward may know more of a module than its class, its attributes that were asked for,
             and which children, parameters and buffers it has.
     """

@@ -454,6 +454,22 @@ def test_blocks_whose_distances_are_not_finite_stay_and_it_is_said_why(tmp_path,
     assert callback.removed == list(stand_ins(model)) == []
 
 
+def test_a_sample_that_is_not_finite_is_left_out_of_the_distances(tmp_path, monkeypatch):
+    whole = data()
+    values = whole.tensors[0].clone()
+    values[3] = float("nan")
+    strange = TensorDataset(values, whole.tensors[1])
+    monkeypatch.setattr(f"{__name__}.data", lambda: strange)
+
+    class Trained(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].nan_to_num(), batch[1]], batch_idx)
+
+    with pytest.warns(UserWarning, match="1 of the 12 samples .* were left out"):
+        _, callback, trainer = fit(tmp_path, model=Trained())
+    assert sorted(callback.removed) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
 class OneStrange(Net):
     """What one block computes is infinite."""
 

@@ -308,6 +308,23 @@ def test_directions_follow_from_the_seed_and_the_number_of_the_update():
     assert not torch.equal(metric(x, y), second)
 
 
+@KIND
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_samples_that_are_not_finite_are_left_out_of_the_metric(kind, bad):
+    x, y = pair(6, 2, 3)
+    wanted = sliced_wasserstein(x[[0, 2, 3, 5]], y[[0, 2, 3, 5]], kind=kind, generator=drawn_by(0))
+    x[1, 0, 2], y[4, 1, 1] = bad, bad
+    metric = SlicedWasserstein(kind=kind).set_dtype(torch.float64)
+    metric.update(x, y)
+    assert_close(metric.compute(), wanted, rtol=1e-6, atol=0.0)
+    assert (metric.samples.item(), metric.left_out.item()) == (4, 0)
+    metric.update(x[:2], y[:2])  # one is left, which is no distribution
+    assert_close(metric.compute(), wanted, rtol=1e-6, atol=0.0)
+    assert (metric.samples.item(), metric.left_out.item()) == (4, 1)
+    metric.update(x[[1, 4]], y[[1, 4]])  # none is left: that is told
+    assert not metric.compute().isfinite()
+
+
 @pytest.mark.parametrize("on_step", [False, True])
 def test_calling_the_metric_returns_the_distance_that_is_added(on_step):
     metric, reference = SlicedWasserstein(dist_sync_on_step=on_step), SlicedWasserstein()

@@ -251,6 +251,39 @@ def test_what_another_forward_looks_into_is_left_out(forward, expected):
             net(torch.randn(3, 8))
 
 
+class _Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.f(x) * len(self.f)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda f: f[0].in_features,
+        lambda f: f[0].weight.sum(),
+        len,
+        lambda f: sum(layer is None for layer in f),
+        lambda f: len(f[:1]),
+    ],
+)
+def test_what_another_forward_reads_of_the_children_of_a_branch_is_left_out(factor):
+    """The block itself may read them, as it goes with them."""
+
+    def forward(net, x):
+        return net.block(x) * factor(net.block.f)
+
+    net = Net(forward, block=_Stack())
+    net(torch.randn(3, 8))
+    assert names(net) == []
+    assert names(Net(lambda m, x: m.block(x), block=_Stack())) == ["block"]
+    both = nn.Sequential(nn.Linear(8, 8), *(Net(forward, block=_Stack()) for _ in range(2)))  # only one is traced
+    assert names(both) == []
+
+
 def test_each_of_several_that_are_alike_is_left_out_if_it_is_looked_into():
     """Of modules that are alike, the forward of the first only is looked at."""
 
