@@ -65,9 +65,16 @@ def fails_without(model: nn.Module, block: Block, run: Callable[[], Any], *, is_
     return None
 
 
+def _ignore(*_: Any, **__: Any) -> None:
+    """Do nothing."""
+
+
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back what runs in this context draw at random, and leave in attributes and buffers of a model."""
+    """Put back what runs in this context draw at random, and leave in attributes and buffers of a model.
+
+    What forwards of a LightningModule log meanwhile is not logged: it would count in the means of the validation.
+    """
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     before = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -76,6 +83,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             with ExitStack() as stack:
                 for module in model.modules():
                     stack.enter_context(undone(module))
+                vars(model).update({name: _ignore for name in ("log", "log_dict") if hasattr(type(model), name)})
                 yield
         finally:
             for buffer, value in before.items():

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
@@ -86,6 +87,29 @@ def test_a_resumed_run_leaves_out_the_same(tmp_path):
     resumed = fit(root, model=Net, ckpt_path=saved)
     assert chosen(resumed[1]) == chosen(whole[1])
     assert sorted(resumed[1].removed) == ["blocks.0", "blocks.2"]
+
+
+class Logs(residual.Net):
+    """It logs in its forward."""
+
+    def forward(self, x):
+        if not self.training:
+            self.log("whole", float(isinstance(self.blocks[0], residual.Residual)))
+        return super().forward(x)
+
+
+def test_what_is_logged_meanwhile_does_not_count(tmp_path):
+    logged = []
+
+    class Notes(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            logged.append(
+                (trainer.sanity_checking, len(stand_ins(pl_module)), trainer.callback_metrics["whole"].item())
+            )
+
+    fit(tmp_path, Notes(), model=Logs(), epochs=1)
+    assert (False, 0, 1.0) in logged
+    assert {whole for _, _, whole in logged} == {0.0, 1.0}
 
 
 class Inconstant(nn.Module):

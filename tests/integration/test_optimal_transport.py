@@ -466,7 +466,7 @@ def test_a_sample_that_is_not_finite_is_left_out_of_the_distances(tmp_path, monk
             return super().training_step([batch[0].nan_to_num(), batch[1]], batch_idx)
 
     with pytest.warns(UserWarning, match="1 of the 12 samples .* were left out"):
-        _, callback, trainer = fit(tmp_path, model=Trained())
+        _, callback, _ = fit(tmp_path, model=Trained())
     assert sorted(callback.removed) == ["blocks.0", "blocks.1", "blocks.2"]
 
 

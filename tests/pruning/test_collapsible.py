@@ -168,6 +168,25 @@ def test_a_block_without_which_the_model_does_not_run_is_left_out_with_the_reaso
     assert [*model.block._modules] == before
 
 
+class _Logarithm(nn.Module):
+    """Of nothing in the place of the branch the logarithm is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.other = nn.Linear(8, 8), nn.Linear(8, 8), _Layer(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.other(x + self.branch(x).abs().log())
+
+
+def test_a_branch_without_which_the_output_is_not_finite_is_left_out() -> None:
+    report = collapsible_blocks(_Logarithm(), torch.randn(3, 8), include=["branch", "other"])
+
+    assert _names(report) == ["other"]
+    assert report.left_out == {"branch": "what the model returns is not finite without it"}
+
+
 def test_no_block_is_no_error() -> None:
     report = collapsible_blocks(nn.Linear(3, 3), torch.randn(2, 3))
 
