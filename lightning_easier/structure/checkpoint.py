@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.sites.activations import unwrap
-from lightning_easier.structure.linearize import MARK_KEY, read_marks, restructure, restructure_as_marked, stand_ins
+from lightning_easier.structure.linearize import dense_keys, read_marks, restructure_as_marked
 from lightning_easier.support import loading
 
 
@@ -194,9 +194,7 @@ def _restructure_for_good(module: nn.Module, state_dict: Mapping[str, Any], pref
 
 def _restructure(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    stand_in_keys = {f"{name}.{MARK_KEY}" for name in stand_ins(module)}
-    is_whole = set(module.state_dict()) - stand_in_keys <= set(own)
-    if is_whole or read_marks(own):  # a part of a state without marks says nothing of the structure
+    if read_marks(own) or dense_keys(module) <= own.keys():  # a part without marks says nothing of the structure
         restructure_as_marked(module, own)
 
 
@@ -214,7 +212,7 @@ def _marked_state_dict(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str
 
 def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load structure and weights, or neither: what would not fit is found out before anything is written."""
-    linearized, restored = restructure_as_marked(model, state_dict)
+    restructuring = restructure_as_marked(model, state_dict)
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in own]
@@ -224,7 +222,7 @@ def _load(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, torch.Tensor) and key in state_dict and state_dict[key].shape != value.shape
     ]
     if problems:
-        restructure(model, linearized, restored)
+        restructuring.undo(model)
         raise ValueError(
             f"Expected the checkpoint {path} to fit {type(model).__name__}, but it does not: {'; '.join(problems[:5])}"
             f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. Build the model as the one that was "

@@ -296,15 +296,15 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Bring back activations that were made linear, in place.
 
     Args:
-        model: A model that :func:`linearize` has changed.
-        names: Which ones; all of them by default.
+        model: A model that :func:`linearize`, :func:`bypass` or :func:`replace_block` has changed.
+        names: Which ones; all of them by default, those among them that had gone in a block before the block went.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: If ``names`` is a string, or ``model`` is not a Module.
-        ValueError: If a name is not that of a linearized activation.
+        ValueError: If a name is not that of a linearized activation, or of one inside a block that stays away.
 
     Example:
         >>> from torch import nn
@@ -315,36 +315,93 @@ def restore(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         )
     """
     inner = unwrap(model)
-    linear = stand_ins(inner)
-    names = list(linear) if names is None else _as_names(names)
-    for name in names:
-        if name not in linear:
-            raise ValueError(
-                f"Expected argument `names` to hold names of linearized activations, but got {name!r}; linear are "
-                f"{list(linear)}"
-            )
-    _check_nothing_builds_on(inner, names)
+    gone = _gone(inner)
+    if names is None:
+        chosen = gone
+    else:
+        names = set(_as_names(names))
+        _check_names_can_come_back(gone, names)
+        _check_nothing_builds_on(gone, names)
+        chosen = [each for each in gone if each.name in names]
     with _operators_as_built(inner):
-        for name in names:
-            activation = linear[name].activation
-            activation.train(linear[name].training)
-            stand_in = linear[name]
-            if isinstance(stand_in, BlockStandIn):
-                stand_in.bring_along()
-            elif next(activation.parameters(), None) is not None:  # it was not moved or cast with the model
-                activation.to(_floating(inner))
-            replace_activation(inner, name, activation)
+        for each in chosen:
+            _put_original(inner, each)
     return model
 
 
-def _check_nothing_builds_on(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to restore what a later fit, which stays, was made on top of."""
-    substitutions = _substitutions(model)
+class _Gone(NamedTuple):
+    """Something that was made linear or taken out.
+
+    Attributes:
+        name: Its qualified name.
+        stand_in: What is in its place.
+        inside: Name of the block that it went with after that; None if the stand-in is in the model.
+    """
+
+    name: str
+    stand_in: StandIn
+    inside: str | None
+
+
+def _gone(
+    model: nn.Module, marks: Mapping[str, Mark] | None = None, prefix: str = "", inside: str | None = None
+) -> list[_Gone]:
+    """List what is gone, each block before what had gone inside of it.
+
+    Args:
+        model: The model, or a block that was taken out of one.
+        marks: Leave out what is gone as these say, with all that is inside of it.
+        prefix: Of the names; that of the block and a dot.
+        inside: The name of the block; None for a model.
+    """
+    found = []
+    for local, stand_in in stand_ins(model).items():
+        name = f"{prefix}{local}".removesuffix(".")
+        if marks is None or marks.get(name) != stand_in.mark:
+            found += [_Gone(name, stand_in, inside), *_gone(stand_in.activation, marks, f"{name}.", name)]
+    return found
+
+
+def _put_original(inner: nn.Module, gone: _Gone) -> None:
+    """Put back what a stand-in is in the place of; operators have to be as they were built meanwhile."""
+    stand_in = gone.stand_in
+    original = stand_in.activation
+    original.train(stand_in.training)
+    if isinstance(stand_in, BlockStandIn):
+        stand_in.bring_along()
+    elif next(original.parameters(), None) is not None:  # it was not moved or cast with the model
+        original.to(_floating(inner))
+    replace_activation(inner, gone.name, original)
+
+
+def _check_names_can_come_back(gone: Sequence[_Gone], names: Collection[str]) -> None:
+    """Refuse names of what is not gone, or of what would come back into a block that stays away."""
+    around = {each.name: each.inside for each in gone}
     for name in names:
-        if name not in substitutions:
-            continue
-        mine = substitutions[name]
-        for other, later in substitutions.items():
+        if name not in around:
+            linear = [each.name for each in gone if each.inside is None]
+            raise ValueError(
+                f"Expected argument `names` to hold names of linearized activations, but got {name!r}; linear are "
+                f"{linear}"
+            )
+        block = around[name]
+        if block not in {None, name, *names}:
+            raise ValueError(
+                f"Expected argument `names` to hold {block!r} besides {name!r}, which is inside of that block, and the "
+                f"block was taken out after it. Restore the block first, or both at once."
+            )
+
+
+def _check_nothing_builds_on(gone: Sequence[_Gone], names: Collection[str]) -> None:
+    """Refuse to restore what a later fit, which is in the model then, was made on top of."""
+    fits = {
+        each.name: each.stand_in.substitution
+        for each in gone
+        if each.stand_in.substitution is not None and (each.inside is None or each.inside in names)
+    }
+    for name in names & fits.keys():
+        mine = fits[name]
+        for other, later in fits.items():
             if (
                 later.form.order > mine.form.order
                 and other not in names
@@ -413,43 +470,77 @@ def read_marks(state_dict: Mapping[str, Any]) -> dict[str, Mark]:
     return marks
 
 
-def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, Mark], dict[str, Mark]]:
+class Restructuring(NamedTuple):
+    """What was done to give a model another structure.
+
+    Attributes:
+        linearized: The marks of the names that were made linear.
+        restored: What was brought back before, each block before what had gone inside of it.
+    """
+
+    linearized: dict[str, Mark]
+    restored: list[_Gone]
+
+    def undo(self, model: nn.Module) -> None:
+        """Give the model the structure that it had, in place, with the same stand-ins and their numbers."""
+        inner = unwrap(model)
+        with _operators_as_built(inner):
+            for each in [each for each in _gone(inner) if each.inside is None and each.name in self.linearized]:
+                _put_original(inner, each)
+            for each in reversed(self.restored):
+                replace_activation(inner, each.name, each.stand_in)
+
+
+def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> Restructuring:
     """Give a model the structure that a state dict is marked with, in place: what is marked is linear, the rest is not.
 
-    Returns:
-        The marks of the names that were made linear, and of those that were restored, by this call.
+    What is gone as it is marked stays as it is. A block that comes back may hold what had gone before it: that stays
+    gone, or comes back, as it is marked, too.
 
     Raises:
-        ValueError: If a mark names an activation that the model does not have, or another kind of it.
+        ValueError: If a mark names an activation that the model does not have, or another kind of it; the model is as
+            it was then.
     """
     marks = read_marks(state_dict)
     inner = unwrap(model)
+    restored = _gone(inner, marks)
+    if not restored and marks.keys() <= stand_ins(inner).keys():
+        return Restructuring({}, [])
+    with _operators_as_built(inner):
+        for each in restored:
+            _put_original(inner, each)
     linear = stand_ins(inner)
-    if marks == {name: stand_in.mark for name, stand_in in linear.items()}:
-        return {}, {}
-    plan, _ = _plan_for(inner, [name for name in marks if name not in linear])
+    done = Restructuring({name: mark for name, mark in marks.items() if name not in linear}, restored)
+    try:
+        if done.linearized:
+            _check_marks_fit(inner, done.linearized)
+            _linearize_as_marked(inner, done.linearized)
+    except BaseException:
+        done.undo(inner)
+        raise
+    return done
+
+
+def _check_marks_fit(model: nn.Module, marks: Mapping[str, Mark]) -> None:
+    """Refuse marks of what a model does not have."""
+    plan, _ = _plan_for(model, marks)
     sites = {name: module for name, (module, _) in plan.found.items()}
     for name, mark in marks.items():
-        found = linear[name].activation if name in linear else sites.get(name, _block(inner, name))
+        found = sites.get(name, _block(model, name))
         kinds = {*STAND_INS, *LEAVES, OPERATOR}
         if found is None or type(found).__name__ != mark.activation or mark.stand_in not in kinds:
             raise ValueError(
                 f"Expected the model to have an activation {name!r} of class {mark.activation}, which the checkpoint "
-                f"marks as linear ({mark.stand_in}), but got {found}. The model has {list(sites) + list(linear)}: load "
-                f"the checkpoint into a model built as the one that was saved."
+                f"marks as linear ({mark.stand_in}), but got {found}. The model has {[*sites, *stand_ins(model)]}: "
+                f"load the checkpoint into a model built as the one that was saved."
             )
-    restored = {name: stand_in.mark for name, stand_in in linear.items() if marks.get(name) != stand_in.mark}
-    linearized = {name: mark for name, mark in marks.items() if name not in linear or name in restored}
-    restructure(inner, restored, linearized)
-    return linearized, restored
 
 
-def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[str, Mark]) -> None:
-    """Restore some activations and make others linear as they are marked."""
-    restore(model, restored)
-    blocks = [name for name in linearized if _block(unwrap(model), name) is not None]
+def _linearize_as_marked(model: nn.Module, marks: Mapping[str, Mark]) -> None:
+    """Make activations linear, and take blocks out, as they are marked."""
+    blocks = [name for name in marks if _block(model, name) is not None]
     for name in blocks:
-        mark = linearized[name]
+        mark = marks[name]
         operator = mark.blank_operator()
         if operator is None:
             bypass(model, [name], mark.stand_in, mark.returns)
@@ -457,13 +548,21 @@ def restructure(model: nn.Module, restored: Iterable[str], linearized: Mapping[s
             replace_block(model, name, operator, mark.returns)
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):
-        wanted = {
-            name: mark for name, mark in linearized.items() if mark.shifts_padding == shifts and name not in blocks
-        }
+        wanted = {name: mark for name, mark in marks.items() if mark.shifts_padding == shifts and name not in blocks}
         if wanted:
-            _make_linear(
-                unwrap(model), {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts
-            )
+            _make_linear(model, {name: _Wanted(m.blank(), m.trainable, m.form) for name, m in wanted.items()}, shifts)
+
+
+def dense_keys(model: nn.Module) -> set[str]:
+    """Return the keys that the state dict of a model has when everything is restored."""
+    linear = stand_ins(model)
+    own = tuple(f"{name}." for name in linear)
+    keys = {key for key in model.state_dict() if not key.startswith(own)}
+    for name, stand_in in linear.items():
+        keys |= {f"{name}.{key}" for key in dense_keys(stand_in.activation)}
+        for absorbed, module in stand_in.absorbed_by_name(name).items():
+            keys |= {f"{absorbed}.{key}" for key in dense_keys(module)}
+    return keys
 
 
 def _block(model: nn.Module, name: str) -> nn.Module | None:
