@@ -56,6 +56,7 @@ class Run:
         settings: The same.
         loop: Judges and decides; its state is what a checkpoint carries.
         is_taken_up: Whether the state is that of a checkpoint.
+        was_pruned: Whether something was gone from the model already when it was handed to the Trainer.
         of_trainer: The Trainer that the state is of.
         candidates: The activations that may become linear, or what else the method removes, those that have become so
             among them; None while they were not looked for.
@@ -82,6 +83,7 @@ class Run:
         self.settings = settings
         self.loop = PruningLoop(settings.rules, settings.monitor)
         self.is_taken_up = False
+        self.was_pruned = False
         self.of_trainer = Remembered[Trainer]()
         self.candidates: list[str] | None = None
         self.method_names: list[str] = []

@@ -3,13 +3,14 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_easier.callbacks import optimizers, surgery, wiring
 from lightning_easier.callbacks.recipe import InitialRecipe
 from lightning_easier.callbacks.run import Run
 from lightning_easier.sites.activations import planned_sites
 from lightning_easier.structure.checkpoint import restructure_on_load
-from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.linearize import brought_back, stand_ins
 
 
 def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -20,6 +21,7 @@ def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -
     stop_measuring(run)
     run.measurement.structure_changed()
     run.stage = stage
+    run.was_pruned = bool(stand_ins(pl_module))
     if stage == TrainerFn.FITTING and (trainer.current_epoch == 0 or not run.of_trainer.is_(trainer)):
         run.begin_anew(trainer)  # else a Trainer goes on
     for undo in (run.files.release, run.scores.release, run.holding.end, run.measurement.detach):
@@ -41,8 +43,12 @@ def set_up(run: Run, trainer: Trainer, pl_module: LightningModule, stage: str) -
 
 def begin_fit(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Isolate the activations of a model that was not whole before, and keep the recipe as it is at the start."""
-    if run.candidates is None:
+    is_late = run.candidates is None
+    if is_late:
         discover(run, trainer, pl_module)
+    if run.is_taken_up and (is_late or run.was_pruned):  # what a block has inside is not seen while the block is gone
+        with brought_back(pl_module, {name for this in run.state.rounds for name in this.removed}):
+            _choose(run, pl_module)
     optimizers.stop_building_as_the_first(pl_module)
     wiring.check_optimizers(trainer)
     if run.teacher is not None:
@@ -56,9 +62,8 @@ def begin_fit(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
 def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Find and isolate the activations; check globs and wiring before anything is changed."""
     settings, method = run.settings, run.settings.method
-    found, axes = method.removable(pl_module), settings.measuring.axes
-    known = [*found, *stand_ins(pl_module)]
-    chosen = wiring.check_names(type(pl_module).__name__, method, known, settings.include, settings.exclude)
+    found, axes = _choose(run, pl_module), settings.measuring.axes
+    chosen = run.candidates or []
     if axes:
         sites = [*(site.name for site in planned_sites(pl_module, method.kinds_of_gates)), *stand_ins(pl_module)]
         wiring.check_axes(sites, axes)
@@ -71,11 +76,20 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
         if settings.target is not None or method.looks_at_operators:
             wiring.check_network_can_be_priced(trainer, settings.target is not None)
-    run.candidates, run.method_names = chosen, known
     if run.is_active:
         run.measurement.look(pl_module)
         if is_fitting:
             surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in found])
+
+
+def _choose(run: Run, pl_module: LightningModule) -> dict[str, nn.Module]:
+    """Choose what may be removed; return what the method can remove that is in the model still, by name."""
+    settings, method = run.settings, run.settings.method
+    found = method.removable(pl_module)
+    known = [*found, *stand_ins(pl_module)]
+    run.candidates = wiring.check_names(type(pl_module).__name__, method, known, settings.include, settings.exclude)
+    run.method_names = known
+    return found
 
 
 def stop_measuring(run: Run) -> None:

@@ -491,6 +491,33 @@ class Restructuring(NamedTuple):
                 replace_activation(inner, each.name, each.stand_in)
 
 
+@contextmanager
+def brought_back(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Have some of what is gone back for a while, to look at it; all is as it was afterwards.
+
+    It is not moved or cast as the model was since.
+
+    Args:
+        model: The model.
+        names: What is to be back. Of those that are not gone, or that are inside of what stays away, nothing comes.
+    """
+    inner = unwrap(model)
+    chosen = Restructuring({}, [])
+    for each in _gone(inner):
+        if each.name in names and each.inside in {None, *(other.name for other in chosen.restored)}:
+            chosen.restored.append(each)
+    if not chosen.restored:
+        yield
+        return
+    with _operators_as_built(inner):
+        for each in chosen.restored:
+            replace_activation(inner, each.name, each.stand_in.activation)
+    try:
+        yield
+    finally:
+        chosen.undo(inner)
+
+
 def restructure_as_marked(model: nn.Module, state_dict: Mapping[str, Any]) -> Restructuring:
     """Give a model the structure that a state dict is marked with, in place: what is marked is linear, the rest is not.
 

@@ -1,11 +1,14 @@
 """Rounds in which branches of additions go, and operators take the places of whole blocks."""
 
 import logging
+from copy import deepcopy
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import FitChains, collapse, load_pruned
 from lightning_easier.structure.linearize import stand_ins
@@ -259,6 +262,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, scores, moment):
     run(tmp_path, saver, model=Transformer(scores), **options)
     resumed = run(tmp_path, model=Transformer(scores), ckpt_path=tmp_path / "saved.ckpt", **options)
     assert_equal_states(outcome(*resumed), outcome(*whole))
+
+
+def test_a_model_whose_blocks_had_something_gone_inside_takes_up_every_earlier_round(tmp_path):
+    """As it is in a notebook, where a run leaves its model."""
+    options = {"method": InOrder, "pruning": BY_LINEARITY | {"include": "layers.0*"}, "epochs": 4}
+    after_each = ModelCheckpoint(tmp_path / "epochs", save_top_k=-1, filename="{epoch}")
+    model, callback, trainer = run(tmp_path, after_each, model=Transformer(), **options)
+    assert callback.removed == ["layers.0.mlp", "layers.0"]
+    whole = outcome(model, callback, trainer)
+    x = torch.randn(5, 4)
+    for number in range(3):
+        path = tmp_path / "rounds" / f"round_{number}.ckpt"
+        expected = load_pruned(Transformer(), path).eval()(x)
+        assert torch.equal(load_pruned(deepcopy(model), path).eval()(x), expected)
+        validated = deepcopy(model)
+        trainer.validate(validated, DataLoader(TensorDataset(x, torch.zeros(5).long())), path, verbose=False)
+        assert torch.equal(validated.eval()(x), expected)
+    resumed = run(tmp_path, model=deepcopy(model), ckpt_path=tmp_path / "epochs" / "epoch=0.ckpt", **options)
+    assert_equal_states(outcome(*resumed), whole)
 
 
 def test_what_goes_in_one_round_does_not_overlap(tmp_path):

@@ -1,18 +1,25 @@
 import copy
+from random import Random
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from lightning_easier import candidates, isolate_activations, linearize, restore
+from lightning_easier import candidates, fit_chains, isolate_activations, linearize, measure_affines, restore
 from lightning_easier.structure.linearize import (
     MARK_KEY,
     IdentityStandIn,
     Mark,
+    bypass,
     read_marks,
+    replace_block,
     restructure_as_marked,
     stand_ins,
 )
+from lightning_easier.structure.stand_in import LEAVES
+from lightning_easier.structure.substitution import Absorbed
 from tests.models import Functional, Residual
 
 
@@ -172,3 +179,109 @@ def test_options_without_effect_or_of_another_type_are_refused(options, error, m
     if "stand_in" not in options and "shift_padding" in options:
         with pytest.raises(error, match=message):
             candidates(model, **options)
+
+
+class Around(nn.Module):
+    """x + inner(x), on maps of two channels."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = nn.Sequential(*inner)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def make_nested(dtype=torch.float64):
+    """Blocks in blocks, three levels deep, with activations between convolutions that pad inside of each."""
+    torch.manual_seed(0)
+
+    def conv():
+        return nn.Conv2d(2, 2, 3, padding=1)
+
+    innermost = Around(conv(), nn.PReLU(2), conv())
+    middle = Around(conv(), nn.ReLU(), conv(), innermost, conv(), nn.GELU(), conv())
+    return nn.Sequential(conv(), nn.ReLU(), Around(conv(), nn.ReLU(), conv(), middle), nn.GELU(), conv()).to(dtype)
+
+
+OUTER, MIDDLE, INNERMOST = "2", "2.inner.3", "2.inner.3.inner.3"
+BLOCKS = [OUTER, MIDDLE, INNERMOST, f"{MIDDLE}.inner", f"{INNERMOST}.inner"]
+ACTIVATIONS = ["1", "3", f"{OUTER}.inner.1", f"{MIDDLE}.inner.1", f"{MIDDLE}.inner.5", f"{INNERMOST}.inner.1"]
+MAPS = torch.randn(2, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def remove(model, name, kind):
+    """Take something out in one of three ways, if it is there; tell whether it was."""
+    there = dict(model.named_modules())
+    if isinstance(there.get(name), IdentityStandIn | Absorbed | None):
+        return False
+    if name in BLOCKS:
+        if kind == 2:
+            replace_block(model, name, nn.Conv2d(2, 2, (1, 3), padding=(0, 1)))
+        else:
+            bypass(model, [name], LEAVES[kind])
+    elif name in stand_ins(model):
+        return False
+    elif kind == 2:
+        linearize(model, [name], stand_in="fitted", statistics=fit_chains(model, [MAPS], include=[name]))
+    elif kind == 1:
+        linearize(model, [name], stand_in="affine", statistics=measure_affines(model, [MAPS]), trainable=True)
+    else:
+        linearize(model, [name])
+    return True
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([*ACTIVATIONS, *BLOCKS]), st.integers(0, 2)), min_size=2, max_size=6),
+    st.randoms(use_true_random=False),
+)
+@example([(f"{INNERMOST}.inner.1", 2), (INNERMOST, 2), (f"{MIDDLE}.inner.1", 0), (MIDDLE, 1), (OUTER, 2)], Random(0))
+def test_what_was_removed_in_blocks_that_went_later_comes_back_as_each_state_dict_says(removals, order):
+    model, dense = make_nested(), make_nested()
+    saved = [({key: value.clone() for key, value in model.state_dict().items()}, model(MAPS))]
+    for name, kind in removals:
+        try:
+            removed = remove(model, name, kind)
+        except ValueError:  # there is nothing to fit, or something outside was changed with it
+            removed = False
+        if removed:
+            saved.append(({key: value.clone() for key, value in model.state_dict().items()}, model(MAPS)))
+    assert_is_dense(restore(copy.deepcopy(model)), dense)
+    for state, expected in [*reversed(saved), *order.sample(saved, len(saved))]:
+        restructure_as_marked(model, state)
+        model.load_state_dict(state)
+        assert torch.equal(model(MAPS), expected)
+        linear = stand_ins(model)
+        state_of_another = {**order.choice(saved)[0], f"0.{MARK_KEY}": Mark("identity", "SiLU").encode()}
+        with pytest.raises(ValueError, match="an activation '0' of class SiLU.*but got Conv2d"):
+            restructure_as_marked(model, state_of_another)
+        assert torch.equal(model(MAPS), expected)
+        assert stand_ins(model) == linear
+    assert_is_dense(restore(model), dense)
+
+
+def assert_is_dense(model, dense):
+    assert not stand_ins(model)
+    assert torch.equal(model(MAPS), dense(MAPS))
+    assert [str(part) for part in model.modules()] == [str(part) for part in dense.modules()], "paddings too"
+
+
+def test_what_is_inside_a_block_that_is_gone_comes_back_with_it_or_not_at_all():
+    model, dense = make_nested(), make_nested()
+    inside = f"{INNERMOST}.inner.1"
+    linearize(model, [inside])
+    with_one_linear = model(MAPS)
+    bypass(bypass(model, [INNERMOST]), [OUTER])
+    gone = model(MAPS)
+    for names, block in (([INNERMOST], OUTER), ([inside, OUTER], INNERMOST)):
+        with pytest.raises(ValueError, match=f"to hold '{block}' besides .*inside of that block.*Restore the block"):
+            restore(model, names)
+        assert torch.equal(model(MAPS), gone)
+    restore(model, [INNERMOST, OUTER])  # in whatever order
+    assert list(stand_ins(model)) == [inside]
+    assert torch.equal(model(MAPS), with_one_linear)
+    bypass(model, [OUTER])
+    model.float()
+    assert {parameter.dtype for parameter in restore(model).parameters()} == {torch.float32}
+    assert_is_dense(model.double().load_state_dict(dense.state_dict()) and model, dense)
