@@ -116,10 +116,10 @@ def bypass(model: nn.Module, names: Iterable[str], leaves: str = "identity", ret
         The same model.
 
     Raises:
-        ValueError: If there is no module of a name, or ``leaves`` is unknown.
+        ValueError: If there is no module of a name, or it is gone already, or ``leaves`` is unknown.
     """
     check_choice("leaves", leaves, LEAVES)
-    inner, names = unwrap(model), _as_names(names)
+    inner, names = unwrap(model), list(dict.fromkeys(_as_names(names)))
     _check_modules(inner, names)
     with _operators_as_built(inner):
         for name in names:
@@ -144,7 +144,7 @@ def replace_block(model: nn.Module, name: str, operator: nn.Module, returns: int
         The same model.
 
     Raises:
-        ValueError: If there is no module of that name.
+        ValueError: If there is no module of that name, or it is gone already.
     """
     inner = unwrap(model)
     _check_modules(inner, [name])
@@ -161,6 +161,11 @@ def _check_modules(inner: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if name not in there or not name:
             raise ValueError(f"Expected argument `names` to hold names of modules, but got {name!r}")
+        if isinstance(there[name], StandIn):  # no model would have what a mark of it names
+            raise ValueError(
+                f"Expected argument `names` to hold modules that are there, but got {name!r}, which is gone: "
+                f"{there[name]}. Restore it first."
+            )
     inside = tuple(f"{name}." for name in names)
     for site, stand_in in stand_ins(inner).items():
         around = {other for other in stand_in.names_around(site) if other in names or other.startswith(inside)}
