@@ -81,6 +81,7 @@ class Step:
         layout: What becomes of the neuron axis.
         item: Which item of a sequence it takes, if it takes one.
         returns: Of an output: None if one value is returned, the length of a tuple whose first item is a value, else 0.
+        scaled: Of an addition: the place among its inputs of the value that it multiplies by ``alpha``, if it does.
     """
 
     kind: Kind
@@ -90,6 +91,7 @@ class Step:
     layout: Layout = _KEEP
     item: int | None = None
     returns: int | None = None
+    scaled: int | None = None
 
 
 def read_steps(graph: fx.Graph) -> tuple[Step, ...]:
@@ -155,7 +157,18 @@ def _read_step(node: fx.Node, number: dict[fx.Node, int], constants: set[fx.Node
         return Step(Kind.CONSTANT, method or str(node.args[1]))
     name = method or getattr(node.target, "__name__", str(node.target))
     item = node.args[1] if node.target is operator.getitem and type(node.args[1]) is int else None
-    return Step(_kind_of_function(node, method, constants), name, inputs, layout=_layout(node, name), item=item)
+    kind = _kind_of_function(node, method, constants)
+    scaled = _scaled(node) if kind == Kind.ADD else None
+    return Step(kind, name, inputs, layout=_layout(node, name), item=item, scaled=scaled)
+
+
+def _scaled(node: fx.Node) -> int | None:
+    """Return the place among the inputs of an addition of what it multiplies: the second value, by `alpha`."""
+    alpha = node.args[1] if len(node.args) > 2 else node.kwargs.get("alpha", 1)  # (input, alpha, other) of old
+    other = node.kwargs.get("other", node.args[-1] if node.args else None)
+    if not isinstance(other, fx.Node) or (isinstance(alpha, int | float) and abs(alpha) == 1):
+        return None
+    return node.all_input_nodes.index(other)
 
 
 def _returned(output: Any) -> int | None:
@@ -334,6 +347,7 @@ class FlowNode:
         layout: What became of that axis.
         module: The module that made it, if one did.
         item: Which item of a sequence it is, if it was taken from one by its place.
+        scaled: The place among its inputs of the value that an addition multiplies by ``alpha``, if it does.
     """
 
     kind: Kind
@@ -344,6 +358,7 @@ class FlowNode:
     layout: Layout = _KEEP
     module: nn.Module | None = None
     item: int | None = None
+    scaled: int | None = None
     readers: list["FlowNode"] = field(default_factory=list, repr=False)
 
     def __hash__(self) -> int:
@@ -397,13 +412,15 @@ class Flow:
         layout: Layout = _KEEP,
         module: nn.Module | None = None,
         item: int | None = None,
+        scaled: int | None = None,
     ) -> FlowNode:
         """Add a node after others."""
         known = next((node.axis for node in inputs if node.axis is not None), None)
         axis = neuron_axis_after(layout, known)
         earlier = next((node.earlier_axis for node in inputs if node.earlier_axis is not None), None)
         earlier = _likely_axis_after(layout, earlier)
-        node = FlowNode(kind, name, tuple(inputs), axis, earlier if axis is None else axis, layout, module, item)
+        before = earlier if axis is None else axis
+        node = FlowNode(kind, name, tuple(inputs), axis, before, layout, module, item, scaled)
         for parent in inputs:
             parent.readers.append(node)
         self.nodes.append(node)

@@ -246,7 +246,8 @@ class Discovery:
         read = [nodes[number] for group in step.inputs for number in group]
         if step.kind == Kind.OUTPUT:
             return read[0] if len(read) == 1 else self._flow.add(Kind.OTHER, _join(name, "outputs"), read)
-        return self._flow.add(step.kind, _join(name, step.name), read, step.layout, item=step.item)
+        where = _join(name, step.name)
+        return self._flow.add(step.kind, where, read, step.layout, item=step.item, scaled=step.scaled)
 
     def _gather(self, name: str, group: Sequence[int], nodes: Sequence[FlowNode]) -> FlowNode | None:
         """Return the value of one argument; a list of values counts as one."""

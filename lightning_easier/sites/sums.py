@@ -77,10 +77,10 @@ class _Search:
             ]
             if len(after) != 1:
                 return None
-            (node,) = after
+            value, (node,) = node, after
             end = 0
             if node.kind == Kind.ADD:
-                return node
+                return None if _scales(node, value) else node
             if node.kind != Kind.IDENTITY and not (node.kind == Kind.OTHER and node.item == 0):
                 return None
         return None
@@ -97,3 +97,8 @@ class _Search:
             if self._calls[call.module] == 1 and call.output is total and call.returns is None:
                 return Watched(call.module, "output")
         return None
+
+
+def _scales(addition: FlowNode, value: FlowNode) -> bool:
+    """Tell whether an addition multiplies one of its values by ``alpha``, as ``torch.add(x, value, alpha=0.1)`` does."""
+    return addition.scaled is not None and addition.inputs[addition.scaled] is value

@@ -9,6 +9,18 @@ from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.sites.sums import sums_of
 
 
+ADDITIONS = {
+    "alpha": lambda x, y: torch.add(x, y, alpha=0.1),
+    "alpha of a method": lambda x, y: x.add(y, alpha=0.1),
+    "alpha in place": lambda x, y: x.add_(y, alpha=0.1),
+    "alpha by name": lambda x, y: torch.add(alpha=0.1, other=y, input=x),
+    "alpha of the other side": lambda x, y: torch.add(y, x, alpha=0.1),
+    "alpha of the other side by name": lambda x, y: torch.add(alpha=0.1, other=x, input=y),
+    "alpha of one": lambda x, y: torch.add(x, y, alpha=1),
+    "difference": lambda x, y: torch.add(x, y, alpha=-1),
+}
+
+
 class Adds(nn.Module):
     """Adds a branch to its input, in one of several ways."""
 
@@ -29,6 +41,8 @@ class Adds(nn.Module):
             return self.norm(x + self.scale * self.branch(x))
         if self.way == "functions":
             return F.softmax(x + self.branch(x), -1) * 2
+        if self.way in ADDITIONS:
+            return self.norm(ADDITIONS[self.way](x, self.branch(x)))
         x += self.branch(self.norm(x))
         return x
 
@@ -70,13 +84,22 @@ def test_who_is_told_to_see_it_sees_it(way):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("scaled", "it is scaled, its axes are exchanged, or something else is done to it, before it is added"),
+        *((way, "it is scaled, its axes are exchanged, or something else is done to it, before it is added")
+          for way in ("scaled", "alpha", "alpha of a method", "alpha in place", "alpha by name")),
         ("functions", "no module alone reads the sum"),
         ("read twice by one", "no module alone reads the sum"),
     ],
-)
+)  # fmt: skip
 def test_why_it_is_not_known(way, reason):
     assert reason in sum_after(Holds(way))
+
+
+@pytest.mark.parametrize(
+    "way", ["alpha of the other side", "alpha of the other side by name", "alpha of one", "difference"]
+)
+def test_a_branch_that_is_added_as_it_is_has_its_sum_seen(way):
+    model = Holds(way)
+    assert sum_after(model).module is model.adds.norm
 
 
 def test_without_branches_nothing_is_looked_at():
