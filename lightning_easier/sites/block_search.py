@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_easier.sites.channels import Axes, Channels
 from lightning_easier.sites.dataflow import Call, FlowNode, Kind
 from lightning_easier.sites.discovery import Look
 from lightning_easier.sites.feeding import Constants, function_name, written
@@ -40,6 +41,8 @@ class BlockSearch:
         self._constants = Constants(self._flow.nodes)
         self._shapes = Shapes(model, self._flow, self._constants)
         self._kept = self._shapes.kept
+        self._channels = Channels(self._flow, self._shapes)
+        self._sums: dict[Call, FlowNode] = {}  # of the branches that were found
         self._before: dict[FlowNode, FlowNode] = {}  # output of a block -> its input
         self._times = Counter(call.module for call in self._flow.calls)
 
@@ -58,7 +61,16 @@ class BlockSearch:
                 found.append((call, "identity"))
             elif call in branches and not self._is_all_of_another(call, own, branches):
                 found.append((call, "zeros"))
+                self._sums[call] = branches[call]
         return found
+
+    def axes(self, call: Call) -> Axes:
+        """Return which axis holds the channels of what a block is called with."""
+        return self._channels.read_by(call)
+
+    def axes_of_sum(self, call: Call) -> Axes:
+        """Return which axis holds the channels of the sum that a branch is added to; nothing of a block."""
+        return self._channels.of(self._sums[call]) if call in self._sums else {}
 
     def _computes(self, call: Call) -> bool:
         """Tell whether a module does more than scale and norm: mixes neurons or positions, or what is not known."""

@@ -8,7 +8,8 @@ Both are read from the flow of values, without an example input: :mod:`.shapes` 
 :mod:`.block_search` finds both sorts in it. Here they become what the other wings know: names, and which lies in which.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -30,6 +31,8 @@ class Block:
         inside: Qualified name of the innermost other block that holds it; None for an outermost one.
         returns: None if the module returns a tensor; else the length of the tuple that it returns, the first item of
             which is the value, while nothing reads the others.
+        axes: Number of axes of its input -> which of them holds the channels, from 0 on; what is not known is left out.
+        axes_of_sum: The same of the sum that a branch is added to.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Block:
     leaves: Leaves
     inside: str | None
     returns: int | None = None
+    axes: Mapping[int, int] = field(default_factory=dict, repr=False)
+    axes_of_sum: Mapping[int, int] = field(default_factory=dict, repr=False)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -57,7 +62,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """
     inner = unwrap(model)
     with evaluation_mode(inner):
-        found = BlockSearch(inner, training=False).found()
+        search = BlockSearch(inner, training=False)
+        found = search.found()
         trained = (
             {(call.module, leaves) for call, leaves in BlockSearch(inner, training=True).found()} if found else set()
         )
@@ -69,7 +75,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
         while open_blocks and not _holds(open_blocks[-1][0], call):
             open_blocks.pop()
         inside = open_blocks[-1][1] if open_blocks else None
-        blocks.append(Block(call.name, call.module, leaves, inside, tuple_length(call)))
+        axes, of_sum = search.axes(call), search.axes_of_sum(call)
+        blocks.append(Block(call.name, call.module, leaves, inside, tuple_length(call), axes, of_sum))
         open_blocks.append((call, call.name))
     return blocks
 

@@ -48,6 +48,9 @@ _NEURON_AXIS: dict[int, tuple[type[nn.Module], ...]] = {
     ),
     -1: (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase),
 }  # fmt: skip
+NORMS_AND_OPERATORS: tuple[type[nn.Module], ...] = tuple(
+    kind for kinds in _NEURON_AXIS.values() for kind in kinds if kind is not nn.Embedding
+)
 _NEURON_AXIS_OF_FUNCTION: dict[Any, int] = {
     torch.conv1d: 1, torch.conv2d: 1, torch.conv3d: 1, torch.conv_transpose1d: 1, torch.conv_transpose2d: 1,
     torch.conv_transpose3d: 1, F.batch_norm: 1, F.group_norm: 1, F.instance_norm: 1, F.linear: -1, F.layer_norm: -1,

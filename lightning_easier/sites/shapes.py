@@ -22,10 +22,10 @@ _KEEPING_MODULES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm, instancenorm._InstanceNorm, nn.LocalResponseNorm, nn.modules.dropout._DropoutNd,
     nn.modules.batchnorm._BatchNorm,
 )  # fmt: skip
-_NORM_FUNCTIONS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm")
+NORM_FUNCTIONS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm")
 # By name, as functions and methods, in place or not: their result has the shape of the first value they are given.
 _KEEPING_FUNCTIONS = frozenset(
-    {*function_names(GATES), *_NORM_FUNCTIONS, "contiguous", "clone", "detach", "to", "type", "type_as", "float",
+    {*function_names(GATES), *NORM_FUNCTIONS, "contiguous", "clone", "detach", "to", "type", "type_as", "float",
      "half", "bfloat16", "double", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
      "feature_alpha_dropout", "stochastic_depth", "logsigmoid", "log_softmax", "clamp", "clip", "abs", "neg", "sqrt",
      "rsqrt", "exp", "log", "square", "erf", "sin", "cos", "roll", "flip", "normalize", "masked_fill", "nan_to_num",
@@ -36,11 +36,12 @@ _MERGING_FUNCTIONS = frozenset(
     {"add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "truediv", "maximum", "minimum", "where",
      "addcmul", "lerp"}
 )  # fmt: skip
-_SHRINKING_FUNCTIONS = frozenset(
-    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "prod", "logsumexp", "argmax", "select",
-     "median", *(f"{pool}_pool{dims}d" for dims in (1, 2, 3)
-                 for pool in ("max", "avg", "lp", "adaptive_avg", "adaptive_max"))}
-)  # fmt: skip
+POOL_FUNCTIONS = frozenset(
+    f"{pool}_pool{dims}d" for dims in (1, 2, 3) for pool in ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
+)
+_SHRINKING_FUNCTIONS = POOL_FUNCTIONS | {
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm", "prod", "logsumexp", "argmax", "select", "median"
+}  # fmt: skip
 POOLS: tuple[type[nn.Module], ...] = (
     pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._LPPoolNd, pooling._AdaptiveAvgPoolNd, pooling._AdaptiveMaxPoolNd,
     nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
@@ -119,6 +120,11 @@ class Shapes:
         for node in flow.nodes:
             if node not in constants:
                 self._shapes[node] = self._after(node)
+
+    def axis(self, node: FlowNode) -> int | None:
+        """Return the axis of the neurons of a value; None where nothing tells."""
+        shape = self._shapes.get(node)
+        return None if shape is None else shape.axis
 
     def _after(self, node: FlowNode) -> _Shape:
         values = self._constants.values(node)

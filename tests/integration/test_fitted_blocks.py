@@ -275,7 +275,7 @@ class Adds(nn.Module):
 
 def shares_of(block, *batches):
     model = nn.Sequential(block)
-    (found,) = [Block("0", block, "identity", None, 2 if getattr(block, "returns", False) else None)]
+    (found,) = [Block("0", block, "identity", None, 2 if getattr(block, "returns", False) else None, {3: 2})]
     probe = BlockProbe(model, [found], [])
     probe.attach()
     for batch in batches:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.sites.sums import sums_of
 
-
 ADDITIONS = {
     "alpha": lambda x, y: torch.add(x, y, alpha=0.1),
     "alpha of a method": lambda x, y: x.add(y, alpha=0.1),

@@ -60,12 +60,20 @@ class Geometry:
         kernel: Taps per spatial axis; none for vectors and tokens, whose channels are the last axis.
         stride: Per spatial axis.
         padding: Zeros on both sides, per spatial axis; negative where the border of the map is not read.
+        is_flat: Whether all values of a sample are taken as positions of one channel, since it is not known which axis
+            holds the channels. Nothing is fitted then.
     """
 
     channels: int
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
+    is_flat: bool = False
+
+    @classmethod
+    def flat(cls) -> "Geometry":
+        """Return that of values whose channels are on an axis that is not known."""
+        return cls(1, is_flat=True)
 
     @property
     def taps(self) -> int:
@@ -238,6 +246,7 @@ class Moments:
     def of(cls, geometry: Geometry, outputs: int, device: torch.device) -> "Moments":
         """Return moments of nothing; they are kept where there is float64."""
         device = torch.device("cpu") if device.type in ("mps", "xla") else device
+        outputs = 1 if geometry.is_flat else outputs
         fitted, held_out = (Sums.zeros(geometry.unknowns, outputs, device) for _ in range(2))
         return cls(geometry, fitted, held_out, left_out=torch.zeros((), dtype=torch.int64, device=device))
 
@@ -252,6 +261,8 @@ class Moments:
         """
         if not target.numel():
             return
+        if self.geometry.is_flat:
+            value, target = (each.reshape(len(each), -1, 1) for each in (value, target))
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         kept = finite_samples(value, target)
         value, target = zeroed(value, kept), zeroed(target, kept)
@@ -335,6 +346,8 @@ def fits(moments: Moments) -> Iterator[Fit]:
 
 def _all_fits(moments: Moments) -> Iterator[Fit]:
     geometry = moments.geometry
+    if geometry.is_flat:
+        return
     dense = _solution(moments)
     yield _fit("convolution" if geometry.kernel else "linear", moments, dense, _dense(geometry, dense))
     if geometry.taps > 1:

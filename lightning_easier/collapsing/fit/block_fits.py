@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, Sums, fits
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
-from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock, fittable_block
+from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock, axis_of_channels, fittable_block
 from lightning_easier.collapsing.fit.fitting import positions_wanted
 from lightning_easier.measure.block_pairs import BlockPairs
 from lightning_easier.report import BlockWay
@@ -53,14 +53,18 @@ class _Sums:
         """Return sums over nothing."""
         return cls(*torch.zeros(3, 0, dtype=torch.float64, device=device))
 
-    def add(self, value: Tensor, output: Tensor, axis: int) -> None:
+    def add(self, value: Tensor, output: Tensor, axis: int | None) -> None:
         """Add a call: what is left and what comes out, ``(N, *)`` of one shape, whose channels are on an axis.
+
+        Where it is not known which, all values are taken as positions of one channel.
 
         Squares are taken of differences from the mean of the call, and put back around zero in float64: a mean far from
         zero would use up the digits.
         """
         if output.dtype in (torch.float16, torch.bfloat16):
             value, output = value.float(), output.float()
+        if axis is None:
+            value, output, axis = value.reshape(len(value), -1, 1), output.reshape(len(output), -1, 1), -1
         kept = finite_samples(value, output)
         output = zeroed(output, kept).movedim(axis, -1)
         missed = zeroed(value, kept).movedim(axis, -1) - output
@@ -77,19 +81,27 @@ class _Sums:
         )  # fmt: skip
         self.numbers, self.totals, self.squares = (new if not len(old) else old + new for old, new in both)
 
+    def takes(self, value: Tensor, axis: int | None) -> bool:
+        """Tell whether a value has as many channels as those before it."""
+        return not len(self.totals) or len(self.totals) == (1 if axis is None else value.shape[axis])
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing was summed up."""
         return not len(self.numbers) or not self.numbers[0]
 
+    @property
+    def _values(self) -> float:
+        """How many values were summed up; the axis of the channels of a branch may be another than that of its sum."""
+        return float(self.numbers[0]) * len(self.totals)
+
     def variance(self) -> float:
-        """Return the variance of a position, the sum over all channels."""
-        of_all = float((self.squares - self.totals.square() / self.numbers[0]).sum())
-        return of_all / float(self.numbers[0])
+        """Return the variance of a value around the mean of its channel."""
+        return float((self.squares - self.totals.square() / self.numbers[0]).sum()) / self._values
 
     def error(self) -> float:
-        """Return the squared difference of a position from what is left, the sum over all channels."""
-        return float(self.numbers[3]) / float(self.numbers[0])
+        """Return the squared difference of a value from what is left."""
+        return float(self.numbers[3]) / self._values
 
 
 def _share(error: float, variance: float) -> float:
@@ -123,11 +135,6 @@ class _Seen:
     moments: Moments | None = None
     total: Watched | None = None
     total_sums: _Sums | None = None
-
-    @property
-    def axis(self) -> int:
-        """Of the channels."""
-        return 1 if isinstance(self.place, FittableBlock) and self.place.geometry.kernel else -1
 
     def all_sums(self) -> list[_Sums]:
         """Return its sums, that of the sum among them."""
@@ -247,6 +254,9 @@ class BlockProbe:
         if isinstance(seen.place, str):
             self.reasons[seen.block.name] = seen.place
             return
+        if seen.place.why_nothing_is_fitted is not None:
+            self.notes[seen.block.name] = seen.place.why_nothing_is_fitted
+            return
         geometry = seen.place.geometry
         needed = 2 * 8 * geometry.unknowns * (geometry.unknowns + geometry.channels)
         if self._bytes + needed > _MOST_BYTES:
@@ -266,7 +276,8 @@ class BlockProbe:
         value, output = value.detach(), output.detach()
         seen.shape = seen.shape or value.shape
         left = value if seen.block.leaves == "identity" else torch.zeros_like(output)
-        seen.sums.add(left, output, seen.axis)
+        if not self._sum_up(seen, seen.sums, left, output, axis_of_channels(seen.block.axes, output)):
+            return
         if seen.moments is not None:
             seen.moments.add(value, output, -(-positions_wanted(seen.place) // self._batches))
 
@@ -277,7 +288,19 @@ class BlockProbe:
         if value.numel():
             assert seen.total_sums is not None
             value = value.detach()
-            seen.total_sums.add(value, value, seen.axis)
+            axis = axis_of_channels(seen.block.axes_of_sum, value)
+            self._sum_up(seen, seen.total_sums, value, value, axis)
+
+    def _sum_up(self, seen: _Seen, sums: _Sums, left: Tensor, value: Tensor, axis: int | None) -> bool:
+        """Add a call to sums; return whether it has as many channels as those before it, else nothing is told."""
+        if sums.takes(value, axis):
+            sums.add(left, value, axis)
+            return True
+        seen.moments = None
+        seen.place = self.reasons[seen.block.name] = (
+            f"its calls have other numbers of channels: {len(sums.totals)}, and then a value of {tuple(value.shape)}"
+        )
+        return False
 
     def reduce(self) -> None:
         """Sum up over all processes, each of which has to call this once; who got no batch knows no channels."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,8 @@ from lightning_easier.support.inference import copies, evaluation_mode
 
 # Of sums over what a larger kernel reads, in float64: more is not gathered for one block.
 _MOST_UNKNOWNS = 2**13
+# Of a convolution.
+_MOST_AXES_OF_POSITIONS = 3
 _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, torch.Size, type(None))
 
 
@@ -122,6 +125,16 @@ class FittableBlock(Place):
         """Names of all modules in it, and its own."""
         return self.within
 
+    @property
+    def why_nothing_is_fitted(self) -> str | None:
+        """Why only what needs no fit may take its place; None if an operator may, too."""
+        if not self.geometry.is_flat:
+            return None
+        return (
+            "no operator was fitted: channels have to be on the last axis of what the block reads, or on axis 1 before "
+            "at most three axes of positions, and no layer tells that they are"
+        )
+
     def given(self, value: Tensor) -> Tensor:
         """Return a copy of its input: it may begin with an activation that writes."""
         return value.detach().clone()
@@ -214,6 +227,12 @@ def fittable_blocks(
             reasons[block.name] = made
         else:
             found.append(made)
+    not_fitted = [block for block in found if block.why_nothing_is_fitted is not None]
+    if not_fitted:
+        names = [block.name for block in not_fitted]
+        rank_zero_info(
+            f"Only an identity or zeros may take the place of {names}: {not_fitted[0].why_nothing_is_fitted}"
+        )
     return found, reasons
 
 
@@ -245,21 +264,38 @@ def fittable_block(
     parts = frozenset(".".join(filter(None, (block.name, name))) for name, _ in module.named_modules())
     inside = tuple(site for site in sites if site in parts)
     has_others = len(args) + len(kwargs) > 1
+    axis = axis_of_channels(block.axes, value)
     return FittableBlock(
-        block.name, block.leaves, returns, inside, _geometry(module, value), parts, has_others,
+        block.name, block.leaves, returns, inside, _geometry(module, value, axis), parts, has_others,
         _Call.of(value, args, kwargs),
     )  # fmt: skip
 
 
-def _geometry(block: nn.Module, value: Tensor) -> Geometry:
+def axis_of_channels(axes: Mapping[int, int], value: Tensor) -> int | None:
+    """Return the axis that holds the channels of a value: 1 before axes of positions, or -1; None for any other.
+
+    Args:
+        axes: What is known, see :class:`~lightning_easier.sites.blocks.Block`.
+        value: The value.
+    """
+    axis = axes.get(value.ndim)
+    if value.ndim == 2 or axis == value.ndim - 1:
+        return -1
+    return 1 if axis == 1 and value.ndim - 2 <= _MOST_AXES_OF_POSITIONS else None
+
+
+def _geometry(block: nn.Module, value: Tensor, axis: int | None) -> Geometry:
     """Return what an operator reads in the place of a block: its largest kernel, where it is one of maps."""
+    if axis is None:
+        return Geometry.flat()
+    if axis == -1:
+        return Geometry(value.shape[-1])
     axes = value.ndim - 2
     parts: list[Any] = [part for part in block.modules() if type(part) in CONVOLUTIONS]
     convolutions = [part for part in parts if len(part.kernel_size) == axes]
-    if not convolutions:
-        return Geometry(value.shape[-1])
     sizes = [
-        max(part.dilation[axis] * (part.kernel_size[axis] - 1) + 1 for part in convolutions) for axis in range(axes)
+        max((part.dilation[axis] * (part.kernel_size[axis] - 1) + 1 for part in convolutions), default=1)
+        for axis in range(axes)
     ]
     kernel = tuple(size if size % 2 else size - 1 for size in sizes)
     geometry = Geometry(value.shape[1], kernel, (1,) * axes, tuple(size // 2 for size in kernel))
