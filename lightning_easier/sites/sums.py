@@ -100,5 +100,5 @@ class _Search:
 
 
 def _scales(addition: FlowNode, value: FlowNode) -> bool:
-    """Tell whether an addition multiplies one of its values by ``alpha``, as ``torch.add(x, value, alpha=0.1)`` does."""
+    """Tell whether an addition multiplies a value by ``alpha``, as ``torch.add(x, value, alpha=0.1)`` does."""
     return addition.scaled is not None and addition.inputs[addition.scaled] is value

@@ -89,6 +89,24 @@ class BlockFit:
         return cls(**{**plain, "layers": tuple(Layer.from_plain(layer) for layer in plain["layers"])})
 
 
+def dtype_of_values(block: nn.Module, model: nn.Module, seen: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype of the values that a block reads and returns.
+
+    It is what was seen, as long as the model has anything of it: it may have been cast since. Else it is that of the
+    matrices in the block: norms may be kept in another one. A block without any has the model's.
+
+    Args:
+        block: The block.
+        model: The model that holds it.
+        seen: The dtype of its values, if that was seen.
+    """
+    if seen is not None and any(each.dtype == seen for each in (*model.parameters(), *model.buffers())):
+        return seen
+    floating = [each for part in (block, model) for each in part.parameters() if each.is_floating_point()]
+    matrices = (each for each in block.parameters() if each.is_floating_point() and each.ndim > 1)
+    return next((each.dtype for each in (*matrices, *floating)), torch.get_default_dtype())
+
+
 def form_of(operator: nn.Module) -> tuple[Layer, ...]:
     """Return the layers of an operator: itself, or those that it calls one after the other."""
     layers: Sequence[Any] = list(operator) if isinstance(operator, nn.Sequential) else [operator]

@@ -13,6 +13,7 @@ from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import isolate, plan_isolation, replace_activation, unwrap
 from lightning_easier.sites.discovery import IsolationPlan
 from lightning_easier.sites.rectifiers import GATES, activation_kind
+from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.padding import PaddingShift, apply_shifts, check_undoable, possible_shift, undo_shifts
 from lightning_easier.structure.stand_in import (
     LEAVES,
@@ -137,7 +138,7 @@ def replace_block(model: nn.Module, name: str, operator: nn.Module, returns: int
         name: Qualified name of the block.
         operator: A Linear, a convolution, a scale and an offset for each channel, or several in a row; it reads the
             first tensor that the block is called with. Its parameters are the model's from then on, trained if anything
-            in the block was.
+            in the block was; it keeps its dtype if the model has anything of that, else it gets that of the block.
         returns: How many values the block returns, if that is a tuple, the first of them the value; 0 otherwise.
 
     Returns:
@@ -151,7 +152,9 @@ def replace_block(model: nn.Module, name: str, operator: nn.Module, returns: int
     with _operators_as_built(inner):
         block = inner.get_submodule(name)
         like = next((each for each in block.parameters() if each.is_floating_point()), _floating(inner))
-        replace_activation(inner, name, OperatorStandIn(block, operator.to(like), returns))
+        seen = next((each.dtype for each in operator.parameters()), None)
+        operator.to(like.device, dtype_of_values(block, inner, seen))
+        replace_activation(inner, name, OperatorStandIn(block, operator, returns))
     return model
 
 
@@ -577,6 +580,8 @@ def _linearize_as_marked(model: nn.Module, marks: Mapping[str, Mark]) -> None:
         if operator is None:
             bypass(model, [name], mark.stand_in, mark.returns)
         else:
+            inner = unwrap(model)
+            operator.to(dtype_of_values(inner.get_submodule(name), inner))
             replace_block(model, name, operator, mark.returns)
     # What shifts a padding saw the others linear when it did.
     for shifts in (False, True):

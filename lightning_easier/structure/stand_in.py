@@ -262,25 +262,30 @@ class BlockStandIn(StandIn):
         returns: How many values the block returned, if that was a tuple, the first of them that value; 0 otherwise.
     """
 
-    _witness: Tensor
-
     def __init__(self, block: nn.Module, leaves: str = "identity", returns: int = 0) -> None:
         super().__init__(block)
         self.leaves = leaves
         self.returns = returns
-        # It is moved and cast with the model, which tells what the block has to follow when it comes back
-        like = next((tensor for tensor in block.parameters() if tensor.is_floating_point()), torch.empty(0))
-        self._as_it_was = like.dtype, like.device
-        self.register_buffer("_witness", like.detach().new_empty(0), persistent=False)
+        # They are moved and cast with the model, which tells what the block has to follow when it comes back. There is
+        # one of each dtype: a cast to one that the block has already shows in the others.
+        likes = {each.dtype: each for each in block.parameters() if each.is_floating_point()} or {None: torch.empty(0)}
+        for place, like in enumerate(likes.values()):
+            self.register_buffer(f"_witness_{place}", like.detach().new_empty(0), persistent=False)
+        self._as_it_was = [(each.dtype, each.device) for each in self._witnesses]
+
+    @property
+    def _witnesses(self) -> list[Tensor]:
+        return [buffer for name, buffer in self._buffers.items() if name.startswith("_witness_") and buffer is not None]
 
     def bring_along(self) -> None:
         """Move and cast the block as the model was since it was taken out."""
-        dtype, device = self._witness.dtype, self._witness.device
-        if device != self._as_it_was[1]:
-            self.activation.to(device)
-        if dtype != self._as_it_was[0]:
-            self.activation.to(dtype)
-        self._as_it_was = dtype, device
+        witnesses = self._witnesses
+        for (dtype, device), witness in zip(self._as_it_was, witnesses, strict=True):
+            if witness.device != device:
+                self.activation.to(witness.device)
+            if witness.dtype != dtype:
+                self.activation.to(witness.dtype)
+        self._as_it_was = [(each.dtype, each.device) for each in witnesses]
 
     def for_good(self) -> nn.Module:
         """Return what does the same, without the block and without a mark."""

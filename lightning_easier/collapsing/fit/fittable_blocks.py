@@ -15,6 +15,7 @@ from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Mom
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.fittable import Place
 from lightning_easier.sites.blocks import Block
+from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import copies, evaluation_mode
@@ -79,6 +80,7 @@ class FittableBlock(Place):
         within: Names of all modules in it, and its own.
         has_others: Whether it is called with something besides its input.
         call: How the model calls it.
+        dtype: Of the values that it reads and returns; None if that is not its own, under autocast.
     """
 
     name: str
@@ -89,6 +91,7 @@ class FittableBlock(Place):
     within: frozenset[str] = field(repr=False)
     has_others: bool = False
     call: _Call = field(default=_Call(), compare=False, repr=False)
+    dtype: torch.dtype | None = None
 
     @property
     def operators(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -149,9 +152,10 @@ class FittableBlock(Place):
         return self.geometry.channels
 
     def like(self, model: nn.Module) -> Tensor:
-        """Return a tensor of the dtype of its parameters, or of the model's."""
-        parameters = (*model.get_submodule(self.name).parameters(), *model.parameters())
-        return next((each for each in parameters if each.is_floating_point()), torch.empty(0))
+        """Return a tensor of the dtype of its values, or of its parameters, or of the model's, on its device."""
+        block = model.get_submodule(self.name)
+        device = next((each.device for part in (block, model) for each in part.parameters()), None)
+        return torch.empty(0, dtype=dtype_of_values(block, model, self.dtype), device=device)
 
     def without_fit(self, moments: Moments) -> Iterator[Fit]:
         """Yield what it leaves where nothing computes it any more."""
@@ -257,6 +261,9 @@ def fittable_block(
         return "what it reads and returns are no tensors of numbers"
     if value.shape != output.shape or value.ndim < 2:
         return f"it makes {tuple(output.shape)} of {tuple(value.shape)}"
+    is_cast = torch.is_autocast_enabled(value.device.type)
+    if value.dtype != output.dtype and not is_cast:
+        return f"it makes {output.dtype} of {value.dtype}"
     others = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, _PLAIN)]
     if others:  # a cache, say: what it costs would depend on what came before
         return f"it is called with a {type(others[0]).__name__}, which it may change"
@@ -267,7 +274,7 @@ def fittable_block(
     axis = axis_of_channels(block.axes, value)
     return FittableBlock(
         block.name, block.leaves, returns, inside, _geometry(module, value, axis), parts, has_others,
-        _Call.of(value, args, kwargs),
+        _Call.of(value, args, kwargs), None if is_cast else value.dtype,
     )  # fmt: skip
 
 
