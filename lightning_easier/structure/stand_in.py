@@ -268,9 +268,9 @@ class BlockStandIn(StandIn):
         self.returns = returns
         # They are moved and cast with the model, which tells what the block has to follow when it comes back. There is
         # one of each dtype: a cast to one that the block has already shows in the others.
-        likes = {each.dtype: each for each in block.parameters() if each.is_floating_point()} or {None: torch.empty(0)}
-        for place, like in enumerate(likes.values()):
-            self.register_buffer(f"_witness_{place}", like.detach().new_empty(0), persistent=False)
+        likes = {each.dtype: each.detach() for each in block.parameters() if each.is_floating_point()}
+        for place, like in enumerate(likes.values() or [torch.empty(0)]):
+            self.register_buffer(f"_witness_{place}", like.new_empty(0), persistent=False)
         self._as_it_was = [(each.dtype, each.device) for each in self._witnesses]
 
     @property

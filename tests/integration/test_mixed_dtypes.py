@@ -60,7 +60,8 @@ class Trained(Small):
                 block.down.weight *= 8
 
     def forward(self, x):
-        return self.layers(x.to(self.layers.stem.weight.dtype)).float()
+        tokens = x[:, None] * torch.linspace(-2, 2, 16)[:, None] + x.roll(1, 1)[:, None]  # enough to fit to
+        return self.layers(tokens.to(self.layers.stem.weight.dtype)).float().mean(1)
 
 
 def test_an_operator_gets_the_dtype_of_the_values_in_training_and_when_it_is_loaded(tmp_path):

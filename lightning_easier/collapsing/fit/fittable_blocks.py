@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +16,7 @@ from lightning_easier.collapsing.fit.fittable import Place
 from lightning_easier.sites.blocks import Block
 from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock
+from lightning_easier.support.calibration import tell
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import copies, evaluation_mode
 
