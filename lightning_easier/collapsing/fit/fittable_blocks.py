@@ -234,9 +234,7 @@ def fittable_blocks(
     not_fitted = [block for block in found if block.why_nothing_is_fitted is not None]
     if not_fitted:
         names = [block.name for block in not_fitted]
-        rank_zero_info(
-            f"Only an identity or zeros may take the place of {names}: {not_fitted[0].why_nothing_is_fitted}"
-        )
+        tell(f"Only an identity or zeros may take the place of {names}: {not_fitted[0].why_nothing_is_fitted}")
     return found, reasons
 
 
