@@ -11,6 +11,8 @@ methods:
 - ``magnitude``: half of the weights, the smallest of the whole network, are zero, by Lightning's ModelPruning.
 - ``channels``: a third of the channels inside each block, those of least norm, are zero, by Lightning's ModelPruning.
 - ``scratch``: a shallower network of about as many multiply-accumulates, trained from scratch for as many epochs.
+- ``taylor``, ``fastnas``, ``blocks_kl``, ``blocks_cka``, ``practise``: see ``peers.py``. Each goes on until it is as
+  fast as what ``compress`` has made, as measured, or as ``--speedup`` says if that is not among the methods.
 
 ``--distill`` has all of them follow the logits of the dense network. ``cifar.py`` says how they are tuned, and what the
 images and weights are:
@@ -30,6 +32,7 @@ import rich
 import torch
 from cifar import Images, accuracy, add_arguments, drawn, load, tune
 from lightning.pytorch.callbacks import ModelPruning
+from peers import PEERS, Speed
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -48,6 +51,7 @@ from lightning_easier.support.timing import Latency, measure_latency, speed_up
 from lightning_easier.zoo import CifarResNet
 
 METHODS = ("dense", "identity", "affine", "fitted", "compress", "magnitude", "channels", "scratch")
+CALIBRATION = 1000  # images
 
 
 def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], example: Tensor, options: Any) -> nn.Module:
@@ -57,7 +61,8 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
     inner = [name for name in sites if name.endswith("relu1")]
     if method == "compress":
         target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
-        return compress(model, calibration, example_inputs=example, include=inner, **target).fitted
+        include = inner if options.chains else None
+        return compress(model, calibration, example_inputs=example, include=include, **target).fitted
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)
@@ -104,10 +109,11 @@ def main() -> None:
     parser.add_argument("--after", type=float, default=1, help="epochs after that")
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch goes over")
     parser.add_argument("--removed", type=int, default=12, help="activations that identity, affine and fitted remove")
-    parser.add_argument("--speedup", type=float, default=1.6, help="of compress, against the network as given")
+    parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
+    parser.add_argument("--chains", action="store_true", help="compress replaces chains in the blocks, no whole block")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, *PEERS))
     parser.add_argument("--distill", action="store_true", help="from the dense network, while tuning after")
     options = parser.parse_args()
     train, test = (Images(f"{options.root}/{split}") for split in ("train", "test"))
@@ -116,9 +122,11 @@ def main() -> None:
     untuned: dict[str, list[float]] = {method: [] for method in options.methods}
     shipped: dict[str, nn.Module] = {}
     for seed in range(options.seeds):
-        subset, calibration = drawn(train, options.images, seed), train.calibration(1000, seed)
+        subset, calibration = drawn(train, options.images, seed), train.calibration(CALIBRATION, seed)
+        labels = train.labels[drawn(train, CALIBRATION, seed)].split(len(calibration[0]))
         dense = tune(load(options.weights, options.depth), train, subset, options.before, seed)
         teacher = dense if options.distill else None
+        speed = Speed(collapse(dense, example, objective="macs").model, example, options.speedup)
         for method in options.methods:
             began = time.perf_counter()
             if method == "scratch":
@@ -127,8 +135,12 @@ def main() -> None:
                 tune(model, train, subset, options.before + options.after, seed, rate=0.1, teacher=teacher)
             elif method == "dense":
                 model = deepcopy(dense)
+            elif method in PEERS:
+                model = PEERS[method](deepcopy(dense).eval(), calibration, labels, speed)
             else:
                 model = shallower(dense, method, calibration, example, options)
+            if method == "compress":
+                speed.wanted = speed.of(model)
             made = time.perf_counter() - began
             if method != "scratch":
                 left = accuracy(model, test)
