@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -269,6 +270,7 @@ def test_sums_by_panels_and_parts_are_those_of_all_values(monkeypatch, dtype, ac
 def test_a_solution_is_that_of_least_squares_on_the_values(monkeypatch, dtype, accuracy):
     torch.manual_seed(0)
     monkeypatch.setattr(least_squares, "RIDGES", (0.0,) * len(RIDGES))
+    monkeypatch.setattr(least_squares, "_CALM", 0.0)
     monkeypatch.setattr(least_squares, "_PANEL", 5)
     monkeypatch.setattr(least_squares, "_VALUES_AT_A_TIME", 17 * 13)
     x = (torch.randn(400, 12) @ torch.randn(12, 12) + 20).to(dtype)
@@ -280,6 +282,32 @@ def test_a_solution_is_that_of_least_squares_on_the_values(monkeypatch, dtype, a
     wanted = torch.linalg.lstsq(with_ones(x[kept]), target[kept].double()).solution
     operator = found["linear"].operator
     torch.testing.assert_close(operator.weight, wanted[:-1].T, rtol=accuracy, atol=accuracy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("geometry", [Geometry(6), Geometry(6, (3, 3), (1, 1), (1, 1))])
+def test_what_hardly_varies_gets_no_large_weight_for_nothing_and_what_is_exact_stays(geometry):
+    """The square of a channel has a part that a tiny channel explains, by a weight of hundreds."""
+    torch.manual_seed(0)
+    shape = (60, 6, 8, 7) if geometry.kernel else (3000, 6)
+    x = torch.randn(shape, dtype=torch.float64)
+    across = [1, 1] if geometry.kernel else []
+    x = x * torch.tensor([1, 1, 1, 1, 1, 1e-3]).double().view(-1, *across)
+    kernel = torch.randn(4, 6, *geometry.kernel, dtype=torch.float64)
+    exact = F.conv2d(x, kernel, padding=1) if geometry.kernel else x @ kernel.T
+    _, found = moments_of(geometry, [(x, exact)])
+    kind = "convolution" if geometry.kernel else "linear"
+    torch.testing.assert_close(found[kind].operator.weight, kernel, rtol=1e-6, atol=1e-6)
+
+    tiny = (x[:, 5:] if geometry.kernel else x[..., 5:]) * 100
+    target = exact + exact.square() / 4 + tiny
+    _, found = moments_of(geometry, [(x, target)])
+    calm, explained = float(found[kind].operator.weight.abs().max()), found[kind].explained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(least_squares, "_CALM", 0.0)
+        _, found = moments_of(geometry, [(x, target)])
+    assert calm < 10 < 80 < float(found[kind].operator.weight.abs().max())
+    assert explained > found[kind].explained - 0.01 * (1 - found[kind].explained) - 1e-9
 
 
 def random_moments(samples: int, noise: float, same: bool, seed: int) -> Moments:

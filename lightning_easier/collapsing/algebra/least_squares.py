@@ -30,6 +30,9 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Where to look next after what is known to be too small a ridge. What a ridge leaves falls, then grows: four solutions
 # find the least of seven, where a walk from one end may take all.
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
+# What keeps weights small is taken where it halves the largest and leaves so little more: a channel that hardly varies
+# gets a weight of hundreds else, for nothing, and training after it diverges.
+_CALM, _AS_GOOD = 1e-3, 0.01
 HELD_OUT = 4
 """Every so-many-th position is held out."""
 NOT_FINITE = "what was fitted is not finite"
@@ -385,9 +388,12 @@ def _solution(moments: Moments) -> Tensor:
         # where both are singular, so is all that is less
         if math.inf == residual(before + near) or residual(before + near) > residual(before + far):
             before += near
-    weight = found[before + 1][1]
+    least, weight = found[before + 1]
     assert weight is not None  # the largest ridge makes any sums regular
-    return weight
+    calm = normal.solved(RIDGES[before + 1], _CALM)
+    if calm is None or 2 * calm[:-1].abs().max() > weight[:-1].abs().max():  # no weight is large
+        return weight
+    return calm if moments.held_out.residual(calm) <= (1 + _AS_GOOD) * least else weight
 
 
 class _Normal:
@@ -405,12 +411,21 @@ class _Normal:
         self._matrix /= self._scale[:, None]
         self._matrix.diagonal().add_(squares <= 0)  # a channel that is always zero
         self._right = sums.cross / self._scale[:, None]
-        self._ridge = 0.0
+        squares = squares[:-1].clamp(min=0)
+        self._smallness = torch.where(squares > 0, squares.mean() / squares, 0.0)
+        self._added: Tensor | float = 0.0
 
-    def solved(self, ridge: float) -> Tensor | None:
-        """Return the weights, shape ``(K, O)``; None if the sums are singular."""
-        self._matrix.diagonal()[:-1] += ridge - self._ridge  # the bias is free
-        self._ridge = ridge
+    def solved(self, ridge: float, floor: float = 0.0) -> Tensor | None:
+        """Return the weights, shape ``(K, O)``; None if the sums are singular.
+
+        Args:
+            ridge: As a share of the mean square of each column.
+            floor: What is added to that, as a share of the mean square of all columns: it is the same for each, and
+                keeps the weights of small columns from being large.
+        """
+        added = ridge + floor * self._smallness
+        self._matrix.diagonal()[:-1] += added - self._added  # the bias is free
+        self._added = added
         factor, failed = torch.linalg.cholesky_ex(self._matrix)
         if failed or float(factor.diagonal().min()) < _SINGULAR:
             return None
@@ -506,14 +521,14 @@ def _separable(moments: Moments, dense: Tensor) -> Fit:
     left_over = math.inf
     for _ in range(_ROUNDS_OF_SEPARATION):
         through = sums.through(kernels)
-        pointwise = _regular(through)
+        pointwise = regular_solution(through)
         before, left_over = left_over, through.residual(pointwise)
         if before - left_over < _WORTH_ANOTHER_ROUND * sums.variance():
             break
         kernels = _kernels_given(sums, pointwise, kernels)
     between = _after(geometry, channels)
     part = Moments(between, sums.through(kernels), moments.held_out.through(kernels))
-    pointwise = _regular(part.fitted)
+    pointwise = regular_solution(part.fitted)
     first = _operator(geometry, kernels.reshape(channels, 1, *geometry.kernel), None, groups=channels)
     return _fit("separable", part, pointwise, nn.Sequential(first, _dense(between, pointwise)))
 
@@ -554,7 +569,7 @@ def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
     return solution
 
 
-def _regular(sums: Sums) -> Tensor:
+def regular_solution(sums: Sums) -> Tensor:
     """Solve with as little ridge as the sums need."""
     normal = _Normal(sums)
     solved = (weight for ridge in RIDGES[1:] if (weight := normal.solved(ridge)) is not None)
