@@ -26,7 +26,7 @@ from lightning_easier.collapsing.exact.verification import (
     verify_rounded,
 )
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit
-from lightning_easier.collapsing.fit.fitting import replace_chains
+from lightning_easier.collapsing.fit.replacing import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn

@@ -74,6 +74,12 @@ class Judge:
             return None
         return f"beyond the tolerance {self._tolerance.amount:g} of {self.dense_score:.4f}"
 
+    def is_no_worse(self, score: float | None, than: float | None) -> bool:
+        """Tell whether a score is at least as good as another; without scores it is."""
+        if score is None or than is None:
+            return True
+        return Tolerance(0.0, self._tolerance.mode).allows(score, than)
+
     def why_nothing_is_left(self, was_cut: bool) -> str:
         """Say why nothing is left to try.
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from lightning_easier.collapsing.fit.correcting import gather_alone
+from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import (
     ACTIVATIONS_IN_A_CHAIN,
@@ -22,16 +23,10 @@ from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.stages import SEARCHING, Clock
 from lightning_easier.report import Trial
 from lightning_easier.sites.discovery import KnownForwards
-from lightning_easier.support.inference import (
-    copies,
-    tensors_in,
-)
 from lightning_easier.support.progress import Stages
 
 # Of its price, an operator in the place of a chain has to save so much more than another.
 _WORTH_A_TRIAL = 0.1
-# So many tell the order in which chains go.
-_SAMPLES_FOR_DRIFT = 256
 # Units of the bar in which one chain's operators are timed, beside one for each batch and each fit.
 _UNITS_OF_PRICES = 10
 
@@ -42,10 +37,12 @@ class FittedCandidate(NamedTuple):
     Attributes:
         choice: The operator, as it was fitted to the model that was given.
         drift: Share of the variance of the outputs that changes if it alone is put in place.
+        change: What of the outputs changes then, as a vector.
     """
 
     choice: PricedFit
     drift: float
+    change: Tensor
 
     @property
     def rank(self) -> float:
@@ -84,6 +81,7 @@ class Taken(NamedTuple):
         place: What the operator has taken the place of.
         saving: Of the price.
         worth: What it was ranked by, as in :class:`PricedFit`.
+        change: As in :class:`FittedCandidate`.
         old: What was there before, by name.
         new: What has taken its place, by name.
     """
@@ -92,6 +90,7 @@ class Taken(NamedTuple):
     place: Place
     saving: float
     worth: float
+    change: Tensor
     old: dict[str, nn.Module]
     new: dict[str, nn.Module]
 
@@ -139,6 +138,7 @@ class Search:
         slack: float,
     ) -> None:
         self.model = deepcopy(source)
+        self._source = source
         self.trials: list[Trial] = []
         self.reasons: dict[str, str] = {}
         self.was_cut = False
@@ -232,7 +232,7 @@ class Search:
                 continue
             drift = drift_of(outputs, self._dense_outputs)
             if math.isfinite(drift):
-                found.append(FittedCandidate(choice, drift))
+                found.append(FittedCandidate(choice, drift, change_of(outputs, self._dense_outputs)))
             else:
                 reasons.update(dict.fromkeys(place.told, f"the model's outputs are not finite with {choice.fit.kind}"))
         return found
@@ -252,6 +252,22 @@ class Search:
             if choice.saving > 0
             and not any(o.worth >= choice.worth and o.fit.explained > choice.fit.explained for o in good)
         ]
+
+    def next_of(self, candidates: Sequence[FittedCandidate]) -> FittedCandidate:
+        """Return the candidate that adds least to what has changed, per second it saves besides.
+
+        To first order, changes of the outputs add up: one that goes against what is in place already adds little. What
+        is in place is measured, of the candidate it is known what it changes alone.
+        """
+        now = change_of(self._outputs(), self._dense_outputs)
+
+        def rank(candidate: FittedCandidate) -> float:
+            begun = [step for step in self._steps if candidate.choice.place.meets(step.place)]
+            step = sum((-each.change for each in begun), candidate.change)
+            worth = candidate.choice.worth - sum(each.worth for each in begun)
+            return float((2 * now + step) @ step) / worth if worth > 0 else math.inf
+
+        return min(candidates, key=rank)
 
     def take(self, candidate: FittedCandidate) -> Trial | None:
         """Put an operator in its place, fitted to what the model has become; None if none pays any more."""
@@ -280,7 +296,7 @@ class Search:
         for step in begun:
             step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
         new = {name: self.model.get_submodule(name) for name in old}
-        self._steps.append(Taken(trial, place, choice.saving, choice.worth, old, new))
+        self._steps.append(Taken(trial, place, choice.saving, choice.worth, candidate.change, old, new))
         self.trials.append(trial)
         for name in (*place.sites, *place.told):
             self.reasons.pop(name, None)
@@ -364,16 +380,21 @@ class Search:
         """
         known = self._fitted.get(place.key)
         if known is None or known.place != place or known.beside != self._in_place(known.ran):
-            ((_, gathered),) = self._gather([place])
+            dense = self._source if self._steps else None
+            gathered = gather_alone(self.model, dense, place, self._batches, self._arguments, self._watched)
             self._fit_to(place, gathered)
         return self._fitted[place.key].choices
 
     def _gather(
         self, places: Sequence[Place], advance: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Place, Gathered | None]]:
-        there = dict(self.model.named_modules(remove_duplicate=False))  # what was in a block goes with it
-        watched = [name for name in self._replaceable if name in there]
-        return gather(self.model, places, self._batches, self._arguments, watched, advance)
+        return gather(self.model, places, self._batches, self._arguments, self._watched, advance)
+
+    @property
+    def _watched(self) -> list[str]:
+        """Of what something may take the place, that which is there: what was in a block goes with it."""
+        there = dict(self.model.named_modules(remove_duplicate=False))
+        return [name for name in self._replaceable if name in there]
 
     def _fit_to(
         self, place: Place, gathered: Gathered | None, advance: Callable[[], object] = lambda: None
@@ -389,26 +410,4 @@ class Search:
         return {name: module for step in self._steps for name, module in step.new.items() if name in names}
 
     def _outputs(self) -> list[Tensor]:
-        """Return what the model makes of some of the calibration data: a matrix for each of its outputs."""
-        some, samples = [], 0
-        for batch in self._batches:
-            some.append(batch)
-            samples += len(batch[0])
-            if samples >= _SAMPLES_FOR_DRIFT:
-                break
-        with torch.no_grad():
-            each = [tensors_in(self.model(*copies(batch))) for batch in some]
-        outputs: list[Tensor] = []
-        for column in zip(*each, strict=True):
-            rows = [x.reshape(len(x), -1) for x in column if x.ndim]
-            is_one = len({x.shape[1] for x in rows}) == 1  # else sequences of other lengths
-            outputs += [torch.cat(rows)] if is_one else rows
-        return outputs
-
-
-def drift_of(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:
-    """Return the share of the variance of outputs that has changed, over all of them."""
-    pairs = [(a.double(), b.double()) for a, b in zip(outputs, before, strict=True) if b.is_floating_point()]
-    changed = sum(float((a - b).square().sum()) for a, b in pairs)
-    variance = sum(float((b - b.mean(0)).square().sum()) for _, b in pairs)
-    return changed / variance if variance > 0 else changed
+        return outputs_of(self.model, self._batches)

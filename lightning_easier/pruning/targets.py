@@ -1,6 +1,7 @@
 """How fast or how shallow a model should become, and whether it is."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.inference import copies
-from lightning_easier.support.timing import MARGIN, LatencyTable, compare
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
@@ -91,6 +92,7 @@ class Look:
         exact: Cost of the model as it was given, collapsed exactly.
         attained: Whether the model is as fast and as shallow as it should be.
         is_impossible: Whether the work has become so much less, and the time has not, that it is no use to go on.
+        timed: The time of each of what the collapse chose among, by name.
     """
 
     result: CollapseResult
@@ -99,6 +101,7 @@ class Look:
     exact: ModelCost
     attained: Attained
     is_impossible: bool
+    timed: Mapping[str, Latency]
 
 
 class TargetWatch:
@@ -204,6 +207,21 @@ class TargetWatch:
         """
         return self._look(self._prepared(model, saved), saved)
 
+    def look_again(self, model: nn.Module, saved: float, look: Look) -> Look:
+        """Collapse a model again of which only values have changed since a look: it takes as long as it did.
+
+        Args:
+            model: The model.
+            saved: As for :meth:`look_if_due`.
+            look: The look.
+        """
+        prepared = self._prepared(model, saved)
+        if prepared.models.keys() - look.timed.keys():  # it is collapsed to something else
+            return self._look(prepared, saved)
+        settled = prepared.settle(look.timed)
+        report = dataclasses.replace(settled.report, before=look.before, dense=look.dense)
+        return dataclasses.replace(look, result=CollapseResult(settled.model, report))
+
     def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
         """Look at a model; None, before anything is timed, for one that is deeper than it should be.
 
@@ -270,7 +288,8 @@ class TargetWatch:
             and by_macs is not None
             and by_macs * self._speedup * _IMPOSSIBLE <= 1
         )
-        return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible)
+        timed = {name: each for (whose, name), each in latency.items() if whose == "fitted"}
+        return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, timed)
 
 
 def _attained(report: CollapseReport, speedup: float | None, depth: int | None) -> Attained:

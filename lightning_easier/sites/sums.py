@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_easier.sites.activations import unwrap
 from lightning_easier.sites.blocks import Block
-from lightning_easier.sites.dataflow import Call, Flow, FlowNode, Kind
+from lightning_easier.sites.dataflow import Flow, FlowNode, Kind
 from lightning_easier.sites.discovery import Look
 from lightning_easier.sites.feeding import Constants
 from lightning_easier.support.inference import evaluation_mode
@@ -42,12 +42,12 @@ def sums_of(model: nn.Module, branches: Iterable[Block]) -> dict[str, Watched | 
     inner = unwrap(model)
     with evaluation_mode(inner):
         flow = Look(training=False).plan(inner).flow
-    search = _Search(flow)
-    return {branch.name: search.sum_of(branch) for branch in branches}
+    sums = Sums(flow)
+    return {branch.name: sums.of_branch(branch) for branch in branches}
 
 
-class _Search:
-    """The search in one flow."""
+class Sums:
+    """Where sums are seen in one flow of values."""
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
@@ -56,17 +56,21 @@ class _Search:
         self._calls = Counter(call.module for call in flow.calls)
         self._nodes = Counter(node.module for node in flow.nodes if node.module is not None)
 
-    def sum_of(self, branch: Block) -> Watched | str:
+    def after(self, node: FlowNode) -> Watched | None:
+        """Return where the sum is seen that a value is added to as it is; None where that is not known."""
+        total = self._addition(node, 0)
+        return None if total is None else self._seen(total)
+
+    def of_branch(self, branch: Block) -> Watched | str:
         """Return where the sum of one branch is seen, or why that is not known."""
         call = next((call for call in self._flow.calls if call.module is branch.module), None)
-        total = None if call is None else self._addition(call)
+        total = None if call is None else self._addition(call.output, call.end)
         if total is None:
             return "it is scaled, its axes are exchanged, or something else is done to it, before it is added"
         return self._seen(total) or "nothing tells what it is worth: no module alone reads the sum that it is added to"
 
-    def _addition(self, call: Call) -> FlowNode | None:
-        """Return the addition that reads what a branch computes, as it is."""
-        node, end = call.output, call.end
+    def _addition(self, node: FlowNode | None, end: int) -> FlowNode | None:
+        """Return the addition that reads a value as it is, and nothing else made from a number of a node on does."""
         while node is not None:
             after = [
                 reader

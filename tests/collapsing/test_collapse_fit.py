@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress, isolate_activations, linearize
-from lightning_easier.collapsing.fit import fitting
+from lightning_easier.collapsing.fit import fitting, replacing
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import FittableChains
@@ -324,7 +324,7 @@ def test_a_site_that_is_linear_already_is_an_error():
 def test_one_bar_moves_inside_a_chain_and_ends_full(monkeypatch):
     bars = []
 
-    class Bar(fitting.tqdm):
+    class Bar(replacing.tqdm):
         def __init__(self, *args, **options):
             super().__init__(*args, **{**options, "disable": False, "file": io.StringIO(), "delay": 0})
             self.seen = [self.n]
@@ -334,7 +334,7 @@ def test_one_bar_moves_inside_a_chain_and_ends_full(monkeypatch):
             super().update(n)
             self.seen.append(self.n)
 
-    monkeypatch.setattr(fitting, "tqdm", Bar)
+    monkeypatch.setattr(replacing, "tqdm", Bar)
     torch.manual_seed(0)
     model = randomized(nn.Sequential(Mlp(), nn.LayerNorm(8), Mlp()))
     batches = [torch.randn(64, 8) for _ in range(5)]

@@ -509,13 +509,18 @@ def test_what_it_will_take_is_known_from_the_start(monkeypatch):
 
 def test_all_chains_are_fitted_in_one_run_and_again_only_where_what_comes_before_has_changed(monkeypatch):
     runs, looks = [], []
-    gather, around = search.gather, search.FittableChains.around
+    gather, alone, around = search.gather, search.gather_alone, search.FittableChains.around
 
     def counted(model, chains, *args):
         runs.append([chain.sites for chain in chains])
         yield from gather(model, chains, *args)
 
+    def counted_alone(model, dense, place, *args):
+        runs.append([place.sites])
+        return alone(model, dense, place, *args)
+
     monkeypatch.setattr(search, "gather", counted)
+    monkeypatch.setattr(search, "gather_alone", counted_alone)
     monkeypatch.setattr(search.FittableChains, "around", lambda *args: looks.append(args[1]) or around(*args))
     report = compress(mlps(4), BATCHES, **OPTIONS).report
     chains = [(f"mlps.{number}.1",) for number in range(4)]

@@ -8,21 +8,36 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments
 from lightning_easier.sites.adjacency import Adjacency
-from lightning_easier.sites.dataflow import FlowNode, Kind
+from lightning_easier.sites.dataflow import Flow, FlowNode, Kind
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.sites.rectifiers import GATES, FunctionalPReLU
+from lightning_easier.sites.sums import Sums
 from lightning_easier.structure.padding import numeric_padding
 
 ACTIVATIONS_IN_A_CHAIN = 2
 """How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
+
+
+class Shown(NamedTuple):
+    """Where it shows what a place computes, together with all that it is added to.
+
+    Attributes:
+        module: Name of a module that is called once in a forward.
+        side: Whether that is what the module is called with first, or what it returns.
+        norm: Name of the batch norm that lies between the place and there; None if there is none.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    norm: str | None = None
 
 
 class Place(ABC):
@@ -67,6 +82,11 @@ class Place(ABC):
     @abstractmethod
     def parts(self) -> frozenset[str]:
         """Names of all modules in it."""
+
+    @property
+    @abstractmethod
+    def shown(self) -> Shown:
+        """Where its error can be told, with the errors of all that it is added to."""
 
     def meets(self, other: "Place") -> bool:
         """Tell whether another place has a part of this one."""
@@ -116,6 +136,7 @@ class FittableChain(Place):
         between: Names of what else lies between them: batch norms and idle dropouts.
         geometry: Which values of the input the fitted operator reads.
         norm: Name of the batch norm that is all that reads what the chain computes; None if there is none.
+        total: Where the sum is seen that the chain, or that norm, is added to; None if there is none.
     """
 
     sites: tuple[str, ...]
@@ -123,6 +144,7 @@ class FittableChain(Place):
     between: tuple[str, ...]
     geometry: Geometry
     norm: str | None = None
+    total: Shown | None = None
 
     @property
     def after(self) -> tuple[str, ...]:
@@ -153,6 +175,11 @@ class FittableChain(Place):
     def ends(self) -> tuple[str, str]:
         """Names of the first and the last operator."""
         return self.operators[0], self.operators[-1]
+
+    @property
+    def shown(self) -> Shown:
+        """In the sum that it is added to, else in what its last operator returns."""
+        return self.total or Shown(self.operators[-1], "output")
 
     @property
     def parts(self) -> frozenset[str]:
@@ -209,6 +236,7 @@ class FittableChains:
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._norms = dict(_norms_after(plan.flow.nodes, self._names))
+        self._totals = dict(_totals_after(plan.flow, self._names))
         self._meetings: dict[str, Meeting] = {}
         self.reasons: dict[str, str] = {}
         for site in plan.sites:
@@ -255,7 +283,7 @@ class FittableChains:
         meetings = [self._meetings[site] for site in sites]
         if any(before.second != after.first for before, after in pairwise(meetings)):
             raise CannotFitError("its activations lie in a row no more")
-        return _chain(self._model, sites, meetings, self._names, self._norms)
+        return _chain(self._model, sites, meetings, self._names, self._norms, self._totals)
 
     def _made(self, runs: Iterable[list[str]]) -> list[FittableChain]:
         chains: list[FittableChain] = []
@@ -295,18 +323,33 @@ def _norms_after(nodes: Iterable[FlowNode], names: Mapping[nn.Module, str]) -> I
                 yield node.name, names[norm]
 
 
+def _totals_after(flow: Flow, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Shown]]:
+    """Yield operators with where the sum is seen that they, or the batch norms after them, are added to, by name."""
+    sums, norms = Sums(flow), dict(_norms_after(flow.nodes, names))
+    for node in flow.nodes:
+        if node.kind == Kind.OPERATOR:
+            norm = norms.get(node.name)
+            seen = sums.after(node if norm is None else node.readers[0])
+            if seen is not None and seen.module in names:
+                yield node.name, Shown(names[seen.module], seen.side, norm)
+
+
 def _chain(
     model: nn.Module,
     sites: Sequence[str],
     meetings: Sequence[Meeting],
     names: Mapping[nn.Module, str],
     norms: Mapping[str, str],
+    totals: Mapping[str, Shown],
 ) -> FittableChain:
     operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
     between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
-    return FittableChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(operators[-1]))
+    last = operators[-1]
+    return FittableChain(
+        tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(last), totals.get(last)
+    )
 
 
 def geometry_of(operators: Sequence[nn.Module]) -> Geometry:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
-from lightning_easier.collapsing.fit.fittable import Place
+from lightning_easier.collapsing.fit.fittable import Place, Shown
 from lightning_easier.sites.blocks import Block
 from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock
@@ -122,6 +122,11 @@ class FittableBlock(Place):
     def ends(self) -> tuple[str, str]:
         """Its name."""
         return self.name, self.name
+
+    @property
+    def shown(self) -> Shown:
+        """In what it returns: that has its skip in it, if it is no branch."""
+        return Shown(self.name, "output")
 
     @property
     def parts(self) -> frozenset[str]:

@@ -1,0 +1,67 @@
+r"""Least squares whose targets correct the errors of what was fitted before.
+
+With :math:`T` what a place computes on the inputs that it gets by now, and :math:`T + E` what it would have to compute
+for the error to be gone, the targets are :math:`T + \alpha E`. The sums for any :math:`\alpha` follow from those for 0
+and 1, and so does the best: solutions are linear in the targets, and what a solution leaves of :math:`T + E` on the
+positions held out is a parabola in :math:`\alpha`. A correction that does not generalize gets a small one.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, Sums, regular_solution
+
+
+class CorrectedMoments:
+    """The sums of one place, for targets with and without a correction.
+
+    Args:
+        geometry: What an output position reads.
+        outputs: Channels of the output.
+        device: Where the sums are.
+    """
+
+    def __init__(self, geometry: Geometry, outputs: int, device: torch.device) -> None:
+        self._outputs = outputs
+        self._axis = 1 if geometry.kernel else -1
+        self._moments = Moments.of(geometry, 3 * outputs, device)
+
+    def add(self, value: Tensor, target: Tensor, error: Tensor, positions: int) -> None:
+        """Add one batch.
+
+        Args:
+            value: What goes into the place, as for :meth:`Moments.add`.
+            target: What comes out of it.
+            error: What is missing to what should, of its shape.
+            positions: How many positions are used at most.
+        """
+        self._moments.add(value, torch.cat([target, target + error, error], self._axis), positions)
+
+    def mixed(self) -> tuple[Moments, float]:
+        """Return the sums for the targets that are corrected as far as that generalizes, and how far that is."""
+        fitted, held_out = self._moments.fitted, self._moments.held_out
+        share = self._share(fitted, held_out) if self._moments.why_no_fit() is None else 0.0
+        mixed = replace(self._moments, fitted=self._mix(fitted, share), held_out=self._mix(held_out, share))
+        return mixed, share
+
+    def _share(self, fitted: Sums, held_out: Sums) -> float:
+        plain, whole, _ = self._parts(regular_solution(fitted))
+        _, cross, _ = self._parts(held_out.cross)
+        step = whole - plain
+        size = float((step * (held_out.gram @ step)).sum())
+        gain = float((step * (cross - held_out.gram @ plain)).sum())
+        return min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
+
+    def _mix(self, sums: Sums, share: float) -> Sums:
+        plain, whole, _ = self._parts(sums.cross)
+        squares, of_whole, of_error = self._parts(sums.squares)
+        between = (squares + of_whole - of_error) / 2
+        mixed = (1 - share) ** 2 * squares + share**2 * of_whole + 2 * share * (1 - share) * between
+        return Sums(sums.gram, torch.lerp(plain, whole, share), mixed)
+
+    def _parts(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what belongs to the targets without correction, to those with all of it, and to the error."""
+        plain, whole, error = values.split(self._outputs, -1)
+        return plain, whole, error

@@ -1,0 +1,188 @@
+"""Sum up what a place computes, and what it would have to compute to correct the errors of what was fitted before it.
+
+A changed model and the model as given run side by side on the same batches. Where what the place computes shows, in the
+sum with its skip if there is one, the difference of the two is the error of all that was changed so far: with a batch
+norm between, what the place has to add for it to be gone is that by what the norm multiplies with.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
+from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
+from lightning_easier.collapsing.fit.fittable import Place
+from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted
+from lightning_easier.support.hooks import HookOfOneModel, first_tensor
+from lightning_easier.support.inference import copies, evaluation_mode
+
+# Channels that a norm multiplies with so much less than another are not corrected: what they would need is large.
+_LEAST_SCALE = 1e-2
+
+
+def _nothing() -> None: ...
+
+
+class _SeenError(BaseException):
+    """Ends a forward of which all that is wanted has been seen; no forward catches it."""
+
+
+def gather_corrected(
+    model: nn.Module,
+    dense: nn.Module,
+    place: Place,
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    watched: Iterable[str] = (),
+    advance: Callable[[], object] = _nothing,
+) -> Gathered | None:
+    """Sum up one place of a changed model, its targets corrected as far as that generalizes.
+
+    Args:
+        model: The changed model, in eval mode.
+        dense: The model as given, in eval mode.
+        place: The place, in which nothing was changed.
+        batches: The forward's positional arguments, for each batch.
+        arguments: Example inputs.
+        watched: Names of modules of which is said whether they ran before all of it was known.
+        advance: What is called after each batch.
+
+    Returns:
+        Its sums; None if there is no error, a forward does not get there, or nothing of the shape of its output is seen
+        where it shows.
+    """
+    shape = batches[0][0].shape
+    by = _by_what(model, place)
+    sums: CorrectedMoments | None = None
+    is_off = False
+    passed: list[tuple[Tensor, Tensor]] = []
+    running: set[str] = set()
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(evaluation_mode(dense))
+        hooks = ChainHooks(model, place, lambda value, output: passed.append((value, output)))
+        stack.callback(hooks.detach)
+        hooks.attach()
+        wanted, found = (stack.enter_context(_Shown(each, place)) for each in (dense, model))
+        for name in watched:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(_noting(name, running)).remove)
+        for batch in batches:
+            passed.clear()
+            hooks.forget()
+            before, now = wanted.run(batch), found.run(batch)
+            if before is None or now is None or not passed or not before.shape == now.shape == passed[0][1].shape:
+                return None
+            value, output = passed[0]
+            axis = 1 if place.geometry.kernel else -1
+            if sums is None:
+                sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
+                shape = value.shape
+            error = (before.float() - now.float()) * by
+            is_off = is_off or bool(error.any())
+            sums.add(value, output, error.to(output), -(-positions_wanted(place) // len(batches)))
+            advance()
+        if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
+            passed.clear()
+            hooks.forget()
+            found.run(arguments)
+            if not passed:
+                return None
+            shape = passed[0][0].shape
+    if sums is None or not is_off:
+        return None
+    moments, _ = sums.mixed()
+    return Gathered(moments, shape, frozenset(running))
+
+
+def gather_alone(
+    model: nn.Module,
+    dense: nn.Module | None,
+    place: Place,
+    batches: Sequence[tuple[Tensor, ...]],
+    arguments: Sequence[Tensor],
+    watched: Iterable[str] = (),
+    advance: Callable[[], object] = _nothing,
+) -> Gathered | None:
+    """Sum up one place; where something was changed already, its targets correct for that, if it can be seen.
+
+    Args:
+        model: The model, in eval mode.
+        dense: The model as given, in eval mode; None if nothing was changed yet.
+        place: The place.
+        batches: The forward's positional arguments, for each batch.
+        arguments: Example inputs.
+        watched: Names of modules of which is said whether they ran.
+        advance: What is called after each batch.
+
+    Returns:
+        Its sums; None if the forward does not get there.
+    """
+    if dense is not None and not place.geometry.is_flat:  # nothing is fitted there
+        corrected = gather_corrected(model, dense, place, batches, arguments, watched, advance)
+        if corrected is not None:
+            return corrected
+    ((_, gathered),) = gather(model, [place], batches, arguments, watched, advance)
+    return gathered
+
+
+class _Shown:
+    """Runs a model up to where it shows what a place computes."""
+
+    def __init__(self, model: nn.Module, place: Place) -> None:
+        self._model = model
+        self._place = place
+        self._value: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    def __enter__(self) -> "_Shown":
+        shown = self._place.shown
+        module = self._model.get_submodule(shown.module)
+
+        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._end(first_tensor(args, kwargs))
+
+        def leaves(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._end(self._place.made(output))
+
+        if shown.side == "input":
+            self._handle = module.register_forward_pre_hook(HookOfOneModel(enters), with_kwargs=True)
+        else:
+            self._handle = module.register_forward_hook(HookOfOneModel(leaves))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _end(self, value: Any) -> None:
+        self._value = value.detach().clone() if isinstance(value, Tensor) else None
+        raise _SeenError
+
+    def run(self, arguments: Sequence[Tensor]) -> Tensor | None:
+        """Return what shows; None if the forward does not get there."""
+        self._value = None
+        with suppress(_SeenError):
+            self._model(*copies(arguments))
+        return self._value
+
+
+def _noting(name: str, running: set[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        running.add(name)
+
+    return hook
+
+
+def _by_what(model: nn.Module, place: Place) -> Tensor:
+    """Return what an error has to be multiplied with, for each channel: one by the scale of the norm before it."""
+    if place.shown.norm is None:
+        return torch.ones(())
+    norm: Any = model.get_submodule(place.shown.norm)
+    weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+    scale = weight.float() / (norm.running_var.float() + norm.eps).sqrt()
+    by = torch.where(scale.abs() > _LEAST_SCALE * scale.abs().max(), 1 / scale, 0.0)
+    return by.view(-1, *[1] * len(place.geometry.kernel))

@@ -1,0 +1,59 @@
+"""How much the outputs of a model have changed, and in which direction."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easier.support.inference import copies, tensors_in
+
+# So many tell how much the outputs have changed, and so many values of each in which direction.
+_SAMPLES, _VALUES = 256, 1024
+
+
+def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return what a model makes of the first of some batches: a matrix for each of its outputs.
+
+    Args:
+        model: The model, in eval mode.
+        batches: The forward's positional arguments, for each batch.
+    """
+    some, samples = [], 0
+    for batch in batches:
+        some.append(batch)
+        samples += len(batch[0])
+        if samples >= _SAMPLES:
+            break
+    with torch.no_grad():
+        each = [tensors_in(model(*copies(batch))) for batch in some]
+    outputs: list[Tensor] = []
+    for column in zip(*each, strict=True):
+        rows = [x.reshape(len(x), -1) for x in column if x.ndim]
+        is_one = len({x.shape[1] for x in rows}) == 1  # else sequences of other lengths
+        outputs += [torch.cat(rows)] if is_one else rows
+    return outputs
+
+
+def drift_of(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """Return the share of the variance of outputs that has changed, over all of them."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, before, strict=True) if b.is_floating_point()]
+    changed = sum(float((a - b).square().sum()) for a, b in pairs)
+    variance = sum(float((b - b.mean(0)).square().sum()) for _, b in pairs)
+    return changed / variance if variance > 0 else changed
+
+
+def change_of(outputs: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """Return what has changed of outputs, as one vector: sums of such vectors tell what several changes do together.
+
+    Of outputs of many values some are taken, scaled so that the square of the length stays what it is on average.
+    """
+    parts = [torch.zeros(0, device=before[0].device)] if before else []
+    for number, (a, b) in enumerate(zip(outputs, before, strict=True)):
+        if b.is_floating_point():
+            values = b.shape[1]
+            if values > _VALUES:
+                places = torch.randperm(values, generator=torch.Generator().manual_seed(number))[:_VALUES].to(b.device)
+                a, b = a[:, places], b[:, places]
+            change = a.double() - b.double()
+            parts.append((change * (values / b.shape[1]) ** 0.5).float().flatten())
+    return torch.cat(parts)

@@ -1,0 +1,251 @@
+"""Targets that correct the errors of what was fitted before: their sums, where errors show, and what they are worth."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
+from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, fits
+from lightning_easier.collapsing.fit import correcting
+from lightning_easier.collapsing.fit.correcting import gather_alone, gather_corrected
+from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices
+from lightning_easier.collapsing.fit.fittable import FittableChains
+from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
+from lightning_easier.collapsing.fit.replacing import replace_chains
+from lightning_easier.sites.activations import isolate_activations
+from lightning_easier.sites.blocks import find_blocks
+from lightning_easier.support.timing import LatencyTable
+
+PLAIN = Geometry(6)
+CONVOLUTION = Geometry(3, (3, 3), (2, 1), (1, 0))
+
+
+def data(geometry, outputs):
+    """Two batches: what goes in, what comes out, and a linear function of what goes in."""
+    for size in (40, 33):
+        if geometry.kernel:
+            value = torch.randn(size, geometry.channels, 9, 7).double()
+            kernel = torch.randn(outputs, geometry.channels, *geometry.kernel).double()
+            made = F.conv2d(value, kernel, stride=geometry.stride, padding=geometry.padding)
+        else:
+            value = torch.randn(size, 5, geometry.channels).double()
+            made = value @ torch.randn(geometry.channels, outputs).double()
+        yield value, made + torch.randn_like(made), made
+
+
+@pytest.mark.parametrize("geometry", [PLAIN, CONVOLUTION])
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_mixed_sums_are_those_of_mixed_targets(geometry, size):
+    corrected, batches = CorrectedMoments(geometry, 4, torch.device("cpu")), list(data(geometry, 4))
+    errors = [size * (4 * torch.randn_like(made) + 0.3 * made) for _, _, made in batches]
+    for (value, target, _), error in zip(batches, errors, strict=True):
+        corrected.add(value, target, error, 10**6)
+    mixed, share = corrected.mixed()
+    assert 0 < share < 1
+    expected = Moments.of(geometry, 4, torch.device("cpu"))
+    for (value, target, _), error in zip(batches, errors, strict=True):
+        expected.add(value, target + share * error, 10**6)
+    for part in ("fitted", "held_out"):
+        for name in ("gram", "cross", "squares"):
+            torch.testing.assert_close(getattr(getattr(mixed, part), name), getattr(getattr(expected, part), name))
+    assert (mixed.samples, int(mixed.left_out)) == (expected.samples, 0)
+
+
+def test_what_inputs_explain_is_corrected_wholly_and_what_they_do_not_hardly():
+    shares = {}
+    for kind in ("linear", "noise", "none"):
+        corrected = CorrectedMoments(PLAIN, 4, torch.device("cpu"))
+        weight = torch.randn(6, 4).double()
+        for value, target, _ in data(PLAIN, 4):
+            error = {"linear": value @ weight, "noise": torch.randn_like(target), "none": torch.zeros_like(target)}
+            corrected.add(value, target, error[kind], 10**6)
+        _, shares[kind] = corrected.mixed()
+    assert shares["linear"] > 0.9
+    assert shares["noise"] < 0.5
+    assert shares["none"] == 0.0
+
+
+def test_a_correction_that_is_not_finite_leaves_its_samples_out():
+    corrected = CorrectedMoments(PLAIN, 4, torch.device("cpu"))
+    for value, target, made in data(PLAIN, 4):
+        error = made.clone()
+        error[3, 0, 0] = torch.nan
+        corrected.add(value, target, error, 10**6)
+    mixed, _ = corrected.mixed()
+    assert int(mixed.left_out) == 2
+    assert all(fit.explained > 0 for fit in fits(mixed))
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions, as in ResNets; or with nothing after the sum that is a module."""
+
+    def __init__(self, channels, has_activation=True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.BatchNorm2d(2 * channels)
+        self.conv2, self.bn2 = nn.Conv2d(2 * channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.inner = nn.ReLU()
+        self.outer = nn.ReLU() if has_activation else nn.Identity()
+
+    def forward(self, value):
+        return self.outer(value + self.bn2(self.conv2(self.inner(self.bn1(self.conv1(value))))))
+
+
+class Mixer(nn.Module):
+    """Two MLP branches on a stream of tokens, before which it is normed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(3))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)) for _ in range(2))
+
+    def forward(self, value):
+        for norm, mlp in zip(self.norms, self.mlps, strict=False):
+            value = value + mlp(norm(value))
+        return self.norms[2](value)
+
+
+def residual(*, has_activation=True):
+    model = nn.Sequential(*[Block(3, has_activation) for _ in range(3)], nn.Flatten(), nn.LazyLinear(5)).double()
+    model(torch.zeros(2, 3, 6, 5).double())
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def changed(model, name):
+    """The model with other weights in one module."""
+    model = deepcopy(model)
+    with torch.no_grad():
+        weight = model.get_submodule(name).weight
+        weight += 0.1 * torch.randn_like(weight)
+    return model
+
+
+def images(*sizes):
+    return [(torch.randn(size, 3, 6, 5).double(),) for size in sizes]
+
+
+def added(monkeypatch):
+    """What is added to the sums, of each batch."""
+    seen = []
+
+    class Recorded(CorrectedMoments):
+        def add(self, value, target, error, positions):
+            seen.append((value, target, error))
+            super().add(value, target, error, positions)
+
+    monkeypatch.setattr(correcting, "CorrectedMoments", Recorded)
+    return seen
+
+
+def at(model, name, batch):
+    """What a module is called with first, and what it returns."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model(*batch)
+    handle.remove()
+    return seen[0]
+
+
+def test_the_error_of_a_chain_shows_in_the_sum_with_its_skip_before_the_norm(monkeypatch):
+    model, batches, seen = residual(), images(4, 7), added(monkeypatch)
+    isolate_activations(model)
+    other = changed(model, "0.conv2")
+    (chain,) = FittableChains(other, ["1.inner"]).in_rows()
+    assert chain.shown == ("1.outer", "input", "1.bn2")
+    gather_corrected(other, model, chain, batches, batches[0])
+    assert len(seen) == 2
+    norm = other.get_submodule("1.bn2")
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1)
+    for batch, (value, target, error) in zip(batches, seen, strict=True):
+        torch.testing.assert_close(value, at(other, "1.conv1", batch)[0])
+        torch.testing.assert_close(target, at(other, "1.conv2", batch)[1])
+        missing = at(model, "1.outer", batch)[0] - at(other, "1.outer", batch)[0]
+        torch.testing.assert_close(error * scale, missing, rtol=1e-4, atol=1e-4)
+
+
+def test_of_a_chain_without_a_sum_and_of_a_block_it_shows_in_what_they_return(monkeypatch):
+    seen = added(monkeypatch)
+    plain = (
+        nn.Sequential(*[nn.Linear(5, 5), nn.ReLU()] * 1, nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+    )
+    values = [(torch.randn(30, 5).double(),)]
+    isolate_activations(plain)
+    other = changed(plain, "0")
+    (chain,) = FittableChains(other, ["3"]).in_rows()
+    gather_corrected(other, plain, chain, values, values[0])
+    torch.testing.assert_close(seen[0][1] + seen[0][2], at(plain, "4", values[0])[1], rtol=1e-4, atol=1e-4)
+
+    seen.clear()
+    model, batches = residual(), images(5)
+    sites = list(isolate_activations(model))
+    other = changed(model, "0.conv1")
+    blocks, _ = fittable_blocks(other, find_blocks(other), sites, batches[0])
+    block = next(block for block in blocks if block.name == "1")
+    gather_corrected(other, model, block, batches, batches[0])
+    torch.testing.assert_close(seen[0][0], at(other, "1", batches[0])[0])
+    torch.testing.assert_close(seen[0][1] + seen[0][2], at(model, "1", batches[0])[1], rtol=1e-4, atol=1e-4)
+
+
+def test_in_a_transformer_it_shows_before_the_next_norm():
+    model = Mixer().double().eval()
+    isolate_activations(model)
+    shown = [chain.shown for chain in FittableChains(model, list(isolate_activations(model))).in_rows()]
+    assert shown == [("norms.1", "input", None), ("norms.2", "input", None)]
+
+
+def test_a_model_that_was_not_changed_needs_no_correction():
+    model, batches = residual(), images(16, 16)
+    isolate_activations(model)
+    (chain,) = FittableChains(model, ["1.inner"]).in_rows()
+    assert gather_corrected(model, deepcopy(model), chain, batches, batches[0]) is None
+    corrected = gather_alone(model, deepcopy(model), chain, batches, batches[0])
+    plain = gather_alone(model, None, chain, batches, batches[0])
+    for part in ("fitted", "held_out"):
+        for name in ("gram", "cross", "squares"):
+            one, other = (getattr(getattr(each.moments, part), name) for each in (corrected, plain))
+            assert torch.equal(one, other)
+    assert corrected.shape == plain.shape
+
+
+def test_hooks_and_modes_are_as_they_were():
+    model, batches = residual(), images(8)
+    isolate_activations(model)
+    other = changed(model, "0.conv2").train()
+    (chain,) = FittableChains(other.eval(), ["1.inner"]).in_rows()
+    other.train()
+    gather_corrected(other, model, chain, batches, batches[0], ["0.conv1"])
+    assert other.training
+    assert not model.training
+    for each in (model, other):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in each.modules())
+
+
+def test_errors_that_are_corrected_leave_the_outputs_nearer(monkeypatch):
+    """As in images, values hang together: what comes in after an error tells of the error."""
+    torch.manual_seed(3)
+    patterns = torch.randn(4, 90).double()
+
+    def drawn(*sizes):
+        return [((torch.randn(size, 4).double() @ patterns).view(size, 3, 6, 5),) for size in sizes]
+
+    model, batches, fresh = residual(), drawn(64, 64, 64, 64), drawn(256)
+    sites = [site for site in isolate_activations(model) if site.endswith("inner")]
+    drifts = {}
+    for way in ("corrected", "plain"):
+        if way == "plain":
+            monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)
+        fitted = deepcopy(model)
+        replace_chains(fitted, sites, batches, batches[0], ChainPrices("macs", LatencyTable()), 0.02)
+        drifts[way] = drift_of(outputs_of(fitted, fresh), outputs_of(model, fresh))
+    assert drifts["corrected"] < 0.9 * drifts["plain"]

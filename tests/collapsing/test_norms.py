@@ -1,0 +1,166 @@
+"""Batch norms of a changed model compute mean and deviation as before, to the last of them; an unchanged one stays."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier.collapsing.fit.norms import NormsBefore, match_norms
+
+WIDTHS = (3, 8, 6)
+
+
+def network(norm=nn.BatchNorm2d, **options):
+    """Two convolutions with norms in a state that no other has, one after a rectifier."""
+    layers = []
+    for before, after in pairwise(WIDTHS):
+        layers += [nn.Conv2d(before, after, 3), norm(after, **options), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).double()
+    model(torch.zeros(2, 3, 9, 7).double())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def batches(*sizes):
+    """Uneven batches whose channels differ."""
+    return [(torch.randn(size, 3, 9, 7).double() * torch.tensor([1, 2, 0.5]).view(3, 1, 1) + 1,) for size in sizes]
+
+
+def changed(model):
+    """The model with other convolutions: the first varies less, the second is another."""
+    model = deepcopy(model)
+    with torch.no_grad():
+        model[0].weight *= 0.4
+        model[3].weight += 0.1 * torch.randn_like(model[3].weight)
+    return model
+
+
+def moments(model, upto, data):
+    """Mean and deviation of each channel after a layer, over all batches together."""
+    with torch.no_grad():
+        values = torch.cat([model[:upto](value) for (value,) in data]).transpose(0, 1).flatten(1)
+    return values.mean(1), values.std(1, correction=0)
+
+
+def test_each_norm_computes_mean_and_deviation_as_before():
+    model, data = network(), batches(16)
+    other = changed(model)
+    NormsBefore(model, data).match(other)
+    for upto in (2, 5):
+        for now, before in zip(moments(other, upto, data), moments(model, upto, data), strict=True):
+            torch.testing.assert_close(now, before, rtol=1e-9, atol=1e-9)
+
+
+def test_over_several_batches_the_statistics_are_those_of_all_together():
+    model, data = network(), batches(16, 9, 3)
+    other = changed(model)
+    NormsBefore(model, data).match(other)
+    for now, before in zip(moments(other, 2, data), moments(model, 2, data), strict=True):
+        torch.testing.assert_close(now, before, rtol=0.02, atol=0.02)  # samples have as many positions each
+    reads = torch.cat([other[:1](value) for (value,) in data]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(other[1].running_mean, reads.mean(1))
+    torch.testing.assert_close(other[1].running_var, reads.var(1, correction=0))
+
+
+def test_the_changed_model_comes_nearer_and_training_goes_on_from_what_it_computes():
+    model, data = network(), batches(64)
+    other = changed(model)
+    (value,) = data[0]
+    with torch.no_grad():
+        before = (other(value) - model(value)).norm()
+        NormsBefore(model, data).match(other)
+        assert (other(value) - model(value)).norm() < before / 2
+        at_rest = other(value)
+        torch.testing.assert_close(other.train()(value), at_rest, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_that_was_not_changed_stays_bit_for_bit_and_so_does_what_comes_before_a_change():
+    model, data = network(), batches(16, 16)
+    norms = NormsBefore(model, data)
+    same = deepcopy(model)
+    assert not norms.match(same).before
+    other = deepcopy(model)
+    with torch.no_grad():
+        other[3].weight *= 0.4
+    norms.match(other)
+    for name, value in model[1].state_dict().items():
+        assert torch.equal(other[1].state_dict()[name], value)
+    assert not torch.equal(other[4].running_var, model[4].running_var)
+
+
+def test_it_can_be_undone():
+    model, data = network(), batches(16)
+    other = changed(model)
+    before = deepcopy(other.state_dict())
+    NormsBefore(model, data).match(other).undo()
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_a_norm_without_scale_or_statistics_is_left(options):
+    model, data = network(**options), batches(16)
+    norms = NormsBefore(model, data)
+    assert norms.names == ()
+    assert not norms.match(changed(model)).before
+
+
+def test_norms_that_share_a_scale_are_called_twice_or_see_few_values_are_left():
+    shared = network()
+    shared.append(nn.BatchNorm1d(4).double().eval())
+    shared.append(nn.Linear(4, 4).double())
+    assert NormsBefore(shared, batches(16)).names == ("1", "4")  # 16 values a channel are too few for the last
+    assert NormsBefore(shared, batches(64)).names == ("1", "4", "8")
+    twin = nn.BatchNorm2d(8).double().eval()
+    twin.weight = shared[1].weight
+    shared.insert(2, twin)
+    assert NormsBefore(shared, batches(64)).names == ("5", "9")
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3).double()
+
+        def forward(self, value):
+            return self.norm(self.norm(value))
+
+    assert NormsBefore(Twice().eval(), batches(16)).names == ()
+
+
+def test_a_channel_that_is_constant_only_moves():
+    model, data = network(), batches(16)
+    other = deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[2] = 0
+        other[0].bias[2] = 5
+    NormsBefore(model, data).match(other)
+    mean, deviation = moments(other, 2, data)
+    torch.testing.assert_close(mean[2], moments(model, 2, data)[0][2])
+    assert deviation[2] == 0
+    assert other[1].weight.isfinite().all()
+
+
+def test_what_brings_the_outputs_no_nearer_is_undone():
+    """What the first convolution lacks the second makes up for: between them the norm computes less, as it should."""
+    model, data = network(), batches(16, 16)
+    other = deepcopy(model)
+    with torch.no_grad():
+        other[0].weight *= 0.5
+        other[0].bias *= 0.5
+        other[1].running_mean *= 0.5
+        other[1].bias *= 0.5
+        other[3].weight *= 2  # the rectifier between passes a factor on
+    before = deepcopy(other.state_dict())
+    assert NormsBefore(model, data).match(deepcopy(other)).before
+    assert match_norms(other, model, data) is None
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with torch.no_grad():
+        other[3].weight /= 2
+    assert match_norms(other, model, data) is not None

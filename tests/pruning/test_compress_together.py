@@ -1,0 +1,122 @@
+"""What several changes do together: their order, the errors that they correct, and the batch norms at last."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easier import compress
+from lightning_easier.collapsing.fit import correcting
+from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
+from lightning_easier.pruning import compress as compressing
+from lightning_easier.pruning import targets
+from lightning_easier.zoo import CifarResNet
+
+
+class Sum(nn.Module):
+    """MLPs beside a skip. What the second computes goes against the first; the third has nothing to do with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)) for _ in range(3))
+        first, second, third = self.mlps
+        second.load_state_dict(first.state_dict())
+        with torch.no_grad():
+            second[2].weight *= -1.2
+            third[2].weight *= 0.92
+
+    def forward(self, value):
+        return value + sum(mlp(value) for mlp in self.mlps)
+
+
+def test_a_change_that_goes_against_what_is_in_place_comes_before_a_smaller_one():
+    torch.manual_seed(0)
+    model, batches = Sum().eval(), [torch.randn(64, 6) for _ in range(4)]
+    report = compress(model, batches, objective="macs", max_drift=math.inf, include="mlps.*.1").report
+    alone = {trial.sites[0]: trial.drift for trial in report.trials}
+    order = list(dict.fromkeys(trial.sites[0] for trial in report.trials))
+    assert alone["mlps.0.1"] < alone["mlps.2.1"] < alone["mlps.1.1"]
+    assert order == ["mlps.0.1", "mlps.1.1", "mlps.2.1"]
+
+
+def test_changes_are_one_vector_whose_square_is_the_drift_and_of_many_values_some_are_taken():
+    before = [torch.randn(40, 3), torch.randn(40, 5000), torch.arange(40)[:, None]]
+    after = [each + torch.randn_like(each) if each.is_floating_point() else each + 1 for each in before]
+    variance = sum(float((b - b.mean(0)).double().square().sum()) for b in before[:2])
+    change = change_of(after, before)
+    assert change.numel() == 40 * (3 + 1024)
+    assert float(change.double().square().sum()) / variance == pytest.approx(drift_of(after, before), rel=0.02)
+    assert torch.equal(change, change_of(after, before))
+
+
+def randomized(model):
+    """A network whose batch norms are in a state that no other has."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.05, 0.2)
+    return model.eval()
+
+
+def images(*sizes):
+    """Images of a few patterns: values hang together, as in real ones."""
+    patterns = torch.randn(5, 3 * 12 * 10, generator=torch.Generator().manual_seed(0))
+    return [(torch.randn(size, 5) @ patterns).view(size, 3, 12, 10) for size in sizes]
+
+
+OPTIONS = {"objective": "macs", "max_drift": math.inf, "include": "*.relu1"}
+
+
+def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkeypatch):
+    torch.manual_seed(0)
+    model, batches, looks = randomized(CifarResNet(14)), images(64, 64, 64), []
+    compare = targets.compare
+    monkeypatch.setattr(targets, "compare", lambda *args, **options: looks.append(1) or compare(*args, **options))
+    matched = compress(model, batches, **OPTIONS)
+    assert len(looks) == 1  # values alone have changed since the last timing
+    (note,) = [note for note in matched.report.notes if "batch norm" in note]
+    assert f"{matched.report.drift:.2%}" in note
+    (value,) = images(16)
+    with torch.no_grad():
+        torch.testing.assert_close(matched.model(value), matched.fitted(value), rtol=1e-3, atol=1e-3)
+    dense = outputs_of(model, [(each,) for each in batches])
+    assert matched.report.drift == pytest.approx(
+        drift_of(outputs_of(matched.fitted, [(each,) for each in batches]), dense), rel=1e-4
+    )
+
+    monkeypatch.setattr(compressing, "match_norms", lambda *_: None)
+    plain = compress(model, batches, **OPTIONS)
+    assert [trial.sites for trial in plain.report.trials] == [trial.sites for trial in matched.report.trials]
+    assert matched.report.drift < plain.report.drift
+    assert not any("batch norm" in note for note in plain.report.notes)
+
+
+def test_batch_norms_stay_as_they_were_where_the_score_falls_with_others():
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
+    last = model.layer3[1].bn2.bias.detach().clone()
+
+    def evaluate(candidate):
+        (norm,) = [module for name, module in candidate.named_modules() if name == "layer3.1.bn2"]
+        return float(torch.equal(norm.bias, last))
+
+    only = {**OPTIONS, "include": "layer1.*.relu1"}
+    result = compress(model, batches, evaluate=evaluate, tolerance=0.5, **only)
+    assert result.report.score_after == 1.0
+    assert torch.equal(result.fitted.layer3[1].bn2.bias, last)
+    assert not any("batch norm" in note for note in result.report.notes)
+    moved = compress(model, batches, evaluate=lambda _: 1.0, tolerance=0.5, **only)
+    assert not torch.equal(moved.fitted.layer3[1].bn2.bias, last)
+
+
+def test_errors_that_are_corrected_leave_less_drift(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
+    corrected = compress(model, batches, **OPTIONS).report
+    monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)
+    plain = compress(deepcopy(model), batches, **OPTIONS).report
+    assert corrected.drift < 0.9 * plain.drift
