@@ -23,7 +23,8 @@ class Unneeded:
         watch: Tells whether the target is reached.
         look: The last look at the model.
         score: Of the model; None if it was not evaluated.
-        most: How many attempts to put something else in the place of a step may be in vain, in a row.
+        most: How many attempts to put something else in the place of a step may be in vain: each takes a collapse, and
+            timings.
         clock: Tells whether the time is over.
         progress: Is told of each step.
 
@@ -100,5 +101,5 @@ class Unneeded:
         step.trial.kept = False
         instead = "without it" if less is None else f"with {less.choice.fit.kind} in its place"
         step.trial.reason = f"not needed for the target: {look.attained.words}, {instead}"
-        self.look, self.score, self._in_vain = look, score, 0
+        self.look, self.score = look, score
         return True
