@@ -15,7 +15,7 @@ from tests.linear_networks import networks
 
 ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time
 SETTINGS = settings(
-    max_examples=int(ASKED_FOR or 250),
+    max_examples=int(ASKED_FOR or 150),
     derandomize=ASKED_FOR is None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
