@@ -61,7 +61,7 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
     inner = [name for name in sites if name.endswith("relu1")]
     if method == "compress":
         target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
-        include = inner if options.chains else None
+        include = None if options.blocks else inner
         return compress(model, calibration, example_inputs=example, include=include, **target).fitted
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch goes over")
     parser.add_argument("--removed", type=int, default=12, help="activations that identity, affine and fitted remove")
     parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
-    parser.add_argument("--chains", action="store_true", help="compress replaces chains in the blocks, no whole block")
+    parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks, too")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, *PEERS))

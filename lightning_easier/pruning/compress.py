@@ -75,7 +75,7 @@ def compress(
     slack: float = SLACK,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> CompressResult:
-    """Replace chains around activations, and whole blocks, the one that changes least per second saved first.
+    """Replace chains around activations, and whole blocks, the one that adds least per second saved first.
 
     Around every activation between two operators, and every two in a row, and in the place of every residual block and
     every branch that an addition adds, every kind of operator is fitted (see :func:`~lightning_easier.collapse` with
