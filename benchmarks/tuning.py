@@ -62,7 +62,9 @@ def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], exam
     if method == "compress":
         target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
         include = None if options.blocks else inner
-        return compress(model, calibration, example_inputs=example, include=include, **target).fitted
+        return compress(
+            model, calibration, example_inputs=example, include=include, finetune=options.finetune or None, **target
+        ).fitted
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--removed", type=int, default=12, help="activations that identity, affine and fitted remove")
     parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
     parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks, too")
+    parser.add_argument("--finetune", type=int, default=0, help="steps without labels that compress ends with")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, *PEERS))

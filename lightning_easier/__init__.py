@@ -17,6 +17,7 @@ from lightning_easier.measure.transport import SlicedWasserstein, sliced_wassers
 from lightning_easier.pruning.candidates import candidates
 from lightning_easier.pruning.collapsible import collapsible_blocks
 from lightning_easier.pruning.compress import CompressResult, compress
+from lightning_easier.pruning.finetuning import Finetuning
 from lightning_easier.pruning.methods import (
     FitChains,
     Linearize,
@@ -65,7 +66,7 @@ __all__ = [
     "isolate_activations", "candidates", "collapsible_blocks", "linearize", "restore",
     "load_pruned", "restore_structure_on_load",
     "collapse", "CollapseResult", "CollapseError",
-    "compress", "CompressResult",
+    "compress", "CompressResult", "Finetuning",
     "export", "ExportError",
     "PruningReport", "CandidateReport", "BlockReport", "CollapseReport", "CompressReport", "ExportReport",
 ]  # fmt: skip

@@ -13,16 +13,28 @@ from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.collapsing.fit.norms import match_norms
+from lightning_easier.measure.features import places_of_features
+from lightning_easier.pruning.finetuning import Finetuner, Finetuning, check_trainable
+from lightning_easier.pruning.finishing import Finishing
 from lightning_easier.pruning.judge import Judge
 from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.pruning.search import FittedCandidate, Search
-from lightning_easier.pruning.stages import PREPARING, SEARCHING, STAGES, TIMING, TRYING, Clock
+from lightning_easier.pruning.stages import (
+    FINETUNING,
+    PREPARING,
+    SEARCHING,
+    STAGES,
+    STAGES_WITH_FINETUNING,
+    TIMING,
+    TRYING,
+    Clock,
+)
 from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
 from lightning_easier.pruning.unneeded import Unneeded
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
-from lightning_easier.support.arguments import as_globs, check_choice, check_non_negative, check_positive
+from lightning_easier.support.arguments import as_globs, check_choice, check_integer, check_non_negative, check_positive
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import (
@@ -73,6 +85,7 @@ def compress(
     exclude: list[str] | str | None = None,
     max_rejections: int = 3,
     slack: float = SLACK,
+    finetune: int | Finetuning | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> CompressResult:
     """Replace chains around activations, and whole blocks, the one that adds least per second saved first.
@@ -118,6 +131,10 @@ def compress(
         max_rejections: How many in a row may be taken back before it stops.
         slack: Where neither a score nor a target tells where to stop: how much less of the variance of a chain than the
             best operator one may explain to be taken for its price.
+        finetune: For how many steps what is left is trained at last, or how: without labels, to compute on ``batches``
+            what the model as given does, see :class:`~lightning_easier.Finetuning`. What would be taken back is
+            trained first, up to ``max_rejections`` times, and stays if it is good enough then. 300 steps bring back
+            most of what tuning on labels would; none by default.
         example_inputs: What costs are measured at; the first batch by default.
 
     Returns:
@@ -154,15 +171,18 @@ def compress(
     ):  # fmt: skip
         if value is not None and value != math.inf:
             check(argument, value)
-    clock = Clock(max_minutes)
+    settings = _as_finetuning(finetune)
+    stages = STAGES if settings is None else STAGES_WITH_FINETUNING
+    clock = Clock(max_minutes, stages)
     model = unwrap(model)
     check_weights(model)
+    if settings is not None:
+        check_trainable(model)
     source = without_masks(model).eval()
     remove_hooks_of_one_model(source)
     activations = list(isolate_activations(source))
-    sites, blocks = _wanted(
-        activations, find_blocks(source), as_globs("include", include), as_globs("exclude", exclude)
-    )
+    found = find_blocks(source)
+    sites, blocks = _wanted(activations, found, as_globs("include", include), as_globs("exclude", exclude))
     given = None if example_inputs is None else as_arguments(example_inputs)
     count = arguments_wanted(source) if given is None else len(given)
     device = device_of(source)
@@ -178,7 +198,7 @@ def compress(
         notes += [said for said in (doubt, decision) if said is not None]
     arguments = copies(given or data.batches[0])
 
-    with Stages(STAGES) as progress:
+    with Stages(stages) as progress:
         progress.begin(PREPARING, units=_TIMINGS)
         judge = Judge(source, evaluate, allowed, max_drift, device)
         pace = Pace(clock.left, progress.tell)
@@ -197,6 +217,8 @@ def compress(
             search.reasons |= reasons
         clock.begin(TRYING)
         progress.begin(TRYING, len(candidates), _TIMINGS)
+        followed = places_of_features(found, activations)
+        finetuner = None if settings is None else Finetuner(source, followed, data.batches, settings, clock, most)
         rejections, ended, is_over, score = 0, "", False, judge.dense_score
         left = list(candidates)
         while left:
@@ -213,6 +235,8 @@ def compress(
             if trial is not None:
                 trial.score = judge.score(search.model)
                 trial.reason = judge.why_not(trial.score, search.drift)
+                if trial.reason is not None and finetuner is not None:
+                    finetuner.rescue(trial, search, judge)
                 if trial.reason is not None:
                     search.take_back(trial.reason)
                     rejections += 1
@@ -231,17 +255,18 @@ def compress(
         progress.finish()
         unneeded = Unneeded(search, candidates, judge, watch, look, score, most, clock, progress)
         unneeded.take_back()
-        look, score = unneeded.look, unneeded.score
-        drift = search.drift
-        matched = match_norms(search.model, source, data.batches) if search.steps and not clock.is_over() else None
-        if matched is not None:
-            rescored = judge.score(search.model)
-            if judge.is_no_worse(rescored, score):
-                notes.append(_of_norms(drift, search.drift))
-                score, drift = rescored, search.drift
-                look = watch.look_again(search.model, search.saved, look)
-            else:
-                matched.undo()
+        finishing = Finishing(search, judge, watch, unneeded.look, unneeded.score)
+        if search.steps and not clock.is_over():
+            matched = match_norms(search.model, source, data.batches)
+            if matched is not None:
+                finishing.keep_or_undo(matched, _of_norms)
+        if finetuner is not None and search.steps:
+            clock.begin(FINETUNING)
+            progress.begin(FINETUNING, 1, finetuner.settings.steps)
+            trained = finetuner.run(search.model, progress.advance)
+            if trained.is_nearer:
+                finishing.keep_or_undo(trained, trained.words)
+        look = finishing.look
     is_too_short = not search.trials and (search.was_cut or is_over)
     if is_too_short and not look.attained.is_reached:
         ended = f"nothing was tried: {search.looked_at} within the {max_minutes:g} minutes of `max_minutes`"
@@ -259,9 +284,22 @@ def compress(
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        drift, look.result.report, ended, notes, score,
+        finishing.drift, look.result.report, ended, [*notes, *finishing.notes], finishing.score,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
+
+
+def _as_finetuning(finetune: int | Finetuning | None) -> Finetuning | None:
+    """Return how is trained; a number is one of steps.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the number is not positive.
+    """
+    if finetune is None or isinstance(finetune, Finetuning):
+        return finetune
+    check_integer("finetune", finetune, 1)
+    return Finetuning(finetune)
 
 
 def _of_norms(before: float, after: float) -> str:

@@ -111,6 +111,18 @@ class FittedPlace(NamedTuple):
     beside: dict[str, nn.Module]
 
 
+def _is_covered(model: nn.Module, block: FittableBlock, chains: Sequence[FittableChain]) -> bool:
+    """Tell whether a block is a chain, its skip and an activation after both.
+
+    What takes the place of the chain keeps the activation, and costs hardly more than one operator in the place of all:
+    without the activation, that comes as near on its own, and what follows has less to work with when it is trained.
+    """
+    if block.ends_in is None:
+        return False
+    weighty = {name for name in block.parts if any(True for _ in model.get_submodule(name).parameters(recurse=False))}
+    return any(weighty - {block.ends_in} <= chain.parts < block.parts for chain in chains)
+
+
 class Search:
     """Tries operators in the places of chains.
 
@@ -151,6 +163,7 @@ class Search:
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedPlace] = {}
+        self._only_what_they_leave: set[tuple[str, ...]] = set()  # keys of blocks that no operator takes the place of
         self._steps: list[Taken] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Taken] = []
         self._undone: list[
@@ -173,7 +186,9 @@ class Search:
         """Fit operators for every chain and block alone, and return those that may take its place, the best first."""
         chains = FittableChains(self.model, sites, self._known)
         found: list[FittedCandidate] = []
-        whole = self._in_order([*chains.in_windows(ACTIVATIONS_IN_A_CHAIN), *blocks])
+        windows = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
+        whole = self._in_order([*windows, *blocks])
+        self._only_what_they_leave = {block.key for block in blocks if _is_covered(self.model, block, windows)}
         self._replaceable = sorted({name for place in whole for name in place.replaced})
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
@@ -218,7 +233,10 @@ class Search:
     ) -> list[FittedCandidate]:
         """Return what may go into one place; add why nothing may, by site."""
         try:
-            choices = self._worthwhile(self._fit_to(place, gathered, advance))
+            choices = self._fit_to(place, gathered, advance)
+            if isinstance(place, FittableBlock) and place.key in self._only_what_they_leave:
+                choices = [choice for choice in choices if choice.fit.kind == place.leaves]
+            choices = self._worthwhile(choices)
         except CannotFitError as error:
             if len(place.told) == 1:
                 reasons[place.told[0]] = str(error)
@@ -364,6 +382,10 @@ class Search:
         """Put a step back that was left out."""
         put(self.model, step.new)
         self._steps.insert(number, step)
+
+    def forget_fits(self) -> None:
+        """Forget what was fitted, since all values of the model may have changed."""
+        self._fitted.clear()
 
     def _redo(self) -> None:
         for place, step in self._undone:

@@ -1,11 +1,14 @@
 """The stages of a compression, and how much of its time each may take."""
 
 import math
+from collections.abc import Mapping
 from time import monotonic
 
 # What a compression does, and about how much of its time that takes; with a limit, when a stage has to be over.
 PREPARING, SEARCHING, TRYING, TIMING = "Preparing", "Looking for operators", "Trying operators", "Timing the result"
+FINETUNING = "Fine-tuning"
 STAGES = {PREPARING: 0.1, SEARCHING: 0.4, TRYING: 0.3, TIMING: 0.2}
+STAGES_WITH_FINETUNING = {PREPARING: 0.1, SEARCHING: 0.3, TRYING: 0.2, TIMING: 0.1, FINETUNING: 0.3}
 
 
 class Clock:
@@ -13,16 +16,18 @@ class Clock:
 
     Args:
         minutes: How many it may take; None for no limit.
+        stages: Name of each stage -> its share of the time, in order.
     """
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None, stages: Mapping[str, float] = STAGES) -> None:
+        self._stages = stages
         self._begin = monotonic()
         self._seconds = math.inf if minutes is None else 60 * minutes
         self._end = self._seconds
 
     def begin(self, stage: str) -> None:
         """Begin a stage."""
-        shares = list(STAGES.values())[: list(STAGES).index(stage) + 1]
+        shares = list(self._stages.values())[: list(self._stages).index(stage) + 1]
         self._end = sum(shares) * self._seconds
 
     def left(self) -> float:

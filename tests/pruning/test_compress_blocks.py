@@ -434,3 +434,37 @@ def test_what_slack_rules_out_is_said_with_what_to_do():
     raised = compress(model, BATCHES, objective="macs", max_drift=math.inf, slack=1.0).report
     assert [trial.operators for trial in raised.trials] == [("1",)]
     assert "1" not in raised.reasons
+
+
+class Activated(nn.Module):
+    """A block with an activation after the addition; its body is one chain, or is more than that."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(8, 32), nn.LeakyReLU(0.8), nn.Linear(32, 8)
+        nn.init.normal_(self.second.weight)
+        self.gate = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()) if gated else None
+        self.last = nn.LeakyReLU(0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.second(self.act(self.first(x)))
+        return self.last(x + (made if self.gate is None else self.gate(made) * made))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_operator_takes_the_place_of_a_block_with_a_last_activation_only_where_no_chain_is_all_else(
+    gated, monkeypatch
+):
+    of = ChainPrices.of
+
+    def with_additions(self, modules, shape, like):  # what goes with a block besides, in seconds
+        costs = of(self, modules, shape, like)
+        return costs | {"": costs[""] + 1000.0 * any(type(part) is Activated for part in modules[""].modules())}
+
+    monkeypatch.setattr(ChainPrices, "of", with_additions)
+    torch.manual_seed(0)
+    report = compress(stack(Activated(gated), Skip()), BATCHES, **GUIDED).report
+    kinds = {trial.kind for trial in report.trials if trial.operators == ("1",)}
+    assert bool(kinds - {"identity"}) == gated
+    if not gated:
+        assert any(trial.operators == ("1.first", "1.second") for trial in report.trials)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_easier.support.inference import copies, tensors_in
 
 # So many tell how much the outputs have changed, and so many values of each in which direction.
-_SAMPLES, _VALUES = 256, 1024
+_SAMPLES, _VALUES = 200, 1024
 
 
 def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

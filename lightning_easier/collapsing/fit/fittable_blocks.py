@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ class FittableBlock(Place):
         has_others: Whether it is called with something besides its input.
         call: How the model calls it.
         dtype: Of the values that it reads and returns; None if that is not its own, under autocast.
+        ends_in: Name of the activation whose output it returns; None if it returns no activation's, or it is not known.
     """
 
     name: str
@@ -92,6 +93,7 @@ class FittableBlock(Place):
     has_others: bool = False
     call: _Call = field(default=_Call(), compare=False, repr=False)
     dtype: torch.dtype | None = None
+    ends_in: str | None = field(default=None, compare=False)
 
     @property
     def operators(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -211,6 +213,13 @@ def fittable_blocks(
         Those blocks, and name -> why another can't be replaced.
     """
     calls: dict[str, list[tuple[Any, ...]]] = {block.name: [] for block in blocks}
+    activated: list[tuple[str, Any]] = []  # what activations have returned
+
+    def note_activation(site: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            activated.append((site, output))
+
+        return hook
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -221,6 +230,9 @@ def fittable_blocks(
     handles = [
         model.get_submodule(block.name).register_forward_hook(HookOfOneModel(note(block.name)), with_kwargs=True)
         for block in blocks
+    ]
+    handles += [
+        model.get_submodule(site).register_forward_hook(HookOfOneModel(note_activation(site))) for site in sites
     ]
     try:
         with evaluation_mode(model):
@@ -235,7 +247,10 @@ def fittable_blocks(
         if isinstance(made, str):
             reasons[block.name] = made
         else:
-            found.append(made)
+            ((_, _, output),) = calls[block.name]
+            output = output[0] if made.returns else output
+            last = next((site for site, value in activated if value is output and site in made.sites), None)
+            found.append(replace(made, ends_in=last))
     not_fitted = [block for block in found if block.why_nothing_is_fitted is not None]
     if not_fitted:
         names = [block.name for block in not_fitted]
