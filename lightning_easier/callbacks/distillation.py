@@ -6,13 +6,14 @@ the loss of a training step becomes
 .. math:: (1 - w) L + w T^2\, \mathrm{KL}(\mathrm{softmax}(z'/T) \,\|\, \mathrm{softmax}(z/T)),
 
 the divergence averaged over the batch (Hinton et al., "Distilling the knowledge in a neural network", arXiv
-1503.02531), and over positions where there are any.
+1503.02531), and over positions where there are any. With a weight :math:`v` of features, :math:`v D` is added, with the
+distance :math:`D` of :mod:`lightning_easier.measure.features` of the features alone.
 
 The teacher computes before the network does, from copies of the same inputs: either may write to its own. What it holds
 in memory is one copy of the module, and logits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.callbacks import private
 from lightning_easier.callbacks.added_loss import AddedLoss
 from lightning_easier.callbacks.network import copied, holders, notice_calls
+from lightning_easier.measure.features import Features, distance, places_of_features, same_places
+from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.structure.linearize import restore, stand_ins
-from lightning_easier.support.arguments import check_positive, check_share
+from lightning_easier.support.arguments import check_non_negative, check_positive, check_share
 
-LOSS_KEY = "distill_loss"
+LOSS_KEY, FEATURES_KEY = "distill_loss", "feature_loss"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Distillation:
     Args:
         weight: Share ``w`` of that in the loss, in (0, 1].
         temperature: ``T``, by which logits are divided for it.
+        features: Weight ``v`` of the distance of the features: of what blocks return, and activations outside of them.
+            0 for none. Logged as ``feature_loss``.
 
     Raises:
         TypeError: If an argument is no number.
@@ -56,10 +61,12 @@ class Distillation:
 
     weight: float = 0.5
     temperature: float = 4.0
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         check_share("weight", self.weight)
         check_positive("temperature", self.temperature)
+        check_non_negative("features", self.features)
 
 
 class DenseTeacher(AddedLoss):
@@ -75,12 +82,17 @@ class DenseTeacher(AddedLoss):
         super().__init__()
         self._weight = distillation.weight
         self._temperature = distillation.temperature
+        self._weight_of_features = distillation.features
         self._order: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._teacher: LightningModule | None = None
         self._depth = 0  # of calls inside calls
         self._taught: Tensor | None = None  # the teacher's logits for the call that goes on
         self._logits: list[tuple[Tensor, Tensor]] = []  # of the calls of this step, and the teacher's for them
+        self._places: list[str] = []  # of features in the teacher
+        self._features: tuple[Features, Features] | None = None  # of the network, and of the teacher
+        self._taught_features: dict[str, Tensor] = {}  # the teacher's for the call that goes on
+        self._followed: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # of the calls of this step
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what it does not go with.
@@ -115,6 +127,8 @@ class DenseTeacher(AddedLoss):
         sites = list(sites)
         self._teacher = _dense(pl_module, removed, load())
         self._order = holders(pl_module, sites)
+        if self._weight_of_features:
+            self._places = _places(self._teacher, self._order[-1], sites)
         self._handles = notice_calls(pl_module, sites, self._compare, begins=self._ask)
         self.attach(pl_module)
 
@@ -123,16 +137,23 @@ class DenseTeacher(AddedLoss):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for each in self._features or ():
+            each.detach()
         self.detach()
-        self._teacher = None
+        self._teacher = self._features = None
+        self._places = []
 
     def begin_step(self) -> None:
         """Forget what the last step has left."""
-        self._depth, self._logits = 0, []
+        self._depth, self._logits, self._followed = 0, [], []
+        if self._places:
+            self._follow()
+        self._pause()
 
     def end_step(self) -> None:
         """Let go of the logits."""
-        self._taught, self._logits = None, []
+        self._taught, self._logits, self._followed = None, [], []
+        self._pause()
 
     def added_to(self, loss: Tensor) -> Tensor:
         """Mix the loss with the divergence."""
@@ -145,7 +166,32 @@ class DenseTeacher(AddedLoss):
             )
         term = torch.stack([divergence(*pair, self._temperature) for pair in self._logits]).mean()
         self.pl_module.log(LOSS_KEY, term.detach())
-        return (1 - self._weight) * loss + self._weight * term
+        mixed = (1 - self._weight) * loss + self._weight * term
+        if not self._followed:
+            return mixed
+        apart = torch.stack([distance(*pair) for pair in self._followed]).mean()
+        self.pl_module.log(FEATURES_KEY, apart.detach())
+        return mixed + self._weight_of_features * apart
+
+    def _follow(self) -> None:
+        """Note the features that network and teacher have in common, as the network is now."""
+        assert self.pl_module is not None
+        assert self._teacher is not None
+        names = same_places(self.pl_module, self._teacher, self._places)
+        if self._features is not None and self._features[0].are_of(self.pl_module, names):
+            return
+        for each in self._features or ():
+            each.detach()
+        self._features = Features(self.pl_module, names), Features(self._teacher, names)
+        for each in self._features:
+            each.attach()
+
+    def _pause(self) -> None:
+        """Forget all features, and note none until a call that is trained begins."""
+        self._taught_features = {}
+        for each in self._features or ():
+            each.forget()
+            each.paused = True
 
     def _is_trained(self) -> bool:
         """Tell whether a call is one that the loss of a training step can follow from."""
@@ -160,6 +206,8 @@ class DenseTeacher(AddedLoss):
             return
         assert self._teacher is not None
         args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), (args, kwargs))
+        if self._features is not None:
+            self._features[1].paused = False
         # Gradients stay on, and nothing here asks for any: where there is one it leads to weights that are trained.
         taught = _logits(self._teacher.get_submodule(name)(*args, **kwargs))
         if taught.requires_grad:
@@ -170,9 +218,13 @@ class DenseTeacher(AddedLoss):
                 f"leave out `distillation`."
             )
         self._taught = taught.detach()
+        if self._features is not None:
+            found, wanted = self._features
+            self._taught_features = {name: value.detach() for name, value in wanted.taken().items()}
+            found.paused, wanted.paused = False, True
 
     def _compare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Note the logits of a call, as they are before the step goes on with them.
+        """Note the logits of a call, and its features, as they are before the step goes on with them.
 
         They are compared after the step: a call that is checkpointed is repeated in the backward pass, and has to save
         the same values then, which are none for a copy.
@@ -183,6 +235,17 @@ class DenseTeacher(AddedLoss):
         if self._depth == 0 and self._taught is not None:
             self._logits.append((_logits(output).clone(), self._taught))
             self._taught = None
+            if self._features is not None:
+                self._followed.append((self._features[0].taken(), self._taught_features))
+                self._pause()
+
+
+def _places(teacher: LightningModule, network: str, sites: Sequence[str]) -> list[str]:
+    """Return where a network in a module has features."""
+    before = f"{network}." if network else ""
+    inside = [site.removeprefix(before) for site in sites]
+    blocks = find_blocks(teacher.get_submodule(network))
+    return [f"{before}{place}" for place in places_of_features(blocks, inside)]
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -39,13 +39,20 @@ class Features:
     Attributes:
         values: Name -> what it has returned since :meth:`forget`, the first tensor of it, as it was then.
         repeated: Names of those that were called again since.
+        paused: Whether what runs now is not noted.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.values: dict[str, Tensor] = {}
         self.repeated: set[str] = set()
+        self.paused = False
         self._modules = {name: model.get_submodule(name) for name in names}
         self._handles: list[RemovableHandle] = []
+
+    def are_of(self, model: nn.Module, names: Sequence[str]) -> bool:
+        """Tell whether they are those of some modules of a model, as it is now."""
+        now = {name: model.get_submodule(name) for name in names}
+        return now == self._modules
 
     def attach(self) -> None:
         """Register the hooks; a second call does nothing."""
@@ -77,7 +84,15 @@ class Features:
         """Forget what was noted."""
         self.values, self.repeated = {}, set()
 
+    def taken(self) -> dict[str, Tensor]:
+        """Return what was noted of modules that were called once, and forget all."""
+        values = {name: value for name, value in self.values.items() if name not in self.repeated}
+        self.forget()
+        return values
+
     def _note(self, name: str, output: Any) -> None:
+        if self.paused:
+            return
         if name in self.values:
             self.repeated.add(name)
             return
@@ -97,11 +112,35 @@ def places_of_features(blocks: Sequence[Block], activations: Sequence[str]) -> l
     return [*outer, *(name for name in activations if not any(name.startswith(f"{block}.") for block in outer))]
 
 
+def same_places(model: nn.Module, dense: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which modules are at the same place in a changed network and in the one it comes from.
+
+    A block is there whatever has taken its place; an activation that has become something else returns another value.
+
+    Args:
+        model: The changed network.
+        dense: The network as it was given.
+        names: Names of blocks and activations of it.
+    """
+
+    def is_same(name: str) -> bool:
+        before, now = dense.get_submodule(name), _module_at(model, name)
+        return now is not None and (any(True for _ in before.children()) or type(now) is type(before))
+
+    return [name for name in names if is_same(name)]
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def common_features(model: nn.Module, dense: nn.Module, names: Iterable[str], arguments: Sequence[Tensor]) -> list[str]:
     """Return which modules return the same feature in a changed network and in the one it comes from.
 
-    They are called once in either, and return values of the same shape; an activation that has become something else
-    returns another value. Of many some are taken, the last among them.
+    They are called once in either, and return values of the same shape. Of many some are taken, the last among them.
 
     Args:
         model: The changed network.
@@ -112,18 +151,12 @@ def common_features(model: nn.Module, dense: nn.Module, names: Iterable[str], ar
     Returns:
         Names, in the order in which the modules of ``dense`` return.
     """
-    there = dict(model.named_modules(remove_duplicate=False))
-    activations = {name for name in names if not list(dense.get_submodule(name).children())}
-    asked = [
-        name
-        for name in names
-        if name in there and (name not in activations or type(there[name]) is type(dense.get_submodule(name)))
-    ]
+    asked = same_places(model, dense, names)
     noted = []
     for network in (dense, model):
         with evaluation_mode(network), Features(network, asked) as features:
             network(*copies(arguments))
-            noted.append({k: v.shape for k, v in features.values.items() if k not in features.repeated})
+            noted.append({name: value.shape for name, value in features.taken().items()})
     before, now = noted
     common = [name for name, shape in before.items() if now.get(name) == shape]
     if len(common) <= _MOST:
@@ -184,7 +217,7 @@ class FeatureDistance:
         with torch.no_grad():
             goal = dense(*copies(arguments))
         made = model(*copies(arguments))
-        return distance({**found.values, **_named(made)}, {**wanted.values, **_named(goal)})
+        return distance({**found.taken(), **_named(made)}, {**wanted.taken(), **_named(goal)})
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:

@@ -533,3 +533,67 @@ def test_a_dense_checkpoint_that_is_gone_is_named(tmp_path):
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         pruning(**options)
+
+
+class ExpectedFeatures(Expected):
+    """Computes the distance of the features, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.distances, self.logged_distances = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.current_epoch == 0:
+            return
+        student = copy.deepcopy(pl_module).train()
+        teacher = restore(copy.deepcopy(pl_module))
+        teacher.load_state_dict(self.dense)
+        teacher.eval()
+        with torch.no_grad():
+            x, y = student.norm(batch[0]), teacher.norm(batch[0])
+            parts = []
+            for number, (mine, its) in enumerate(zip(student.layers, teacher.layers, strict=True)):
+                x, y = mine(x), its(y)
+                if number % 2 and type(mine) is type(its):  # an activation that is one still
+                    parts.append((x - y).square().mean() / y.var(correction=0))
+        self.distances.append(torch.stack(parts).mean())
+        self.losses[-1] += 0.5 * self.distances[-1]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.current_epoch > 0:
+            self.logged_distances.append(trainer.callback_metrics["feature_loss"])
+
+
+@pytest.mark.parametrize("make", [Small, Checkpointed])
+def test_the_distance_of_features_is_added_as_written_by_hand(tmp_path, make):
+    watch = ExpectedFeatures()
+    torch.manual_seed(0)
+    model, callback, _ = run(tmp_path, watch, model=make(), pruning=DISTILLED | {"features": 0.5}, epochs=3)
+    assert len(callback.removed) == 2
+    assert len(watch.logged_distances) == 6
+    for logged, expected in zip(watch.logged_distances, watch.distances, strict=True):
+        torch.testing.assert_close(logged, expected, rtol=1e-4, atol=1e-6)
+    assert float(max(watch.logged_distances)) > 1e-4
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_run_that_follows_features_is_resumed_as_if_it_had_not_been_interrupted(tmp_path):
+    path = tmp_path / "saved.ckpt"
+
+    def save(trainer):
+        trainer.save_checkpoint(path)
+        stop(trainer)
+
+    options = {"scores": (0.9, 0.9, 0.1, 0.9), "pruning": DISTILLED | {"max_rejections": 3, "features": 2.0}}
+    whole = run(tmp_path / "whole", **options)
+    run(tmp_path, At("on_train_batch_end", 2, 1, save), **options)
+    resumed = run(tmp_path, ckpt_path=path, **options)
+    assert_equal_states(outcome(*resumed), outcome(*whole))
+    without = run(tmp_path / "without", **options | {"pruning": options["pruning"] | {"features": 0.0}})
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(whole[0].parameters(), without[0].parameters(), strict=True)
+        if a.shape == b.shape
+    )
