@@ -5,7 +5,7 @@ whose keys may begin with ``module.``.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(path: str, depth: int) -> nn.Module:
     """Load the network of He et al."""
-    model = CifarResNet(depth)
+    return load_weights(CifarResNet(depth), path)
+
+
+def load_weights(model: nn.Module, path: str) -> nn.Module:
+    """Load weights into a model, in place, and return it in eval mode."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     return model.eval()
@@ -75,13 +79,23 @@ def drawn(images: Images, count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images) -> float:
+def accuracy(model: Callable[[Tensor], Tensor], images: Images) -> float:
     """Return top-1 accuracy in per cent, in float32."""
     hits = sum(
         int((model(images.batch(places)).argmax(1) == images.labels[places]).sum())
         for places in torch.arange(len(images)).split(500)
     )
     return 100 * hits / len(images)
+
+
+def sgd(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Return what suits convolutions."""
+    return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+
+
+def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Return what suits transformers."""
+    return torch.optim.AdamW(parameters, rate, weight_decay=0.05)
 
 
 def tune(
@@ -93,10 +107,12 @@ def tune(
     rate: float = 0.01,
     teacher: nn.Module | None = None,
     batch: int = 128,
+    optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = sgd,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
     """Train a model in place, and return it in eval mode.
 
-    SGD with momentum and a cosine schedule, under bfloat16 autocast.
+    With a cosine schedule; by default SGD with momentum, under bfloat16 autocast.
 
     Args:
         model: To be trained.
@@ -107,12 +123,14 @@ def tune(
         rate: The largest learning rate.
         teacher: Its logits are followed, at temperature 4, with a weight of 0.7 (Hinton et al., 2015).
         batch: Images a step.
+        optimizer: Makes the optimizer, of parameters and the largest learning rate.
+        dtype: Of the autocast; none if it is float32.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = int(epochs * (len(subset) // batch))
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    stepper = optimizer(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
+        stepper, rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
     )
     model.train().to(memory_format=torch.channels_last)  # A fifth faster on a CPU.
     batches: Sequence[Tensor] = ()
@@ -121,7 +139,7 @@ def tune(
         if place == 0:
             batches = subset[torch.randperm(len(subset), generator=generator)].split(batch)
         values = images.batch(batches[place], generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(values).float()
             loss = F.cross_entropy(logits, images.labels[batches[place]])
             if teacher is not None:
@@ -129,8 +147,8 @@ def tune(
                     wanted = (teacher(values).float() / 4).log_softmax(1)
                 divergence = F.kl_div((logits / 4).log_softmax(1), wanted, log_target=True, reduction="batchmean")
                 loss = 0.3 * loss + 0.7 * 16 * divergence
-        optimizer.zero_grad()
+        stepper.zero_grad()
         loss.backward()
-        optimizer.step()
+        stepper.step()
         schedule.step()
     return model.eval().to(memory_format=torch.contiguous_format)

@@ -1,7 +1,8 @@
 """What others do to make a trained network faster: the peers of ``tuning.py``, each until it is as fast as wanted.
 
 - ``taylor``: Torch-Pruning (Fang et al., "DepGraph", arXiv 2301.12900). Channels go in groups that depend on each
-  other, those of least first-order Taylor importance in the whole network.
+  other, those of least first-order Taylor importance in the whole network. Of a transformer, the width that attention
+  has stays, since torchvision's forward reads it as a number; that inside the MLPs and of the stem goes.
 - ``fastnas``: ModelOpt's FastNAS. The widths of all layers are searched, under a bound of the multiply-accumulates.
 - ``blocks_kl``, ``blocks_cka``: whole residual blocks go, the one at a time after which the logits diverge least, or
   after which the features before the head are most alike (1 − linear CKA; Pons et al., arXiv 2405.17081).
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_easier import TakenOut, collapse, collapsible_blocks
+from lightning_easier import TakenOut, collapse
+from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.timing import measure_latency, speed_up
 
@@ -70,9 +72,10 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]
     """Prune channels by Torch-Pruning, step by step, until the network is fast enough."""
     import torch_pruning as tp
 
+    attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     pruner = tp.pruner.BasePruner(
         model, batches[0][:2], importance=tp.importance.GroupTaylorImportance(), global_pruning=True,
-        pruning_ratio=1 - _LEAST_LEFT, iterative_steps=_STEPS, ignored_layers=[_head(model)],
+        pruning_ratio=1 - _LEAST_LEFT, iterative_steps=_STEPS, ignored_layers=[_head(model), *attention],
     )  # fmt: skip
     for _ in range(_STEPS):
         model.zero_grad()
@@ -139,7 +142,8 @@ def practise(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tenso
     dense = deepcopy(model).eval()
     model = blocks_kl(model, batches, labels, speed)
     images = torch.cat(list(batches))[:_IMAGES_TO_MIMIC]
-    wanted = torch.cat([_features(dense, part) for part in images.split(_BATCH)])
+    with torch.no_grad():
+        wanted = torch.cat([_features(dense, part) for part in images.split(_BATCH)])
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS_TO_MIMIC)
     generator = torch.Generator().manual_seed(0)
@@ -168,16 +172,19 @@ def _without_blocks(
     images = batches[0]
     with torch.no_grad():
         dense = look(model, images)
-        left = [block.name for block in collapsible_blocks(model).blocks]
-        while left and not speed.is_reached(model):
+        removals = {
+            block.name: TakenOut([block.name], block.leaves, block.returns or 0) for block in find_blocks(model)
+        }
+        while removals and not speed.is_reached(model):
             damages = {}
-            for name in left:
+            for name, removal in removals.items():
                 candidate = deepcopy(model)
-                TakenOut(name).apply(candidate)
+                removal.apply(candidate)
                 damages[name] = damage(look(candidate, images), dense)
             best = min(damages, key=damages.__getitem__)
-            TakenOut(best).apply(model)
-            left.remove(best)
+            removals[best].apply(model)
+            # What lies in it goes with it; what it lies in may go later
+            removals = {name: each for name, each in removals.items() if not f"{name}.".startswith(f"{best}.")}
     return model
 
 

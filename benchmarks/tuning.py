@@ -1,8 +1,8 @@
 """How much accuracy is left per second saved, with equal tuning for every method?
 
 A trained CIFAR ResNet is tuned for some epochs (its images may be others than those it was trained on), then made
-shallower by each method, tuned for some epochs more, and collapsed. The dense network is tuned for as many in all. The
-methods:
+shallower by each method, tuned for some epochs more, and collapsed. The dense network is tuned for as many in all.
+``networks.py`` has a VGG and a ViT besides. The methods:
 
 - ``identity``: EASIER. The activations of lowest entropy become identities.
 - ``affine``: the activations inside the blocks, in the order of entropy, become the affines that come closest.
@@ -18,6 +18,11 @@ methods:
 images and weights are:
 
     python benchmarks/tuning.py --data.root <folder> --weights <file> --depth 56
+
+Networks other than a ResNet are trained from scratch for ``--before`` epochs, and written to the file of the weights;
+what is there is taken, with every seed:
+
+    python benchmarks/tuning.py --data.root <folder> --network vgg --weights <new file> --before 4
 """
 
 import argparse
@@ -30,8 +35,9 @@ from typing import Any
 
 import rich
 import torch
-from cifar import Images, accuracy, add_arguments, drawn, load, tune
+from cifar import Images, accuracy, drawn
 from lightning.pytorch.callbacks import ModelPruning
+from networks import NETWORKS, Network, add_arguments, chosen
 from peers import PEERS, Speed
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -48,20 +54,21 @@ from lightning_easier import (
 from lightning_easier.report import Table
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.timing import Latency, measure_latency, speed_up
-from lightning_easier.zoo import CifarResNet
 
 METHODS = ("dense", "identity", "affine", "fitted", "compress", "magnitude", "channels", "scratch")
 CALIBRATION = 1000  # images
 
 
-def shallower(model: nn.Module, method: str, calibration: Sequence[Tensor], example: Tensor, options: Any) -> nn.Module:
+def shallower(
+    model: nn.Module, method: str, calibration: Sequence[Tensor], example: Tensor, network: Network, options: Any
+) -> nn.Module:
     """Return what a method makes of a copy of a model, to be tuned."""
     model = deepcopy(model).eval()
     sites = list(isolate_activations(model))
-    inner = [name for name in sites if name.endswith("relu1")]
+    inner = [name for name in sites if name.endswith(network.inner)]
     if method == "compress":
         target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
-        include = None if options.blocks else inner
+        include = inner if network.inner and not options.blocks else None
         return compress(
             model, calibration, example_inputs=example, include=include, finetune=options.finetune or None, **target
         ).fitted
@@ -112,13 +119,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch goes over")
     parser.add_argument("--removed", type=int, default=12, help="activations that identity, affine and fitted remove")
     parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
-    parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks, too")
+    parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks of a ResNet, too")
     parser.add_argument("--finetune", type=int, default=0, help="steps without labels that compress ends with")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, *PEERS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), help="by default all but the peers")
     parser.add_argument("--distill", action="store_true", help="from the dense network, while tuning after")
     options = parser.parse_args()
+    network = chosen(options)
+    if options.methods is None:
+        options.methods = [method for method in METHODS if method not in network.unsuited]
+    if unsuited := set(options.methods) & set(network.unsuited):
+        parser.error(f"--methods {' '.join(sorted(unsuited))} can't be made of a {network.name}; leave them out")
     train, test = (Images(f"{options.root}/{split}") for split in ("train", "test"))
     example = test.batch(torch.arange(64))
     scores: dict[str, list[float]] = {method: [] for method in options.methods}
@@ -127,43 +139,46 @@ def main() -> None:
     for seed in range(options.seeds):
         subset, calibration = drawn(train, options.images, seed), train.calibration(CALIBRATION, seed)
         labels = train.labels[drawn(train, CALIBRATION, seed)].split(len(calibration[0]))
-        dense = tune(load(options.weights, options.depth), train, subset, options.before, seed)
+        dense = network.trained(options.weights, train, subset, options.before, seed)
         teacher = dense if options.distill else None
         speed = Speed(collapse(dense, example, objective="macs").model, example, options.speedup)
         for method in options.methods:
             began = time.perf_counter()
             if method == "scratch":
                 torch.manual_seed(seed)
-                model, left = CifarResNet(options.scratch), math.nan  # There is nothing before its tuning.
-                tune(model, train, subset, options.before + options.after, seed, rate=0.1, teacher=teacher)
+                model = NETWORKS[options.network](options.scratch).build()
+                left = math.nan  # There is nothing before its tuning.
+                epochs = options.before + options.after
+                network.tune(model, train, subset, epochs, seed, rate=network.rate_from_scratch, teacher=teacher)
             elif method == "dense":
                 model = deepcopy(dense)
             elif method in PEERS:
                 model = PEERS[method](deepcopy(dense).eval(), calibration, labels, speed)
             else:
-                model = shallower(dense, method, calibration, example, options)
+                model = shallower(dense, method, calibration, example, network, options)
             if method == "compress":
                 speed.wanted = speed.of(model)
             made = time.perf_counter() - began
             if method != "scratch":
                 left = accuracy(model, test)
-                tune(model, train, subset, options.after, seed + 1000, teacher=teacher)
+                network.tune(model, train, subset, options.after, seed + 1000, teacher=teacher)
             untuned[method].append(left)
             scores[method].append(accuracy(model, test))
             shipped[method] = finished(model, example)
             rich.print(f"seed {seed}: {method}: {left:.2f} → {scores[method][-1]:.2f} ({made:.0f} s to make)")
-    print_table(scores, untuned, shipped, load(options.weights, options.depth), test, options)
+    print_table(scores, untuned, shipped, network, test, options)
 
 
 def print_table(
     scores: dict[str, list[float]],
     untuned: dict[str, list[float]],
     shipped: dict[str, nn.Module],
-    given: nn.Module,
+    network: Network,
     test: Images,
     options: Any,
 ) -> None:
     """Time the last seed's networks interleaved, and print."""
+    given = network.load(options.weights)
     latencies: dict[int, dict[str, Latency]] = {}
     for size in (1, 64):
         values = test.batch(torch.arange(size))
@@ -190,7 +205,7 @@ def print_table(
         "as given, batch 64",
     )
     title = (
-        f"ResNet-{options.depth}, {options.before:g} + {options.after:g} epochs of {options.images:,} images, "
+        f"{network.name}, {options.before:g} + {options.after:g} epochs of {options.images:,} images, "
         f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {torch.get_num_threads()} threads; faster "
         f"than the dense network with its batch norms folded (quartiles), and than as given"
     )
