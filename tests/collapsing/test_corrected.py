@@ -218,6 +218,21 @@ def test_a_model_that_was_not_changed_needs_no_correction():
     assert corrected.shape == plain.shape
 
 
+@pytest.mark.parametrize(("objective", "last"), [("depth", "2"), ("macs", "2.0")], ids=["one operator", "a pair"])
+def test_a_chain_that_ends_in_what_was_fitted_is_not_compared_with_what_was_there(objective, last):
+    layers = [layer for _ in range(3) for layer in (nn.Linear(5, 5), nn.ReLU())]
+    model, values = nn.Sequential(*layers).double().eval(), [(torch.randn(60, 5).double(),)]
+    isolate_activations(model)
+    other = deepcopy(model)
+    replace_chains(other, ["3"], values, values[0], ChainPrices(objective, LatencyTable()), 0.02)
+    (chain,) = FittableChains(other, ["1"]).in_rows()
+    assert chain.operators == ("0", last)
+    assert not torch.allclose(at(other, "2", values[0])[1], at(model, "2", values[0])[1], atol=0.1)
+    assert gather_corrected(other, model, chain, values, values[0]) is None
+    alone, plain = (gather_alone(other, dense, chain, values, values[0]) for dense in (model, None))
+    assert torch.equal(alone.moments.fitted.cross, plain.moments.fitted.cross)
+
+
 def test_hooks_and_modes_are_as_they_were():
     model, batches = residual(), images(8)
     isolate_activations(model)

@@ -143,6 +143,19 @@ def test_it_stops_when_it_is_fast_enough():
     assert already.report.ended.startswith("the target is reached")
 
 
+def test_what_took_the_place_of_one_chain_goes_into_the_next():
+    layers = [
+        layer
+        for narrow, wide in itertools.pairwise((3, 16, 16, 16, 8))
+        for layer in (nn.Conv2d(narrow, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.ReLU())
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    images = torch.randn(40, 3, 12, 10)
+    result = compress(model, [images], example_inputs=images[:8], target_speedup=20, max_drift=math.inf)
+    assert result.report.after.depth < result.report.dense.depth - 2
+    torch.testing.assert_close(result.model(images), result.fitted(images), rtol=1e-3, atol=1e-4)
+
+
 def test_only_what_is_wanted_goes():
     result = compress(mlps(), BATCHES, include="mlps.*", exclude=["mlps.2.*"], **OPTIONS)
     assert {trial.sites for trial in result.report.trials} == {("mlps.0.1",), ("mlps.1.1",)}

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
-from lightning_easier.collapsing.fit.fittable import Place
+from lightning_easier.collapsing.fit.fittable import FittableChain, Place
 from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
 from lightning_easier.support.inference import copies, evaluation_mode
@@ -52,9 +52,11 @@ def gather_corrected(
         advance: What is called after each batch.
 
     Returns:
-        Its sums; None if there is no error, a forward does not get there, or nothing of the shape of its output is seen
-        where it shows.
+        Its sums; None if there is no error, a forward does not get there, nothing of the shape of its output is seen
+        where it shows, or the model as given computes something else there.
     """
+    if not _is_shown_alike(model, dense, place):
+        return None
     shape = batches[0][0].shape
     by = _by_what(model, place)
     sums: CorrectedMoments | None = None
@@ -168,6 +170,21 @@ class _Shown:
         with suppress(_SeenError):
             self._model(*copies(arguments))
         return self._value
+
+
+def _is_shown_alike(model: nn.Module, dense: nn.Module, place: Place) -> bool:
+    """Tell whether the model as given computes where a place shows what the changed one does, but for errors.
+
+    An operator that was fitted stands for more than the one whose name it has: for a whole chain. One of a pair, which
+    takes the place of a chain, is not in the model as given at all.
+    """
+    name = place.shown.module
+    if not any(name == other for other, _ in dense.named_modules()):
+        return False
+    if not isinstance(place, FittableChain) or place.total is not None:
+        return True
+    now, before = (each.get_submodule(name).state_dict() for each in (model, dense))
+    return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)
 
 
 def _noting(name: str, running: set[str]) -> Callable[..., None]:
