@@ -34,7 +34,14 @@ from lightning_easier.pruning.unneeded import Unneeded
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
-from lightning_easier.support.arguments import as_globs, check_choice, check_integer, check_non_negative, check_positive
+from lightning_easier.support.arguments import (
+    as_globs,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_non_negative,
+    check_positive,
+)
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import (
@@ -85,6 +92,7 @@ def compress(
     exclude: list[str] | str | None = None,
     max_rejections: int = 3,
     slack: float = SLACK,
+    narrow: bool = True,
     finetune: int | Finetuning | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
 ) -> CompressResult:
@@ -96,11 +104,12 @@ def compress(
     the variance of the model's outputs on the calibration batches that changes. The one that adds least to it per
     second that it saves is next, by what it changes alone and what has changed by then. It is fitted again to what the
     model has become, and to correct the errors of what is in place already; it is put in place, and the model is
-    evaluated; where the score has fallen by more than the tolerance, it is taken back. A chain may go in two steps: a
-    convolution takes its place first, and an affine for each channel, which merges with the skip beside it, when that
-    is next; the block that it is in may go last. At last each batch norm that is left is given the scale and the offset
-    with which it computes the mean and the deviation that it did, where that brings the outputs nearer to those of the
-    model as given. The result is collapsed exactly.
+    evaluated; where the score has fallen by more than the tolerance, it is taken back. A chain may go in several steps:
+    it keeps three quarters, half or a quarter of its inner channels, those that the operator after them, fitted again,
+    can do least without; a convolution takes its place; an affine for each channel does, which merges with the skip
+    beside it; the block that it is in may go last. At last each batch norm that is left is given the scale and the
+    offset with which it computes the mean and the deviation that it did, where that brings the outputs nearer to those
+    of the model as given. The result is collapsed exactly.
 
     Args:
         model: Any module; it is not changed.
@@ -131,6 +140,8 @@ def compress(
         max_rejections: How many in a row may be taken back before it stops.
         slack: Where neither a score nor a target tells where to stop: how much less of the variance of a chain than the
             best operator one may explain to be taken for its price.
+        narrow: Whether a chain may lose inner channels, where there is a score or a ``target_speedup``, and no
+            ``target_depth`` alone: it gets no shallower.
         finetune: For how many steps what is left is trained at last, or how: without labels, to compute on ``batches``
             what the model as given does, see :class:`~lightning_easier.Finetuning`. What would be taken back is
             trained first, up to ``max_rejections`` times, and stays if it is good enough then. 300 steps bring back
@@ -162,6 +173,7 @@ def compress(
     """
     allowed, most = Tolerance(tolerance, mode), Rejections(max_rejections)
     check_non_negative("slack", slack)
+    check_bool("narrow", narrow)
     check_choice("objective", objective, OBJECTIVES)
     check_target(target_speedup, target_depth, "target_")
     has_target = target_speedup is not None or target_depth is not None
@@ -204,9 +216,11 @@ def compress(
         pace = Pace(clock.left, progress.tell)
         table = LatencyTable(pace=pace)
         is_guided = evaluate is not None or target is not None
+        is_for_speed = objective != "depth" and (target is None or target_speedup is not None)
         search = Search(
-            source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack
-        )
+            source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack,
+            narrow and is_guided and is_for_speed,
+        )  # fmt: skip
         clock.begin(SEARCHING)
         watch = TargetWatch(source, arguments, objective, table, target)
         look = watch.look_if_due(search.model, search.saved)
@@ -257,7 +271,7 @@ def compress(
         unneeded.take_back()
         finishing = Finishing(search, judge, watch, unneeded.look, unneeded.score)
         if search.steps and not clock.is_over():
-            matched = match_norms(search.model, source, data.batches)
+            matched = match_norms(search.model, source, data.batches, search.kept_channels)
             if matched is not None:
                 finishing.keep_or_undo(matched, _of_norms)
         if finetuner is not None and search.steps:

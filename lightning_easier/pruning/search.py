@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.correcting import gather_alone
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
@@ -19,6 +20,7 @@ from lightning_easier.collapsing.fit.fittable import (
 )
 from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
+from lightning_easier.collapsing.fit.narrowing import NarrowableChain, NarrowFit, narrowable
 from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.stages import SEARCHING, Clock
 from lightning_easier.report import Trial
@@ -79,6 +81,7 @@ class Taken(NamedTuple):
     Attributes:
         trial: The trial.
         place: What the operator has taken the place of.
+        fit: The operator.
         saving: Of the price.
         worth: What it was ranked by, as in :class:`PricedFit`.
         change: As in :class:`FittedCandidate`.
@@ -88,6 +91,7 @@ class Taken(NamedTuple):
 
     trial: Trial
     place: Place
+    fit: Fit
     saving: float
     worth: float
     change: Tensor
@@ -132,6 +136,7 @@ class Search:
         arguments: Example inputs.
         prices: Tells what modules cost.
         slack: How much less of the variance of a chain than the best operator one may explain to be tried.
+        narrows: Whether chains may lose inner channels.
 
     Attributes:
         model: What it has become.
@@ -148,6 +153,7 @@ class Search:
         arguments: Sequence[Tensor],
         prices: ChainPrices,
         slack: float,
+        narrows: bool = False,
     ) -> None:
         self.model = deepcopy(source)
         self._source = source
@@ -159,6 +165,7 @@ class Search:
         self._arguments = arguments
         self._prices = prices
         self._slack = slack
+        self._narrows = narrows
         self._dense_outputs = self._outputs()
         self._known = KnownForwards()
         self._replaceable: list[str] = []
@@ -176,6 +183,17 @@ class Search:
         return sum(step.saving for step in self._steps)
 
     @property
+    def kept_channels(self) -> dict[str, Tensor]:
+        """Name of what lies in a narrower chain -> which of its channels are left."""
+        narrower = ((step.place, step.fit) for step in self._steps)
+        return {
+            name: fit.channels
+            for place, fit in narrower
+            if isinstance(place, NarrowableChain) and isinstance(fit, NarrowFit)
+            for name in place.between
+        }
+
+    @property
     def drift(self) -> float:
         """Share of the variance of the outputs that all that is in place has changed."""
         return drift_of(self._outputs(), self._dense_outputs)
@@ -187,7 +205,7 @@ class Search:
         chains = FittableChains(self.model, sites, self._known)
         found: list[FittedCandidate] = []
         windows = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
-        whole = self._in_order([*windows, *blocks])
+        whole = self._in_order([*windows, *self._narrowable(windows), *blocks])
         self._only_what_they_leave = {block.key for block in blocks if _is_covered(self.model, block, windows)}
         self._replaceable = sorted({name for place in whole for name in place.replaced})
         looked_at = 0
@@ -201,20 +219,27 @@ class Search:
             looked_at += 1
         self.was_cut = looked_at < len(whole)
         what = "chains around activations and blocks" if blocks else "chains around activations"
-        self.looked_at = f"{looked_at} of {len(whole)} {what} were looked at"
+        done, of_all = (sum(bool(place.told) for place in places) for places in (whole[:looked_at], whole))
+        self.looked_at = f"{done} of {of_all} {what} were looked at"
         for site in (site for place in whole[looked_at:] for site in place.told):
             chains.reasons.setdefault(site, "the time of `max_minutes` was over before it was looked at")
         tried = {name for each in found for name in (*each.choice.place.sites, *each.choice.place.told)}
         self.reasons = {site: reason for site, reason in chains.reasons.items() if site not in tried}
         of_place: dict[tuple[str, ...], list[FittedCandidate]] = {}
         for each in found:
-            of_place.setdefault(each.choice.place.key, []).append(each)
+            of_place.setdefault(each.choice.place.ladder, []).append(each)
         best = [each for candidates in of_place.values() for each in hull(candidates)]
 
         def rank(candidate: FittedCandidate) -> float:
             return max([candidate.rank, *(candidate.rank_after(o) for o in best if candidate.follows(o))])
 
         return sorted(best, key=rank)
+
+    def _narrowable(self, chains: Sequence[FittableChain]) -> list[NarrowableChain]:
+        """Return the chains whose inner channels may become fewer."""
+        if not self._narrows:
+            return []
+        return [found for chain in chains if (found := narrowable(self.model, chain)) is not None]
 
     def _in_order(self, places: Sequence[Place]) -> list[Place]:
         """Return chains and blocks in the order of where they end, a block right after what is in it.
@@ -314,7 +339,7 @@ class Search:
         for step in begun:
             step.trial.kept, step.trial.reason = False, f"{wanted.kind} has taken its place"
         new = {name: self.model.get_submodule(name) for name in old}
-        self._steps.append(Taken(trial, place, choice.saving, choice.worth, candidate.change, old, new))
+        self._steps.append(Taken(trial, place, choice.fit, choice.saving, choice.worth, candidate.change, old, new))
         self.trials.append(trial)
         for name in (*place.sites, *place.told):
             self.reasons.pop(name, None)
@@ -326,9 +351,15 @@ class Search:
         Raises:
             CannotFitError: If it is none any more.
         """
-        if isinstance(place, FittableChain):
-            return FittableChains(self.model, place.sites, self._known).around(place.sites)
-        return place
+        if not isinstance(place, FittableChain):
+            return place
+        chain = FittableChains(self.model, place.sites, self._known).around(place.sites)
+        if not isinstance(place, NarrowableChain):
+            return chain
+        found = narrowable(self.model, chain)
+        if found is None:
+            raise CannotFitError("its inner channels may become fewer no more")
+        return found
 
     def _was_rejected(self, candidate: FittedCandidate) -> bool:
         """Tell whether something that changes less of the same was taken back."""
@@ -338,6 +369,8 @@ class Search:
     def _may_follow(self, candidate: FittedCandidate, begun: Sequence[Taken]) -> bool:
         """Tell whether a candidate saves more than what is in place of parts of it, and whether that can be undone."""
         place, worth = candidate.choice.place, candidate.choice.worth
+        if isinstance(place, NarrowableChain) and not all(isinstance(o.place, NarrowableChain) for o in begun):
+            return False  # an operator is not taken out again for what it has taken the place of
         if isinstance(place, FittableChain):
             if not all(self._is_there([step]) and worth > step.worth for step in begun):
                 return False

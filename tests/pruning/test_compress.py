@@ -81,7 +81,7 @@ def test_what_the_score_does_not_stand_is_taken_back():
         seen.append(whole)
         return 1.0 if whole[0] else 0.5
 
-    result = compress(model, BATCHES, evaluate=evaluate, tolerance=0.1, **OPTIONS)
+    result = compress(model, BATCHES, evaluate=evaluate, tolerance=0.1, narrow=False, **OPTIONS)
     assert seen[:4] == [[True] * 3, [True, True, False], [True, False, False], [True, False, False]]
     assert seen.count([False] * 3) == 1
     (rejected,) = (trial for trial in result.report.trials if trial.score == 0.5)
@@ -126,7 +126,7 @@ def test_a_chain_that_was_taken_further_comes_back_as_it_was():
         states.append(copy.deepcopy(candidate.state_dict()))
         return 0.5 if "ChannelAffine" in fitted[-1] else 1.0
 
-    result = compress(mlps(1), BATCHES, evaluate=evaluate, tolerance=0.1, **OPTIONS)
+    result = compress(mlps(1), BATCHES, evaluate=evaluate, tolerance=0.1, narrow=False, **OPTIONS)
     assert "ChannelAffine" in fitted[-1]
     assert str(result.fitted.mlps[0]) == fitted[-2]
     assert all(torch.equal(value, states[-2][key]) for key, value in result.fitted.state_dict().items())

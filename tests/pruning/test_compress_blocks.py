@@ -60,7 +60,7 @@ def stack(*blocks: nn.Module) -> nn.Module:
 torch.manual_seed(0)
 BATCHES = [torch.randn(48, 6) for _ in range(3)]
 TOKENS = [torch.randn(16, 5, 8) for _ in range(3)]
-GUIDED = {"objective": "macs", "evaluate": lambda _: 1.0}
+GUIDED = {"objective": "macs", "evaluate": lambda _: 1.0, "narrow": False}
 
 
 def test_a_block_that_does_next_to_nothing_goes_first_and_alone():
@@ -181,7 +181,7 @@ def test_a_block_takes_the_place_of_what_was_put_in_it_and_gives_it_back_when_it
     def evaluate(model):  # the block is missed, what is in it is not
         return float(not isinstance(model[1], Bypass))
 
-    result = compress(model, BATCHES, evaluate=evaluate, objective="macs", max_rejections=9)
+    result = compress(model, BATCHES, evaluate=evaluate, objective="macs", max_rejections=9, narrow=False)
     first = next(trial for trial in result.report.trials if trial.operators == ("1.mlp.0", "1.mlp.2"))
     block = next(trial for trial in result.report.trials if trial.operators == ("1",) and trial.kind == "identity")
     assert (first.kept, block.kept) == (True, False)

@@ -65,6 +65,7 @@ class Geometry:
         padding: Zeros on both sides, per spatial axis; negative where the border of the map is not read.
         is_flat: Whether all values of a sample are taken as positions of one channel, since it is not known which axis
             holds the channels. Nothing is fitted then.
+        dilation: How far taps lie apart, per spatial axis; none where all do by one.
     """
 
     channels: int
@@ -72,11 +73,17 @@ class Geometry:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     is_flat: bool = False
+    dilation: tuple[int, ...] = ()
 
     @classmethod
     def flat(cls) -> "Geometry":
         """Return that of values whose channels are on an axis that is not known."""
         return cls(1, is_flat=True)
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """How far taps lie apart, per spatial axis."""
+        return self.dilation or (1,) * len(self.kernel)
 
     @property
     def taps(self) -> int:
@@ -104,8 +111,8 @@ class Geometry:
             return value
         sides = [side for padding in reversed(self.padding) for side in (padding, padding)]
         value = F.pad(value, sides)
-        for axis, (size, step) in enumerate(zip(self.kernel, self.stride, strict=True), 2):
-            value = value.unfold(axis, size, step)
+        for axis, (size, step, apart) in enumerate(zip(self.kernel, self.stride, self.apart, strict=True), 2):
+            value = value.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
         return value.movedim(1, 1 + len(self.kernel))
 
 
@@ -351,7 +358,7 @@ def _all_fits(moments: Moments) -> Iterator[Fit]:
     geometry = moments.geometry
     if geometry.is_flat:
         return
-    dense = _solution(moments)
+    dense = best_solution(moments)
     yield _fit("convolution" if geometry.kernel else "linear", moments, dense, _dense(geometry, dense))
     if geometry.taps > 1:
         yield _separable(moments, dense)
@@ -361,7 +368,7 @@ def _all_fits(moments: Moments) -> Iterator[Fit]:
     columns = _columns_of_centre(geometry)
     part = Moments(one_tap, moments.fitted.part(columns), moments.held_out.part(columns))
     if geometry.taps > 1:
-        dense = _solution(part)
+        dense = best_solution(part)
         yield _fit("pointwise", part, dense, _dense(one_tap, dense))
     yield from _low_rank(part, dense)
     if geometry.channels == dense.shape[1]:
@@ -372,7 +379,7 @@ def _fit(kind: str, moments: Moments, weight: Tensor, operator: nn.Module) -> Fi
     return Fit(kind, operator.eval(), moments.held_out.explained(weight), *moments.fitted.statistics(weight))
 
 
-def _solution(moments: Moments) -> Tensor:
+def best_solution(moments: Moments) -> Tensor:
     """Solve the normal equations with the ridge that leaves the least residual on what is held out."""
     normal = _Normal(moments.fitted)
     found: dict[int, tuple[float, Tensor | None]] = {}
@@ -442,7 +449,7 @@ def _operator(
     """Make a convolution, or a Linear for vectors and tokens."""
     if geometry.kernel:
         return make_convolution(
-            weight, bias, weight.dtype, stride=geometry.stride, groups=groups,
+            weight, bias, weight.dtype, stride=geometry.stride, dilation=geometry.apart, groups=groups,
             padding=geometry.padding if padding is None else padding,
         )  # fmt: skip
     made = nn.Linear(1, 1, bias is not None, device="meta")
@@ -459,7 +466,7 @@ def _columns_of_centre(geometry: Geometry) -> Tensor:
 
 def _one_tap(geometry: Geometry) -> Geometry | None:
     """Return the geometry that reads the middle tap only; None where there is none, or it would read less."""
-    padding = tuple(p - k // 2 for p, k in zip(geometry.padding, geometry.kernel, strict=True))
+    padding = tuple(p - d * (k // 2) for p, d, k in zip(geometry.padding, geometry.apart, geometry.kernel, strict=True))
     if geometry.centre is None or any(each < 0 for each in padding):
         return None
     return Geometry(geometry.channels, (1,) * len(geometry.kernel), geometry.stride, padding)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChain, Place
-from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted
+from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted, shapes_of_inputs
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
 from lightning_easier.support.inference import copies, evaluation_mode
 
@@ -57,7 +57,6 @@ def gather_corrected(
     """
     if not _is_shown_alike(model, dense, place):
         return None
-    shape = batches[0][0].shape
     by = _by_what(model, place)
     sums: CorrectedMoments | None = None
     is_off = False
@@ -82,19 +81,12 @@ def gather_corrected(
             axis = 1 if place.geometry.kernel else -1
             if sums is None:
                 sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
-                shape = value.shape
             error = (before.float() - now.float()) * by
             is_off = is_off or bool(error.any())
             sums.add(value, output, error.to(output), -(-positions_wanted(place) // len(batches)))
             advance()
-        if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
-            passed.clear()
-            hooks.forget()
-            found.run(arguments)
-            if not passed:
-                return None
-            shape = passed[0][0].shape
-    if sums is None or not is_off:
+    shape = shapes_of_inputs(model, [place.whole], arguments).get(place.whole)
+    if sums is None or not is_off or shape is None:
         return None
     moments, _ = sums.mixed()
     return Gathered(moments, shape, frozenset(running))

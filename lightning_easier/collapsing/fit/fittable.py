@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
-from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments
+from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments, fits
 from lightning_easier.sites.adjacency import Adjacency
 from lightning_easier.sites.dataflow import Flow, FlowNode, Kind
 from lightning_easier.sites.discovery import Discovery, KnownForwards
@@ -57,6 +57,16 @@ class Place(ABC):
     @abstractmethod
     def key(self) -> tuple[str, ...]:
         """What tells it from all other places of the model."""
+
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """What it has in common with all places of which only one can be taken, more and more going at each step."""
+        return self.key
+
+    @property
+    def whole(self) -> "Place":
+        """The place at whose input prices are taken."""
+        return self
 
     @property
     @abstractmethod
@@ -116,6 +126,10 @@ class Place(ABC):
     def without_fit(self, moments: Moments) -> Iterator[Fit]:
         """Yield what may take its place without a fit, and how well that represents it."""
         yield from ()
+
+    def fits(self, model: nn.Module, moments: Moments) -> Iterator[Fit]:
+        """Yield what may take its place, fitted to its sums; nothing that is not finite."""
+        yield from fits(moments)
 
     @abstractmethod
     def timed(self, model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments, fits
+from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Moments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Place
@@ -46,7 +46,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         moments: The sums.
-        shape: Of what goes into the place at the example inputs.
+        shape: Of what goes into the place at the example inputs: into all of it, whatever the sums are over.
         ran: Which of the watched modules ran before the place had ended, in any batch: where they are still what they
             were, so are the sums.
     """
@@ -97,12 +97,14 @@ def gather(
             advance()
 
         reached = _run_up_to(model, group, batches, add, watched)
-        if [x.shape for x in arguments] != [x.shape for x in batches[0]]:
-            shapes = _shapes_of_inputs(model, list(reached), arguments)
+        wholes = list(dict.fromkeys(place.whole for place in reached))
+        if [x.shape for x in arguments] != [x.shape for x in batches[0]] or not shapes.keys() >= {*wholes}:
+            shapes = shapes_of_inputs(model, wholes, arguments)
         for place in group:
-            is_reached = place in reached and place in shapes
+            is_reached = place in reached and place.whole in shapes
             sums = moments.pop(place, None)  # not kept beside those of the next
-            yield place, Gathered(sums, shapes[place], reached[place]) if is_reached and sums is not None else None
+            found = Gathered(sums, shapes[place.whole], reached[place]) if is_reached and sums is not None else None
+            yield place, found
 
 
 def _groups(model: nn.Module, places: Iterable[Place]) -> Iterator[list[Place]]:
@@ -121,9 +123,7 @@ def _groups(model: nn.Module, places: Iterable[Place]) -> Iterator[list[Place]]:
         yield group
 
 
-def _shapes_of_inputs(
-    model: nn.Module, places: Sequence[Place], arguments: Sequence[Tensor]
-) -> dict[Place, torch.Size]:
+def shapes_of_inputs(model: nn.Module, places: Sequence[Place], arguments: Sequence[Tensor]) -> dict[Place, torch.Size]:
     """Return the shapes of what goes into places."""
     shapes: dict[Place, torch.Size] = {}
 
@@ -214,7 +214,7 @@ def fit_to(
     if reason is not None:
         raise CannotFitError(reason)
     fitted = [*place.without_fit(moments)]
-    for fit in fits(moments):
+    for fit in place.fits(model, moments):
         fitted.append(fit)
         advance()
     if not fitted:

@@ -12,8 +12,9 @@ and :math:`v'` that of what it reads now. A model that was not changed stays as 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,10 @@ class _Computed(NamedTuple):
     mean: Tensor
     deviation: Tensor
 
+    def of(self, channels: Tensor | None) -> "_Computed":
+        """Return those of some channels; all of them for None."""
+        return self if channels is None else _Computed(*(value[channels.to(value.device)] for value in self))
+
     @classmethod
     def by(cls, norm: Any, read: _Statistics) -> "_Computed":
         """Tell what a norm in eval mode makes of what it reads."""
@@ -89,20 +94,26 @@ class _Computed(NamedTuple):
         return scale, wanted.mean - scale * self.mean
 
 
-def match_norms(model: nn.Module, dense: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> "Matched | None":
+def match_norms(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Sequence[tuple[Tensor, ...]],
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
+) -> "Matched | None":
     """Have the batch norms of a changed model compute as in the model as given, if that brings its outputs nearer.
 
     Args:
         model: The changed model, in eval mode; its norms are changed in place.
         dense: The model as given, in eval mode.
         batches: The forward's positional arguments, for each batch.
+        kept: Name of a norm -> which of its channels are left, where some are gone.
 
     Returns:
         What can undo it; None if nothing was changed.
     """
     wanted = outputs_of(dense, batches)
     before = drift_of(outputs_of(model, batches), wanted)
-    matched = NormsBefore(dense, batches).match(model)
+    matched = NormsBefore(dense, batches).match(model, kept)
     if matched.before and drift_of(outputs_of(model, batches), wanted) < before:
         return matched
     matched.undo()
@@ -152,16 +163,24 @@ class NormsBefore:
         self.names = tuple(self._computed)
 
     @torch.no_grad()
-    def match(self, model: nn.Module) -> "Matched":
+    def match(self, model: nn.Module, kept: Mapping[str, Tensor] = MappingProxyType({})) -> "Matched":
         """Have the norms that are left in a changed model compute what they computed, in place, in one pass.
 
         What a norm computes on a batch is corrected before the next reads it, by what it computed on the same batch as
         given: so all are matched at once.
 
+        Args:
+            model: The changed model.
+            kept: Name of a norm -> which of its channels are left, where some are gone.
+
         Returns:
             What can undo it.
         """
-        norms = {name: norm for name, norm in _norms(model).items() if name in self._computed}
+        norms = {
+            name: norm
+            for name, norm in _norms(model).items()
+            if name in self._computed and norm.num_features == len(self._wanted[name].of(kept.get(name)).mean)
+        }
         read: dict[str, list[_Statistics]] = {name: [] for name in norms}
 
         def correct(name: str) -> Callable[..., Tensor]:
@@ -170,7 +189,7 @@ class NormsBefore:
                 if len(parts) == len(computed):  # called more often than before
                     return output
                 parts.append(_Statistics.of(arguments[0]))
-                scale, offset = _Computed.by(norm, parts[-1]).correction(computed[len(parts) - 1])
+                scale, offset = _Computed.by(norm, parts[-1]).correction(computed[len(parts) - 1].of(kept.get(name)))
                 shape = (1, -1, *[1] * (output.ndim - 2))
                 return output * scale.to(output).view(shape) + offset.to(output).view(shape)
 
@@ -189,13 +208,14 @@ class NormsBefore:
                 continue
             now = _pooled(parts)
             computed = _Computed.by(norm, now)
-            scale, offset = computed.correction(self._wanted[name])
+            wanted = self._wanted[name].of(kept.get(name))
+            scale, offset = computed.correction(wanted)
             is_off = ((scale - 1).abs() > _AS_IT_WAS) | (offset.abs() > _AS_IT_WAS * computed.deviation)
             if not is_off.any():
                 continue  # nothing before it was changed
             weight = _wide(norm.weight) * scale
             weight *= ((now.variance + norm.eps) / (_wide(norm.running_var) + norm.eps)).sqrt()
-            new = weight, self._wanted[name].mean, now.mean, now.variance
+            new = weight, wanted.mean, now.mean, now.variance
             if is_finite(*new):
                 tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
                 before.append((tensors, [tensor.clone() for tensor in tensors]))

@@ -19,6 +19,7 @@ from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, Place
 from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
+from lightning_easier.collapsing.fit.narrowing import NarrowableChain, NarrowFit
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.sites.activations import replace_activation
 from lightning_easier.structure.names import seen_from
@@ -98,6 +99,15 @@ def _(chain: FittableChain, model: nn.Module, fit: Fit) -> dict[str, nn.Module]:
     new: dict[str, nn.Module] = {chain.operators[0]: deepcopy(fit.operator).to(chain.like(model)).eval()}
     new |= {name: Absorbed().eval() for name in chain.after}
     return new | _adjusted_norm(model, chain, fit)
+
+
+@_modules_in.register
+def _(chain: NarrowableChain, model: nn.Module, fit: NarrowFit) -> dict[str, nn.Module]:
+    """Put narrower modules in the places of those of a chain; an offset without a place goes into the batch norm."""
+    last: Any = model.get_submodule(chain.operators[-1])
+    missing = fit.bias if last.bias is None and _has_adjustable_norm(model, chain) else None
+    new = chain.narrow_modules(model, fit.channels, fit.weight, fit.bias if missing is None else None)
+    return new | _adjusted_norm(model, chain, fit, missing)
 
 
 @_modules_in.register
