@@ -116,6 +116,9 @@ def test_channels_that_others_make_up_for_go_and_the_function_stays(name):
     assert half.price_after == before / 2
     old = replace(model, half, (batches[0],))
     assert len(model[0].weight) == 6
+    for module in model:
+        if hasattr(module, "in_channels"):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
     torch.testing.assert_close(model(batches[0]), wanted, rtol=1e-6, atol=1e-6)
     assert [module.training for module in model.modules()] == [False] * len([*model.modules()])
     result = collapse(model, (batches[0],), objective="macs").model
@@ -138,6 +141,11 @@ def test_channels_that_are_dead_go_first():
     assert half.fit.channels.tolist() == [1, 3, 4, 7]
     replace(model, half, batches)
     torch.testing.assert_close(model(batches[0]), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_share_that_is_all_channels_or_as_many_as_another_is_no_step():
+    found = fits_in(Linears(2).eval(), [torch.randn(100, 5)], "1")
+    assert [(choice.fit.kind, choice.fit.channels.shape) for choice in found] == [("1/2 of the channels", (1,))]
 
 
 @torch.no_grad()

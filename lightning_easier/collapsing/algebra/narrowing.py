@@ -60,7 +60,7 @@ def narrowed(moments: Moments, counts: Sequence[int], importance: Tensor) -> Ite
     elimination = _Elimination.of(moments.fitted, geometry.taps, importance)
     for count in counts:
         elimination = elimination.down_to(count)
-        channels = elimination.left.sort().values
+        channels = elimination.left
         columns = _columns(channels, geometry.taps)
         columns = torch.cat([columns, columns.new_tensor([geometry.unknowns - 1])])
         part = Moments(geometry, moments.fitted.part(columns), moments.held_out.part(columns))
@@ -79,7 +79,7 @@ class _Elimination:
     """What is left of the channels.
 
     Attributes:
-        left: Their numbers, shape ``(C,)``.
+        left: Their numbers, ascending, shape ``(C,)``.
         taps: Of each.
         inverse: Of the matrix of their sums, shape ``(C * taps, C * taps)``.
         solution: Their weights, shape ``(C * taps, O)``.
