@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
-from lightning_easier.collapsing.fit.norms import match_norms
 from lightning_easier.measure.features import places_of_features
 from lightning_easier.pruning.finetuning import Finetuner, Finetuning, check_trainable
-from lightning_easier.pruning.finishing import Finishing
 from lightning_easier.pruning.judge import Judge
+from lightning_easier.pruning.mending import Mending
 from lightning_easier.pruning.rules import Rejections, Tolerance
 from lightning_easier.pruning.search import FittedCandidate, Search
 from lightning_easier.pruning.stages import (
-    FINETUNING,
     PREPARING,
     SEARCHING,
     STAGES,
@@ -107,9 +105,10 @@ def compress(
     evaluated; where the score has fallen by more than the tolerance, it is taken back. A chain may go in several steps:
     it keeps three quarters, half or a quarter of its inner channels, those that the operator after them, fitted again,
     can do least without; a convolution takes its place; an affine for each channel does, which merges with the skip
-    beside it; the block that it is in may go last. At last each batch norm that is left is given the scale and the
-    offset with which it computes the mean and the deviation that it did, where that brings the outputs nearer to those
-    of the model as given. The result is collapsed exactly.
+    beside it; the block that it is in may go last. At last operators that stay are refitted to make up for the error of
+    what was replaced, and each batch norm that is left is given the scale and the offset with which it computes the
+    mean and the deviation that it did, where that brings the outputs nearer to those of the model as given. The result
+    is collapsed exactly.
 
     Args:
         model: Any module; it is not changed.
@@ -129,10 +128,10 @@ def compress(
         max_drift: How large a share of the variance of the model's outputs on the calibration data all that is replaced
             may change; what goes beyond is taken back. By default 0.1 without ``evaluate``, and no limit with it.
         max_minutes: Stop after so many minutes with what is there then; no limit by default. The first half is for
-            the search, what is left up to 80 % for trials, and the rest for the costs in the report. In each, timings
-            take fewer samples where time is short, five at least; bounds are wider then, and a note says so. What is
-            not cut short: reading ``batches``, each call of ``evaluate`` (one at least), the first run over the data,
-            a chain or a trial that has begun, the collapse and its verification.
+            the search, what is left up to 80 % for trials, and the rest for the costs in the report and for the refits.
+            In each, timings take fewer samples where time is short, five at least; bounds are wider then, and a note
+            says so. What is not cut short: reading ``batches``, each call of ``evaluate`` (one at least), the first run
+            over the data, a chain, a trial or an operator that has begun, the collapse and its verification.
         objective: What is to be saved: ``"latency"``, ``"macs"`` or ``"depth"``.
         include: Name globs of the activations that may go; all by default. A block may go if all activations in it may;
             one that has none goes by its own name.
@@ -269,18 +268,14 @@ def compress(
         progress.finish()
         unneeded = Unneeded(search, candidates, judge, watch, look, score, most, clock, progress)
         unneeded.take_back()
-        finishing = Finishing(search, judge, watch, unneeded.look, unneeded.score)
-        if search.steps and not clock.is_over():
-            matched = match_norms(search.model, source, data.batches, search.kept_channels)
-            if matched is not None:
-                finishing.keep_or_undo(matched, _of_norms)
-        if finetuner is not None and search.steps:
-            clock.begin(FINETUNING)
-            progress.begin(FINETUNING, 1, finetuner.settings.steps)
-            trained = finetuner.run(search.model, progress.advance)
-            if trained.is_nearer:
-                finishing.keep_or_undo(trained, trained.words)
-        look = finishing.look
+        look, score = unneeded.look, unneeded.score
+        mending = Mending(search, source, data.batches, judge, score, clock, progress)
+        mending.mend(finetuner)
+        if mending.notes:
+            score = mending.score
+            notes += mending.notes
+            look = watch.look_again(search.model, search.saved, look)
+        drift = search.drift
     is_too_short = not search.trials and (search.was_cut or is_over)
     if is_too_short and not look.attained.is_reached:
         ended = f"nothing was tried: {search.looked_at} within the {max_minutes:g} minutes of `max_minutes`"
@@ -298,7 +293,7 @@ def compress(
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        finishing.drift, look.result.report, ended, [*notes, *finishing.notes], finishing.score,
+        drift, look.result.report, ended, notes, score,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
 
@@ -314,14 +309,6 @@ def _as_finetuning(finetune: int | Finetuning | None) -> Finetuning | None:
         return finetune
     check_integer("finetune", finetune, 1)
     return Finetuning(finetune)
-
-
-def _of_norms(before: float, after: float) -> str:
-    return (
-        f"at last each batch norm was given the scale and offset with which it computes mean and deviation of each "
-        f"channel as in the model as given: of the variance of the outputs {after:.2%} has changed then, and not "
-        f"{before:.2%}"
-    )
 
 
 def _wanted(

@@ -95,17 +95,12 @@ class Finetuned:
         """Whether the network has come nearer."""
         return self.after < self.before
 
-    def words(self, drift_before: float, drift: float) -> str:
-        """Say what was done.
-
-        Args:
-            drift_before: Of the outputs, before.
-            drift: Of the outputs now.
-        """
+    @property
+    def words(self) -> str:
+        """What was done."""
         return (
-            f"at last it was trained for {self.steps} steps without labels: its features and outputs are then "
-            f"{self.after:.2%} of their variance from those of the model as given, and were {self.before:.2%}; of the "
-            f"variance of the outputs {drift:.2%} has changed, and not {drift_before:.2%}"
+            f"at last it was trained for {self.steps} steps without labels, and its features and outputs are "
+            f"{self.after:.2%} of their variance from those of the model as given, and were {self.before:.2%}"
         )
 
     @torch.no_grad()

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from time import monotonic
 
 # What a compression does, and about how much of its time that takes; with a limit, when a stage has to be over.
-PREPARING, SEARCHING, TRYING, TIMING = "Preparing", "Looking for operators", "Trying operators", "Timing the result"
-FINETUNING = "Fine-tuning"
-STAGES = {PREPARING: 0.1, SEARCHING: 0.4, TRYING: 0.3, TIMING: 0.2}
-STAGES_WITH_FINETUNING = {PREPARING: 0.1, SEARCHING: 0.3, TRYING: 0.2, TIMING: 0.1, FINETUNING: 0.3}
+PREPARING, SEARCHING, TRYING = "Preparing", "Looking for operators", "Trying operators"
+TIMING, REFITTING, FINETUNING = "Timing the result", "Refitting what stays", "Fine-tuning"
+STAGES = {PREPARING: 0.1, SEARCHING: 0.4, TRYING: 0.3, TIMING: 0.1, REFITTING: 0.1}
+STAGES_WITH_FINETUNING = {PREPARING: 0.1, SEARCHING: 0.3, TRYING: 0.2, TIMING: 0.1, REFITTING: 0.1, FINETUNING: 0.2}
 
 
 class Clock:

@@ -41,15 +41,27 @@ class Adjacency:
         if first is None or second is None:
             return "one of them is a function, not a module"
         for operator in (first, second):
-            if any(self._readers[id(parameter)] > 1 for parameter in operator.parameters()):
+            if self.shares_parameters(operator):
                 return "one of them shares its parameters with something else"
-        ways = (f"{meeting.first}.", f"{meeting.second}.")
         for name, module in self._hooked.items():
-            if any(way.startswith(f"{name}.") for way in ways) or module in (*meeting.between, *meeting.idle):
+            if self._are_parts(name, meeting.first, meeting.second) or module in (*meeting.between, *meeting.idle):
                 return f"`{name}` has hooks, which would see something else"
         if not all(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in meeting.between):
             return "a functional batch norm lies between them"
         return None
+
+    def shares_parameters(self, operator: nn.Module) -> bool:
+        """Tell whether something else holds, or reads, a parameter of an operator."""
+        return any(self._readers[id(parameter)] > 1 for parameter in operator.parameters())
+
+    def is_hooked(self, name: str) -> bool:
+        """Tell whether an operator, or a module that it is a part of, has hooks."""
+        return any(self._are_parts(hooked, name) for hooked in self._hooked)
+
+    @staticmethod
+    def _are_parts(whole: str, *names: str) -> bool:
+        """Tell whether any of some modules is another, or a part of it."""
+        return any(f"{name}.".startswith(f"{whole}.") for name in names)
 
 
 def _get(model: nn.Module, owner: str, attribute: str) -> Any:

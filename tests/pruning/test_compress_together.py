@@ -10,8 +10,7 @@ from torch import nn
 from lightning_easier import compress
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
-from lightning_easier.pruning import compress as compressing
-from lightning_easier.pruning import targets
+from lightning_easier.pruning import mending, targets
 from lightning_easier.zoo import CifarResNet
 
 
@@ -74,6 +73,7 @@ OPTIONS = {"objective": "macs", "max_drift": math.inf, "include": "*.relu1"}
 def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkeypatch):
     torch.manual_seed(0)
     model, batches, looks = randomized(CifarResNet(14)), images(64, 64, 64), []
+    monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
     compare = targets.compare
     monkeypatch.setattr(targets, "compare", lambda *args, **options: looks.append(1) or compare(*args, **options))
     matched = compress(model, batches, **OPTIONS)
@@ -88,7 +88,7 @@ def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkey
         drift_of(outputs_of(matched.fitted, [(each,) for each in batches]), dense), rel=1e-4
     )
 
-    monkeypatch.setattr(compressing, "match_norms", lambda *_: None)
+    monkeypatch.setattr(mending, "match_norms", lambda *_: None)
     plain = compress(model, batches, **OPTIONS)
     assert [trial.sites for trial in plain.report.trials] == [trial.sites for trial in matched.report.trials]
     assert matched.report.drift < plain.report.drift
@@ -116,6 +116,7 @@ def test_batch_norms_stay_as_they_were_where_the_score_falls_with_others():
 def test_errors_that_are_corrected_leave_less_drift(monkeypatch):
     torch.manual_seed(0)
     model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
+    monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
     corrected = compress(model, batches, **OPTIONS).report
     monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)
     plain = compress(deepcopy(model), batches, **OPTIONS).report

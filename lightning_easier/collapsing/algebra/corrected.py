@@ -7,11 +7,51 @@ positions held out is a parabola in :math:`\alpha`. A correction that does not g
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, Sums, regular_solution
+from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, Sums, regular_solution, solutions
+
+RIDGES_OF_STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridges that are tried for what is added to an operator, as a share of the mean square of each column."""
+
+
+class Step(NamedTuple):
+    """What is added to an operator.
+
+    Attributes:
+        weight: The columns, shape ``(K, O)``, float64; the last row is the offset.
+        left: Share of the squared error that it leaves on the positions held out.
+    """
+
+    weight: Tensor
+    left: float
+
+
+def step_against(errors: Moments) -> Step:
+    r"""Return what has to be added to an operator, for the error to be gone that shows after it.
+
+    .. math:: \min_D \|U D - E\|^2 + \|\Lambda^{1/2} D\|^2
+
+    The ridge draws towards the operator as it is, and what is found is shortened to what takes most of the error on the
+    positions held out: to nothing where it takes none.
+
+    Args:
+        errors: The sums over what goes into the operator, and over what is missing to what should come out.
+    """
+    fitted, held_out = errors.fitted, errors.held_out
+    before = float(held_out.squares.sum())
+    best = Step(torch.zeros_like(fitted.cross), 1.0)
+    for step in solutions(fitted, RIDGES_OF_STEPS):
+        size = float((step * (held_out.gram @ step)).sum())
+        gain = float((step * held_out.cross).sum())
+        share = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
+        left = (before - 2 * share * gain + share**2 * size) / before if before > 0 else 1.0
+        if left < best.left:
+            best = Step(share * step, max(left, 0.0))
+    return best
 
 
 class CorrectedMoments:

@@ -13,7 +13,7 @@ are taken.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -185,6 +185,13 @@ class Sums:
         """Return the sums for some columns of the patches."""
         return Sums(self.gram[columns[:, None], columns], self.cross[columns], self.squares)
 
+    def without_offset(self) -> "Sums":
+        """Return the sums of which a solution has no offset, and all else is as well as it can be without."""
+        gram, cross = self.gram.clone(), self.cross.clone()
+        gram[-1, :-1] = gram[:-1, -1] = 0
+        cross[-1] = 0
+        return Sums(gram, cross, self.squares)
+
     def through(self, kernels: Tensor) -> "Sums":
         """Return the sums for what a depthwise convolution ``(C, taps)`` makes of the patches, and a column of ones."""
         channels, taps = kernels.shape
@@ -259,6 +266,11 @@ class Moments:
         outputs = 1 if geometry.is_flat else outputs
         fitted, held_out = (Sums.zeros(geometry.unknowns, outputs, device) for _ in range(2))
         return cls(geometry, fitted, held_out, left_out=torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def positions(self) -> float:
+        """How many positions were summed over."""
+        return self.fitted.positions + self.held_out.positions
 
     @torch.no_grad()
     def add(self, value: Tensor, target: Tensor, positions: int) -> None:
@@ -576,10 +588,17 @@ def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
     return solution
 
 
+def solutions(sums: Sums, ridges: Iterable[float]) -> Iterator[Tensor]:
+    """Yield the solutions ``(K, O)`` with some ridges, but for those with which the sums are singular."""
+    normal = _Normal(sums)
+    for ridge in ridges:
+        weight = normal.solved(ridge)
+        if weight is not None:
+            yield weight
+
+
 def regular_solution(sums: Sums) -> Tensor:
     """Solve with as little ridge as the sums need."""
-    normal = _Normal(sums)
-    solved = (weight for ridge in RIDGES[1:] if (weight := normal.solved(ridge)) is not None)
-    weight = next(solved, None)
+    weight = next(solutions(sums, RIDGES[1:]), None)
     assert weight is not None  # the largest ridge makes any sums regular
     return weight

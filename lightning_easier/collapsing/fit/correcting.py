@@ -7,7 +7,7 @@ norm between, what the place has to add for it to be gone is that by what the no
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,31 +57,21 @@ def gather_corrected(
     """
     if not _is_shown_alike(model, dense, place):
         return None
-    by = _by_what(model, place)
     sums: CorrectedMoments | None = None
     is_off = False
-    passed: list[tuple[Tensor, Tensor]] = []
     running: set[str] = set()
     with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(evaluation_mode(dense))
-        hooks = ChainHooks(model, place, lambda value, output: passed.append((value, output)))
-        stack.callback(hooks.detach)
-        hooks.attach()
-        wanted, found = (stack.enter_context(_Shown(each, place)) for each in (dense, model))
+        side_by_side = stack.enter_context(SideBySide(model, dense, place))
         for name in watched:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(_noting(name, running)).remove)
         for batch in batches:
-            passed.clear()
-            hooks.forget()
-            before, now = wanted.run(batch), found.run(batch)
-            if before is None or now is None or not passed or not before.shape == now.shape == passed[0][1].shape:
+            compared = side_by_side.run(batch)
+            if compared is None:
                 return None
-            value, output = passed[0]
+            value, output, error = compared
             axis = 1 if place.geometry.kernel else -1
             if sums is None:
                 sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
-            error = (before.float() - now.float()) * by
             is_off = is_off or bool(error.any())
             sums.add(value, output, error.to(output), -(-positions_wanted(place) // len(batches)))
             advance()
@@ -123,6 +113,95 @@ def gather_alone(
     return gathered
 
 
+class Compared(NamedTuple):
+    """What one batch makes of a place.
+
+    Attributes:
+        value: What goes into it on the changed model.
+        output: What comes out of it there.
+        error: What would have to be added to that for the error to be gone that shows; float64 where the output is.
+    """
+
+    value: Tensor
+    output: Tensor
+    error: Tensor
+
+
+class SideBySide:
+    """Runs a changed model and the model as given on the same batches, up to where a place shows what it computes.
+
+    Args:
+        model: The changed model.
+        dense: The model as given.
+        place: The place.
+    """
+
+    def __init__(self, model: nn.Module, dense: nn.Module, place: Place) -> None:
+        self._models = model, dense
+        self._place = place
+        self._by = _by_what(model, place)
+        self._passed: list[tuple[Tensor, Tensor]] = []
+        self._hooks = ChainHooks(model, place, lambda value, output: self._passed.append((value, output)))
+        self._found, self._wanted = _Shown(model, place), _Shown(dense, place)
+
+    def __enter__(self) -> "SideBySide":
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(evaluation_mode(model))
+            stack.callback(self._hooks.detach)
+            self._hooks.attach()
+            for shown in (self._wanted, self._found):
+                stack.enter_context(shown)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def given(self, arguments: Sequence[Tensor]) -> Tensor | None:
+        """Return what goes into the place on the changed model; None if the forward does not get there."""
+        self._run(arguments)
+        return self._passed[0][0] if self._passed else None
+
+    def run(self, batch: Sequence[Tensor]) -> Compared | None:
+        """Compare one batch; None if a forward does not get there, or shapes differ."""
+        before, now = self._wanted.run(batch), self._run(batch)
+        if before is None or now is None or not self._passed:
+            return None
+        value, output = self._passed[0]
+        if not before.shape == now.shape == output.shape:
+            return None
+        wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+        return Compared(value, output, (before.to(wide) - now.to(wide)) * self._by.to(wide))
+
+    def _run(self, batch: Sequence[Tensor]) -> Tensor | None:
+        self._passed.clear()
+        self._hooks.forget()
+        return self._found.run(batch)
+
+
+def on_shown(model: nn.Module, place: Place, tell: Callable[[Any], None]) -> RemovableHandle:
+    """Register a hook that tells what shows of a place, each time it does.
+
+    Args:
+        model: The model.
+        place: The place.
+        tell: Called with it.
+    """
+    shown = place.shown
+    module = model.get_submodule(shown.module)
+
+    def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tell(first_tensor(args, kwargs))
+
+    def leaves(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tell(place.made(output))
+
+    if shown.side == "input":
+        return module.register_forward_pre_hook(HookOfOneModel(enters), with_kwargs=True)
+    return module.register_forward_hook(HookOfOneModel(leaves))
+
+
 class _Shown:
     """Runs a model up to where it shows what a place computes."""
 
@@ -133,19 +212,7 @@ class _Shown:
         self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> "_Shown":
-        shown = self._place.shown
-        module = self._model.get_submodule(shown.module)
-
-        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._end(first_tensor(args, kwargs))
-
-        def leaves(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._end(self._place.made(output))
-
-        if shown.side == "input":
-            self._handle = module.register_forward_pre_hook(HookOfOneModel(enters), with_kwargs=True)
-        else:
-            self._handle = module.register_forward_hook(HookOfOneModel(leaves))
+        self._handle = on_shown(self._model, self._place, self._end)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,9 +256,10 @@ def _noting(name: str, running: set[str]) -> Callable[..., None]:
 def _by_what(model: nn.Module, place: Place) -> Tensor:
     """Return what an error has to be multiplied with, for each channel: one by the scale of the norm before it."""
     if place.shown.norm is None:
-        return torch.ones(())
+        return torch.ones((), device=place.like(model).device)
     norm: Any = model.get_submodule(place.shown.norm)
     weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
-    scale = weight.float() / (norm.running_var.float() + norm.eps).sqrt()
+    wide = torch.float64 if norm.running_var.dtype == torch.float64 else torch.float32
+    scale = weight.to(wide) / (norm.running_var.to(wide) + norm.eps).sqrt()
     by = torch.where(scale.abs() > _LEAST_SCALE * scale.abs().max(), 1 / scale, 0.0)
     return by.view(-1, *[1] * len(place.geometry.kernel))

@@ -8,36 +8,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments, fits
+from lightning_easier.collapsing.fit.showing import AfterOperators, Shown
 from lightning_easier.sites.adjacency import Adjacency
-from lightning_easier.sites.dataflow import Flow, FlowNode, Kind
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.neighbourhood import Meeting
 from lightning_easier.sites.rectifiers import GATES, FunctionalPReLU
-from lightning_easier.sites.sums import Sums
 from lightning_easier.structure.padding import numeric_padding
 
 ACTIVATIONS_IN_A_CHAIN = 2
 """How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
-
-
-class Shown(NamedTuple):
-    """Where it shows what a place computes, together with all that it is added to.
-
-    Attributes:
-        module: Name of a module that is called once in a forward.
-        side: Whether that is what the module is called with first, or what it returns.
-        norm: Name of the batch norm that lies between the place and there; None if there is none.
-    """
-
-    module: str
-    side: Literal["input", "output"]
-    norm: str | None = None
 
 
 class Place(ABC):
@@ -249,8 +234,7 @@ class FittableChains:
         adjacency = Adjacency(model, plan)
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self._norms = dict(_norms_after(plan.flow.nodes, self._names))
-        self._totals = dict(_totals_after(plan.flow, self._names))
+        self._after = AfterOperators(plan.flow, self._names)
         self._meetings: dict[str, Meeting] = {}
         self.reasons: dict[str, str] = {}
         for site in plan.sites:
@@ -297,7 +281,7 @@ class FittableChains:
         meetings = [self._meetings[site] for site in sites]
         if any(before.second != after.first for before, after in pairwise(meetings)):
             raise CannotFitError("its activations lie in a row no more")
-        return _chain(self._model, sites, meetings, self._names, self._norms, self._totals)
+        return _chain(self._model, sites, meetings, self._names, self._after)
 
     def _made(self, runs: Iterable[list[str]]) -> list[FittableChain]:
         chains: list[FittableChain] = []
@@ -327,43 +311,19 @@ def _runs(meetings: dict[str, Meeting]) -> Iterator[list[str]]:
         yield run
 
 
-def _norms_after(nodes: Iterable[FlowNode], names: Mapping[nn.Module, str]) -> Iterator[tuple[str, str]]:
-    """Yield operators with the batch norm that is all that reads them, by name."""
-    for node in nodes:
-        if node.kind == Kind.OPERATOR and len(node.readers) == 1:
-            (reader,) = node.readers
-            norm = reader.module
-            if reader.kind == Kind.BATCH_NORM and norm is not None and sum(n.module is norm for n in nodes) == 1:
-                yield node.name, names[norm]
-
-
-def _totals_after(flow: Flow, names: Mapping[nn.Module, str]) -> Iterator[tuple[str, Shown]]:
-    """Yield operators with where the sum is seen that they, or the batch norms after them, are added to, by name."""
-    sums, norms = Sums(flow), dict(_norms_after(flow.nodes, names))
-    for node in flow.nodes:
-        if node.kind == Kind.OPERATOR:
-            norm = norms.get(node.name)
-            seen = sums.after(node if norm is None else node.readers[0])
-            if seen is not None and seen.module in names:
-                yield node.name, Shown(names[seen.module], seen.side, norm)
-
-
 def _chain(
     model: nn.Module,
     sites: Sequence[str],
     meetings: Sequence[Meeting],
     names: Mapping[nn.Module, str],
-    norms: Mapping[str, str],
-    totals: Mapping[str, Shown],
+    after: AfterOperators,
 ) -> FittableChain:
     operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
     between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
-    last = operators[-1]
-    return FittableChain(
-        tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norms.get(last), totals.get(last)
-    )
+    norm, total = after.norms.get(operators[-1]), after.totals.get(operators[-1])
+    return FittableChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norm, total)
 
 
 def geometry_of(operators: Sequence[nn.Module]) -> Geometry:

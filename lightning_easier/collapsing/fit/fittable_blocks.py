@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from lightning_easier.collapsing.algebra.convolutions import CONVOLUTIONS
 from lightning_easier.collapsing.algebra.least_squares import Fit, Geometry, Moments
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
-from lightning_easier.collapsing.fit.fittable import Place, Shown
+from lightning_easier.collapsing.fit.fittable import Place
+from lightning_easier.collapsing.fit.showing import Shown
 from lightning_easier.sites.blocks import Block
 from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock

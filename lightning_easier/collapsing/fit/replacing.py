@@ -12,6 +12,7 @@ from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableCha
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, fit_to
 from lightning_easier.collapsing.fit.norms import match_norms
 from lightning_easier.collapsing.fit.placing import replace
+from lightning_easier.collapsing.fit.refitting import MOST_REFITS, refit_kept
 
 
 def replace_chains(
@@ -44,7 +45,8 @@ def replace_chains(
         gathered = gather_alone(model, dense if choices else None, chain, batches, arguments, advance=progress.advance)
         return fit_to(model, chain, gathered, prices, progress.advance)
 
-    with Progress(len(rows), len(batches) + MOST_FITS, "Fitting") as progress:
+    # the refits are one step more
+    with Progress(len(rows) + 1, max(len(batches) + MOST_FITS, MOST_REFITS), "Fitting") as progress:
         for chain in rows:
             progress.name(chain)
             try:
@@ -54,6 +56,8 @@ def replace_chains(
             except CannotFitError as error:
                 chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
             progress.finish()
+        if choices:
+            refit_kept(model, dense, batches, advance=progress.advance)
     if choices:
         match_norms(model, dense, batches)
     return choices, chains.reasons
