@@ -11,6 +11,7 @@ from lightning_easier import compress
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
 from lightning_easier.pruning import mending, targets
+from lightning_easier.pruning.stages import REFITTING, Clock
 from lightning_easier.zoo import CifarResNet
 
 
@@ -95,8 +96,9 @@ def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkey
     assert not any("batch norm" in note for note in plain.report.notes)
 
 
-def test_batch_norms_stay_as_they_were_where_the_score_falls_with_others():
+def test_batch_norms_stay_as_they_were_where_the_score_falls_with_others(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
     model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
     last = model.layer3[1].bn2.bias.detach().clone()
 
@@ -121,3 +123,54 @@ def test_errors_that_are_corrected_leave_less_drift(monkeypatch):
     monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)
     plain = compress(deepcopy(model), batches, **OPTIONS).report
     assert corrected.drift < 0.9 * plain.drift
+
+
+FIRST = {**OPTIONS, "include": "layer1.0.relu1"}
+
+
+def test_operators_that_stay_are_refitted_and_what_is_returned_computes_so(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(8)), images(64, 64, 64)
+    before = deepcopy(model.state_dict())
+    monkeypatch.setattr(mending, "match_norms", lambda *_: None)
+    refitted = compress(model, batches, **FIRST)
+    (note,) = [note for note in refitted.report.notes if "refitted" in note]
+    assert "`layer2.0.conv1`" in note
+    assert f"{refitted.report.drift:.2%}" in note
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(refitted.fitted.conv1.weight, model.conv1.weight)
+    assert not torch.equal(refitted.fitted.layer2[0].conv1.weight, model.layer2[0].conv1.weight)
+    (value,) = images(16)
+    with torch.no_grad():
+        torch.testing.assert_close(refitted.model(value), refitted.fitted(value), rtol=1e-3, atol=1e-3)
+    dense, now = (outputs_of(each, [(batch,) for batch in batches]) for each in (model, refitted.fitted))
+    assert refitted.report.drift == pytest.approx(drift_of(now, dense), rel=1e-4)
+    monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
+    plain = compress(model, batches, **FIRST).report
+    assert [trial.sites for trial in plain.trials] == [trial.sites for trial in refitted.report.trials]
+    assert refitted.report.drift < 0.9 * plain.drift
+
+
+def test_operators_stay_as_they_were_where_the_score_falls_with_others():
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(8)), images(64, 64, 64)
+    given = model.layer2[0].conv1.weight.detach().clone()
+
+    def evaluate(candidate):
+        return float(torch.equal(candidate.get_submodule("layer2.0.conv1").weight, given))
+
+    result = compress(model, batches, evaluate=evaluate, tolerance=0.5, **FIRST)
+    assert result.report.score_after == 1.0
+    assert torch.equal(result.fitted.layer2[0].conv1.weight, given)
+    assert not any("refitted" in note for note in result.report.notes)
+
+
+def test_no_more_is_refitted_when_the_time_is_over(monkeypatch):
+    torch.manual_seed(0)
+    model, batches, begun, stages = randomized(CifarResNet(8)), images(64, 64, 64), [], []
+    monkeypatch.setattr(mending, "refit_kept", lambda *_: begun.append("refits"))
+    monkeypatch.setattr(mending, "match_norms", lambda *_: begun.append("norms"))
+    monkeypatch.setattr(Clock, "begin", lambda _, stage: stages.append(stage))
+    monkeypatch.setattr(Clock, "is_over", lambda _: stages[-1] == REFITTING)
+    assert compress(model, batches, max_minutes=30, **FIRST).report.trials
+    assert not begun

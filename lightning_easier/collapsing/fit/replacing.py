@@ -58,6 +58,7 @@ def replace_chains(
             progress.finish()
         if choices:
             refit_kept(model, dense, batches, advance=progress.advance)
+        progress.finish()
     if choices:
         match_norms(model, dense, batches)
     return choices, chains.reasons
