@@ -259,6 +259,44 @@ def test_a_norm_without_a_scale_stays_and_before_one_without_statistics_the_oper
         assert refitted is None
 
 
+def with_an_offset(*layers):
+    """Two pointwise operators and what comes after; what the first computes is moved by a constant in the other."""
+    model = randomized(nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 3, 1, bias=False), *layers))
+    other = deepcopy(model)
+    with torch.no_grad():
+        other[0].bias += 2
+    return model, other, [(torch.randn(256, 4, 7, 6).double() + 1,)]
+
+
+def test_a_norm_makes_up_for_an_offset_and_training_goes_on_from_there():
+    model, other, ((value,),) = with_an_offset(nn.BatchNorm2d(3))
+    refit_kept(other, model, [(value,)])
+    torch.testing.assert_close(other(value), model(value), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(other.train()(value), model(value), rtol=0.05, atol=0.05)
+
+
+def test_where_nothing_can_make_up_for_an_offset_the_weights_do_as_well_as_they_can():
+    model, other, batches = with_an_offset()
+    before = drift(other, model, batches)
+    assert refit_kept(other, model, batches).names == ["1"]
+    dense, now = (outputs_of(each, batches)[0] - outputs_of(other, batches)[0] for each in (model, other))
+    patches = other[0](batches[0][0]).detach().movedim(1, -1).flatten(0, -2)
+    left = dense.view(-1, 3, 42).movedim(1, -1).flatten(0, -2)
+    assert not now.any()
+    assert (patches.T @ left).norm() < 0.05 * patches.norm() * left.norm()  # no step of the weights takes more of it
+    assert drift(other, model, batches) < before
+
+
+def test_a_norm_that_shares_its_scale_stays():
+    twin = nn.BatchNorm2d(3)
+    model, other, batches = with_an_offset(nn.BatchNorm2d(3), nn.ReLU(), twin)
+    for each in (model, other):
+        each[4].weight = each[2].weight
+    before = states(other)
+    assert refit_kept(other, model, batches).names == ["1"]
+    assert [name for name, value in other.state_dict().items() if not torch.equal(value, before[name])] == ["1.weight"]
+
+
 def test_a_chain_before_a_norm_without_statistics_is_added_to_no_sum_that_is_known():
     class Beside(nn.Module):
         def __init__(self):

@@ -503,7 +503,7 @@ def test_one_bar_tells_the_time_left_from_the_first_to_the_last_second(monkeypat
     times, places, totals, names = zip(*bars.seen, strict=True)
     assert list(places) == sorted(places)
     assert {*totals} == {places[-1]}  # never past its end, and there at last
-    assert len({name for name in names if name}) == 4
+    assert len({name for name in names if name}) == 5
     silent = [later - earlier for earlier, later in itertools.pairwise([0.0, *times, clock.now])]
     assert max(silent) < 0.1 < clock.now
 

@@ -196,4 +196,4 @@ def _is_adjustable(model: nn.Module, name: str) -> bool:
     """Tell whether a batch norm has a scale and an offset, which nothing else holds."""
     norm: Any = model.get_submodule(name)
     holders = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
-    return norm.affine and holders.count(id(norm.weight)) == holders.count(id(norm.bias)) == 1
+    return holders.count(id(norm.weight)) == holders.count(id(norm.bias)) == 1
