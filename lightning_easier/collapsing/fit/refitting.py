@@ -28,7 +28,7 @@ from lightning_easier.collapsing.fit.placing import with_statistics
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.inference import copies, evaluation_mode
 
-# Half as many images give nearly as much as a thousand, in half of the time; where each has but one position, as
+# Half as many images give nearly as much as a thousand, for half of the runs; where each has but one position, as
 # before a classifier, more are used if there are.
 _SAMPLES, _POSITIONS_FOR_EACH_UNKNOWN = 500, 14
 MOST_REFITS = 16
