@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import compress
-from lightning_easier.pruning import compress as compressing
+from lightning_easier.pruning import mending
 from lightning_easier.support import timing
 from tests.clocks import Clock, honest
 from tests.collapsing.test_collapse_fit import randomized
@@ -159,8 +159,8 @@ def test_batch_norms_are_matched_by_the_channels_that_are_left(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(block(), nn.ReLU(), block()).eval()
     seen = []
-    match = compressing.match_norms
-    monkeypatch.setattr(compressing, "match_norms", lambda *args: seen.append(args[3]) or match(*args))
+    match = mending.match_norms
+    monkeypatch.setattr(mending, "match_norms", lambda *args: seen.append(args[3]) or match(*args))
 
     def evaluate(candidate: nn.Module) -> float:
         return float(sum(isinstance(module, nn.Conv2d) for module in candidate.modules()) == 4)
