@@ -307,6 +307,10 @@ def _as_finetuning(finetune: int | Finetuning | None) -> Finetuning | None:
     """
     if finetune is None or isinstance(finetune, Finetuning):
         return finetune
+    if isinstance(finetune, bool) or not isinstance(finetune, int):
+        raise TypeError(
+            f"Expected argument `finetune` to be None, a number of steps or a Finetuning, but got {finetune!r}"
+        )
     check_integer("finetune", finetune, 1)
     return Finetuning(finetune)
 

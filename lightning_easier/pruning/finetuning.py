@@ -20,7 +20,13 @@ from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import Clock
 from lightning_easier.report import Trial
 from lightning_easier.support.arguments import check_integer, check_positive
-from lightning_easier.support.inference import evaluation_mode
+from lightning_easier.support.inference import (
+    copies,
+    evaluation_mode,
+    relative_difference,
+    tensors_in,
+    tolerance_for,
+)
 
 # Of the steps: for so many the rate rises, and by so many is known how long one takes.
 _WARM_UP, _STEPS_THAT_TELL = 0.1, 5
@@ -107,7 +113,8 @@ class Finetuned:
     def undo(self) -> None:
         """Give all parameters and buffers the values that they had."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
-            tensor.copy_(value)
+            if not torch.equal(tensor, value):  # what was not written to may not be writable: an expanded buffer
+                tensor.copy_(value)
 
 
 class Finetuner:
@@ -191,7 +198,7 @@ def finetune(
     Returns:
         What can undo it.
     """
-    samples = _Samples(batches, settings.samples)
+    samples = _Samples(dense, batches, settings.samples)
     followed = common_features(model, dense, names, samples.some(2))
     done = Finetuned(model)
     asked = [(each, each.requires_grad) for each in model.parameters()]
@@ -242,7 +249,7 @@ def _train(
             return step
         arguments = next(drawn)
         for norm in norms:
-            norm.train(len(arguments[0]) >= _FEWEST_FOR_STATISTICS)
+            norm.train(bool(arguments[0].ndim) and len(arguments[0]) >= _FEWEST_FOR_STATISTICS)
         loss = distance.of(arguments)
         if not loss.requires_grad:  # nothing of what is compared depends on a parameter
             return step
@@ -266,19 +273,41 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 def _over(distance: FeatureDistance, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> float:
     with evaluation_mode(model):
-        values = [float(distance.of(batch)) * len(batch[0]) for batch in batches]
-    return sum(values) / sum(len(batch[0]) for batch in batches)
+        values = [float(distance.of(batch)) for batch in batches]
+    weights = [len(batch[0]) if batch[0].ndim else 1 for batch in batches]
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _holds_samples(dense: nn.Module, batch: tuple[Tensor, ...]) -> bool:
+    """Tell whether the rows of a batch are samples: a network makes of some of them what it makes of them in the batch.
+
+    They may be the nodes of a graph, or the positions of sequences; or a forward takes so many and no others.
+    """
+    rows = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(0))[: max(1, len(batch[0]) // 2)]
+    some = tuple(value[rows.to(value.device)] for value in batch)
+    with evaluation_mode(dense):
+        whole = tensors_in(dense(*copies(batch)))
+        try:
+            part = tensors_in(dense(*some))
+        except Exception:  # whatever the user's forward raises of a batch of another size
+            return False
+    if any(not value.ndim or len(value) != len(batch[0]) for value in whole):
+        return False
+    return relative_difference(part, [value[rows.to(value.device)] for value in whole]) <= tolerance_for(whole) + 1e-6
 
 
 class _Samples:
     """Draws samples from calibration data, across batches where their samples are alike.
 
+    Batches of which the rows are no samples, one independent of the other, are drawn whole.
+
     Args:
+        dense: The network as it was given, in eval mode.
         batches: The forward's positional arguments, for each batch.
         count: How many samples are drawn together.
     """
 
-    def __init__(self, batches: Sequence[tuple[Tensor, ...]], count: int) -> None:
+    def __init__(self, dense: nn.Module, batches: Sequence[tuple[Tensor, ...]], count: int) -> None:
         self._batches = batches
         self._count = count
         self._alike: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # what samples are like -> batch and row
@@ -289,6 +318,9 @@ class _Samples:
                 self._whole.append(number)
                 continue
             key = tuple((value.shape[1:], value.dtype) for value in batch)
+            if key not in self._alike and not _holds_samples(dense, batch):
+                self._whole.append(number)
+                continue
             self._alike.setdefault(key, []).extend((number, row) for row in range(rows.pop()))
 
     def some(self, count: int) -> tuple[Tensor, ...]:

@@ -468,3 +468,11 @@ def test_an_operator_takes_the_place_of_a_block_with_a_last_activation_only_wher
     assert bool(kinds - {"identity"}) == gated
     if not gated:
         assert any(trial.operators == ("1.first", "1.second") for trial in report.trials)
+
+
+def test_blocks_that_only_an_identity_could_stand_for_stay_where_nothing_tells_how_good_it_has_to_be():
+    torch.manual_seed(0)
+    model = stack(Activated(gated=False), Activated(gated=False))
+    report = compress(model, BATCHES, objective="macs", max_drift=0.1).report
+    assert all(trial.kind == "linear" for trial in report.trials)
+    assert "slack" in report.reasons["1"]

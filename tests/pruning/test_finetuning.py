@@ -209,3 +209,54 @@ def test_bad_arguments_are_refused() -> None:
     assert "`rate`" in refusal(lambda: Finetuning(rate=0.0))
     half = mlp().to(torch.bfloat16)
     assert "torch.bfloat16" in refusal(lambda: compress(half, [x.bfloat16() for x in data()], finetune=1))
+
+
+class Graph(nn.Module):
+    """Nodes of one graph, and which of them are neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, nodes: Tensor, neighbours: Tensor) -> Tensor:
+        return self.net(neighbours @ nodes)
+
+
+class Positions(nn.Module):
+    """The first axis is that of positions, which are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.net(value - value.mean(0))
+
+
+class OneSize(nn.Module):
+    """Takes batches of 20 alone, and holds a buffer that can't be written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("zeros", torch.zeros(1, dtype=torch.float64).expand(6))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.net(value.view(20, 6) + self.zeros)
+
+
+@pytest.mark.parametrize("make", [Graph, Positions, OneSize])
+def test_batches_whose_rows_are_no_samples_are_drawn_whole(make: type[nn.Module]) -> None:
+    dense, changed = make().eval(), make().eval()
+    off(changed.net)
+    names = places(dense)
+    places(changed)
+    batches = [(x,) for x in data(2, 20)]
+    if make is Graph:
+        batches = [(x, torch.rand(20, 20, dtype=torch.float64)) for (x,) in batches]
+    seen: list[int] = []
+    changed.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    done = finetune(changed, dense, names, batches, Finetuning(30, samples=8))
+    assert done.is_nearer
+    assert {*seen} == {20}
+    done.undo()

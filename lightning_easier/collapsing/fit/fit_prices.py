@@ -141,9 +141,15 @@ def choose(choices: Sequence[PricedFit], prices: ChainPrices, slack: float) -> P
         slack: How much less of the variance than the best it may explain.
 
     Raises:
-        CannotFitError: If it is not cheaper than the chain.
+        CannotFitError: If none does, or it is not cheaper than the chain.
     """
-    best = min((each for each in choices if each.represents_chain(slack)), key=lambda each: each.price_after)
+    good = [each for each in choices if each.represents_chain(slack)]
+    if not good:
+        raise CannotFitError(
+            f"nothing that may take its place explains as much of its variance as the best operator, but for the "
+            f"{slack:.1%} of `slack`"
+        )
+    best = min(good, key=lambda each: each.price_after)
     if best.saving > 0:
         return best
     compared = prices.compared(best.price_after, best.price_before)
