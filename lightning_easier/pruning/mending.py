@@ -91,13 +91,14 @@ class Mending:
             self._keep_or_undo(trained.undo, trained.words)
 
     def _keep_or_undo(self, undo: Callable[[], None], did: str) -> None:
-        """Keep what was done if the score is no worse, and note it in words; else undo it."""
-        score = self._judge.score(self._search.model)
-        if not self._judge.is_no_worse(score, self.score):
+        """Keep what was done if score and drift are good enough still, and note it in words; else undo it."""
+        score, drift = self._judge.score(self._search.model), self._search.drift
+        is_too_far = drift > self._drift and self._judge.why_not(score, drift) is not None
+        if is_too_far or not self._judge.is_no_worse(score, self.score):
             undo()
             return
         self.score = score
-        before, self._drift = self._drift, self._search.drift
+        before, self._drift = self._drift, drift
         self.notes.append(
             f"{did}: of the variance of the outputs {self._drift:.2%} has changed then, and not {before:.2%}"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_easier import CompressResult, Finetuning, compress, isolate_activations
 from lightning_easier.measure.features import places_of_features
-from lightning_easier.pruning.finetuning import finetune
+from lightning_easier.pruning.finetuning import Finetuned, Finetuner, finetune
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.zoo import CifarResNet
 
@@ -191,6 +191,22 @@ def test_training_in_vain_leaves_no_trace() -> None:
     assert not any(trial.kept for trial in after.report.trials)
     x = data()[0]
     assert torch.equal(before.fitted(x), after.fitted(x))
+
+
+def test_what_goes_beyond_the_drift_in_training_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = compress(mlp(), data(), objective="macs", max_drift=0.05)
+
+    def trained(self: Finetuner, model: nn.Module, advance: object = None) -> Finetuned:
+        done = Finetuned(model)
+        done.before, done.after = 1.0, 0.0
+        with torch.no_grad():
+            [*model.parameters()][-1].add_(10.0)
+        return done
+
+    monkeypatch.setattr(Finetuner, "run", trained)
+    result = compress(mlp(), data(), objective="macs", max_drift=0.05, finetune=1)
+    assert result.report.drift <= 0.05
+    assert torch.equal(plain.fitted(data()[0]), result.fitted(data()[0]))
 
 
 def refusal(call: Callable[[], object]) -> str:
