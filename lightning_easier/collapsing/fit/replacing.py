@@ -56,7 +56,7 @@ def replace_chains(
             except CannotFitError as error:
                 chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
             progress.finish()
-        if choices:
+        if len(choices) > 1:  # one chain alone is fitted to what it computes, and the rest stays as it is
             refit_kept(model, dense, batches, advance=progress.advance)
         progress.finish()
     if choices:
