@@ -45,7 +45,7 @@ class Network:
     rate_from_scratch: float = 0.1
     rate: float = 0.01
     optimizer: Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer] = cifar.sgd
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = cifar.PRECISION
     is_given: bool = False
     inner: str = ""
     unsuited: tuple[str, ...] = ()

@@ -204,10 +204,12 @@ def print_table(
         "faster, batch 64",
         "as given, batch 64",
     )
+    precision = str(network.dtype).removeprefix("torch.")
     title = (
         f"{network.name}, {options.before:g} + {options.after:g} epochs of {options.images:,} images, "
-        f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {torch.get_num_threads()} threads; faster "
-        f"than the dense network with its batch norms folded (quartiles), and than as given"
+        f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {precision}, "
+        f"{torch.get_num_threads()} threads; faster than the dense network with its batch norms folded (quartiles), "
+        f"and than as given"
     )
     print(Table(title, columns, rows).to_markdown())
 
