@@ -23,15 +23,21 @@ Networks other than a ResNet are trained from scratch for ``--before`` epochs, a
 what is there is taken, with every seed:
 
     python benchmarks/tuning.py --data.root <folder> --network vgg --weights <new file> --before 4
+
+``--keep`` writes each network that is done to a folder. The same command takes up there what was cut short, and a
+command that differs in its methods alone adds rows to the table.
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import rich
 import torch
@@ -55,6 +61,8 @@ from lightning_easier.report import Table
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.timing import Latency, measure_latency, speed_up
 
+Made = TypeVar("Made")
+
 METHODS = ("dense", "identity", "affine", "fitted", "compress", "magnitude", "channels", "scratch")
 CALIBRATION = 1000  # images
 
@@ -77,9 +85,7 @@ def shallower(
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)
     if method == "channels":
         weights = [(m, "weight") for name, m in model.named_modules() if name.endswith("conv1") and "." in name]
-        pruning = ModelPruning(
-            "ln_structured", weights, use_global_unstructured=False, pruning_norm=2, pruning_dim=0
-        )  # fmt: skip
+        pruning = ModelPruning("ln_structured", weights, use_global_unstructured=False, pruning_norm=2, pruning_dim=0)
         return zeroed(model, pruning, 1 / 3)
     if method == "fitted":
         for _ in range(options.removed):
@@ -102,12 +108,105 @@ def zeroed(model: Any, pruning: ModelPruning, amount: float) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Row:
+    """What has become of one method with one seed.
+
+    Attributes:
+        untuned: Top-1 before the last epochs, in per cent.
+        top1: Top-1 after them.
+        shipped: The network, collapsed.
+        seconds: What the method itself took.
+    """
+
+    untuned: float
+    top1: float
+    shipped: nn.Module
+    seconds: float
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], Made]) -> Made:
+    """Return what a file of a folder holds, or make it and write it there."""
+    file = None if folder is None else folder / f"{name}.pt"
+    if file is not None and file.exists():
+        there: Made = torch.load(file, weights_only=False)  # this program wrote it
+        return there
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(made, file)
+    return made
+
+
 def finished(model: nn.Module, example: Tensor) -> nn.Module:
     """Return what is shipped: collapsed exactly."""
     for module in model.modules():
         if prune.is_pruned(module) and not list(module.children()):
             prune.remove(module, "weight")
     return collapse(model, example).model
+
+
+class Comparison:
+    """All methods with one seed.
+
+    Args:
+        network: The network.
+        train: Images to train on.
+        test: Images to test on.
+        seed: Of the images that are taken, their order and their augmentation.
+        options: Those of the command.
+    """
+
+    def __init__(self, network: Network, train: Images, test: Images, seed: int, options: Any) -> None:
+        self._network, self._train, self._test, self._seed, self._options = network, train, test, seed, options
+        self._subset = drawn(train, options.images, seed)
+        self._example = test.batch(torch.arange(64))
+        self._dense = kept(options.keep, f"before-{seed}", self._trained)
+        self._teacher = self._dense if options.distill else None
+        self._speed = Speed(
+            collapse(self._dense, self._example, objective="macs").model, self._example, options.speedup
+        )
+
+    def row(self, method: str) -> Row:
+        """Return what becomes of a method."""
+        make = functools.partial(self._from_scratch if method == "scratch" else self._tuned, method)
+        row = kept(self._options.keep, f"{method}-{self._seed}", make)
+        if method == "compress":
+            self._speed.wanted = self._speed.of(row.shipped)
+        rich.print(f"seed {self._seed}: {method}: {row.untuned:.2f} → {row.top1:.2f} ({row.seconds:.0f} s to make)")
+        return row
+
+    def _trained(self) -> nn.Module:
+        return self._network.trained(self._options.weights, self._train, self._subset, self._options.before, self._seed)
+
+    def _tuned(self, method: str) -> Row:
+        began = time.perf_counter()
+        model = self._made(method)
+        seconds = time.perf_counter() - began
+        untuned = accuracy(model, self._test)
+        self._network.tune(
+            model, self._train, self._subset, self._options.after, self._seed + 1000, teacher=self._teacher
+        )
+        return self._row(untuned, model, seconds)
+
+    def _from_scratch(self, method: str) -> Row:
+        torch.manual_seed(self._seed)
+        model = NETWORKS[self._options.network](self._options.scratch).build()
+        epochs, rate = self._options.before + self._options.after, self._network.rate_from_scratch
+        self._network.tune(model, self._train, self._subset, epochs, self._seed, rate=rate, teacher=self._teacher)
+        return self._row(math.nan, model, math.nan)  # there is nothing before its tuning
+
+    def _row(self, untuned: float, model: nn.Module, seconds: float) -> Row:
+        return Row(untuned, accuracy(model, self._test), finished(model, self._example), seconds)
+
+    def _made(self, method: str) -> nn.Module:
+        if method == "dense":
+            return deepcopy(self._dense)
+        calibration = self._train.calibration(CALIBRATION, self._seed)
+        if method in PEERS:
+            labels = self._train.labels[drawn(self._train, CALIBRATION, self._seed)].split(len(calibration[0]))
+            return PEERS[method](deepcopy(self._dense).eval(), calibration, labels, self._speed)
+        return shallower(self._dense, method, calibration, self._example, self._network, self._options)
 
 
 def main() -> None:
@@ -125,6 +224,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), help="by default all but the peers")
     parser.add_argument("--distill", action="store_true", help="from the dense network, while tuning after")
+    parser.add_argument("--keep", type=Path, help="folder of what is done; what is there is taken from it")
     options = parser.parse_args()
     network = chosen(options)
     if options.methods is None:
@@ -132,69 +232,42 @@ def main() -> None:
     if unsuited := set(options.methods) & set(network.unsuited):
         parser.error(f"--methods {' '.join(sorted(unsuited))} can't be made of a {network.name}; leave them out")
     train, test = (Images(f"{options.root}/{split}") for split in ("train", "test"))
-    example = test.batch(torch.arange(64))
-    scores: dict[str, list[float]] = {method: [] for method in options.methods}
-    untuned: dict[str, list[float]] = {method: [] for method in options.methods}
-    shipped: dict[str, nn.Module] = {}
+    rows: dict[str, list[Row]] = {method: [] for method in options.methods}
     for seed in range(options.seeds):
-        subset, calibration = drawn(train, options.images, seed), train.calibration(CALIBRATION, seed)
-        labels = train.labels[drawn(train, CALIBRATION, seed)].split(len(calibration[0]))
-        dense = network.trained(options.weights, train, subset, options.before, seed)
-        teacher = dense if options.distill else None
-        speed = Speed(collapse(dense, example, objective="macs").model, example, options.speedup)
+        comparison = Comparison(network, train, test, seed, options)
         for method in options.methods:
-            began = time.perf_counter()
-            if method == "scratch":
-                torch.manual_seed(seed)
-                model = NETWORKS[options.network](options.scratch).build()
-                left = math.nan  # There is nothing before its tuning.
-                epochs = options.before + options.after
-                network.tune(model, train, subset, epochs, seed, rate=network.rate_from_scratch, teacher=teacher)
-            elif method == "dense":
-                model = deepcopy(dense)
-            elif method in PEERS:
-                model = PEERS[method](deepcopy(dense).eval(), calibration, labels, speed)
-            else:
-                model = shallower(dense, method, calibration, example, network, options)
-            if method == "compress":
-                speed.wanted = speed.of(model)
-            made = time.perf_counter() - began
-            if method != "scratch":
-                left = accuracy(model, test)
-                network.tune(model, train, subset, options.after, seed + 1000, teacher=teacher)
-            untuned[method].append(left)
-            scores[method].append(accuracy(model, test))
-            shipped[method] = finished(model, example)
-            rich.print(f"seed {seed}: {method}: {left:.2f} → {scores[method][-1]:.2f} ({made:.0f} s to make)")
-    print_table(scores, untuned, shipped, network, test, options)
+            rows[method].append(comparison.row(method))
+    print_table(rows, network, test, options)
 
 
-def print_table(
-    scores: dict[str, list[float]],
-    untuned: dict[str, list[float]],
-    shipped: dict[str, nn.Module],
-    network: Network,
-    test: Images,
-    options: Any,
-) -> None:
+def print_table(rows: dict[str, list[Row]], network: Network, test: Images, options: Any) -> None:
     """Time the last seed's networks interleaved, and print."""
+    shipped = {method: each[-1].shipped for method, each in rows.items()}
     given = network.load(options.weights)
     latencies: dict[int, dict[str, Latency]] = {}
     for size in (1, 64):
         values = test.batch(torch.arange(size))
         calls: dict[str, Callable[..., Any]] = {**shipped, "as given": given, "folded": collapse(given, values).model}
         latencies[size] = measure_latency(calls, (values,), samples=25)
-    rows = []
-    for method, values in scores.items():
+    lines = []
+    for method, each in rows.items():
+        top1 = [row.top1 for row in each]
         faster = [speed_up(times["folded"], times[method]).quartiles for times in latencies.values()]
         whole = speed_up(latencies[64]["as given"], latencies[64][method]).median
-        spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+        spread = f" ({min(top1):.2f}–{max(top1):.2f})" if len(top1) > 1 else ""
         macs = count_macs(shipped[method], (test.batch(torch.arange(1)),)) / 1e6
-        left = "–" if method == "scratch" else f"{mean(untuned[method]):.2f}"
-        rows.append(
-            (method, left, f"{mean(values):.2f}{spread}", f"{macs:.1f}",
-             *(f"{middle:.2f} ({low:.2f}–{high:.2f})" for low, middle, high in faster), f"{whole:.2f}")
-        )  # fmt: skip
+        untuned = "–" if method == "scratch" else f"{mean(row.untuned for row in each):.2f}"
+        lines.append(
+            (
+                method,
+                untuned,
+                f"{mean(top1):.2f}{spread}",
+                f"{macs:.1f}",
+                *(f"{middle:.2f} ({low:.2f}–{high:.2f})" for low, middle, high in faster),
+                f"{whole:.2f}",
+                "–" if method in ("dense", "scratch") else f"{mean(row.seconds for row in each):.0f}",
+            )
+        )
     columns = (
         "method",
         "before tuning",
@@ -203,6 +276,7 @@ def print_table(
         "faster, batch 1",
         "faster, batch 64",
         "as given, batch 64",
+        "made in [s]",
     )
     precision = str(network.dtype).removeprefix("torch.")
     title = (
@@ -211,7 +285,7 @@ def print_table(
         f"{torch.get_num_threads()} threads; faster than the dense network with its batch norms folded (quartiles), "
         f"and than as given"
     )
-    print(Table(title, columns, rows).to_markdown())
+    print(Table(title, columns, lines).to_markdown())
 
 
 if __name__ == "__main__":

@@ -94,6 +94,22 @@ def test_tuning_trains_a_network_without_weights_once_and_compares_what_is_made_
     assert all(torch.equal(kept[name], value) for name, value in trained.items())
 
 
+def test_tuning_goes_on_where_it_was_cut_short(run, tmp_path):
+    folder = tmp_path / "kept"
+    compare = partial(
+        run, tuning, Tiny, "--weights", str(tmp_path / "tiny.th"), "--before", "3", "--keep", str(folder)
+    )  # fmt: skip
+    first = rows_of(compare("--methods", "dense", "magnitude"))
+    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    (folder / "magnitude-0.pt").unlink()
+    again = rows_of(compare("--methods", "dense", "magnitude", "identity", "--removed", "1"))
+    assert set(again) == {"method", "---", "dense", "magnitude", "identity"}
+    for method in ("dense", "magnitude"):
+        assert again[method][:3] == first[method][:3]
+    assert (folder / "dense-0.pt").stat().st_mtime_ns == written["dense-0.pt"]
+    assert (folder / "magnitude-0.pt").stat().st_mtime_ns != written["magnitude-0.pt"]
+
+
 def test_tuning_refuses_what_can_not_be_made_of_a_network(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(
