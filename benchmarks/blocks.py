@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import Images, accuracy, add_arguments, drawn, load, tune
+from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load, tune
 from learner import Learner
 from lightning.pytorch import Trainer, seed_everything
 from torch import nn
@@ -79,6 +79,7 @@ def networks(weight: float, options: Any, images: Images) -> list[nn.Module]:
 
 def main() -> None:
     """Train, take out, tune, and print two tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--output", required=True, help="folder for the checkpoints")

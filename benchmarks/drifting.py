@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from cifar import Images, accuracy, add_arguments, load
+from cifar import Images, accuracy, add_arguments, keep_freed_memory, load
 from torch import nn
 
 from lightning_easier import compress
@@ -20,6 +20,7 @@ from lightning_easier.report import Table
 
 def main() -> None:
     """Run the benchmark."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=2000, help="training images to fit to")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import Images, accuracy, add_arguments, drawn, load
+from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load
 from learner import Learner
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
@@ -135,6 +135,7 @@ def rounds_of(method: str, options: Any, images: Images, test: Images) -> Iterat
 
 def main() -> None:
     """Prune by every method, and print two tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--output", required=True, help="folder for the checkpoints of all rounds")

@@ -16,7 +16,7 @@ from copy import deepcopy
 
 import rich
 import torch
-from cifar import Images, accuracy, add_arguments, load
+from cifar import Images, accuracy, add_arguments, keep_freed_memory, load
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress, linearize, measure_affines, measure_entropy
@@ -40,6 +40,7 @@ def by_drift_of(
 
 def main() -> None:
     """Measure and print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=1000, help="training images to fit and to measure on")

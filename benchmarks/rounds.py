@@ -15,7 +15,7 @@ from copy import deepcopy
 from statistics import mean
 
 import rich
-from cifar import Images, accuracy, add_arguments, drawn, load, tune
+from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load, tune
 from torch import Tensor, nn
 
 from lightning_easier import fit_chains, isolate_activations, linearize, measure_affines, measure_entropy
@@ -80,6 +80,7 @@ WAYS: dict[str, Callable[[str], Round]] = {"identity": to_identities, "affine": 
 
 def main() -> None:
     """Prune in rounds, and print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--before", type=float, default=1, help="epochs of the dense network first")

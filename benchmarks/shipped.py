@@ -25,7 +25,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from cifar import Images, accuracy, drawn
+from cifar import Images, accuracy, drawn, keep_freed_memory
 from networks import Network, add_arguments, chosen
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -121,6 +121,7 @@ def timed(dense: Mapping[str, Call], compressed: Mapping[str, Call], images: Ten
 
 def main() -> None:
     """Make both networks, run them in each runtime, and print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--before", type=float, default=1, help="epochs of the dense network first")

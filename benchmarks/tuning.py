@@ -41,7 +41,7 @@ from typing import Any, TypeVar
 
 import rich
 import torch
-from cifar import Images, accuracy, drawn
+from cifar import Images, accuracy, drawn, keep_freed_memory
 from lightning.pytorch.callbacks import ModelPruning
 from networks import NETWORKS, Network, add_arguments, chosen
 from peers import PEERS, Speed
@@ -211,6 +211,7 @@ class Comparison:
 
 def main() -> None:
     """Tune, measure and print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--before", type=float, default=2, help="epochs of the dense network first")

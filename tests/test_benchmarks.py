@@ -24,24 +24,21 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 4, stride=4)
-        self.blocks = nn.Sequential(*(_block() for _ in range(2)))
+        self.blocks = nn.Sequential(*(_Block() for _ in range(2)))
         self.head = nn.Linear(8, 10)
 
     def forward(self, x):
         return self.head(self.blocks(self.stem(x)).mean((-2, -1)))
 
 
-def _block() -> nn.Module:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm, self.relu = nn.Conv2d(8, 64, 1), nn.BatchNorm2d(64), nn.ReLU()
-            self.second = nn.Conv2d(64, 8, 1)
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.relu = nn.Conv2d(8, 64, 1), nn.BatchNorm2d(64), nn.ReLU()
+        self.second = nn.Conv2d(64, 8, 1)
 
-        def forward(self, x):
-            return x + self.second(self.relu(self.norm(self.first(x))))
-
-    return Block()
+    def forward(self, x):
+        return x + self.second(self.relu(self.norm(self.first(x))))
 
 
 @pytest.fixture(scope="module")
