@@ -167,6 +167,7 @@ class Search:
         self._slack = slack
         self._narrows = narrows
         self._dense_outputs = self._outputs()
+        self._seen: list[Tensor] | None = None  # the outputs of the model as it is, where they are known
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedPlace] = {}
@@ -196,7 +197,8 @@ class Search:
     @property
     def drift(self) -> float:
         """Share of the variance of the outputs that all that is in place has changed."""
-        return drift_of(self._outputs(), self._dense_outputs)
+        self._seen = self._outputs()
+        return drift_of(self._seen, self._dense_outputs)
 
     def candidates(
         self, sites: Sequence[str], blocks: Sequence[FittableBlock], clock: Clock, progress: Stages
@@ -302,7 +304,7 @@ class Search:
         To first order, changes of the outputs add up: one that goes against what is in place already adds little. What
         is in place is measured, of the candidate it is known what it changes alone.
         """
-        now = change_of(self._outputs(), self._dense_outputs)
+        now = change_of(self._outputs() if self._seen is None else self._seen, self._dense_outputs)
 
         def rank(candidate: FittedCandidate) -> float:
             begun = [step for step in self._steps if candidate.choice.place.meets(step.place)]
@@ -318,6 +320,7 @@ class Search:
         begun = [step for step in self._steps if place.meets(step.place)]
         if self._was_rejected(candidate) or not self._may_follow(candidate, begun):
             return None
+        self._seen = None
         self._undone = [(self._steps.index(step), step) for step in begun]
         for step in reversed(begun):
             put(self.model, step.old)
@@ -391,6 +394,7 @@ class Search:
 
     def undo(self, reason: str) -> None:
         """Undo the last trial."""
+        self._seen = None
         step = self._steps.pop()
         put(self.model, step.old)
         step.trial.kept, step.trial.reason = False, reason
@@ -407,18 +411,21 @@ class Search:
 
     def leave_out(self, step: Taken) -> int:
         """Undo a step, whichever it is; return its number, for :meth:`put_back`."""
+        self._seen = None
         number = self._steps.index(step)
         put(self.model, self._steps.pop(number).old)
         return number
 
     def put_back(self, step: Taken, number: int) -> None:
         """Put a step back that was left out."""
+        self._seen = None
         put(self.model, step.new)
         self._steps.insert(number, step)
 
     def forget_fits(self) -> None:
         """Forget what was fitted, since all values of the model may have changed."""
         self._fitted.clear()
+        self._seen = None
 
     def _redo(self) -> None:
         for place, step in self._undone:

@@ -24,6 +24,7 @@ MARGIN = 0.02
 """Two timings of one thing differ by about this much; less is not an improvement."""
 
 _SECONDS_A_SAMPLE = 0.01
+_SLOW = 0.05  # seconds
 _MAX_RUNS_A_SAMPLE = 200
 # What many samples may take in all, and the fewest that tell anything.
 _SECONDS_IN_ALL = 1.5
@@ -180,8 +181,8 @@ class _Turns:
         each: dict[Any, float] = {}
         with torch.no_grad():
             for name, seconds_of in self._timers.items():
-                seconds_of(2)  # warm-up
-                each[name] = seconds_of(2)
+                runs = 2 if seconds_of(1) < _SLOW else 1  # warm-up; what takes so long has little else to warm up
+                each[name] = seconds_of(runs)
                 self._runs[name] = int(min(max(_SECONDS_A_SAMPLE / max(each[name], 1e-9), 1), _MAX_RUNS_A_SAMPLE))
                 self._pace.tell(0.0)
         slowest = max([_SECONDS_A_SAMPLE, *each.values()])

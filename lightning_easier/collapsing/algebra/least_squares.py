@@ -292,12 +292,13 @@ class Moments:
         self.left_out += (~kept).sum().to(self.left_out.device)
         number, self._batches = self._batches, self._batches + 1
         with torch.autocast(value.device.type, enabled=False):  # that of a step would take the products in half
-            patches = self.geometry.patches(value.to(wide))
+            axis = -1 - len(self.geometry.kernel)  # of the channels
+            patches = self.geometry.patches(_channels_last(value.to(wide), axis)).movedim(axis, -1)
             target = (target.movedim(1, -1) if self.geometry.kernel else target).to(wide)
             axes = target.ndim - 1
             for places, held_out in _places(target.shape[:axes], positions, self.geometry.unknowns, number):
                 where = tuple(place.to(value.device) for place in places)
-                rows = patches[where].reshape(len(where[0]), -1)
+                rows = patches[where].movedim(-1, 1).reshape(len(where[0]), -1)
                 (self.held_out if held_out else self.fitted).add(rows, target[where], kept[where[0]].to(wide))
                 del rows  # not beside those that come next
 
@@ -316,6 +317,11 @@ class Moments:
                 f"its inputs are zero, or so small (below {_SMALLEST_INPUT:g}) that their products are lost; scale them"
             )
         return None
+
+
+def _channels_last(value: Tensor, axis: int) -> Tensor:
+    """Return the same values, those of all channels of a position beside each other in memory: rows are copied fast."""
+    return value.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def _places(
