@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 from torch.nn import Module
 
 import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
@@ -20,7 +19,8 @@ from lightning_easier.report import PruningReport, Round
 from lightning_easier.structure.checkpoint import callback_states, load_pruned, read_checkpoint
 from lightning_easier.structure.linearize import read_marks
 from lightning_easier.support.arguments import check_integer
-from lightning_easier.support.inference import model_input
+from lightning_easier.support.batches import BatchReader, as_arguments
+from lightning_easier.support.calls import Arguments, mapped
 
 try:
     import rich
@@ -132,7 +132,7 @@ class EasierTrainer(Trainer):
         rich.print(list_candidates(model, entropies))
 
     def _collapse(
-        self, model: LightningModule, inputs: Tensor, ckpt_path: str, objective: Any, weights_only: bool | None
+        self, model: LightningModule, inputs: Arguments, ckpt_path: str, objective: Any, weights_only: bool | None
     ) -> CollapseResult:
         self._load(model, ckpt_path, weights_only)
         return collapse(model.to(self.strategy.root_device), inputs, objective=objective)
@@ -151,19 +151,23 @@ class EasierTrainer(Trainer):
 
     def _example_inputs(
         self, model: LightningModule, datamodule: LightningDataModule | None, batch_size: int | None
-    ) -> Tensor:
+    ) -> Arguments:
         if batch_size is not None:
             check_integer("batch_size", batch_size, 1)
         if datamodule is not None:
-            inputs = next((model_input(batch) for batch in _validation_loader(datamodule)), None)
+            read = BatchReader(model, "data")
+            inputs = next((read(batch) for batch in _validation_loader(datamodule)), None)
         else:
-            inputs = model.example_input_array  # type: ignore[assignment]
-        if not isinstance(inputs, Tensor) or len(inputs) == 0:
+            example = model.example_input_array
+            inputs = None if example is None else as_arguments(example, model)
+        if inputs is None or any(len(value) == 0 for value in inputs if value.ndim):
             raise ValueError(
-                "Expected `data` to yield a validation batch, or the model to have an `example_input_array` tensor, "
-                "for an example input; but there is none"
+                "Expected `data` to yield a validation batch, or the model to have an `example_input_array`, for an "
+                "example input; but there is none"
             )
-        return inputs[:batch_size].to(self.strategy.root_device)
+        samples = len(inputs[0]) if inputs[0].ndim else 0
+        some = mapped(lambda value: value[:batch_size] if value.ndim and len(value) == samples else value, inputs)
+        return mapped(lambda value: value.to(self.strategy.root_device), some)
 
 
 def _validation_loader(datamodule: LightningDataModule) -> Any:

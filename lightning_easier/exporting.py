@@ -1,9 +1,8 @@
 """Write a model to a file that is shipped, and check that the file computes the same."""
 
-import inspect
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from lightning_easier.report import ExportReport, Parity
 from lightning_easier.sites.activations import unwrap
 from lightning_easier.support import storage
+from lightning_easier.support.batches import as_arguments
+from lightning_easier.support.calls import Arguments, call, mapped
 from lightning_easier.support.inference import (
-    as_arguments,
     check_weights,
     forward,
     relative_difference,
@@ -37,7 +37,7 @@ class ExportError(RuntimeError):
 def export(
     model: nn.Module,
     path: str | Path,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     format: Format | None = None,
     dynamic_batch: bool = True,
@@ -51,7 +51,8 @@ def export(
     Args:
         model: Any module that ``torch.export`` accepts; a copy on the CPU is exported, the model is not changed.
         path: Where to write; its folder is made if need be, an existing file is replaced only by one that passed.
-        example_inputs: A tensor, or the tuple of the forward's positional arguments, each with the batch axis first.
+        example_inputs: A tensor, the tuple of the forward's positional arguments, or a dictionary of arguments by name
+            (labels are left out, where the forward can do without), each with the batch axis first.
         format: ``"onnx"`` or ``"pt2"``; by the suffix of ``path`` when not given.
         dynamic_batch: Whether the file takes any batch size. Without, it takes the example's only, and only that is
             checked.
@@ -80,13 +81,13 @@ def export(
             raise ModuleNotFoundError(
                 f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
             )
-    arguments = tuple(argument.detach().cpu() for argument in as_arguments(example_inputs))
+    model = unwrap(model)
+    arguments = mapped(lambda argument: argument.detach().cpu(), as_arguments(example_inputs, model))
     if dynamic_batch and any(argument.ndim == 0 for argument in arguments):
         raise ValueError(
             "Expected argument `example_inputs` to have a batch axis first, but got a tensor without axes; pass "
             "`dynamic_batch=False` if there is none"
         )
-    model = unwrap(model)
     check_weights(model)
     source = without_masks(model).cpu().eval()
     with torch.no_grad():
@@ -123,23 +124,21 @@ def _format_of(path: Path, format: str | None) -> Format:
     return wanted  # type: ignore[return-value]
 
 
-def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
+def _capture(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> torch.export.ExportedProgram:
     """Capture with ``torch.export``; it takes a batch of 1 for a constant, so a larger one is shown to it."""
-    shapes: Any = None
+    sizes: list[Any] | None = None
     if dynamic_batch:
         batch = torch.export.Dim("batch")
         shown = _larger_batch(arguments) if len(arguments[0]) == 1 else arguments
-        shapes = tuple({0: batch} if len(argument) == len(arguments[0]) else None for argument in arguments)
+        sizes = [{0: batch} if len(argument) == len(arguments[0]) else None for argument in arguments]
     else:
         shown = arguments
-    if shapes is not None and _takes_varargs(model, len(arguments)):
-        shapes = (shapes,)
     reasons: list[Exception] = []
     # Reading its Python passes on a batch size that runs through `len`, which running it takes for a constant
     for reads_code in (False, True)[: 1 + dynamic_batch]:
         try:
             with torch.no_grad(), quiet():
-                return export_program(model, shown, dynamic_shapes=shapes, strict=reads_code)
+                return export_program(model, shown, sizes, reads_code=reads_code)
         except Exception as error:  # torch.export has no common base for what it raises
             reasons.append(error)
     reason = reasons[0]
@@ -151,13 +150,7 @@ def _capture(model: nn.Module, arguments: tuple[Tensor, ...], dynamic_batch: boo
     ) from reason
 
 
-def _takes_varargs(model: nn.Module, arguments: int) -> bool:
-    """Tell whether a forward collects its arguments (``*args``); torch.export wants their shapes nested then."""
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    return inspect.Parameter.VAR_POSITIONAL in kinds[:arguments]
-
-
-_Run = Callable[..., list[Tensor]]
+_Run = Callable[[Arguments], list[Tensor]]
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
@@ -178,7 +171,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
         raise ExportError(f"ONNX Runtime does not take the file, so it can't be checked: {reason}") from error
     names = [node.name for node in session.get_inputs()]
 
-    def run(*inputs: Tensor) -> list[Tensor]:
+    def run(inputs: Arguments) -> list[Tensor]:
         feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         return [torch.from_numpy(output) for output in session.run(None, feed) if output is not None]
 
@@ -190,23 +183,23 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> _Run:
     torch.export.save(program, whole)
     path.write_bytes(whole.getbuffer())  # torch's own writer ends the process when the disk is full
     loaded = torch.export.load(path).module()
-    return lambda *inputs: tensors_in(loaded(*inputs))
+    return lambda inputs: tensors_in(call(loaded, inputs))
 
 
 _WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path], _Run]] = {"onnx": _write_onnx, "pt2": _write_pt2}
 
 
-def _larger_batch(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _larger_batch(arguments: Arguments) -> Arguments:
     """One sample more in every argument that has the batch axis."""
     size = len(arguments[0])
-    return tuple(torch.cat([x, x[-1:].flip(-1)]) if len(x) == size else x for x in arguments)
+    return mapped(lambda x: torch.cat([x, x[-1:].flip(-1)]) if len(x) == size else x, arguments)
 
 
-def _compare(model: nn.Module, run: _Run, inputs: tuple[Tensor, ...], path: Path) -> Parity:
+def _compare(model: nn.Module, run: _Run, inputs: Arguments, path: Path) -> Parity:
     with torch.no_grad():
-        expected = tensors_in(model(*inputs))
+        expected = tensors_in(call(model, inputs))
         try:
-            output = run(*inputs)
+            output = run(inputs)
         except Exception as error:
             raise ExportError(
                 f"The exported file does not run at batch size {len(inputs[0])}: {error}; {path} was not written"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import wiring
@@ -15,6 +15,7 @@ from lightning_easier.callbacks.network import FirstCall
 from lightning_easier.pruning.methods import Measuring, Method, Proposal
 from lightning_easier.sites.activations import ActivationSite, isolated_sites
 from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.calls import Arguments
 from lightning_easier.support.hooks import HookOfOneModel
 from lightning_easier.support.inference import evaluation_mode
 
@@ -77,7 +78,7 @@ class Measurement:
         self._first_call = FirstCall(pl_module, sites)
 
     @property
-    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+    def network(self) -> tuple[nn.Module, Arguments] | None:
         """The network inside the module and a batch of its inputs, if they were noted; they are forgotten."""
         found = None if self._first_call is None else self._first_call.network
         self._forget_network()

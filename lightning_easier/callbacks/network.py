@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.callbacks import private
+from lightning_easier.support.batches import as_called
+from lightning_easier.support.calls import Arguments
 from lightning_easier.support.hooks import HookOfOneModel
 
 _OF_A_RUN = ("training_step", "configure_optimizers")
@@ -119,12 +121,13 @@ class FirstCall:
     def __init__(self, pl_module: LightningModule, sites: Iterable[str]) -> None:
         self._pl_module = pl_module
         self._order = holders(pl_module, sites := list(sites))
-        self._arguments: dict[str, tuple[Tensor, ...]] = {}
+        self._arguments: dict[str, Arguments] = {}
         self._handles = notice_calls(pl_module, sites, self._note)
 
     def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if args and not kwargs and all(isinstance(value, Tensor) and value.numel() for value in args):
-            self._arguments.setdefault(name, args)
+        given = as_called(self._pl_module.get_submodule(name), args, kwargs)
+        if given is not None:
+            self._arguments.setdefault(name, given)
 
     def detach(self) -> None:
         """Take the hooks away."""
@@ -133,7 +136,7 @@ class FirstCall:
         self._handles.clear()
 
     @property
-    def network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+    def network(self) -> tuple[nn.Module, Arguments] | None:
         """The outermost module that was called, and the arguments of its first call; None if none was."""
         for name in self._order:
             if name in self._arguments:

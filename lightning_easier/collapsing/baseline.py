@@ -15,7 +15,7 @@ from lightning_easier.collapsing.exact.capture import capture, duplicate, note_s
 from lightning_easier.collapsing.exact.chains import depth
 from lightning_easier.collapsing.exact.steps import Steps
 from lightning_easier.structure.linearize import restore, stand_ins
-from lightning_easier.support.inference import copies
+from lightning_easier.support.calls import copies
 from lightning_easier.support.timing import LatencyTable
 
 

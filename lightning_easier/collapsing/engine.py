@@ -32,9 +32,11 @@ from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
+from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import read_calibration
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
-from lightning_easier.support.inference import as_arguments, check_weights, copies, forward, without_masks
+from lightning_easier.support.inference import check_weights, forward, without_masks
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
 
 # How many times faster a collapsed model has to be at the least; less is slower.
@@ -71,7 +73,7 @@ class CollapseResult:
 
 def collapse(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     mode: Literal["exact", "fit"] = "exact",
     objective: Objective = "latency",
@@ -79,6 +81,7 @@ def collapse(
     calibration: Iterable[Any] | None = None,
     latencies: LatencyTable | None = None,
     slack: float = SLACK,
+    inputs_of: InputsOf | None = None,
 ) -> CollapseResult:
     """Turn what is linear in a row into the cheapest equal operators, exactly.
 
@@ -97,19 +100,21 @@ def collapse(
 
     Args:
         model: Any module that ``torch.fx`` or ``torch.export`` can trace, in part at least; it is not changed.
-        example_inputs: A tensor, or the tuple of the forward's positional arguments, on the model's device. Prices and
-            costs are those at this shape.
+        example_inputs: A tensor, the tuple of the forward's positional arguments, or a dictionary of arguments by name
+            (labels are left out, where the forward can do without), on the model's device. Prices and costs are those
+            at this shape.
         mode: ``"exact"``: the same function. ``"fit"``: besides, chains around activations are replaced.
         objective: ``"latency"`` (measured on the inputs' device), ``"macs"`` (between equals, fewer operations), or
             ``"depth"`` (fewer operations). What does not improve it is not done.
         sites: For ``mode="fit"``: names of the activations, as :func:`~lightning_easier.isolate_activations` returns
             them.
-        calibration: For ``mode="fit"``: batches, such as a DataLoader's; a tensor each, or a sequence whose first
-            elements are the forward's positional arguments.
+        calibration: For ``mode="fit"``: batches, such as a DataLoader's; a tensor each, a sequence whose first elements
+            are the arguments that ``example_inputs`` gives, or a dictionary or dataclass with these by name.
         latencies: Times of operators; pass one table to several calls, and what was timed once is not timed again.
-
         slack: For ``mode="fit"``: how much less of the variance than the best operator one may explain to be taken
             for its price.
+        inputs_of: For ``mode="fit"``: returns what ``example_inputs`` are of a batch of ``calibration``, where they are
+            found elsewhere.
 
     Returns:
         The collapsed model, an ordinary module in eval mode, and a report. Its forward takes what the model's does.
@@ -141,13 +146,15 @@ def collapse(
         )
     """
     check_choice("mode", mode, ("exact", "fit"))
-    if mode == "exact" and (sites is not None or calibration is not None):
-        raise ValueError("Expected arguments `sites` and `calibration` to be None: they belong to mode='fit'")
+    if mode == "exact" and any(each is not None for each in (sites, calibration, inputs_of)):
+        raise ValueError(
+            "Expected arguments `sites`, `calibration` and `inputs_of` to be None: they belong to mode='fit'"
+        )
     if objective not in OBJECTIVES:
         raise ValueError(f"Expected argument `objective` to be one of {OBJECTIVES}, but got {objective!r}")
     check_non_negative("slack", slack)
-    arguments = as_arguments(example_inputs)
     model = unwrap(model)
+    arguments = as_arguments(example_inputs, model)
     check_weights(model)
     table = LatencyTable() if latencies is None else latencies
     device = arguments[0].device
@@ -157,7 +164,8 @@ def collapse(
         fitted = source
         if mode == "fit":
             fitted = deepcopy(source)
-            fits = _fit(fitted, sites, calibration, arguments, ChainPrices(objective, table), slack)
+            reader = BatchReader(fitted, "calibration", inputs_of, arguments)
+            fits = _fit(fitted, sites, calibration, reader, arguments, ChainPrices(objective, table), slack)
         prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
         return prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
 
@@ -209,6 +217,7 @@ def _fit(
     fitted: nn.Module,
     sites: Sequence[str] | None,
     calibration: Iterable[Any] | None,
+    reader: BatchReader,
     arguments: Sequence[Tensor],
     prices: ChainPrices,
     slack: float,
@@ -225,8 +234,7 @@ def _fit(
                 f"Expected argument `sites` to hold names of activations that are not linear, but got {name!r}, not "
                 f"one of {list(known)}"
             )
-    devices = [x.device for x in arguments]
-    data = read_calibration("calibration", calibration, fitted, len(arguments), devices)
+    data = read_calibration(reader, calibration, fitted)
     return _Fits(*replace_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
 
 
@@ -268,7 +276,7 @@ class Prepared:
         self._objective: Objective = objective
         self._fits = fits
         with torch.no_grad():
-            self._expected = expected = fitted(*copies(arguments))
+            self._expected = expected = call(fitted, copies(arguments))
         try:
             captured = capture(fitted, copies(arguments))
         except CaptureError as error:
@@ -382,7 +390,7 @@ class Prepared:
             steps.merges, steps.fused, steps.dropped, refusals, cost["before"], cost["dense"], cost["after"],
             difference, exactly, [_record(choice, self._objective) for choice in fits.choices], fits.notes,
             fixed_arguments(result) if isinstance(result, fx.GraphModule) else {},
-            lost_arguments(self._model, len(self._arguments)) if isinstance(result, fx.GraphModule) else [],
+            lost_arguments(self._model, self._arguments) if isinstance(result, fx.GraphModule) else [],
             steps.trimmed, self._blocks,
         )  # fmt: skip
         if report.lost_arguments:

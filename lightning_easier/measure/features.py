@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.sites.blocks import Block
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import copies, evaluation_mode, tensors_in
+from lightning_easier.support.inference import evaluation_mode, tensors_in
 
 # So many places tell how near two networks are: all of a deep one would take more time to compare than to compute.
 _MOST = 16
@@ -155,7 +156,7 @@ def common_features(model: nn.Module, dense: nn.Module, names: Iterable[str], ar
     noted = []
     for network in (dense, model):
         with evaluation_mode(network), Features(network, asked) as features:
-            network(*copies(arguments))
+            call(network, copies(arguments))
             noted.append({name: value.shape for name, value in features.taken().items()})
     before, now = noted
     common = [name for name, shape in before.items() if now.get(name) == shape]
@@ -215,8 +216,8 @@ class FeatureDistance:
         for each in self._features:
             each.forget()
         with torch.no_grad():
-            goal = dense(*copies(arguments))
-        made = model(*copies(arguments))
+            goal = call(dense, copies(arguments))
+        made = call(model, copies(arguments))
         return distance({**found.taken(), **_named(made)}, {**wanted.taken(), **_named(goal)})
 
 

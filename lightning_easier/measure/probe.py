@@ -28,7 +28,9 @@ from lightning_easier.measure.moments import (
 from lightning_easier.measure.switching import States
 from lightning_easier.sites.activations import ActivationSite, isolated_sites, planned_sites, unwrap
 from lightning_easier.support.arguments import check_share
-from lightning_easier.support.calibration import tell, tell_left_out, usable_batches
+from lightning_easier.support.batches import BatchReader, InputsOf
+from lightning_easier.support.calibration import check_batches, tell, tell_left_out, usable_batches
+from lightning_easier.support.calls import mapped
 from lightning_easier.support.finite import finite_samples
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
@@ -329,6 +331,7 @@ def measure_entropy(
     max_batches: int | None = None,
     neuron_dim: Mapping[str, int] | None = None,
     gates: bool | Iterable[str] = False,
+    inputs_of: InputsOf | None = None,
 ) -> dict[str, float]:
     """Measure the entropy of every activation over all batches together.
 
@@ -337,11 +340,15 @@ def measure_entropy(
 
     Args:
         model: Any module.
-        batches: Batches, such as a DataLoader's: a tensor each, or a sequence whose first element is the input. Those
-            without samples are skipped. A pre-activation that is NaN counts neither as ON nor as OFF.
+        batches: Batches, such as a DataLoader's: a tensor each, a sequence whose first elements are the forward's
+            arguments (as many as it can't do without), or a dictionary or dataclass, of which the forward gets by name
+            what it takes, labels aside. Those without samples are skipped. A pre-activation that is NaN counts neither
+            as ON nor as OFF.
         max_batches: How many batches to use; all by default.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
         gates: Whether bounded activations are measured too, see :func:`~lightning_easier.isolate_activations`.
+        inputs_of: Returns the inputs in a batch, where they are found elsewhere: a tensor, a tuple of positional
+            arguments, or a dictionary of arguments by name.
 
     Returns:
         Qualified name -> entropy in bits, in execution order. Activations that are not called are left out.
@@ -364,7 +371,7 @@ def measure_entropy(
         >>> measure_entropy(model, [torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]])])
         {'1': 1.0}
     """
-    probe = _measured(model, batches, max_batches, neuron_dim, gates, affines=False)
+    probe = _measured(model, batches, max_batches, neuron_dim, gates, inputs_of, affines=False)
     return _unless_empty(probe.entropies(), probe)
 
 
@@ -374,6 +381,7 @@ def measure_affines(
     *,
     neuron_dim: Mapping[str, int] | None = None,
     gates: bool | Iterable[str] = False,
+    inputs_of: InputsOf | None = None,
 ) -> dict[str, AffineFit]:
     """Measure the affine that comes closest to each activation, over all batches together.
 
@@ -386,6 +394,7 @@ def measure_affines(
             not.
         neuron_dim: As for :func:`measure_entropy`.
         gates: As for :func:`measure_entropy`.
+        inputs_of: As for :func:`measure_entropy`.
 
     Returns:
         Qualified name -> scale, offset, axis of the channels and the share of variance explained, in execution order.
@@ -406,7 +415,7 @@ def measure_affines(
         >>> list(measure_affines(model, [torch.randn(8, 1)]))
         ['1']
     """
-    probe = _measured(model, batches, None, neuron_dim, gates, affines=True)
+    probe = _measured(model, batches, None, neuron_dim, gates, inputs_of, affines=True)
     return _unless_empty(probe.affines(), probe)
 
 
@@ -416,6 +425,7 @@ def measure_error_likelihood(
     *,
     neuron_dim: Mapping[str, int] | None = None,
     gates: bool | Iterable[str] = False,
+    inputs_of: InputsOf | None = None,
 ) -> dict[str, float]:
     r"""Compute how likely the neurons of every activation are to switch, from batch norms where that is possible.
 
@@ -428,6 +438,7 @@ def measure_error_likelihood(
         batches: As for :func:`measure_entropy`; only needed where an activation has no batch norm before it.
         neuron_dim: As for :func:`measure_entropy`. An activation whose axis is given is measured, if it is not 1.
         gates: As for :func:`measure_entropy`.
+        inputs_of: As for :func:`measure_entropy`.
 
     Returns:
         Qualified name -> likelihood in [0, 1/2], in execution order. Activations that are not called are left out,
@@ -468,7 +479,7 @@ def measure_error_likelihood(
             f"pre-activations have to be measured, but got None"
         )
     if rest and batches is not None:
-        probe = _measured(inner, batches, None, neuron_dim, gates, affines=True)
+        probe = _measured(inner, batches, None, neuron_dim, gates, inputs_of, affines=True)
         measured = _unless_empty(probe.moments(), probe)
         moments |= {name: measured[name] for name in rest if name in measured}
     strange = [name for name in moments if not moments[name].is_finite]
@@ -502,19 +513,21 @@ def _measured(
     max_batches: int | None,
     neuron_dim: Mapping[str, int] | None,
     gates: bool | Iterable[str],
+    inputs_of: InputsOf | None,
     *,
     affines: bool,
 ) -> EntropyProbe:
     """Run a model over batches with its activations measured."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"Expected argument `max_batches` to be None or a positive integer, but got {max_batches}")
-    inputs = usable_batches(batches, max_batches)
+    check_batches("batches", batches)
     inner = unwrap(model)
     check_weights(inner)
+    reader = BatchReader(inner, "batches", inputs_of)
     sites = isolated_sites(inner, gates)
     _check_any(sites, inner)
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
-        for value in inputs:
-            forward(inner, (value.to(device),), "batches")
+        for arguments in usable_batches(reader, batches, max_batches):
+            forward(inner, mapped(lambda x: x.to(device), arguments), "batches")
     return probe

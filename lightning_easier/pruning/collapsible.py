@@ -14,10 +14,12 @@ from lightning_easier.report import BlockReport, CollapsibleBlock
 from lightning_easier.sites.activations import match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
 from lightning_easier.support.arguments import as_globs
+from lightning_easier.support.batches import as_arguments
+from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import as_arguments, check_weights, copies, evaluation_mode, forward, tensors_in
+from lightning_easier.support.inference import check_weights, evaluation_mode, forward, tensors_in
 from lightning_easier.support.timing import speed_up, time_interleaved
 
 _SAMPLES = 7
@@ -26,7 +28,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, A
 
 def collapsible_blocks(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     *,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
@@ -38,10 +40,10 @@ def collapsible_blocks(
 
     Args:
         model: Any module.
-        example_inputs: A tensor, or the positional arguments of the forward, ``(N, *)`` each. The model is run on them,
-            and with one sample more where it takes that, and without each block: one whose output has not the shape and
-            dtype of its input, or without which the model does not run
-            or returns what is not finite, is left out, with the reason.
+        example_inputs: A tensor, the positional arguments of the forward, or a dictionary of arguments by name,
+            ``(N, *)`` each. The model is run on them, and with one sample more where it takes that, and without each
+            block: one whose output has not the shape and dtype of its input, or without which the model does not run or
+            returns what is not finite, is left out, with the reason.
         include: Name globs of the blocks to list; all by default.
         exclude: Name globs of those not to list.
 
@@ -63,7 +65,7 @@ def collapsible_blocks(
     """
     inner = unwrap(model)
     globs = as_globs("include", include), as_globs("exclude", exclude)
-    arguments = None if example_inputs is None else as_arguments(example_inputs)
+    arguments = None if example_inputs is None else as_arguments(example_inputs, inner)
     found = {block.name: block for block in find_blocks(inner)}
     blocks = [found[name] for name in match_names(list(found), *globs, kind="blocks")]
     if arguments is None:
@@ -157,7 +159,7 @@ def _misfits(blocks: Iterable[Block], calls: Mapping[str, Sequence[_Call]]) -> d
     reasons: dict[str, str] = {}
     for block in blocks:
         made = calls[block.name]
-        reason = next((call.reason for call in made if call.reason is not None), None)
+        reason = next((each.reason for each in made if each.reason is not None), None)
         if len(made) != 1:
             reason = f"it is called {len(made)} times" if made else "it is not called"
         if reason is not None:
@@ -173,7 +175,7 @@ def _one_more(arguments: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Return the arguments with one sample more; None where they seem to have no samples in common."""
     if any(each.ndim == 0 or len(each) != len(arguments[0]) for each in arguments):
         return None
-    return tuple(torch.cat([each, each[:1]]) for each in arguments)
+    return mapped(lambda each: torch.cat([each, each[:1]]), arguments)
 
 
 def _shares(
@@ -181,17 +183,17 @@ def _shares(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the shares of the multiply-accumulates and of the time that blocks take, by name."""
     runs: dict[str, Callable[[], Any]] = {}
-    for name, call in calls.items():
-        assert call.run is not None
+    for name, each in calls.items():
+        assert each.run is not None
         try:
-            call.run()
+            each.run()
         except _FAILURES:  # without what can't be passed again; then there is no share to tell
             continue
-        runs[name] = call.run
+        runs[name] = each.run
     total = count_macs(model, copies(arguments))
     macs = {name: count_macs(run, ()) / total for name, run in runs.items()} if total else {}  # type: ignore[arg-type]
     inputs = copies(arguments)
     if not runs:
         return macs, {}
-    seconds = time_interleaved({"": partial(model, *inputs), **runs}, samples=_SAMPLES, progress="Timing blocks")
+    seconds = time_interleaved({"": partial(call, model, inputs), **runs}, samples=_SAMPLES, progress="Timing blocks")
     return macs, {name: speed_up(seconds[name], seconds[""]).median for name in runs}

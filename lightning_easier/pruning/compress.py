@@ -1,7 +1,7 @@
 """Make a trained model shallower and faster without training it: fit, check, keep or take back, in minutes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,13 +40,12 @@ from lightning_easier.support.arguments import (
     check_non_negative,
     check_positive,
 )
+from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
+from lightning_easier.support.calls import copies
 from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import (
-    arguments_wanted,
-    as_arguments,
     check_weights,
-    copies,
     device_of,
     forward,
     without_masks,
@@ -92,7 +91,8 @@ def compress(
     slack: float = SLACK,
     narrow: bool = True,
     finetune: int | Finetuning | None = None,
-    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    inputs_of: InputsOf | None = None,
 ) -> CompressResult:
     """Replace chains around activations, and whole blocks, the one that adds least per second saved first.
 
@@ -115,8 +115,8 @@ def compress(
         batches: Calibration data, such as a few batches of a training loader: a tensor each, or a sequence whose first
             elements are the forward's positional arguments: as many as it can't do without, or as ``example_inputs``
             has. What follows them is taken for labels: with a warning where the forward would take it, too, and with a
-            note in the report where it is the last and holds classes. Batches without samples and samples that are not
-            finite are left out.
+            note in the report where it is the last and holds classes. Of a dictionary or dataclass the forward gets by
+            name what it takes, labels aside. Batches without samples and samples that are not finite are left out.
         evaluate: Returns the score of a model, which it gets in eval mode. Without it ``max_drift`` tells what stays.
         tolerance: By how much the score may fall below that of the model as given.
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
@@ -146,6 +146,8 @@ def compress(
             trained first, up to ``max_rejections`` times, and stays if it is good enough then. 300 steps bring back
             most of what tuning on labels would; none by default.
         example_inputs: What costs are measured at; the first batch by default.
+        inputs_of: Returns the inputs in a batch, where they are found elsewhere: a tensor, a tuple of positional
+            arguments, or a dictionary of arguments by name; none of them is left out.
 
     Returns:
         The collapsed model, the model to train on, and a report.
@@ -194,16 +196,16 @@ def compress(
     activations = list(isolate_activations(source))
     found = find_blocks(source)
     sites, blocks = _wanted(activations, found, as_globs("include", include), as_globs("exclude", exclude))
-    given = None if example_inputs is None else as_arguments(example_inputs)
-    count = arguments_wanted(source) if given is None else len(given)
+    given = None if example_inputs is None else as_arguments(example_inputs, source)
+    reader = BatchReader(source, "batches", inputs_of, given)
     device = device_of(source)
     if given is not None:
         with torch.no_grad():
             forward(source, copies(given), "example_inputs")
-    data = read_calibration("batches", batches, source, count, [device] * count)
+    data = read_calibration(reader, batches, source)
     notes = list(data.notes)
-    if given is None:
-        doubt, decision = inputs_left_out(source, data.first, count)
+    if given is None and inputs_of is None:
+        doubt, decision = inputs_left_out(source, data.first, len(data.batches[0]))
         if doubt is not None:
             rank_zero_warn(doubt)
         notes += [said for said in (doubt, decision) if said is not None]

@@ -20,13 +20,8 @@ from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import Clock
 from lightning_easier.report import Trial
 from lightning_easier.support.arguments import check_integer, check_positive
-from lightning_easier.support.inference import (
-    copies,
-    evaluation_mode,
-    relative_difference,
-    tensors_in,
-    tolerance_for,
-)
+from lightning_easier.support.calls import Arguments, call, copies, mapped, names_of
+from lightning_easier.support.inference import evaluation_mode, relative_difference, tensors_in, tolerance_for
 
 # Of the steps: for so many the rate rises, and by so many is known how long one takes.
 _WARM_UP, _STEPS_THAT_TELL = 0.1, 5
@@ -284,11 +279,11 @@ def _holds_samples(dense: nn.Module, batch: tuple[Tensor, ...]) -> bool:
     They may be the nodes of a graph, or the positions of sequences; or a forward takes so many and no others.
     """
     rows = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(0))[: max(1, len(batch[0]) // 2)]
-    some = tuple(value[rows.to(value.device)] for value in batch)
+    some = mapped(lambda value: value[rows.to(value.device)], batch)
     with evaluation_mode(dense):
-        whole = tensors_in(dense(*copies(batch)))
+        whole = tensors_in(call(dense, copies(batch)))
         try:
-            part = tensors_in(dense(*some))
+            part = tensors_in(call(dense, some))
         except Exception:  # whatever the user's forward raises of a batch of another size
             return False
     if any(not value.ndim or len(value) != len(batch[0]) for value in whole):
@@ -355,6 +350,5 @@ class _Samples:
 
     def _at(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         count = len(self._batches[places[0][0]])
-        return tuple(
-            torch.stack([self._batches[batch][number][row] for batch, row in places]) for number in range(count)
-        )
+        stacked = (torch.stack([self._batches[batch][each][row] for batch, row in places]) for each in range(count))
+        return Arguments(stacked, names_of(self._batches[places[0][0]]))

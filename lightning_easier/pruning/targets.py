@@ -13,8 +13,8 @@ from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.report import CollapseReport, ModelCost
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
+from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
-from lightning_easier.support.inference import copies
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
 
 # A model whose estimated time is so near to the target is collapsed and timed.
@@ -215,7 +215,7 @@ class TargetWatch:
     def _dense_price(self) -> float:
         if self._price is None:
             key, (first, *_) = object(), self._arguments
-            self._table.measure({key: lambda: partial(self._dense, *copies(self._arguments))}, first.device)
+            self._table.measure({key: lambda: partial(call, self._dense, copies(self._arguments))}, first.device)
             self._price = self._table.seconds.pop(key)
         return self._price
 
@@ -342,6 +342,6 @@ def attained(
         CollapseError: If the network can't be collapsed.
     """
     network = network.eval()
-    arguments = copies([value.detach() for value in arguments])
+    arguments = mapped(lambda value: value.detach().clone(), arguments)
     report = collapse(network, arguments, objective=objective, latencies=table).report
     return _attained(report, target.speedup, target.depth)

@@ -3,23 +3,16 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_easier.support.inference import (
-    copies,
-    describe,
-    evaluation_mode,
-    forward,
-    model_input,
-    model_inputs,
-    tensors_in,
-)
-
-Arguments = tuple[Tensor, ...]
+from lightning_easier.support.batches import BatchReader
+from lightning_easier.support.calls import Arguments, copies, mapped
+from lightning_easier.support.inference import describe, device_of, evaluation_mode, forward, tensors_in
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,7 @@ class Calibration:
     """Calibration data.
 
     Attributes:
-        batches: The forward's positional arguments, for each batch.
+        batches: What the forward is called with, for each batch.
         notes: What was left out.
         first: The first batch as it was given, labels and all.
     """
@@ -37,19 +30,15 @@ class Calibration:
     first: Any
 
 
-def read_calibration(
-    argument: str, data: Iterable[Any], model: nn.Module, count: int, devices: Sequence[torch.device]
-) -> Calibration:
+def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module) -> Calibration:
     """Read batches, and leave out those without samples, and samples whose values are not all finite.
 
     One sample that is not finite would make every sum over the data so.
 
     Args:
-        argument: Name of the argument that holds the data, for errors.
-        data: A tensor each, or a sequence whose first elements are the forward's positional arguments.
-        model: The model; it is called on every batch.
-        count: How many arguments its forward is called with.
-        devices: Where each of them goes.
+        reader: Tells what the forward is called with.
+        data: Batches.
+        model: The model; it is called on every batch. Batches go where the reader's example is, or to the model.
 
     Raises:
         TypeError: If the data is no iterable of batches, or a batch holds no tensors.
@@ -58,22 +47,26 @@ def read_calibration(
     Warns:
         UserWarning: If something is left out.
     """
-    _check_batches(argument, data)
+    argument = reader.argument
+    check_batches(argument, data)
+    devices = None if reader.example is None else [x.device for x in reader.example]
     first = None
     read, empty, samples, strange = [], 0, 0, 0
     for number, batch in enumerate(data):
         first = batch if number == 0 else first
-        arguments = tuple(x.to(device) for x, device in zip(model_inputs(batch, count, argument), devices, strict=True))
-        if any(_is_empty(x) for x in arguments):
+        given = reader(batch)
+        if any(_is_empty(x) for x in given):
             empty += 1
             continue
+        there = devices or [device_of(model)] * len(given)
+        arguments = Arguments((x.to(device) for x, device in zip(given, there, strict=True)), given.names)
         kept = _finite_samples(model, arguments, argument)
         samples += len(kept)
         strange += int((~kept).sum())
         if bool(kept.all()):
             read.append(arguments)
         elif bool(kept.any()):
-            read.append(tuple(x[kept.to(x.device)] if _has_samples(x, len(kept)) else x for x in arguments))
+            read.append(mapped(partial(_rows, kept=kept), arguments))
     notes = _notes_of_empty(argument, empty)
     if strange:
         notes.append(
@@ -83,7 +76,11 @@ def read_calibration(
     _check_left(argument, data, len(read), notes)
     for note in notes:
         rank_zero_warn(note)
-    return Calibration(read, notes, first)
+    return Calibration(read, [*notes, *reader.notes], first)
+
+
+def _rows(value: Tensor, kept: Tensor) -> Tensor:
+    return value[kept.to(value.device)] if _has_samples(value, len(kept)) else value
 
 
 def tell_left_out(left_out: int, samples: int, what: str) -> None:
@@ -106,41 +103,37 @@ def tell(note: str) -> None:
     rank_zero_warn(note)
 
 
-def usable_batches(batches: Iterable[Any], most: int | None = None) -> Iterator[Tensor]:
-    """Check batches at once, then yield the input in each, those without samples left out.
+def usable_batches(reader: BatchReader, batches: Iterable[Any], most: int | None = None) -> Iterator[Arguments]:
+    """Yield what the forward is called with for each batch, those without samples left out.
 
     Args:
-        batches: A tensor each, or a sequence whose first element is the input.
+        reader: Tells what that is.
+        batches: The batches.
         most: How many to yield at most; all by default.
 
     Raises:
-        TypeError: If the data is no iterable of batches, or a batch holds no tensor.
+        TypeError: If a batch holds no tensors.
         ValueError: If nothing is left, or a batch holds no data.
 
     Warns:
         UserWarning: If something is left out.
     """
-    _check_batches("batches", batches)
-    return _inputs(batches, most)
-
-
-def _inputs(batches: Iterable[Any], most: int | None) -> Iterator[Tensor]:
     yielded = empty = 0
     for batch in batches:
-        value = model_input(batch)
-        if _is_empty(value):
+        arguments = reader(batch)
+        if any(map(_is_empty, arguments)):
             empty += 1
             continue
         yielded += 1
-        yield value
+        yield arguments
         if yielded == most:
             break
-    _check_left("batches", batches, yielded, notes := _notes_of_empty("batches", empty))
+    _check_left(reader.argument, batches, yielded, notes := _notes_of_empty(reader.argument, empty))
     for note in notes:
         rank_zero_warn(note)
 
 
-def _check_batches(argument: str, data: Any) -> None:
+def check_batches(argument: str, data: Any) -> None:
     """Refuse what holds no batches, before anything is read of it.
 
     Raises:
@@ -149,8 +142,7 @@ def _check_batches(argument: str, data: Any) -> None:
     if isinstance(data, Tensor):
         why = ", whose samples would be taken for batches. Pass `[tensor]`."
     elif isinstance(data, Mapping):
-        first = f"{argument}[{next(iter(data), '...')!r}]"
-        why = f", whose keys would be taken for batches. Pass the forward's arguments in their order: `[({first},)]`."
+        why = ", whose keys would be taken for batches. Pass `[batch]`."
     elif isinstance(data, str | bytes) or not isinstance(data, Iterable):
         why = ". Pass a list of tensors, or a DataLoader."
     else:
@@ -177,7 +169,7 @@ def _check_left(argument: str, data: Iterable[Any], left: int, notes: Sequence[s
         )
 
 
-def _finite_samples(model: nn.Module, arguments: Arguments, argument: str) -> Tensor:
+def _finite_samples(model: nn.Module, arguments: Sequence[Tensor], argument: str) -> Tensor:
     """Tell of each sample whether all its values, and those that the model makes of it, are finite; on the CPU."""
     first = arguments[0]
     samples = len(first) if first.ndim else 1

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from lightning_easier.support.calls import call
+
 
 def price_in_words(price: float, objective: str) -> str:
     """Write a price with its unit.
@@ -64,7 +66,7 @@ def _count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(counter)
         stack.enter_context(torch.no_grad())
-        model(*arguments)
+        call(model, arguments)
     return int(counter.get_total_flops()) // 2
 
 
@@ -141,5 +143,5 @@ def measure_activation_memory(model: nn.Module, arguments: Sequence[Tensor]) -> 
     memory = _PeakMemory()
     memory.ignore((*model.parameters(), *model.buffers(), *arguments))
     with torch.no_grad(), memory:
-        model(*arguments)
+        call(model, arguments)
     return memory.peak

@@ -1,7 +1,7 @@
 """Run a model without training it: inputs, mode, device, and errors that say which argument was at fault."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -11,38 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
+from lightning_easier.support.calls import Arguments, call, split
 from lightning_easier.support.hooks import is_of_one_model
-
-
-def as_arguments(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Turn example inputs into the positional arguments of a forward.
-
-    Raises:
-        TypeError: If they are neither a tensor nor a non-empty sequence of tensors.
-        ValueError: If there is nothing in one of them to compute with: no sample, or no data (the meta device).
-    """
-    arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if (
-        not isinstance(arguments, list | tuple)
-        or not arguments
-        or not all(isinstance(each, Tensor) for each in arguments)
-    ):
-        raise TypeError(
-            f"Expected argument `example_inputs` to be a tensor or a non-empty tuple of tensors, the positional "
-            f"arguments of the model's forward, but got {describe(example_inputs)}"
-        )
-    for each in arguments:
-        if each.ndim and not len(each):
-            raise ValueError(
-                f"Expected argument `example_inputs` to hold at least one sample, but got {describe(each)}. Pass a "
-                f"batch of one or more."
-            )
-        if each.is_meta:
-            raise ValueError(
-                f"Expected argument `example_inputs` to hold data, which the result is compared on, but got "
-                f"{describe(each)} on the meta device. Pass tensors on the device of the model."
-            )
-    return tuple(arguments)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -63,71 +33,6 @@ def check_weights(model: nn.Module) -> None:
 def random_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """Return random numbers of a tensor's dtype on its device; the generators of the run stay where they are."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0)).to(tensor)
-
-
-def model_input(batch: Any, argument: str = "batches") -> Tensor:
-    """Return the input in a batch: a tensor, or a sequence whose first element is the input.
-
-    Args:
-        batch: The batch.
-        argument: Name of the argument that holds the batches, for errors.
-
-    Raises:
-        TypeError: If there is no tensor in that place.
-        ValueError: If the tensor holds no data (the meta device).
-    """
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"Expected argument `{argument}` to hold tensors, or sequences whose first element is the input tensor, "
-            f"but got {describe(batch)}{_remedy(batch)}"
-        )
-    _check_data(argument, first)
-    return first
-
-
-def _check_data(argument: str, value: Tensor) -> None:
-    if value.is_meta:
-        raise ValueError(
-            f"Expected argument `{argument}` to hold data, but got {describe(value)} on the meta device. Pass tensors "
-            f"that hold values, on the CPU or the device of the model."
-        )
-
-
-def _remedy(batch: Any) -> str:
-    if not isinstance(batch, Mapping):
-        return ""
-    return f". Pass the forward's arguments in their order, such as `[(batch[{next(iter(batch), '...')!r}],) for ...]`"
-
-
-def model_inputs(batch: Any, count: int, argument: str = "batches") -> tuple[Tensor, ...]:
-    """Return the positional arguments of the forward in a batch: a tensor, or the first elements of a sequence.
-
-    Args:
-        batch: The batch.
-        count: How many arguments the forward takes.
-        argument: Name of the argument that holds the batches, for errors.
-
-    Raises:
-        TypeError: If there are not so many tensors.
-        ValueError: If one of them holds no data (the meta device).
-    """
-    if count == 1:
-        return (model_input(batch, argument),)
-    first = batch[:count] if isinstance(batch, list | tuple) else ()
-    if len(first) < count or not all(isinstance(x, Tensor) for x in first):
-        raise TypeError(
-            f"Expected argument `{argument}` to hold sequences whose first {count} elements are the input tensors, but "
-            f"got {describe(batch)}{_remedy(batch)}"
-        )
-    for value in first:
-        _check_data(argument, value)
-    return tuple(first)
-
-
-def copies(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copy arguments for a forward that may write into them."""
-    return tuple(argument.clone() for argument in arguments)
 
 
 def arguments_wanted(model: nn.Module) -> int:
@@ -171,7 +76,7 @@ def forward(model: nn.Module, arguments: Sequence[Any], argument: str) -> Any:
         ValueError: If the forward fails on these inputs; running out of memory is not their fault and passes through.
     """
     try:
-        return model(*arguments)
+        return call(model, arguments)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -219,6 +124,10 @@ def describe(value: Any) -> str:
     """Describe a value by type and, for tensors, shape and dtype, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, Arguments):
+        positional, by_name = split(value)
+        told = [describe(each) for each in positional]
+        return f"a call with {', '.join(told + [f'{describe(each)} as `{name}`' for name, each in by_name.items()])}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {', '.join(describe(item) for item in value[:4]) or 'nothing'}"
     return f"a value of type {type(value).__name__}"

@@ -4,10 +4,12 @@ In eval mode without gradients ``nn.MultiheadAttention`` takes a fused path, who
 is exported it takes another, whose output is a transposed view where ``batch_first`` is set: a ``view`` of it fails.
 """
 
+import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -15,29 +17,66 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from lightning_easier.support.calls import Arguments, bound, split
+
 # What the reference implementation of `view` says, and the kernel's own
 _STRIDES = re.compile("Cannot view a tensor with shape|view size is not compatible")
 
 
-def export_program(model: nn.Module, arguments: tuple[Tensor, ...], **options: Any) -> ExportedProgram:
+def export_program(
+    model: nn.Module, arguments: Sequence[Tensor], sizes: Sequence[Any] | None, *, reads_code: bool
+) -> ExportedProgram:
     """Export a model, once more with contiguous outputs of its attention where a ``view`` has failed.
 
     Args:
         model: The model; it is as before afterwards.
         arguments: Example inputs.
-        options: For :func:`torch.export.export`.
+        sizes: What :func:`torch.export.export` is to know of the sizes of each (``dynamic_shapes``); none is free by
+            default.
+        reads_code: Whether it reads the Python of the forward instead of running it (``strict``).
 
     Raises:
         Exception: Whatever torch.export raises.
     """
+    positional, by_name = split(arguments)
+    with _named(model, by_name):
+        shapes = None if sizes is None else bound(model, Arguments(sizes, by_name))
+        export = partial(
+            torch.export.export, model, positional, dict(by_name), dynamic_shapes=shapes, strict=reads_code
+        )
+        try:
+            return export()
+        except Exception as error:
+            attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+            if not (attention and _is_of_strides(error)):
+                raise
+        with _contiguous(attention):
+            return export()
+
+
+@contextmanager
+def _named(model: nn.Module, by_name: Iterable[str]) -> Iterator[None]:
+    """Give arguments that a forward collects (``**inputs``) names of their own: torch.export asks for sizes of `L`."""
+    signature = inspect.signature(model.forward)
+    known = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    collected = [name for name in by_name if name not in signature.parameters]
+    if not collected:
+        yield
+        return
+    original, own = model.forward, vars(model).get("forward")
+
+    def forward(*args: Any, **inputs: Any) -> Any:
+        return original(*args, **inputs)
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in collected]
+    vars(forward)["__signature__"] = signature.replace(parameters=[*known, *named])
+    vars(model)["forward"] = forward
     try:
-        return torch.export.export(model, arguments, **options)
-    except Exception as error:
-        attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-        if not (attention and _is_of_strides(error)):
-            raise
-    with _contiguous(attention):
-        return torch.export.export(model, arguments, **options)
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
 
 
 def remedy_for(error: Exception) -> str | None:

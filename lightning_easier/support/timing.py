@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from lightning_easier.support.calls import call
+
 Name = TypeVar("Name", bound=Hashable)
 
 MARGIN = 0.02
@@ -258,7 +260,8 @@ def measure_latency(
         arguments: Positional arguments; the device they are on is the device that is timed.
         samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
     """
-    return time_interleaved({name: partial(call, *arguments) for name, call in candidates.items()}, samples=samples)
+    calls = {name: partial(call, each, arguments) for name, each in candidates.items()}
+    return time_interleaved(calls, samples=samples)
 
 
 def time_interleaved(
@@ -291,10 +294,10 @@ def compare(
             while :meth:`Speedup.leaves_open` that, up to a limit.
         pace: How long it may take; no limit by default.
     """
-    distinct = {id(call): call for call in calls.values()}
-    numbers = {name: id(call) for name, call in calls.items()}
+    distinct = {id(each): each for each in calls.values()}
+    numbers = {name: id(each) for name, each in calls.items()}
     turns = _Turns(
-        {number: partial(call, *arguments) for number, call in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace
+        {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace
     )
 
     def is_clear() -> bool:

@@ -408,7 +408,7 @@ def test_lbfgs_can_not_let_operators_go(tmp_path):
 
 
 class ByKeyword(Residual):
-    """Calls its network in a way that tells no positional inputs."""
+    """Calls its network by name."""
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.model(x=batch[0]), batch[1])
@@ -417,9 +417,36 @@ class ByKeyword(Residual):
         self.log("val_acc", (self.model(x=batch[0]).argmax(-1) == batch[1]).float().mean())
 
 
+def test_a_target_is_seen_of_a_network_that_is_called_by_name(tmp_path):
+    callback = pruning(**FITTED | {"removals": 1, "gain": "macs", "depth": 6})
+    model = ByKeyword()
+    train(model, callback, root=tmp_path, epochs=6)
+    assert len(callback.removed) == 2
+    assert collapse(model.model.eval(), torch.randn(4, 1, 8, 8), objective="macs").report.after.depth == 6
+
+
+class Often(CifarResNet):
+    def forward(self, x: torch.Tensor, often: int) -> torch.Tensor:
+        return often * super().forward(x)
+
+
+class OfSomethingElse(Residual):
+    """Calls its network with what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Often(8, in_channels=1)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0], often=2), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.model(batch[0], often=2).argmax(-1) == batch[1]).float().mean())
+
+
 def test_a_target_of_a_network_that_can_not_be_priced_is_an_error(tmp_path):
     with pytest.raises(MisconfigurationException, match="can't be priced, since no module that holds all activations"):
-        train(ByKeyword(), pruning(**FITTED | {"depth": 6}), root=tmp_path, epochs=3)
+        train(OfSomethingElse(), pruning(**FITTED | {"depth": 6}), root=tmp_path, epochs=3)
 
 
 def test_a_target_is_seen_where_training_is_measured(tmp_path):

@@ -158,7 +158,7 @@ def test_a_model_compiled_before_the_hooks_is_an_error_and_not_an_entropy_of_zer
         (nn.Linear(2, 2), [torch.randn(2, 2)], {}, ValueError, "at least one rectifier, but none was found in Linear"),
         (make_model(), [], {}, ValueError, "`batches` to yield at least one batch"),
         (make_model(), images(), {}, TypeError, r"iterable of batches, but got a tensor.*Pass `\[tensor\]`"),
-        (make_model(), [{"x": 1}], {}, TypeError, "`batches` to hold tensors.*type dict"),
+        (make_model(), [{"x": 1}], {}, TypeError, "`batches` to hold .*type int|`batches` to hold dictionaries"),
         (make_model(), [images()], {"max_batches": 0}, ValueError, "`max_batches` to be None or a positive integer"),
         (Functional(), [torch.randn(6)], {}, ValueError, r"activation `relu` can't be measured.*got shape \(6,\)"),
     ],

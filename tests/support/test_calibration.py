@@ -20,10 +20,10 @@ from lightning_easier import (
 from lightning_easier.collapsing.fit.chain_fits import ChainProbe
 from lightning_easier.pruning.gains import ShapeProbe
 from lightning_easier.sites.activations import isolated_sites
+from lightning_easier.support.batches import BatchReader
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
 from tests.collapsing.test_collapse_fit import Mlp
 
-CPU = torch.device("cpu")
 FREE = {"objective": "macs", "max_drift": math.inf}
 
 
@@ -45,7 +45,7 @@ def test_samples_that_are_not_finite_are_left_out_and_counted(strange):
     data[1][3, 5] = data[1][7, 0] = strange
     model = nn.Sequential(Overflowing(), nn.Linear(8, 2)).eval()
     with pytest.warns(UserWarning, match="2 of the 256 samples in `batches` were left out"):
-        read = read_calibration("batches", data, model, 1, [CPU])
+        read = read_calibration(BatchReader(model, "batches"), data, model)
     assert [len(x) for (x,) in read.batches] == [64, 62, 64, 64]
     kept = [place for place in range(64) if place not in (3, 7)]
     assert torch.equal(read.batches[1][0], data[1][kept])
@@ -101,7 +101,7 @@ def test_what_belongs_to_all_samples_stays_whole():
     data = [(x, torch.rand(8)) for x in batches()]
     data[0][0][0, 0] = math.nan
     with pytest.warns(UserWarning, match="1 of the 256"):
-        read = read_calibration("batches", data, Scaled().eval(), 2, [CPU, CPU])
+        read = read_calibration(BatchReader(Scaled(), "batches"), data, Scaled().eval())
     assert read.batches[0][0].shape == (63, 8)
     assert torch.equal(read.batches[0][1], data[0][1])
 
@@ -369,7 +369,7 @@ READERS = {
 }
 STRANGE = {
     "a tensor": (lambda: torch.ones(4, 8), TypeError, r"a tensor .* whose samples would be taken .* `\[tensor\]`"),
-    "a mapping": (lambda: {"x": torch.ones(4, 8)}, TypeError, r"a .* dict, whose keys would .* `\[\({}\['x'\],\)\]`"),
+    "a mapping": (lambda: {"x": torch.ones(4, 8)}, TypeError, r"a .* dict, whose keys would .* `\[batch\]`"),
     "a string": (lambda: "train", TypeError, "a value of type str. Pass a list of tensors, or a DataLoader"),
     "a number": (lambda: 3, TypeError, "a value of type int. Pass a list of tensors, or a DataLoader"),
     "no batch": (list, ValueError, "but it yielded none$"),

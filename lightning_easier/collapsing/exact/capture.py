@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards
 from lightning_easier.collapsing.exact.nodes import ALIASES, NUMBER, WRITES
-from lightning_easier.collapsing.exact.signatures import named_arguments, numbers, restore_arguments
+from lightning_easier.collapsing.exact.signatures import numbers, restore_arguments
 from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
 from lightning_easier.structure.stand_in import BlockStandIn, StandIn
-from lightning_easier.support.inference import copies, has_hooks, relative_difference, tolerance_for
+from lightning_easier.support.calls import Arguments, call, copies, mapped, named_arguments, names_of
+from lightning_easier.support.inference import has_hooks, relative_difference, tolerance_for
 from lightning_easier.support.programs import quiet, remedy_for
 from lightning_easier.support.storage import first_line
 
@@ -81,13 +83,13 @@ def _said(error: Exception) -> str:
 
 def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.Module]) -> fx.GraphModule:
     """Record a model with ``torch.fx``; numbers that are left to their defaults stay arguments where they can."""
-    names = numbers(model, len(arguments))
+    names = numbers(model, arguments)
     if names:
         try:
-            return _with_shapes(model, *_trace(model, len(arguments), opaque, names), arguments)
+            return _with_shapes(model, *_trace(model, arguments, opaque, names), arguments)
         except Exception as error:  # its control flow depends on one, say
             _logger.debug("%s can't be recorded for any %s: %s", type(model).__name__, names, error)
-    return _with_shapes(model, *_trace(model, len(arguments), opaque, []), arguments)
+    return _with_shapes(model, *_trace(model, arguments, opaque, []), arguments)
 
 
 def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -147,9 +149,7 @@ def _other_attempts(
         yield attempts(arguments)[0]._replace(reads_code=True)
 
 
-def _refused_samples(
-    captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]
-) -> list[tuple[Tensor, ...]]:
+def _refused_samples(captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]) -> list[Arguments]:
     """List inputs with another number of samples that a model takes and what was captured of it refuses."""
     if not arguments[0].ndim or not len(arguments[0]):
         return []
@@ -157,10 +157,15 @@ def _refused_samples(
     refused = []
     for number in {1, samples + 1} - {samples}:
         places = torch.arange(number) % samples
-        inputs = tuple(x.index_select(0, places.to(x.device)) if x.ndim and len(x) == samples else x for x in arguments)
+        inputs = mapped(partial(_rows, samples=samples, places=places), arguments)
         if _outputs(model, inputs) is not None and _outputs(captured, inputs) is None:
             refused.append(inputs)
     return refused
+
+
+def _rows(value: Tensor, samples: int, places: Tensor) -> Tensor:
+    """Return some rows of what has one for each sample; anything else as it is."""
+    return value.index_select(0, places.to(value.device)) if value.ndim and len(value) == samples else value
 
 
 def _guards_of(captured: fx.GraphModule) -> SizeGuards:
@@ -179,7 +184,10 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
         sizes = {x.shape[axis] for x in arguments if x.ndim > axis}
         for size in sizes:  # inputs that have a size in common have it in common at one, too
             which = [x.ndim > axis and x.shape[axis] == size for x in arguments]
-            inputs = [x.narrow(axis, 0, min(size, 1)) if at else x for x, at in zip(arguments, which, strict=True)]
+            inputs = Arguments(
+                (x.narrow(axis, 0, min(size, 1)) if at else x for x, at in zip(arguments, which, strict=True)),
+                names_of(arguments),
+            )
             if _is_equal(captured, model, inputs):
                 continue
             guards.add([f"{name}.size()[{axis}] != 1" for name, at in zip(guards.inputs, which, strict=True) if at])
@@ -197,7 +205,7 @@ def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
     """Call a model without gradients on copies of inputs; None if it, or a guard, refuses them."""
     try:
         with torch.no_grad():
-            return model(*copies(inputs))
+            return call(model, copies(inputs))
     except Exception:  # whatever a forward raises
         return None
 
@@ -327,25 +335,25 @@ class _ModelTracer(fx.Tracer):
 
 
 def _trace(
-    model: nn.Module, inputs: int, opaque: frozenset[nn.Module], numbers: Sequence[str]
+    model: nn.Module, given: Sequence[Tensor], opaque: frozenset[nn.Module], numbers: Sequence[str]
 ) -> tuple[fx.Graph, dict[str, Any]]:
     """Trace a model through :class:`_Root` and name everything as it is named in the model.
 
     Args:
         model: The model.
-        inputs: How many positional arguments it is given.
+        given: What it is called with.
         opaque: Modules that are not looked into.
         numbers: Arguments besides that are not left to their defaults.
     """
-    root = _Root(model, numbers)
+    root = _Root(model, [*names_of(given), *numbers])
     before = set(vars(root))
     tracer = _ModelTracer(opaque)
-    graph = tracer.trace(root, concrete_args=(PH,) * (inputs + len(numbers)))  # type: ignore[arg-type]
+    graph = tracer.trace(root, concrete_args=(PH,) * (len(given) + len(numbers)))  # type: ignore[arg-type]
     if tracer.asks_for_type:  # a symbolic value is no tensor
         raise CaptureError("its control flow depends on the type of a value")
     if tracer.writes_into_a_constant():
         raise CaptureError(_WRITES_INTO_A_CONSTANT)
-    names = iter([*named_arguments(model, inputs), *numbers])
+    names = iter([*named_arguments(model, given), *numbers])
     parameters = inspect.signature(model.forward).parameters
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -15,35 +15,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.exact.guards import is_tensor
+from lightning_easier.support.calls import named_arguments, names_of, split
 from lightning_easier.support.inference import describe
 
 FIXED = "fixed"
 """Key in the ``meta`` of a placeholder: its argument takes nothing but its default."""
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
-def named_arguments(model: nn.Module, given: int) -> list[str]:
-    """Name the first positional arguments of a forward, those that it collects (``*args``) by a number."""
-    names = [each.name for each in _parameters(model) if each.kind in _POSITIONAL]
-    return [*names[:given], *(f"input_{number}" for number in range(len(names), given))]
-
-
-def numbers(model: nn.Module, given: int) -> list[str]:
-    """Name the arguments that have a number for a default, where so many positional ones are given."""
+def numbers(model: nn.Module, given: Sequence[Any]) -> list[str]:
+    """Name the arguments that have a number for a default, and are not given."""
     kept = [each for each in _kept(model, given) if each.kind is not each.POSITIONAL_ONLY]
     return [each.name for each in kept if type(each.default) in (int, float)]
 
 
-def lost_arguments(model: nn.Module, given: int) -> list[str]:
+def lost_arguments(model: nn.Module, given: Sequence[Any]) -> list[str]:
     """Name the arguments that a model can do without and a captured graph does not take; what it collects has stars."""
     kept = _kept(model, given)
     lost = [each.name for each in _left_out(model, given) if each not in kept]
-    positional = sum(each.kind in _POSITIONAL for each in _parameters(model))
-    for each in _parameters(model):
-        if each.kind is each.VAR_POSITIONAL and given <= positional:
+    parameters = {each.name: each for each in _parameters(model)}
+    positional = sum(each.kind in _POSITIONAL for each in parameters.values())
+    for each in parameters.values():
+        if each.kind is each.VAR_POSITIONAL and len(split(given)[0]) <= positional:
             lost.append(f"*{each.name}")
-        elif each.kind is each.VAR_KEYWORD:
+        elif each.kind is each.VAR_KEYWORD and all(name in parameters for name in names_of(given)):
             lost.append(f"**{each.name}")
     return lost
 
@@ -61,13 +58,13 @@ def restore_arguments(graph: fx.Graph, model: nn.Module, arguments: Sequence[Ten
     Args:
         graph: The graph; it takes the given arguments, and numbers that stay arguments.
         model: The model.
-        arguments: The positional arguments of the example.
+        arguments: What the example gives.
     """
     given = len(arguments)
     placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     last = list(placeholders.values())[given - 1]
     conditions = _tensors(list(placeholders.values())[:given], model, arguments)
-    for each in _kept(model, given):
+    for each in _kept(model, arguments):
         node = placeholders.get(each.name)
         if node is None:
             with graph.inserting_after(last):
@@ -98,13 +95,14 @@ def _tensors(
     Returns:
         A function each, what to call it with, and what to say where the result is false.
     """
-    positional = [each for each in _parameters(model) if each.kind in _POSITIONAL]
-    collected = len(placeholders) > len(positional)  # (*args), which can't follow a default
+    parameters = {each.name: each for each in _parameters(model) if each.kind not in _COLLECTING}
+    may_be_left_out = [_has_default(parameters.get(str(node.target))) for node in placeholders]
     conditions: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = []
-    for each, node, value in zip(positional, placeholders, arguments, strict=False):
-        if each.default is each.empty:
+    for number, (node, value) in enumerate(zip(placeholders, arguments, strict=True)):
+        if not may_be_left_out[number]:
             continue
-        if not collected:  # None in the place of what a graph can't hold: it is refused, too
+        each = parameters[str(node.target)]
+        if all(may_be_left_out[number:]):  # None in the place of what a graph can't hold: it is refused, too
             node.args = (each.default if _is_plain(each.default) else None,)
         message = (
             f"Expected argument `{each.name}` to be a tensor: this model was collapsed with {describe(value)} for it. "
@@ -118,14 +116,17 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(model.forward).parameters.values())
 
 
-def _left_out(model: nn.Module, given: int) -> list[inspect.Parameter]:
-    """List the arguments with defaults that are left out where so many positional ones are given."""
-    parameters = _parameters(model)
-    positional = [each for each in parameters if each.kind in _POSITIONAL]
-    return [*positional[given:], *(each for each in parameters if each.kind is each.KEYWORD_ONLY)]
+def _has_default(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.default is not parameter.empty
 
 
-def _kept(model: nn.Module, given: int) -> list[inspect.Parameter]:
+def _left_out(model: nn.Module, given: Sequence[Any]) -> list[inspect.Parameter]:
+    """List the arguments with defaults that are not given."""
+    names = named_arguments(model, given)
+    return [each for each in _parameters(model) if each.kind not in _COLLECTING and each.name not in names]
+
+
+def _kept(model: nn.Module, given: Sequence[Any]) -> list[inspect.Parameter]:
     """List those of them that a graph can take, up to the first that it can't: what follows would move to its place."""
     collects = any(each.kind is each.VAR_POSITIONAL for each in _parameters(model))
     kept = []

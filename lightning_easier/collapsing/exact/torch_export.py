@@ -1,6 +1,5 @@
 """The torch.export way of capturing a model: its ATen operators become calls of the layers that they came from."""
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.errors import CaptureError
 from lightning_easier.collapsing.exact.guards import SizeGuards, read_guards
 from lightning_easier.collapsing.exact.nodes import bind
+from lightning_easier.support.calls import Arguments, mapped, named_arguments, names_of
 from lightning_easier.support.programs import export_program, quiet
 
 GUARDS = "_guards_fn"
@@ -45,7 +45,7 @@ class Attempt(NamedTuple):
             slower and takes fewer models, but it passes on a size that runs through ``len``, ``int`` or ``math``.
     """
 
-    inputs: tuple[Tensor, ...]
+    inputs: Arguments
     free: tuple[frozenset[int], ...]
     reads_code: bool = False
 
@@ -57,14 +57,15 @@ def attempts(arguments: Sequence[Tensor]) -> list[Attempt]:
         arguments: Example inputs.
     """
     # A size of one is taken for a constant
-    doubled = tuple(torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x for x in arguments)
+    doubled = mapped(lambda x: torch.cat([x, x]) if x.ndim > 1 and x.shape[0] == 1 else x, arguments)
+    given = Arguments(arguments, names_of(arguments))
     differ = any(x is not y for x, y in zip(doubled, arguments, strict=True))
     made = [
         Attempt(inputs, tuple(frozenset(range(min(x.ndim, most))) for x in inputs))
-        for inputs in (doubled, tuple(arguments))[: 1 + differ]
+        for inputs in (doubled, given)[: 1 + differ]
         for most in (max(x.ndim for x in inputs), 1)
     ]
-    return [*made, Attempt(tuple(arguments), (frozenset(),) * len(arguments))]
+    return [*made, Attempt(given, (frozenset(),) * len(arguments))]
 
 
 def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[str, Any]]:
@@ -81,20 +82,17 @@ def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[st
     Raises:
         Exception: Whatever torch.export raises, or :class:`CaptureError`.
     """
-    return _as_layers(model, _program(model, attempt))
+    graph, constants = _as_layers(model, _program(model, attempt))
+    for node, name in zip(graph.find_nodes(op="placeholder"), named_arguments(model, attempt.inputs), strict=True):
+        node.target = name
+    return graph, constants
 
 
 def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     sizes = [dict.fromkeys(sorted(axes), Dim.AUTO) for axes in attempt.free]
-    named: dict[str, Any] = {}
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL and len(named) < len(sizes):
-            named[parameter.name] = tuple(sizes[len(named) :])
-        elif len(named) < len(sizes):
-            named[parameter.name] = sizes[len(named)]
     # with gradients, so that it is seen where a forward turns them off
     with torch.enable_grad(), quiet(), _short_sizes():
-        return export_program(model, attempt.inputs, dynamic_shapes=named, strict=attempt.reads_code)
+        return export_program(model, attempt.inputs, sizes, reads_code=attempt.reads_code)
 
 
 def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:

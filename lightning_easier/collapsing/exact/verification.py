@@ -13,14 +13,8 @@ from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
 from lightning_easier.collapsing.errors import CollapseError, DifferenceError
 from lightning_easier.collapsing.exact.chains import describe_node
 from lightning_easier.collapsing.exact.writing import equal_in_source
-from lightning_easier.support.inference import (
-    TOLERANCES,
-    copies,
-    describe,
-    relative_difference,
-    tensors_in,
-    tolerance_for,
-)
+from lightning_easier.support.calls import call, copies, mapped
+from lightning_easier.support.inference import TOLERANCES, describe, relative_difference, tensors_in, tolerance_for
 
 # How many times the error of the source's own rounding a result may differ from it
 _ROUNDING_MARGIN = 10
@@ -67,7 +61,7 @@ def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, argumen
     ]
     if changed:
         raise CollapseError(f"The forward of {name} writes to the buffer {changed[0]!r}, which a collapse would lose")
-    again = source(*copies(arguments))
+    again = call(source, copies(arguments))
     if relative_difference(again, expected) > 0:
         raise CollapseError(f"The output of {name} differs from call to call on the same inputs, so that a collapsed "
                             f"model can't be compared with it")  # fmt: skip
@@ -93,7 +87,7 @@ def verify_in_float64(
     read, read_too = copies(arguments), copies(arguments)
     try:
         with torch.no_grad(), coarsest:
-            exact, output = source(*read), collapsed(*read_too)
+            exact, output = call(source, read), call(collapsed, read_too)
     except Exception:  # dtypes that are written out in its forward, or asserted there
         return None, 0.0
     difference = relative_difference(output, exact)
@@ -132,7 +126,7 @@ def verify_rounded(
     """
     try:
         with torch.no_grad():
-            output = collapsed(*copies(arguments))
+            output = call(collapsed, copies(arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -190,7 +184,7 @@ def in_float64(
     """
     try:
         twins = [_converted(model.double()) for model in deepcopy(list(models))]
-        return twins, tuple(x.double() if x.is_floating_point() else x for x in arguments)
+        return twins, mapped(lambda x: x.double() if x.is_floating_point() else x, arguments)
     except Exception:  # a device without float64, or a module that refuses the cast
         return None
 
@@ -237,8 +231,8 @@ def _why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments:
     comparison = _Comparison(collapsed, reference.values)
     try:
         with torch.no_grad():
-            reference.run(*(argument.clone() for argument in arguments))
-            comparison.run(*(argument.clone() for argument in arguments))
+            reference.run(*copies(arguments))
+            comparison.run(*copies(arguments))
     except Exception:  # the source asserts its own dtype, say
         return None
     return comparison.first

@@ -25,7 +25,9 @@ from lightning_easier.sites.rectifiers import GATES, activation_kind
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.substitution import ChainFit
 from lightning_easier.support.arguments import as_globs
-from lightning_easier.support.calibration import tell_left_out, usable_batches
+from lightning_easier.support.batches import BatchReader, InputsOf
+from lightning_easier.support.calibration import check_batches, tell_left_out, usable_batches
+from lightning_easier.support.calls import mapped
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
 from lightning_easier.support.processes import sum_over_processes
 
@@ -181,6 +183,7 @@ def fit_chains(
     *,
     include: list[str] | str | None = None,
     exclude: list[str] | str | None = None,
+    inputs_of: InputsOf | None = None,
 ) -> dict[str, ChainFit]:
     """Fit the best single operator to the chain around each activation, over all batches together.
 
@@ -190,10 +193,11 @@ def fit_chains(
 
     Args:
         model: Any module.
-        batches: A tensor each, or a sequence whose first element is the input. Those without samples are skipped, and
-            samples whose values are not all finite left out, where they are not.
+        batches: As for :func:`~lightning_easier.measure_entropy`. Those without samples are skipped, and samples whose
+            values are not all finite left out, where they are not.
         include: Name globs of the activations; all by default.
         exclude: Name globs of those to leave out.
+        inputs_of: As for :func:`~lightning_easier.measure_entropy`.
 
     Returns:
         Qualified name -> fit, in execution order. Activations that no operator can take the place of, with one before
@@ -219,15 +223,16 @@ def fit_chains(
           (2): Absorbed()
         )
     """
-    inputs = usable_batches(batches)
+    check_batches("batches", batches)
     inner = unwrap(model)
     check_weights(inner)
+    reader = BatchReader(inner, "batches", inputs_of)
     sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(inputs)
+    taken = list(usable_batches(reader, batches))
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
-        for value in taken:
-            forward(inner, (value.to(device),), "batches")
+        for arguments in taken:
+            forward(inner, mapped(lambda x: x.to(device), arguments), "batches")
     tell_left_out(*probe.left_out, "`batches`")
     best: dict[str, ChainFit] = {}
     for chain, candidates, _ in probe.fitted():

@@ -17,8 +17,9 @@ from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChain, Place
 from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted, shapes_of_inputs
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
-from lightning_easier.support.inference import copies, evaluation_mode
+from lightning_easier.support.inference import evaluation_mode
 
 # Channels that a norm multiplies with so much less than another are not corrected: what they would need is large.
 _LEAST_SCALE = 1e-2
@@ -227,7 +228,7 @@ class _Shown:
         """Return what shows; None if the forward does not get there."""
         self._value = None
         with suppress(_SeenError):
-            self._model(*copies(arguments))
+            call(self._model, copies(arguments))
         return self._value
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_easier.support.inference import copies, tensors_in
+from lightning_easier.support.calls import call, copies
+from lightning_easier.support.inference import tensors_in
 
 # So many tell how much the outputs have changed, and so many values of each in which direction.
 _SAMPLES, _VALUES = 200, 1024
@@ -25,7 +26,7 @@ def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[
         if samples >= _SAMPLES:
             break
     with torch.no_grad():
-        each = [tensors_in(model(*copies(batch))) for batch in some]
+        each = [tensors_in(call(model, copies(batch))) for batch in some]
     outputs: list[Tensor] = []
     for column in zip(*each, strict=True):
         rows = [x.reshape(len(x), -1) for x in column if x.ndim]

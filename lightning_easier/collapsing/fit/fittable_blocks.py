@@ -18,8 +18,9 @@ from lightning_easier.sites.blocks import Block
 from lightning_easier.structure.block_operators import dtype_of_values
 from lightning_easier.structure.stand_in import Bypass, InPlaceOfBlock
 from lightning_easier.support.calibration import tell
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.hooks import HookOfOneModel, input_of
-from lightning_easier.support.inference import copies, evaluation_mode
+from lightning_easier.support.inference import evaluation_mode
 
 # Of sums over what a larger kernel reads, in float64: more is not gathered for one block.
 _MOST_UNKNOWNS = 2**13
@@ -237,7 +238,7 @@ def fittable_blocks(
     ]
     try:
         with evaluation_mode(model):
-            model(*copies(arguments))
+            call(model, copies(arguments))
     finally:
         for handle in handles:
             handle.remove()

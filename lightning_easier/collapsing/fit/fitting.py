@@ -18,7 +18,8 @@ from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
 from lightning_easier.collapsing.fit.fittable import CannotFitError, Place
 from lightning_easier.support.calibration import tell_left_out
-from lightning_easier.support.inference import copies, evaluation_mode
+from lightning_easier.support.calls import call, copies
+from lightning_easier.support.inference import evaluation_mode
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
 _POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
@@ -130,14 +131,14 @@ def shapes_of_inputs(model: nn.Module, places: Sequence[Place], arguments: Seque
     def note(place: Place, value: Tensor, _: Tensor) -> None:
         shapes[place] = value.shape
 
-    _run_up_to(model, places, [tuple(arguments)], note)
+    _run_up_to(model, places, [arguments], note)
     return shapes
 
 
 def _run_up_to(
     model: nn.Module,
     places: Sequence[Place],
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Iterable[Sequence[Tensor]],
     see: Callable[[Place, Tensor, Tensor], None],
     watched: Iterable[str] = (),
 ) -> dict[Place, frozenset[str]]:
@@ -176,7 +177,7 @@ def _run_up_to(
             for each in hooks:
                 each.forget()
             try:
-                model(*copies(arguments))
+                call(model, copies(arguments))
             except _EndOfChainError:
                 continue
             for place in missing:

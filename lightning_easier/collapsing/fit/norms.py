@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.hooks import HookOfOneModel
-from lightning_easier.support.inference import copies, evaluation_mode
+from lightning_easier.support.inference import evaluation_mode
 
 # Of each channel in a batch: fewer tell too little of its mean and deviation.
 _FEWEST_VALUES = 64
@@ -153,7 +154,7 @@ class NormsBefore:
             for name, norm in norms.items():
                 stack.callback(norm.register_forward_pre_hook(HookOfOneModel(note(name))).remove)
             for arguments in batches:
-                model(*copies(arguments))
+                call(model, copies(arguments))
         self._computed: dict[str, list[_Computed]] = {}
         self._wanted: dict[str, _Computed] = {}
         for name, parts in read.items():
@@ -200,7 +201,7 @@ class NormsBefore:
             for name, norm in norms.items():
                 stack.callback(norm.register_forward_hook(correct(name)).remove)
             for arguments in self._batches:
-                model(*copies(arguments))
+                call(model, copies(arguments))
         before = []
         for name, parts in read.items():
             norm = norms[name]

@@ -25,7 +25,7 @@ from lightning_easier.sites.activations import replace_activation
 from lightning_easier.structure.names import seen_from
 from lightning_easier.structure.stand_in import StandIn
 from lightning_easier.structure.substitution import Absorbed, ChainFit, Form, attributes_of
-from lightning_easier.support.inference import copies
+from lightning_easier.support.calls import call, copies
 
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ def replace(model: nn.Module, choice: PricedFit, arguments: Sequence[Tensor]) ->
     old = _put_fitted(model, choice)
     try:
         with torch.no_grad():
-            model(*copies(arguments))
+            call(model, copies(arguments))
     except Exception as error:  # whatever the user's forward raises
         put(model, old)
         raise _does_not_run(error) from error

@@ -25,8 +25,9 @@ from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
 from lightning_easier.collapsing.fit.fitting import positions_wanted
 from lightning_easier.collapsing.fit.kept import KeptOperator, kept_operators
 from lightning_easier.collapsing.fit.placing import with_statistics
+from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
-from lightning_easier.support.inference import copies, evaluation_mode
+from lightning_easier.support.inference import evaluation_mode
 
 # Half as many images give nearly as much as a thousand, for half of the runs; where each has but one position, as
 # before a classifier, more are used if there are.
@@ -139,7 +140,7 @@ def _some_shown(
         stack.enter_context(evaluation_mode(model))
         for place in places:
             stack.callback(on_shown(model, place, partial(note, place)).remove)
-        model(*copies(batch))
+        call(model, copies(batch))
     return found
 
 
