@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from lightning_easier.report import ExportReport, Parity
 from lightning_easier.sites.activations import unwrap
 from lightning_easier.support import storage
+from lightning_easier.support.arguments import check_integer
 from lightning_easier.support.batches import as_arguments
-from lightning_easier.support.calls import Arguments, call, mapped
+from lightning_easier.support.calls import Arguments, call, mapped, named_arguments
 from lightning_easier.support.inference import (
     check_weights,
     forward,
@@ -41,12 +43,16 @@ def export(
     *,
     format: Format | None = None,
     dynamic_batch: bool = True,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset_version: int | None = None,
     tolerance: float | None = None,
 ) -> ExportReport:
     """Export a model in eval mode to ONNX or a ``torch.export`` archive, checked against the model before it is kept.
 
-    The file is run (by ONNX Runtime, or after loading it again) on the example inputs and on a batch of another size,
-    and its outputs are compared with the model's. A file that differs is not written.
+    The file is run (by ONNX Runtime, or after loading it again) on the example inputs and on inputs that are larger
+    along all axes of any size, and its outputs are compared with the model's. A file that differs is not written.
 
     Args:
         model: Any module that ``torch.export`` accepts; a copy on the CPU is exported, the model is not changed.
@@ -56,15 +62,24 @@ def export(
         format: ``"onnx"`` or ``"pt2"``; by the suffix of ``path`` when not given.
         dynamic_batch: Whether the file takes any batch size. Without, it takes the example's only, and only that is
             checked.
+        dynamic_axes: Besides the batch: name of an argument of the forward -> axis -> what its size is called, such as
+            ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. What is called alike has one size. It may
+            be any from 2 up.
+        input_names: For ONNX: what the file calls its inputs; the names of the forward's arguments by default.
+        output_names: For ONNX: what it calls its outputs, the tensors in what the model returns; by default the keys of
+            a dictionary (such as a ModelOutput of Hugging Face), or what torch calls them.
+        opset_version: For ONNX: which version of its operators; torch's choice by default.
         tolerance: Relative difference up to which the file counts as equal; by default what rounding explains.
 
     Returns:
         The path, the format and the parity figures.
 
     Raises:
-        TypeError: If ``model`` is not a Module, or ``example_inputs`` are not tensors.
+        TypeError: If ``model`` is not a Module, ``example_inputs`` are not tensors, or another argument is of another
+            type.
         ValueError: If the format is not known, ``path`` is a folder, ``tolerance`` is negative, ``example_inputs`` hold
-            no sample, they or the model are on the meta device, or the model does not accept them.
+            no sample, they or the model are on the meta device, the model does not accept them, it computes in bfloat16
+            and the format is ONNX, or there are not as many names as tensors, or axes that the inputs do not have.
         ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
         ExportError: If the export fails, or the file does not compute the same.
         OSError: If the file can't be written; one that was there is as it was.
@@ -81,6 +96,13 @@ def export(
             raise ModuleNotFoundError(
                 f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
             )
+    elif any(each is not None for each in (input_names, output_names, opset_version)):
+        raise ValueError(
+            "Expected arguments `input_names`, `output_names` and `opset_version` to be None: they belong to ONNX, and "
+            "a pt2 file takes and returns what the model does"
+        )
+    if opset_version is not None:
+        check_integer("opset_version", opset_version, 1)
     model = unwrap(model)
     arguments = mapped(lambda argument: argument.detach().cpu(), as_arguments(example_inputs, model))
     if dynamic_batch and any(argument.ndim == 0 for argument in arguments):
@@ -89,19 +111,26 @@ def export(
             "`dynamic_batch=False` if there is none"
         )
     check_weights(model)
+    names = named_arguments(model, arguments)
+    free = _free_axes(names, arguments, dynamic_batch, dynamic_axes or {})
     source = without_masks(model).cpu().eval()
     with torch.no_grad():
         expected = forward(source, arguments, "example_inputs")
+    outputs = len(tensors_in(expected))
+    inputs = _checked_names("input_names", input_names, len(names)) or names
+    wanted = _Onnx(inputs, _checked_names("output_names", output_names, outputs) or _keys(expected), opset_version)
+    if format == "onnx":
+        _check_not_bfloat16(source, arguments)
     if tolerance is None:
         tolerance = tolerance_for(expected)
 
-    program = _capture(source, arguments, dynamic_batch)
+    program = _capture(source, arguments, free)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / f"model.{format}"
-            run = _WRITERS[format](program, written)
-            checks = [arguments, _larger_batch(arguments)] if dynamic_batch else [arguments]
+            run = _write_onnx(program, written, wanted) if format == "onnx" else _write_pt2(program, written)
+            checks = [arguments, _larger(arguments, free)] if any(free) else [arguments]
             parity = [_compare(source, run, inputs, path) for inputs in checks]
             for result in parity:
                 if not result.relative_difference <= tolerance:
@@ -124,18 +153,52 @@ def _format_of(path: Path, format: str | None) -> Format:
     return wanted  # type: ignore[return-value]
 
 
-def _capture(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """Capture with ``torch.export``; it takes a batch of 1 for a constant, so a larger one is shown to it."""
-    sizes: list[Any] | None = None
-    if dynamic_batch:
-        batch = torch.export.Dim("batch")
-        shown = _larger_batch(arguments) if len(arguments[0]) == 1 else arguments
-        sizes = [{0: batch} if len(argument) == len(arguments[0]) else None for argument in arguments]
-    else:
-        shown = arguments
+_Axes = Mapping[int, Any]
+"""Axis -> what torch.export calls its size."""
+
+
+def _free_axes(
+    names: Sequence[str],
+    arguments: Arguments,
+    dynamic_batch: bool,
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+) -> list[_Axes]:
+    """Return the axes of any size of each argument.
+
+    Raises:
+        ValueError: If there is no such argument, or it has no such axis.
+    """
+    for name, axes in dynamic_axes.items():
+        if name not in names:
+            raise ValueError(
+                f"Expected argument `dynamic_axes` to hold names of arguments of the forward, but got {name!r}, not "
+                f"one of {list(names)}"
+            )
+        value = arguments[names.index(name)]
+        for axis, size in axes.items():
+            if axis not in range(1, value.ndim) or not str(size).isidentifier() or size == "batch":
+                raise ValueError(
+                    f"Expected argument `dynamic_axes` to hold axes from 1 to {value.ndim - 1} with a name of the size "
+                    f"for `{name}` (the first axis is `dynamic_batch`), but got {axis!r}: {size!r}"
+                )
+    sizes = {size: torch.export.Dim(size) for axes in dynamic_axes.values() for size in axes.values()}
+    batch = torch.export.Dim("batch")
+    free: list[_Axes] = []
+    for name, value in zip(names, arguments, strict=True):
+        has_batch = dynamic_batch and len(value) == len(arguments[0])
+        others = {axis: sizes[size] for axis, size in dynamic_axes.get(name, {}).items()}
+        free.append({0: batch, **others} if has_batch else others)
+    return free
+
+
+def _capture(model: nn.Module, arguments: Arguments, free: Sequence[_Axes]) -> torch.export.ExportedProgram:
+    """Capture with ``torch.export``; it takes a size of 1 for a constant, so a larger one is shown to it."""
+    is_one = any(value.shape[axis] == 1 for value, axes in zip(arguments, free, strict=True) for axis in axes)
+    shown = _larger(arguments, free) if is_one else arguments
+    sizes = [axes or None for axes in free] if any(free) else None
     reasons: list[Exception] = []
     # Reading its Python passes on a batch size that runs through `len`, which running it takes for a constant
-    for reads_code in (False, True)[: 1 + dynamic_batch]:
+    for reads_code in (False, True)[: 1 + any(map(bool, free))]:
         try:
             with torch.no_grad(), quiet():
                 return export_program(model, shown, sizes, reads_code=reads_code)
@@ -143,8 +206,8 @@ def _capture(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> tor
             reasons.append(error)
     reason = reasons[0]
     remedy = remedy_for(reason)
-    if remedy is None and dynamic_batch:
-        remedy = "`dynamic_batch=False` exports the example's batch size only"
+    if remedy is None and any(free):
+        remedy = "`dynamic_batch=False` (and no `dynamic_axes`) exports the example's sizes only"
     raise ExportError(
         f"torch.export does not take {type(model).__name__}: {first_line(reason)}.{f' {remedy}.' if remedy else ''}"
     ) from reason
@@ -153,15 +216,82 @@ def _capture(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> tor
 _Run = Callable[[Arguments], list[Tensor]]
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> _Run:
+@dataclass(frozen=True)
+class _Onnx:
+    """How an ONNX file is written.
+
+    Attributes:
+        inputs: Names of its inputs.
+        outputs: Names of its outputs; what torch calls them by default.
+        opset: The version of its operators; torch's choice by default.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str] | None
+    opset: int | None
+
+
+def _checked_names(argument: str, names: Sequence[str] | None, count: int) -> list[str] | None:
+    """Return names that a file is to have; None where there are none.
+
+    Raises:
+        TypeError: If they are no sequence of strings.
+        ValueError: If there are not so many different ones.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"Expected argument `{argument}` to be a sequence of names, but got {names!r}")
+    if len(names) != count or len(set(names)) != count or not all(names):
+        raise ValueError(f"Expected argument `{argument}` to hold {count} different names, but got {list(names)}")
+    return list(names)
+
+
+def _keys(output: Any) -> list[str] | None:
+    """Return the names of the tensors in what a model returns; None where they have none."""
+    if not isinstance(output, Mapping):
+        return None
+    values = {str(name): value for name, value in output.items() if value is not None}
+    return list(values) if all(isinstance(value, Tensor) for value in values.values()) else None
+
+
+def _check_not_bfloat16(model: nn.Module, arguments: Arguments) -> None:
+    """Refuse what ONNX Runtime can't run, and its file so can't be checked.
+
+    Raises:
+        ValueError: If a tensor is in bfloat16.
+    """
+    own = (each for kind in (model.named_parameters, model.named_buffers) for each in kind())
+    for name, value in (*own, *((f"example_inputs[{place}]", value) for place, value in enumerate(arguments))):
+        if value.dtype == torch.bfloat16:
+            raise ValueError(
+                f"Expected argument `model` to compute in float32 or float16 for ONNX, but `{name}` is in bfloat16, "
+                f"which ONNX Runtime has hardly an operator for, so that the file could not be checked. Export "
+                f"`model.float()` (its numbers stay what they are) or to .pt2"
+            )
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx) -> _Run:
+    import onnx
     import onnxruntime
 
     try:
-        torch.onnx.export(program, (), path, external_data=False, verbose=False)
+        with quiet():
+            torch.onnx.export(
+                program, (), path, external_data=False, verbose=False, opset_version=wanted.opset,
+                input_names=wanted.inputs, output_names=wanted.outputs,
+            )  # fmt: skip
     except OSError:
         raise
     except Exception as error:
         raise ExportError(f"torch.onnx can't translate the model: {first_line(error)}") from error
+    if wanted.opset is not None:
+        version = {each.domain: each.version for each in onnx.load(path).opset_import}.get("")
+        if version != wanted.opset:  # torch only logs that it could not convert
+            raise ExportError(
+                f"torch.onnx can't write the model in version {wanted.opset} of ONNX's operators, as `opset_version` "
+                f"asks; it wrote {version}. Versions from 18 on are its own"
+            )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -186,13 +316,16 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> _Run:
     return lambda inputs: tensors_in(call(loaded, inputs))
 
 
-_WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path], _Run]] = {"onnx": _write_onnx, "pt2": _write_pt2}
+def _larger(arguments: Arguments, free: Sequence[_Axes]) -> Arguments:
+    """Return arguments that are larger by one along all axes of any size."""
 
+    def larger(value: Tensor, axes: _Axes) -> Tensor:
+        for axis in axes:
+            last = value.narrow(axis, value.shape[axis] - 1, 1)
+            value = torch.cat([value, last if axis else last.flip(-1)], axis)
+        return value
 
-def _larger_batch(arguments: Arguments) -> Arguments:
-    """One sample more in every argument that has the batch axis."""
-    size = len(arguments[0])
-    return mapped(lambda x: torch.cat([x, x[-1:].flip(-1)]) if len(x) == size else x, arguments)
+    return Arguments((larger(value, axes) for value, axes in zip(arguments, free, strict=True)), arguments.names)
 
 
 def _compare(model: nn.Module, run: _Run, inputs: Arguments, path: Path) -> Parity:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -160,13 +161,13 @@ def test_a_file_that_differs_does_not_replace_the_one_there(tmp_path, format, mo
     import lightning_easier.exporting
 
     module = __import__("sys").modules[export_function.__module__]
-    write = module._WRITERS[format]
+    write = getattr(module, f"_write_{format}")
 
-    def write_wrongly(program, file):
-        run = write(program, file)
-        return lambda *inputs: [output + 0.01 for output in run(*inputs)]
+    def write_wrongly(*wanted):
+        run = write(*wanted)
+        return lambda inputs: [output + 0.01 for output in run(inputs)]
 
-    monkeypatch.setitem(module._WRITERS, format, write_wrongly)
+    monkeypatch.setattr(module, f"_write_{format}", write_wrongly)
     with pytest.raises(ExportError, match=f"The {format} file differs from Linear by .* at batch size 2"):
         export(nn.Linear(3, 3), path, torch.randn(2, 3))
     assert path.read_text() == "precious"
@@ -216,3 +217,95 @@ def test_what_is_masked_is_zero_for_good_in_the_file(tmp_path, suffix):
     assert all(each.relative_difference < 1e-5 for each in report.parity)
     assert prune.is_pruned(model[0])
     torch.testing.assert_close(model(data), expected)
+
+
+class Named(nn.Module):
+    """Returns by name what it makes of a sequence; the second of what it returns is often not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor, mask: Tensor, with_features: bool = False) -> dict[str, Tensor | None]:
+        values = self.embedding(tokens) * mask[..., None]
+        return {"logits": self.head(values.sum(1)), "features": values if with_features else None}
+
+
+def sequences(samples: int, length: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"tokens": torch.randint(0, 9, (samples, length)), "mask": torch.rand(samples, length)}
+
+
+LENGTHS = {"tokens": {1: "length"}, "mask": {1: "length"}}
+OWN_NAMES = {"input_names": ["ids", "weights"], "output_names": ["scores"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "outputs"),
+    [
+        ({}, ["tokens", "mask"], ["logits"]),
+        ({**OWN_NAMES, "opset_version": 21}, ["ids", "weights"], ["scores"]),
+    ],
+)
+def test_inputs_outputs_and_operators_are_those_that_are_asked_for(tmp_path, options, inputs, outputs):
+    model = Named().eval()
+    path = tmp_path / "m.onnx"
+    report = export(model, path, sequences(2, 5), dynamic_axes=LENGTHS, **options)
+    assert [parity.batch_size for parity in report.parity] == [2, 3]
+    session = onnxruntime.InferenceSession(path)
+    assert [node.name for node in session.get_inputs()] == inputs
+    assert [node.name for node in session.get_outputs()] == outputs
+    opset = {each.domain: each.version for each in onnx.load(path).opset_import}[""]
+    assert opset == options.get("opset_version", opset)
+    longer = sequences(4, 8)
+    (output,) = run_onnx(path, *longer.values())
+    torch.testing.assert_close(output, model(**longer)["logits"])
+
+
+def test_any_length_is_taken_of_an_example_of_length_one_by_a_pt2_file_too(tmp_path):
+    model = Named().eval()
+    export(model, tmp_path / "m.pt2", sequences(1, 1), dynamic_axes=LENGTHS)
+    longer = sequences(4, 8)
+    found = torch.export.load(tmp_path / "m.pt2").module()(*longer.values())
+    torch.testing.assert_close(found["logits"], model(**longer)["logits"])
+
+
+def test_an_opset_that_torch_can_not_write_is_an_error_and_no_file(tmp_path, caplog):
+    with pytest.raises(ExportError, match="version 9 of ONNX's operators, as `opset_version` asks; it wrote"):
+        export(nn.Sequential(nn.Linear(3, 3), nn.GELU()), tmp_path / "m.onnx", torch.randn(2, 3), opset_version=9)
+    assert list(tmp_path.iterdir()) == []
+    assert not [record for record in caplog.records if "onnxscript" in record.name]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_names": ["a"]}, ValueError, r"`input_names` to hold 2 different names, but got \['a'\]"),
+        ({"input_names": ["a", "a"]}, ValueError, "`input_names` to hold 2 different names"),
+        ({"output_names": ["a", "b"]}, ValueError, "`output_names` to hold 1 different names"),
+        ({"output_names": "logits"}, TypeError, "`output_names` to be a sequence of names, but got 'logits'"),
+        ({"opset_version": 0}, ValueError, "`opset_version` to be at least 1"),
+        ({"opset_version": "18"}, TypeError, "`opset_version` to be an integer"),
+        ({"dynamic_axes": {"ids": {1: "length"}}}, ValueError, r"names of arguments .* 'ids', not one of \['tokens', "),
+        (
+            {"dynamic_axes": {"mask": {2: "length"}}},
+            ValueError,
+            "axes from 1 to 1 .* `mask` .* but got 2: 'length'",
+        ),
+        ({"dynamic_axes": {"mask": {0: "samples"}}}, ValueError, "the first axis is `dynamic_batch`"),
+        ({"opset_version": 18, "format": "pt2"}, ValueError, "`opset_version` to be None: they belong to ONNX"),
+    ],
+)
+def test_names_versions_and_axes_that_do_not_fit_are_named(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        export(Named(), tmp_path / "m.onnx", sequences(2, 5), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_is_refused_for_onnx_in_plain_words_and_goes_to_pt2(tmp_path):
+    model, x = nn.Linear(3, 2).bfloat16(), torch.randn(2, 3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`weight` is in bfloat16, .* Export `model.float\(\)` .* or to .pt2"):
+        export(model, tmp_path / "m.onnx", x)
+    assert list(tmp_path.iterdir()) == []
+    assert export(model, tmp_path / "m.pt2", x).parity[0].relative_difference == 0
+    export(model.float(), tmp_path / "m.onnx", x.float())

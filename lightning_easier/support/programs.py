@@ -90,8 +90,10 @@ def remedy_for(error: Exception) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to ourselves what torch says of sizes of one, and of graphs that don't run."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental")]
+    """Keep to ourselves what is said of sizes of one, of graphs that don't run, and of other versions of ONNX."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch._export", "torch.export", "torch.fx.experimental", "onnxscript")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
