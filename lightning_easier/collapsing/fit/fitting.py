@@ -22,7 +22,7 @@ from lightning_easier.support.calls import call, copies
 from lightning_easier.support.inference import evaluation_mode
 
 # Positions of the calibration data that are used: as many for each unknown, and more where that is cheap.
-_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**17, 2**26
+_POSITIONS_FOR_EACH_UNKNOWN, _ENOUGH_POSITIONS, _WORK = 14, 2**16, 2**25
 # Of one chain: a convolution, a separable, a pointwise one, three of low rank, and an affine.
 MOST_FITS = 7
 # Of the sums that are gathered in one run over the data.
