@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from lightning_easier.report import ExportReport, Parity
 from lightning_easier.sites.activations import unwrap
@@ -64,7 +65,7 @@ def export(
             checked.
         dynamic_axes: Besides the batch: name of an argument of the forward -> axis -> what its size is called, such as
             ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. What is called alike has one size. It may
-            be any from 2 up.
+            be any from 2 up, as far as the model takes it.
         input_names: For ONNX: what the file calls its inputs; the names of the forward's arguments by default.
         output_names: For ONNX: what it calls its outputs, the tensors in what the model returns; by default the keys of
             a dictionary (such as a ModelOutput of Hugging Face), or what torch calls them.
@@ -181,8 +182,8 @@ def _free_axes(
                     f"Expected argument `dynamic_axes` to hold axes from 1 to {value.ndim - 1} with a name of the size "
                     f"for `{name}` (the first axis is `dynamic_batch`), but got {axis!r}: {size!r}"
                 )
-    sizes = {size: torch.export.Dim(size) for axes in dynamic_axes.values() for size in axes.values()}
-    batch = torch.export.Dim("batch")
+    sizes = {size: Dim(size) for axes in dynamic_axes.values() for size in axes.values()}
+    batch = Dim("batch")
     free: list[_Axes] = []
     for name, value in zip(names, arguments, strict=True):
         has_batch = dynamic_batch and len(value) == len(arguments[0])
@@ -196,9 +197,12 @@ def _capture(model: nn.Module, arguments: Arguments, free: Sequence[_Axes]) -> t
     is_one = any(value.shape[axis] == 1 for value, axes in zip(arguments, free, strict=True) for axis in axes)
     shown = _larger(arguments, free) if is_one else arguments
     sizes = [axes or None for axes in free] if any(free) else None
-    reasons: list[Exception] = []
     # Reading its Python passes on a batch size that runs through `len`, which running it takes for a constant
-    for reads_code in (False, True)[: 1 + any(map(bool, free))]:
+    ways = [(sizes, False), *([(sizes, True)] if sizes else [])]
+    if any(axis for axes in free for axis in axes):  # a size with a name may not have a limit, as positions have
+        ways.append(([dict.fromkeys(axes, Dim.DYNAMIC) or None for axes in free], False))
+    reasons: list[Exception] = []
+    for sizes, reads_code in ways:
         try:
             with torch.no_grad(), quiet():
                 return export_program(model, shown, sizes, reads_code=reads_code)

@@ -33,7 +33,7 @@ from lightning_easier.support.calibration import check_batches, tell, tell_left_
 from lightning_easier.support.calls import mapped
 from lightning_easier.support.finite import finite_samples
 from lightning_easier.support.hooks import HookOfOneModel, input_of
-from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import gather_from_processes
 
 _T = TypeVar("_T")
@@ -529,5 +529,5 @@ def _measured(
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
         for arguments in usable_batches(reader, batches, max_batches):
-            forward(inner, mapped(lambda x: x.to(device), arguments), "batches")
+            reader.call(inner, mapped(lambda x: x.to(device), arguments))
     return probe

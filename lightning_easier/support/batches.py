@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_easier.support.calls import Arguments, named_arguments, names_of
-from lightning_easier.support.inference import arguments_wanted, describe
+from lightning_easier.support.inference import arguments_wanted, describe, forward
 
 InputsOf = Callable[[Any], Any]
 """Returns what the forward is called with, of a batch: a tensor, a tuple, or a dictionary of arguments by name."""
@@ -57,6 +57,7 @@ class BatchReader:
         self.argument = argument
         self.example = example
         self.notes: list[str] = []
+        self._labels: list[str] = []
         self._forward = _Forward(model)
         self._inputs_of = inputs_of
 
@@ -77,6 +78,22 @@ class BatchReader:
         if self.example is None:
             self.example = arguments
         return arguments
+
+    def call(self, model: nn.Module, arguments: Sequence[Tensor]) -> Any:
+        """Call a model with what was read.
+
+        Raises:
+            ValueError: If its forward does not accept that.
+        """
+        try:
+            return forward(model, arguments, self.argument)
+        except ValueError as error:
+            if not self._labels:
+                raise
+            raise ValueError(
+                f"{error} It was not given {_listed(self._labels)}; where it needs them, pass "
+                f"`inputs_of=lambda batch: batch`, which leaves nothing out."
+            ) from error.__cause__
 
     def _read(self, batch: Any) -> Arguments:
         given, are_inputs = (batch, False) if self._inputs_of is None else (self._inputs_of(batch), True)
@@ -150,6 +167,7 @@ class BatchReader:
 
     def _note(self, labels: Sequence[str], left: Sequence[Any]) -> None:
         name = self._forward.name
+        self._labels = list(labels)
         if labels:
             self.notes.append(
                 f"The forward of {name} was not given {_listed(labels)}: outputs are compared, not losses. To give it "
@@ -208,16 +226,16 @@ def as_called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         args: What it was given by position.
         kwargs: What it was given by name.
     """
-    forward = _Forward(model)
+    of_model = _Forward(model)
     by_name = {
         name: value
         for name, value in kwargs.items()
-        if value is not None and not (_is_label(name) and forward.can_do_without(name))
+        if value is not None and not (_is_label(name) and of_model.can_do_without(name))
     }
     values = (*args, *by_name.values())
     if not values or not all(isinstance(value, Tensor) and value.numel() for value in values):
         return None
-    positional = [] if args else forward.positional(list(by_name))
+    positional = [] if args else of_model.positional(list(by_name))
     names = [name for name in by_name if name not in positional]
     return Arguments((*args, *(by_name[name] for name in [*positional, *names])), names)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_easier.support.batches import BatchReader
 from lightning_easier.support.calls import Arguments, copies, mapped
-from lightning_easier.support.inference import describe, device_of, evaluation_mode, forward, tensors_in
+from lightning_easier.support.inference import describe, device_of, evaluation_mode, tensors_in
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module)
             continue
         there = devices or [device_of(model)] * len(given)
         arguments = Arguments((x.to(device) for x, device in zip(given, there, strict=True)), given.names)
-        kept = _finite_samples(model, arguments, argument)
+        kept = _finite_samples(reader, model, arguments)
         samples += len(kept)
         strange += int((~kept).sum())
         if bool(kept.all()):
@@ -169,12 +169,12 @@ def _check_left(argument: str, data: Iterable[Any], left: int, notes: Sequence[s
         )
 
 
-def _finite_samples(model: nn.Module, arguments: Sequence[Tensor], argument: str) -> Tensor:
+def _finite_samples(reader: BatchReader, model: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
     """Tell of each sample whether all its values, and those that the model makes of it, are finite; on the CPU."""
     first = arguments[0]
     samples = len(first) if first.ndim else 1
     with evaluation_mode(model):
-        outputs = tensors_in(forward(model, copies(arguments), argument))
+        outputs = tensors_in(reader.call(model, copies(arguments)))
     kept = torch.ones(samples, dtype=torch.bool)
     for value in (*arguments, *outputs):
         if value.is_floating_point() and _has_samples(value, samples):

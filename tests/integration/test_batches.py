@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lightning_easier import (
     collapse,
@@ -238,6 +238,14 @@ def test_labels_are_left_out_and_given_where_they_are_asked_for():
         assert list(given.model(**data[0])) == ["loss", "logits"]
     assert not [note for note in given.report.notes if "labels" in note]
 
+    class Refusing(Losing):
+        def forward(self, image: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            return super().forward(image, labels[:])
+
+    for read in (measure_entropy, compress, fit_chains):
+        with pytest.raises(ValueError, match="was not given `labels`; where it needs them, pass `inputs_of=lambda"):
+            read(made(Refusing), data)
+
     class Needing(Losing):
         def forward(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
             return super().forward(image, labels)
@@ -330,3 +338,27 @@ def test_a_network_of_hugging_face_is_measured_compressed_and_exported(bert, tmp
     session = onnxruntime.InferenceSession(report.path)
     (logits, *_) = session.run(None, {key: value[:2].numpy() for key, value in inputs[1].items()})
     torch.testing.assert_close(torch.from_numpy(logits), made.logits[:2], atol=1e-4, rtol=1e-3)
+
+
+def test_a_cache_in_the_outputs_is_named_with_the_switch_that_turns_it_off():
+    torch.manual_seed(0)
+    ids = torch.randint(1, 9, (2, 5))
+    config = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match="DynamicCache, which can't be compared. .* `model.config.use_cache = False`"):
+        collapse(model, batch, objective="macs")
+    model.config.use_cache = False
+    result = collapse(model, batch, objective="macs")
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_length_that_positions_limit_is_free_in_a_file(bert, tmp_path):
+    batch = sentences(1)[0]
+    lengths = {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}
+    export(bert, tmp_path / "bert.pt2", batch, dynamic_axes=lengths)
+    shorter = {name: batch[name][:3, :4] for name in lengths}
+    found = torch.export.load(tmp_path / "bert.pt2").module()(*shorter.values())
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits, bert(**shorter).logits)

@@ -28,13 +28,19 @@ def check_comparable(output: Any, model: nn.Module) -> None:
         raise ValueError(
             f"Expected argument `model` to return tensors, or tuples, lists or dicts of them, but "
             f"{type(model).__name__} returns {describe(strange[0] if strange else output)}, which can't be compared. "
-            f"Wrap it in a module that returns its tensors."
+            f"{_remedy(strange)}"
         )
     if not any(bool(leaf.isfinite().any()) for leaf in leaves if isinstance(leaf, Tensor)):
         raise ValueError(
             f"Expected argument `example_inputs` to give finite outputs, but {type(model).__name__} returns none, so "
             f"that the collapsed model can't be compared with it"
         )
+
+
+def _remedy(strange: Sequence[Any]) -> str:
+    if strange and type(strange[0]).__name__.endswith("Cache"):  # of transformers, which generate with it
+        return "Have it return none: `model.config.use_cache = False`."
+    return "Wrap it in a module that returns its tensors."
 
 
 def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, arguments: Sequence[Tensor]) -> None:

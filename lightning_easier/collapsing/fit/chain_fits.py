@@ -28,7 +28,7 @@ from lightning_easier.support.arguments import as_globs
 from lightning_easier.support.batches import BatchReader, InputsOf
 from lightning_easier.support.calibration import check_batches, tell_left_out, usable_batches
 from lightning_easier.support.calls import mapped
-from lightning_easier.support.inference import check_weights, device_of, evaluation_mode, forward
+from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import sum_over_processes
 
 # Of the sums of all chains together.
@@ -232,7 +232,7 @@ def fit_chains(
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
         for arguments in taken:
-            forward(inner, mapped(lambda x: x.to(device), arguments), "batches")
+            reader.call(inner, mapped(lambda x: x.to(device), arguments))
     tell_left_out(*probe.left_out, "`batches`")
     best: dict[str, ChainFit] = {}
     for chain, candidates, _ in probe.fitted():
