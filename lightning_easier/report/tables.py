@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_easier.report.layout import lay_out
+
 
 @dataclass(frozen=True)
 class Table:
@@ -20,16 +22,23 @@ class Table:
         return "\n".join(lines + [_row(row) for row in self.rows])
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """Render with rich, where it is installed: ``rich.print(table)``."""
+        """Render with rich, where it is installed: ``rich.print(table)``.
+
+        It fits into the width of the terminal, or of 80 letters in a pipe: numbers never break, and names are shortened
+        in the middle. The Markdown has all of them whole.
+        """
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        rendered = RichTable(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            rendered.add_column(Text(column), overflow="fold", justify="left" if number == 0 else "right")
-        for row in self.rows:
-            rendered.add_row(*(Text(cell) for cell in row))
-        yield rendered
+        for number, columns in enumerate(lay_out(self.columns, self.rows, options.max_width)):
+            title = self.title if number == 0 else f"{self.title} (the other columns)"
+            rendered = RichTable(title=Text(title), title_justify="left")
+            for column in columns:
+                justify: Any = "right" if column.is_numbers else "left"
+                rendered.add_column(Text("\n".join(column.title)), no_wrap=True, overflow="fold", justify=justify)
+            for row in range(len(self.rows)):
+                rendered.add_row(*(Text("\n".join(column.cells[row])) for column in columns))
+            yield rendered
 
 
 class Report:
