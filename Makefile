@@ -40,7 +40,7 @@ format: $(VENV)/.dev  ## Format the code.
 notebooks: $(VENV)/.dev  ## Execute the notebooks in place.
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/#custom_scalars.
+tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/#images.
 	$(BIN)/tensorboard --logdir demo_output
 
 networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real networks become sites.

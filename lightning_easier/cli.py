@@ -192,7 +192,10 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
     for state in callback_states(checkpoint):
         if {"monitor", "rounds"} <= set(state):
             try:
-                return PruningReport(state["monitor"], [Round(**this) for this in state["rounds"]])
+                rounds = [Round(**this) for this in state["rounds"]]
+                return PruningReport(
+                    state["monitor"], rounds, state.get("mode", "max"), list(state.get("activations", ()))
+                )
             except TypeError as error:
                 raise ValueError(
                     f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run, but the rounds in "

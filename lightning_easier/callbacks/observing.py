@@ -12,9 +12,13 @@ from lightning_easier.callbacks.scores import REMOVED_KEY
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.state import BestCheckpoint, Measured
 from lightning_easier.report.dashboard import entropy_key
+from lightning_easier.structure.linearize import stand_ins
 
 LEAST_ENTROPY_KEY = "H_min"
 ROUND_KEY = "round"
+REMAINING_KEY = "remaining"
+COST_KEYS = ("depth", "speedup")
+COST_CHARTS = {"Depth of the collapsed network": "^depth$", "Times faster than the dense network": "^speedup$"}
 
 
 def begin_validation(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,6 +50,10 @@ def end_validation_epoch(run: Run, trainer: Trainer, pl_module: LightningModule)
     if run.target is not None and _asks_for_target(run, trainer):
         attained = run.target.attained(trainer, run.measurement.network, bool(state.chosen_by_now))
         state.now = replace(state.now, asked=True, attained=attained)
+        if attained is not None:
+            state.rounds[-1].costs = dict(attained.costs)
+            logged = {name: attained.costs[name] for name in COST_KEYS if name in attained.costs}
+            pl_module.log_dict(logged, sync_dist=trainer.world_size > 1)
     log_progress(run, trainer, pl_module)
 
 
@@ -111,6 +119,7 @@ def finish_counting(run: Run, trainer: Trainer, pl_module: LightningModule) -> N
     run.proposal = proposal or Proposal()
     if trainer.state.fn == TrainerFn.FITTING:
         state.now = replace(state.now, entropies=run.entropies, proposal=proposal)
+        state.rounds[-1].measured[state.ended] = dict(run.entropies)  # a run that is taken up may be an epoch ahead
 
 
 def log_entropies(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,11 +133,14 @@ def log_entropies(run: Run, trainer: Trainer, pl_module: LightningModule) -> Non
 
 
 def log_progress(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Log the number removed, and the round."""
-    progress = {REMOVED_KEY: float(run.number_removed(trainer, pl_module))}
+    """Log the number removed, the round, and how many activations are left that are not linear."""
+    progress, on_all = {REMOVED_KEY: float(run.number_removed(trainer, pl_module))}, trainer.world_size > 1
     if trainer.state.fn == TrainerFn.FITTING:
         progress[ROUND_KEY] = float(len(run.state.rounds) - 1)
-    pl_module.log_dict(progress, prog_bar=True, sync_dist=trainer.world_size > 1)
+        gone = [*stand_ins(pl_module)]
+        left = [name for name in run.state.activations if not any(f"{name}.".startswith(f"{part}.") for part in gone)]
+        pl_module.log(REMAINING_KEY, float(len(left)), sync_dist=on_all)
+    pl_module.log_dict(progress, prog_bar=True, sync_dist=on_all)
 
 
 def note_score_of_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> bool:

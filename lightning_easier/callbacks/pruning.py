@@ -38,10 +38,11 @@ class PruningCallback(Results, Callback):
     an epoch too if the training loader can (``state_dict`` and ``load_state_dict``).
 
     Logged: ``entropy/<activation>`` in bits for every activation that is not linear yet; ``removed``, how much was
-    removed, what was linear from the start among it; ``H_min``, the least entropy of those that may become linear;
-    ``round``. In TensorBoard, besides, one chart of all entropies, the score against the number removed, and an event
-    per round. When something was removed, all logged values are NaN until they are logged again: they are of another
-    model.
+    removed, what was linear from the start among it; ``remaining``, how many activations are not linear; ``H_min``, the
+    least entropy of those that may become linear; ``round``. With a target, or ``Measuring(costs=True)``, ``depth`` and
+    ``speedup`` of the collapsed network. At the end of each round all loggers get the score against the number removed,
+    and, as pictures and text, what :meth:`figure` and :meth:`report` have; TensorBoard has charts of curves besides.
+    When something was removed, all logged values are NaN until they are logged again: they are of another model.
 
     The model of every round that was kept is a checkpoint ``round_<number>.ckpt``, the last of them :attr:`last_good`;
     :func:`~lightning_easier.load_pruned` loads it.
@@ -243,7 +244,7 @@ class PruningCallback(Results, Callback):
         rounds.conclude(run, trainer, pl_module)
         if run.state.rounds[0].accepted is None:
             telling.warn_that_nothing_was_pruned(run)
-        if run.target is not None and not run.settings.dry_run:
+        if run.settings.target is not None and not run.settings.dry_run:
             telling.warn_of_a_missed_target(run)
 
     # What a checkpoint carries

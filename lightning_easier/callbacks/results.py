@@ -1,9 +1,13 @@
 """What a user may ask a pruning callback for."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_easier.callbacks.run import Run, Settings
 from lightning_easier.report import PruningReport, Report, Round
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Results:
@@ -49,3 +53,12 @@ class Results:
     def report(self) -> PruningReport:
         """Return what the run did, round by round."""
         return self._run.report
+
+    def figure(self) -> "Figure":
+        """Draw what the run did: entropies, rounds and scores; ``pruning.figure().savefig("run.svg")`` keeps it.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed: ``pip install 'lightning-easier[figures]'``.
+            ValueError: If nothing was measured yet.
+        """
+        return self._run.report.figure()

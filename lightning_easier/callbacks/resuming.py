@@ -18,7 +18,7 @@ from lightning_easier.callbacks.run import Run
 from lightning_easier.callbacks.scores import REMOVED_KEY
 from lightning_easier.pruning.loop import PruningLoop
 from lightning_easier.pruning.state import Interruption, RunState
-from lightning_easier.report.dashboard import Dashboard
+from lightning_easier.report.dashboard import LATENCY_CHART, Dashboard
 from lightning_easier.structure.inventory import activations_of, check_activations
 from lightning_easier.structure.linearize import stand_ins
 
@@ -69,7 +69,8 @@ def begin(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     run.files.stop_watching_loading(trainer)
     _check_training_is_over(run, trainer)
     run.dashboard = Dashboard(trainer.loggers, run.settings.monitor)
-    run.dashboard.write_layout(run.settings.method.charts)
+    costs = observing.COST_CHARTS | LATENCY_CHART if run.settings.prices_network else {}
+    run.dashboard.write_layout({**run.settings.method.charts, **costs})
     run.scores.have_early_stopping_wait(trainer)
     _check_structure(run, pl_module)
     _claim_folder(run, trainer, pl_module)

@@ -45,6 +45,11 @@ class Settings:
     dry_run: bool
     state_key: str
 
+    @property
+    def prices_network(self) -> bool:
+        """Whether the network is collapsed and timed at the end of each round."""
+        return self.target is not None or self.measuring.costs
+
 
 class Run:
     """One run, and what is left of the last one.
@@ -70,7 +75,7 @@ class Run:
         measurement: Owns the hooks.
         teacher: Distils, if that is asked for.
         added: Adds what the method adds to the loss, if it does.
-        target: Asks whether the target is reached, if there is one.
+        target: Asks what the network costs, and whether the target is reached, if either is wanted.
         dashboard: Writes to TensorBoard.
         recipe: Optimizers and schedules as they began.
         scores: What was logged.
@@ -97,7 +102,7 @@ class Run:
         self.teacher = None if settings.distillation is None else DenseTeacher(settings.distillation)
         regularizer = settings.method.regularizer()
         self.added = None if regularizer is None else AddedTerm(regularizer)
-        self.target = None if settings.target is None else TargetCheck(settings.target, settings.method.objective)
+        self.target = TargetCheck(settings.target, settings.method.objective) if settings.prices_network else None
         self.dashboard: Dashboard | None = None
         self.recipe: InitialRecipe | None = None
         self.scores = LoggedScores()
@@ -113,7 +118,8 @@ class Run:
     @property
     def report(self) -> PruningReport:
         """What the run did."""
-        return PruningReport(self.settings.monitor, list(self.state.rounds))
+        mode = self.settings.rules.tolerance.mode
+        return PruningReport(self.settings.monitor, list(self.state.rounds), mode, list(self.state.activations))
 
     @property
     def last_good(self) -> Path | None:

@@ -74,8 +74,8 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
         only_validation = method.needs_eval_mode or not settings.rules.rounds.trains
         wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
-        if settings.target is not None or method.looks_at_operators:
-            wiring.check_network_can_be_priced(trainer, settings.target is not None)
+        if settings.prices_network or method.looks_at_operators:
+            wiring.check_network_can_be_priced(trainer, settings.prices_network)
     if run.is_active:
         run.measurement.look(pl_module)
         if is_fitting:

@@ -28,17 +28,32 @@ def tell_verdict(run: Run, trainer: Trainer, pl_module: LightningModule, number:
     if run.dashboard is not None:
         if this.score_after is not None:
             run.dashboard.write_score(this.score_after, run.number_removed(trainer, pl_module))
-        run.dashboard.write_event(report.event(number), trainer.global_step)
+        _tell_costs(run, trainer, number)
+        run.dashboard.write_round(report, number, trainer.global_step)
     rank_zero_info(report.line(number, run.settings.rules.tolerance.amount))
     _warn_of_a_weak_reference(run)
     if number == 0 and state.now.proposal is not None:
         _tell_outlook(run, trainer, pl_module, state.now.proposal)
 
 
+def _tell_costs(run: Run, trainer: Trainer, number: int) -> None:
+    """Write what the network costs without what was removed, beside the dense one, if it was collapsed to see."""
+    this, dense, dashboard = run.state.rounds[number], run.state.rounds[0], run.dashboard
+    if dashboard is None or "latency" not in this.costs:
+        return
+    is_first = not any("latency" in each.costs for each in run.state.rounds[:number])
+    if is_first and dense.score_after is not None:
+        dashboard.write_score_by_latency(dense.score_after, this.costs["dense_latency"])
+    if this.score_after is not None:
+        dashboard.write_score_by_latency(this.score_after, this.costs["latency"])
+    if run.target is not None and run.target.report is not None:
+        dashboard.write_report(run.target.report, "collapse", "report", trainer.global_step)
+
+
 def tell_settled(run: Run, trainer: Trainer, number: int) -> None:
     """Say what was done when the run had ended, since it changes nothing on what was measured."""
     if run.dashboard is not None:
-        run.dashboard.write_event(run.report.event(number), trainer.global_step)
+        run.dashboard.write_round(run.report, number, trainer.global_step)
     rank_zero_info(run.report.line(number, run.settings.rules.tolerance.amount))
 
 

@@ -326,7 +326,7 @@ def check_network_can_be_priced(trainer: Trainer, with_target: bool) -> None:
 
     Args:
         trainer: The Trainer.
-        with_target: Whether the run has a target.
+        with_target: Whether the run has a target, or the costs of each round are asked for.
 
     Raises:
         MisconfigurationException: With the reason and the remedy.
@@ -334,13 +334,14 @@ def check_network_can_be_priced(trainer: Trainer, with_target: bool) -> None:
     if not can_tell_what_merges(trainer):
         raise MisconfigurationException(
             f"Pruning can't tell what merges, or price it, under {type(trainer.strategy).__name__}, which shards the "
-            f"operators. Pass no `target` and a method that prices nothing (Order(gain=None, mergeable_only=False)), "
-            f"or use DDP."
+            f"operators. Pass no `target`, no `costs` of Measuring and a method that prices nothing "
+            f"(Order(gain=None, mergeable_only=False)), or use DDP."
         )
     if with_target and not trainer.enable_validation:
         raise MisconfigurationException(
             f"Pruning prices the network on validation batches, but the run has none (limit_val_batches="
-            f"{trainer.limit_val_batches}). Add a validation loader and step, or leave out `target`."
+            f"{trainer.limit_val_batches}). Add a validation loader and step, or leave out `target` and "
+            f"`costs` of Measuring."
         )
 
 

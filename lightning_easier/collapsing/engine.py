@@ -27,7 +27,7 @@ from lightning_easier.collapsing.exact.verification import (
 )
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit
 from lightning_easier.collapsing.fit.replacing import replace_chains
-from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, Refusal
+from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, OperatorTime, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn
 from lightning_easier.structure.substitution import Absorbed
@@ -37,7 +37,8 @@ from lightning_easier.support.calibration import read_calibration
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
 from lightning_easier.support.inference import check_weights, forward, without_masks
-from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
+from lightning_easier.support.operators import time_inside
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Pace, compare, speed_up
 
 # How many times faster a collapsed model has to be at the least; less is slower.
 _NOT_SLOWER = 1 - MARGIN
@@ -167,7 +168,8 @@ def collapse(
             reader = BatchReader(fitted, "calibration", inputs_of, arguments)
             fits = _fit(fitted, sites, calibration, reader, arguments, ChainPrices(objective, table), slack)
         prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
-        return prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
+        result = prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
+        return with_operators(result, prepared.baseline.model, arguments, table.pace)
 
 
 def prepare(
@@ -193,6 +195,29 @@ def prepare(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         source = _source(model, arguments)
         return Prepared(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
+
+
+def with_operators(
+    result: CollapseResult, dense: nn.Module, arguments: Sequence[Tensor], pace: Pace | None
+) -> CollapseResult:
+    """Tell in a report where the time goes; it decides nothing, and a forward may fail while it is looked at.
+
+    Args:
+        result: The collapsed model, and its report.
+        dense: What it is compared with.
+        arguments: Example inputs.
+        pace: How long it may take; about a second by default.
+    """
+    device = arguments[0].device
+    left = Pace().left if pace is None else pace.left
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            times = time_inside({"before": dense, "after": result.model}, arguments, left)
+    except Exception as error:
+        _logger.debug("%s fails while its operators are timed: %s", type(result.model).__name__, error)
+        return result
+    report = replace(result.report, operators=OperatorTime.beside(times["before"], times["after"]))
+    return CollapseResult(result.model, report)
 
 
 class _Fits(NamedTuple):

@@ -277,6 +277,7 @@ def compress(
             score = mending.score
             notes += mending.notes
             look = watch.look_again(search.model, search.saved, look)
+        look = watch.with_operators(look)
         drift = search.drift
     is_too_short = not search.trials and (search.was_cut or is_over)
     if is_too_short and not look.attained.is_reached:
@@ -295,7 +296,7 @@ def compress(
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        drift, look.result.report, ended, notes, score,
+        drift, look.result.report, ended, notes, score, mode,
     )  # fmt: skip
     return CompressResult(look.result.model, search.model, report)
 

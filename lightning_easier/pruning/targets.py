@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
 
 from lightning_easier.collapsing import CollapseResult, collapse
-from lightning_easier.collapsing.engine import Prepared, counted, prepare
+from lightning_easier.collapsing.engine import Prepared, counted, prepare, with_operators
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.report import CollapseReport, ModelCost
 from lightning_easier.structure.linearize import stand_ins
@@ -77,10 +77,12 @@ class Attained:
     Attributes:
         is_reached: Whether it is as fast and as shallow as it should be.
         words: What was measured, and what it should be.
+        costs: What was measured, as in :class:`~lightning_easier.report.Round`.
     """
 
     is_reached: bool
     words: str
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,15 @@ class TargetWatch:
         report = dataclasses.replace(settled.report, before=look.before, dense=look.dense)
         return dataclasses.replace(look, result=CollapseResult(settled.model, report))
 
+    def with_operators(self, look: Look) -> Look:
+        """Say in the report of a look where the time goes, too.
+
+        Args:
+            look: The look.
+        """
+        result = with_operators(look.result, self._dense, self._arguments, self._table.pace)
+        return dataclasses.replace(look, result=result)
+
     def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
         """Look at a model; None, before anything is timed, for one that is deeper than it should be.
 
@@ -323,20 +334,31 @@ def _attained(report: CollapseReport, speedup: float | None, depth: int | None) 
     if depth is not None:
         are_reached.append(report.after.depth <= depth)
         words.append(f"a depth of {report.after.depth}, where {depth} was asked for")
-    return Attained(all(are_reached) and bool(are_reached), " and ".join(words))
+    costs = {
+        "latency": report.after.latency.median, "dense_latency": report.dense.latency.median,
+        "speedup": report.speedup.median, "depth": float(report.after.depth), "dense_depth": float(report.dense.depth),
+    }  # fmt: skip
+    return Attained(all(are_reached) and bool(are_reached), " and ".join(words), costs)
 
 
 def attained(
-    network: nn.Module, arguments: tuple[Tensor, ...], target: Target, objective: Objective, table: LatencyTable
-) -> Attained:
+    network: nn.Module,
+    arguments: tuple[Tensor, ...],
+    target: Target | None,
+    objective: Objective,
+    table: LatencyTable,
+) -> tuple[Attained, CollapseReport]:
     """Tell how fast and how shallow a network with linear activations is, and whether that is enough.
 
     Args:
         network: A copy of the network.
         arguments: Example inputs.
-        target: What is to be reached.
+        target: What is to be reached; None for nothing, which is never enough.
         objective: What a collapse makes least.
         table: Times that were measured already.
+
+    Returns:
+        The answer, and what the collapse has merged.
 
     Raises:
         CollapseError: If the network can't be collapsed.
@@ -344,4 +366,5 @@ def attained(
     network = network.eval()
     arguments = mapped(lambda value: value.detach().clone(), arguments)
     report = collapse(network, arguments, objective=objective, latencies=table).report
-    return _attained(report, target.speedup, target.depth)
+    speedup, depth = (None, None) if target is None else (target.speedup, target.depth)
+    return _attained(report, speedup, depth), report

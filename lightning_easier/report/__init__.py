@@ -2,15 +2,16 @@
 
 from lightning_easier.report.blocks import BlockReport, CollapsibleBlock
 from lightning_easier.report.candidates import BlockCandidate, BlockWay, Candidate, CandidateReport, FitReport
-from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, Refusal, Trimmed
+from lightning_easier.report.collapsing import CollapseReport, Fitted, Merge, OperatorTime, Refusal, Trimmed
 from lightning_easier.report.compression import CompressReport, Trial
 from lightning_easier.report.costs import ModelCost
+from lightning_easier.report.dashboard import log_report
 from lightning_easier.report.exporting import ExportReport, Parity
 from lightning_easier.report.pruning import PruningReport, Round
 from lightning_easier.report.tables import Report, Table
 
 __all__ = [
     "BlockCandidate", "BlockReport", "BlockWay", "Candidate", "CandidateReport", "CollapseReport", "CollapsibleBlock",
-    "CompressReport", "ExportReport", "FitReport", "Fitted", "Merge", "ModelCost", "Parity", "PruningReport", "Refusal",
-    "Report", "Round", "Table", "Trial", "Trimmed",
+    "CompressReport", "ExportReport", "FitReport", "Fitted", "Merge", "ModelCost", "OperatorTime", "Parity",
+    "PruningReport", "Refusal", "Report", "Round", "Table", "Trial", "Trimmed", "log_report",
 ]  # fmt: skip

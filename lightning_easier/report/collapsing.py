@@ -1,10 +1,11 @@
 """What a collapse merged, and what it did not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_easier.report.costs import ModelCost, costs_table, prices_in_words
+from lightning_easier.report.figures import Draw, bars_of_operators
 from lightning_easier.report.tables import Report, Table, notes_table
 from lightning_easier.support.timing import Speedup, speed_up
 
@@ -80,6 +81,32 @@ class Fitted:
     objective: str
 
 
+@dataclass(frozen=True)
+class OperatorTime:
+    """What the calls of a module, or of a function in it, take in one call of the model.
+
+    Attributes:
+        name: Qualified name of the module; with the name of the function where it is one between modules.
+        before: Seconds in the dense network; None if it has no such operator.
+        after: Seconds in the collapsed model; None if it is gone.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+
+    @classmethod
+    def beside(cls, before: Mapping[str, float], after: Mapping[str, float]) -> "list[OperatorTime]":
+        """Put the times of two models beside each other, in the order of their calls."""
+        names, at = [*before], 0
+        for name in after:
+            if name not in before:  # it took the place of what was inside, or followed what came before it
+                inside = (place for place, other in enumerate(names) if other.startswith(f"{name}."))
+                names.insert(next(inside, at), name)
+            at = max(at, names.index(name) + 1)
+        return [cls(name, before.get(name), after.get(name)) for name in names]
+
+
 @dataclass
 class CollapseReport(Report):
     """What a collapse merged, what it did not and why, and the model's cost before and after.
@@ -102,6 +129,8 @@ class CollapseReport(Report):
         lost_arguments: Those that it does not take at all; ``*args`` and ``**kwargs`` of the forward with their stars.
         trimmed: Operators of which dead channels are gone.
         taken_out: Blocks that were taken out of the model before.
+        operators: Where the time of the dense network went, and where that of the collapsed one goes, in execution
+            order; none where a model does not run while its operators are looked at.
     """
 
     merges: list[Merge]
@@ -119,11 +148,18 @@ class CollapseReport(Report):
     lost_arguments: list[str] = field(default_factory=list)
     trimmed: list[Trimmed] = field(default_factory=list)
     taken_out: list[str] = field(default_factory=list)
+    operators: list[OperatorTime] = field(default_factory=list)
 
     @property
     def speedup(self) -> Speedup:
         """How many times faster the collapsed model is than the dense network with its batch norms folded."""
         return speed_up(self.dense.latency, self.after.latency)
+
+    def panels(self) -> dict[str, tuple[Draw, float]]:
+        """Return a bar an operator: where the time went, and where it goes."""
+        if not self.operators:
+            return {}
+        return {"operators": bars_of_operators({each.name: (each.before, each.after) for each in self.operators})}
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, what was fitted, the channels that are gone, the merges and the refusals."""

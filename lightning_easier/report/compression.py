@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_easier.report.collapsing import CollapseReport
 from lightning_easier.report.costs import ModelCost, costs_table, prices_in_words
+from lightning_easier.report.figures import Draw, scores_by_time
 from lightning_easier.report.tables import Report, Table, notes_table, number
 from lightning_easier.support.timing import Speedup, speed_up
 
@@ -61,6 +63,7 @@ class CompressReport(Report):
         ended: Why nothing more was tried.
         notes: What else there is to know, of the calibration data for example.
         score_after: Of the result; None if it was not evaluated.
+        mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
     """
 
     trials: list[Trial]
@@ -75,11 +78,25 @@ class CompressReport(Report):
     ended: str = ""
     notes: list[str] = field(default_factory=list)
     score_after: float | None = None
+    mode: Literal["min", "max"] = "max"
 
     @property
     def speedup(self) -> Speedup:
         """How many times faster the result is than the dense network with its batch norms folded."""
         return speed_up(self.dense.latency, self.after.latency)
+
+    def panels(self) -> dict[str, tuple[Draw, float]]:
+        """Return the score against the measured time, if there is one, and a bar an operator."""
+        panels = {}
+        if self.score is not None and self.score_after is not None:
+            scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score}
+            costs = {"dense": self.dense, "as given": self.before, "collapsed exactly": self.exact}
+            points = {name: (costs[name].latency.median * 1e3, score) for name, score in scores.items()}
+            points["compressed"] = (self.after.latency.median * 1e3, self.score_after)
+            panels["score_by_time"] = scores_by_time(
+                points, "score", "latency of one call [ms]", higher_is_better=self.mode == "max"
+            )
+        return panels | self.collapse.panels()
 
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""

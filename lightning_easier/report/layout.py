@@ -49,6 +49,17 @@ def shorten(text: str, width: int, tail: float = _TAILS[0]) -> str:
     return f"{text[: max(width - 1 - end, 0)]}…{text[-end:]}"
 
 
+def shorten_all(names: Sequence[str], width: int) -> list[str]:
+    """Leave out the middle of names; where two would look the same, they are longer.
+
+    Args:
+        names: The names.
+        width: How many letters, if they are enough.
+    """
+    enough, tail = _distinct(set(names), width)
+    return [shorten(name, enough, tail) for name in names]
+
+
 def lay_out(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[Column]]:
     """Fit a table into a width.
 

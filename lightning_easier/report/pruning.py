@@ -1,8 +1,10 @@
 """What a pruning run did, round by round."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from lightning_easier.report.figures import Draw, curves_of_entropy, map_of_rounds, scores_by_removals, scores_by_time
 from lightning_easier.report.tables import Report, Table
 from lightning_easier.report.tables import number as written
 
@@ -24,6 +26,10 @@ class Round:
         reference_round: The number of the round whose score that is.
         reason: Why it was taken back, or kept, without a judgement; None otherwise.
         counted: How much of it is counted as removed; as many as were chosen by default.
+        measured: Epoch -> name -> entropy in bits, of all activations that were not linear in it, in the order of the
+            network: as measured last in that epoch.
+        costs: What the collapsed network costs at its end, where that was asked for: ``latency`` and ``dense_latency``,
+            in seconds, measured in turn, ``speedup``, ``depth`` and ``dense_depth``.
     """
 
     removed: list[str]
@@ -38,6 +44,8 @@ class Round:
     reference_round: int | None = None
     reason: str | None = None
     counted: int | None = None
+    measured: dict[int, dict[str, float]] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def number_removed(self) -> int:
@@ -52,14 +60,78 @@ class PruningReport(Report):
     Attributes:
         monitor: Name of the monitored score.
         rounds: The rounds, the dense one first.
+        mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
+        order: Names of the activations in the order of the network, as far as it is known.
     """
 
     monitor: str
     rounds: list[Round] = field(default_factory=list)
+    mode: Literal["min", "max"] = "max"
+    order: list[str] = field(default_factory=list)
 
     def tables(self) -> Iterator[Table]:
         """Yield one table with a row a round."""
         yield self._table(range(len(self.rounds)))
+
+    def panels(self) -> dict[str, tuple[Draw, float]]:
+        """Return the entropies over the epochs and at the ends of rounds, the score against removals and time."""
+        panels, names = {}, self._names()
+        if names:
+            begins = {number: this.epoch - 0.5 for number, this in enumerate(self.rounds)}
+            linear = {name: max(at) for name in self._linear() if (at := self._curve(name))}
+            panels["entropies"] = curves_of_entropy(
+                {name: self._curve(name) for name in names}, begins, linear, "epoch"
+            )
+            ends = [this.measured[max(this.measured)] if this.measured else {} for this in self.rounds]
+            taken_back = [this.accepted is False for this in self.rounds]
+            panels["heat_map"] = map_of_rounds(
+                {name: [end.get(name) for end in ends] for name in names},
+                ["dense", *map(str, range(1, len(self.rounds)))], taken_back,
+            )  # fmt: skip
+        points = self.scores_by_removals()
+        if points:
+            panels["score_by_removed"] = scores_by_removals(points, self.monitor)
+        timed = {
+            "dense" if number == 0 else f"round {number}": (1e3 * this.costs["latency"], this.score_after)
+            for number, this in enumerate(self._with_costs())
+            if this.score_after is not None and "latency" in this.costs
+        }
+        if len(timed) > 1:
+            panels["score_by_latency"] = scores_by_time(
+                timed, self.monitor, "latency of the collapsed network [ms]", higher_is_better=self.mode == "max"
+            )
+        return panels
+
+    def scores_by_removals(self) -> list[tuple[int, float, bool]]:
+        """Return how much was removed in each round that has a score, the score, and whether it was kept."""
+        removed, points = 0, []
+        for this in self.rounds:
+            if this.score_after is not None:
+                points.append((removed + this.number_removed, this.score_after, this.accepted is not False))
+            removed += 0 if this.accepted is False else this.number_removed
+        return points
+
+    def _with_costs(self) -> list[Round]:
+        """The rounds; the dense one with the costs that others were measured beside."""
+        found = next((this.costs for this in self.rounds if "dense_latency" in this.costs), None)
+        dense, *others = self.rounds
+        if found is None or dense.costs:
+            return self.rounds
+        return [replace(dense, costs={"latency": found["dense_latency"], "depth": found["dense_depth"]}), *others]
+
+    def _names(self) -> list[str]:
+        seen = dict.fromkeys(name for this in self.rounds for each in this.measured.values() for name in each)
+        known = [name for name in self.order if name in seen]
+        return [*known, *(name for name in seen if name not in known)]
+
+    def _curve(self, name: str) -> dict[float, float]:
+        return {
+            float(epoch): each[name]
+            for this in self.rounds for epoch, each in this.measured.items() if name in each
+        }  # fmt: skip
+
+    def _linear(self) -> list[str]:
+        return [name for this in self.rounds if this.accepted is not False for name in this.removed]
 
     def event(self, number: int) -> str:
         """Describe one round as Markdown."""

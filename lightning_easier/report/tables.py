@@ -3,9 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightning_easier.report.figures import Draw, new_figure
 from lightning_easier.report.layout import lay_out
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,22 @@ class Report:
     def to_markdown(self) -> str:
         """Render every table as Markdown."""
         return "\n\n".join(table.to_markdown() for table in self.tables()) + "\n"
+
+    def figure(self) -> "Figure":
+        """Draw it; ``report.figure().savefig("report.svg")`` writes PNG, SVG or PDF.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed: ``pip install 'lightning-easier[figures]'``.
+            ValueError: If the report has nothing to draw.
+        """
+        panels = list(self.panels().values())
+        if not panels:
+            raise ValueError(f"{type(self).__name__} has nothing to draw yet: print it, or wait for its first figures")
+        return new_figure(panels)
+
+    def panels(self) -> dict[str, tuple[Draw, float]]:
+        """Return what a figure is made of: name -> what draws it, and its height in inches; nothing by default."""
+        return {}
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_easier import EntropyPruningCallback, Rounds, collapse, export, isolate_activations, load_pruned
-from lightning_easier.report import ModelCost, Report, Table
-from lightning_easier.report.figures import plot_entropies
+from lightning_easier.report import ModelCost, Report, Table, log_report
+from lightning_easier.report.figures import save_figure
 from lightning_easier.support.storage import replacing
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
 
@@ -60,7 +60,6 @@ def main() -> None:
     )
     trainer.fit(model, data)
 
-    folder = Path(logger.log_dir)
     if pruning.last_good is None or not pruning.removed:
         sys.exit(f"No activation could become linear within a tolerance of {options.tolerance}; allow a larger one.")
     pruned = load_pruned(ImageClassifier, pruning.last_good).eval()
@@ -94,13 +93,16 @@ def main() -> None:
     }
     with replacing(options.output / "report.json") as new:
         new.write_text(json.dumps(everything, indent=2))
-    plot_entropies(folder, options.output / "entropy.png")
+    save_figure(pruning.figure(), options.output / "pruning.png")
+    save_figure(result.report.figure(), options.output / "collapse.png")
+    log_report(trainer.loggers, "collapse", result.report, trainer.global_step)
+    logger.finalize("success")
 
     print(f"\nDone in {time.monotonic() - start:.0f} s. Files:")
-    for file in ("report.md", "report.json", "entropy.png", "model.onnx"):
+    for file in ("report.md", "report.json", "pruning.png", "collapse.png", "model.onnx"):
         print(f"  {options.output / file}")
     print(f"Open the curves with:\n  {Path(sys.executable).parent / 'tensorboard'} --logdir {options.output}")
-    print("then http://localhost:6006/#custom_scalars")
+    print("then http://localhost:6006/#images, #custom_scalars and #text")
 
 
 def _row(name: str, rectifiers: int, score: float, cost: ModelCost) -> tuple[str, ...]:

@@ -266,5 +266,7 @@ def test_the_demo_runs_from_training_to_the_verified_file(tmp_path, monkeypatch,
     assert report["collapse"]["after"]["macs"] < report["collapse"]["before"]["macs"]
     assert report["test_accuracy"]["collapsed"] == report["test_accuracy"]["pruned"]
     assert all(p["relative_difference"] <= report["export"]["tolerance"] for p in report["export"]["parity"])
-    assert {"report.md", "entropy.png", "model.onnx", "logs"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"report.md", "pruning.png", "collapse.png", "model.onnx", "logs"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     assert f"--logdir {tmp_path}" in capsys.readouterr().out

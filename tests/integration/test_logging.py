@@ -1,22 +1,111 @@
 """What a run shows in TensorBoard, in CSV files, and without a logger."""
 
 import csv
+import logging
 import re
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_easier import EntropyGuidedPruningCallback, Files, OptimalTransportCallback, RemoveBlocks, Rounds
+from lightning_easier import (
+    EntropyGuidedPruningCallback,
+    Files,
+    Measuring,
+    OptimalTransportCallback,
+    RemoveBlocks,
+    Rounds,
+    Target,
+    collapse,
+)
+from lightning_easier.report import figures, log_report
 from lightning_easier.report.figures import plot_entropies, read_entropies
 from tests.integration.residual import Net
 from tests.integration.tiny import NAMES, Tiny, pruning, train
+
+
+class Recorded:
+    """Stands in for the object that a logger talks to: keeps what it was asked for, name by name."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+
+class Wandb(WandbLogger):
+    """The logger itself, with another experiment: nothing is sent, and the package need not be there."""
+
+    def __init__(self, root):
+        Logger.__init__(self)
+        self.recorded, self._prefix, self._save_dir, self._id = Recorded(), "", str(root), None
+
+    @property
+    def experiment(self):
+        return self.recorded
+
+    @property
+    def name(self):
+        return "wandb"
+
+    def log_hyperparams(self, params): ...
+
+    def log_metrics(self, metrics, step=None):
+        self.recorded.log(dict(metrics), step)
+
+    def finalize(self, status): ...
+
+    def after_save_checkpoint(self, checkpoint_callback): ...
+
+
+class MLFlow(MLFlowLogger):
+    def __init__(self):
+        Logger.__init__(self)
+        self.recorded = Recorded()
+
+    @property
+    def experiment(self):
+        return self.recorded
+
+    @property
+    def run_id(self):
+        return "a-run"
+
+    @property
+    def name(self):
+        return "mlflow"
+
+    @property
+    def save_dir(self):
+        return None
+
+    def log_hyperparams(self, params): ...
+
+    def log_metrics(self, metrics, step=None):
+        self.recorded.log(dict(metrics), step)
+
+    def finalize(self, status): ...
+
+    def after_save_checkpoint(self, checkpoint_callback): ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wandb():
+    """What the logger asks of the package."""
+    patched = pytest.MonkeyPatch()
+    fake = SimpleNamespace(Image=lambda image: image, Table=lambda columns, data, dataframe=None: (columns, data))
+    patched.setitem(sys.modules, "wandb", fake)
+    yield
+    patched.undo()
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +113,9 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     callback = pruning(monitor="scripted", tolerance=0.05)
     model = Tiny(scores=(0.9, 0.88, 0.87, 0.5))
-    train(model, callback, root=root, epochs=9, logger=[TensorBoardLogger(root, "tb", ""), CSVLogger(root, "csv", "")])
-    return root, callback
+    loggers = [TensorBoardLogger(root, "tb", ""), CSVLogger(root, "csv", ""), Wandb(root), MLFlow()]
+    train(model, callback, root=root, epochs=9, logger=loggers)
+    return root, callback, loggers
 
 
 def read(folder):
@@ -57,7 +147,7 @@ def sparse(tmp_path_factory):
 
 
 def test_every_activation_has_a_curve_that_ends_with_its_removal(run, events):
-    _, callback = run
+    callback = run[1]
     assert {tag for tag in events.Tags()["scalars"] if tag.startswith("entropy/")} == {f"entropy/{n}" for n in NAMES}
     for this in callback.rounds[1:]:
         (name,) = this.removed
@@ -77,6 +167,7 @@ def test_one_layout_shows_all_curves_in_one_chart(events):
     assert charts(events) == {
         "Entropy of every activation [bit]": ["^entropy/.*$"],
         "Number removed": ["^removed$"],
+        "Activations left": ["^remaining$"],
         "scripted against the number removed": ["^score_by_removed/.*$"],
     }
 
@@ -86,7 +177,7 @@ def test_a_run_that_prunes_weights_has_charts_of_zeros_and_of_emptied_layers_bes
     found = charts(sparse)
     assert list(found) == [
         "Entropy of every activation [bit]", "Zeros among the weights", "Layers emptied", "Number removed",
-        "val_acc against the number removed",
+        "Activations left", "val_acc against the number removed",
     ]  # fmt: skip
     tags = sparse.Tags()["scalars"]
     shown = {title: {tag for tag in tags if re.search(pattern, tag)} for title, (pattern,) in found.items()}
@@ -177,3 +268,90 @@ def test_the_curves_of_a_run_that_was_taken_up_are_one(tmp_path):
     ((name, (steps, found)),) = read_entropies(tmp_path).items()
     assert (name, steps) == ("act", [0, 1, 2, 3])
     assert found == pytest.approx([0.1, 0.2, 0.4, 0.5])
+
+
+PICTURES = {"pruning/entropies", "pruning/heat_map", "pruning/score_by_removed"}
+
+
+def test_tensorboard_has_a_picture_of_every_round_and_the_table_of_all(run, events):
+    rounds = run[1].rounds
+    tags = events.Tags()
+    assert set(tags["images"]) == PICTURES
+    assert all(len(events.Images(tag)) == len(rounds) for tag in PICTURES)
+    first, last = events.Images("pruning/heat_map")[:: len(rounds) - 1]
+    assert last.encoded_image_string != first.encoded_image_string
+    table = events.Tensors("pruning/rounds/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table == run[1].report().to_markdown()
+
+
+def test_every_logger_gets_the_same_values_texts_and_pictures_under_the_same_names(run, events):
+    root, callback, (_, _, wandb, mlflow) = run
+    report = callback.report().to_markdown()
+    scalars = set(events.Tags()["scalars"])
+    with (root / "csv" / "metrics.csv").open() as file:
+        assert set(csv.DictReader(file).fieldnames) - {"step"} >= scalars - {"epoch", "hp_metric"}
+    for logger in (wandb, mlflow):
+        logged = [args for name, args, _ in logger.recorded.calls if name == "log"]
+        assert {key for metrics, _ in logged for key in metrics} >= scalars - {"hp_metric"}
+        by_removed = [(step, metrics[key]) for metrics, step in logged for key in metrics if key.startswith("score_by")]
+        assert by_removed == [(0, pytest.approx(0.9)), (1, pytest.approx(0.88)), (2, pytest.approx(0.87)), (3, 0.5)]
+    media = {key: value for name, args, _ in wandb.recorded.calls for key, value in args[0].items() if name == "log"}
+    assert all(media[tag][0].ndim == 3 and media[tag][0].shape[-1] == 3 for tag in PICTURES)
+    columns, ((_, text),) = media["pruning/rounds"]
+    assert (columns, text) == (["step", "text"], report)
+    drawn = {args[2] for name, args, _ in mlflow.recorded.calls if name == "log_figure"}
+    written = {args[2]: args[1] for name, args, _ in mlflow.recorded.calls if name == "log_text"}
+    assert drawn == {f"{tag}.png" for tag in PICTURES}
+    assert written["pruning/rounds.md"] == (root / "csv" / "pruning" / "rounds.md").read_text() == report
+    assert all((root / "csv" / f"{tag}.png").read_bytes().startswith(b"\x89PNG") for tag in PICTURES)
+
+
+def test_a_checkpoint_is_enough_for_the_figure(run):
+    checkpoint = torch.load(run[1].last_good, weights_only=True)
+    again = pruning(monitor="scripted", tolerance=0.05)
+    again.load_state_dict(next(state for key, state in checkpoint["callbacks"].items() if "Pruning" in key))
+    axes = again.figure().axes
+    assert [text.get_text() for text in axes[0].figure.legends[0].get_texts()] == NAMES
+    assert [each.measured.keys() for each in again.rounds] == [each.measured.keys() for each in run[1].rounds[:3]]
+    assert run[1].rounds[0].measured[0].keys() == set(NAMES)
+
+
+def test_activations_left_fall_with_every_removal(events):
+    assert [point.value for point in events.Scalars("remaining")] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("options", [{"target": Target(depth=1)}, {"measuring": Measuring(costs=True)}], ids=str)
+def test_a_run_that_prices_its_rounds_shows_depth_and_score_against_latency_and_what_merged(options, tmp_path):
+    callback = pruning(**options)
+    loggers = [TensorBoardLogger(tmp_path, "tb", ""), CSVLogger(tmp_path, "csv", "")]
+    train(Tiny(), callback, root=tmp_path, epochs=3, logger=loggers)
+    events = read(tmp_path / "tb")
+    (_, *later) = callback.rounds
+    assert [point.value for point in events.Scalars("depth")] == [this.costs["depth"] for this in later]
+    by_latency = [(point.step, point.value) for point in events.Scalars("score_by_latency/val_acc")]
+    dense = (round(later[0].costs["dense_latency"] * 1e6), pytest.approx(callback.rounds[0].score_after))
+    assert by_latency[0] == dense
+    assert by_latency[1:] == [(round(this.costs["latency"] * 1e6), pytest.approx(this.score_after)) for this in later]
+    assert set(events.Tags()["images"]) == PICTURES | {"pruning/score_by_latency", "collapse/operators"}
+    assert "Merged" in (tmp_path / "csv" / "collapse" / "report.md").read_text()
+    found, tags = charts(events), events.Tags()["scalars"]
+    assert all(any(re.search(pattern, tag) for tag in tags) for (pattern,) in found.values())
+
+
+def test_a_report_is_logged_beside_the_run(tmp_path):
+    report = collapse(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), torch.randn(2, 4)).report
+    logger = CSVLogger(tmp_path, "csv", "")
+    log_report([logger], "shipped", report, 3)
+    assert (tmp_path / "csv" / "shipped" / "report.md").read_text() == report.to_markdown()
+    assert (tmp_path / "csv" / "shipped" / "operators.png").is_file()
+    with pytest.raises(ValueError, match="`name` to be what the report is called in the loggers, but got ''"):
+        log_report([logger], "", report)
+
+
+def test_without_matplotlib_loggers_get_texts_and_a_word_on_the_rest(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    report = collapse(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4)).report
+    with caplog.at_level(logging.INFO, "lightning.fabric.utilities.rank_zero"):
+        log_report([CSVLogger(tmp_path, "csv", "")], "shipped", report)
+    assert "pip install 'lightning-easier[figures]'" in caplog.text
+    assert [path.name for path in (tmp_path / "csv" / "shipped").iterdir()] == ["report.md"]

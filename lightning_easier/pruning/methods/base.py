@@ -29,7 +29,7 @@ from lightning_easier.pruning.candidates import candidates
 from lightning_easier.report import Report
 from lightning_easier.sites.activations import ActivationSite, planned_sites
 from lightning_easier.structure.operations import Operation, from_plain, kind_of
-from lightning_easier.support.arguments import as_axes, check_choice, check_share
+from lightning_easier.support.arguments import as_axes, check_bool, check_choice, check_share
 from lightning_easier.support.inference import device_of
 
 
@@ -41,6 +41,8 @@ class Measuring:
         on: Which batches.
         sample: Share of the samples of each batch that is counted, in (0, 1], for a smaller overhead.
         neuron_dim: Axis of the neurons by name glob, where the one found is not the one wanted.
+        costs: Whether the network is collapsed and timed at the end of each round, too, to log its ``depth`` and
+            ``speedup`` and the score against latency. With a target it is anyway.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -50,11 +52,13 @@ class Measuring:
     on: Literal["validation", "training"] = "validation"
     sample: float = 1.0
     neuron_dim: dict[str, int] | None = None
+    costs: bool = False
 
     def __post_init__(self) -> None:
         check_choice("on", self.on, ("validation", "training"))
         check_share("sample", self.sample)
         as_axes("neuron_dim", self.neuron_dim)
+        check_bool("costs", self.costs)
 
     @property
     def axes(self) -> dict[str, int]:
