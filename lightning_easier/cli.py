@@ -1,8 +1,9 @@
-"""The command line: LightningCLI's own subcommands, joined by ``collapse``, ``export`` and ``report``.
+"""The command line: LightningCLI's own subcommands, joined by ``collapse``, ``export``, ``report`` and ``recipes``.
 
 LightningCLI takes its subcommands from methods of the Trainer class, hence :class:`EasierTrainer`.
 """
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.nn import Module
 
-import lightning_easier.zoo  # noqa: F401  # makes its classes known by their short names
+import lightning_easier.zoo  # makes its classes known by their short names
+from lightning_easier import recipes
 from lightning_easier.collapsing import CollapseResult, collapse
 from lightning_easier.exporting import export
 from lightning_easier.measure.probe import measure_entropy
@@ -24,7 +26,7 @@ from lightning_easier.support.calls import Arguments, mapped
 
 try:
     import rich
-    from lightning.pytorch.cli import ArgsType, LightningCLI
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"The command line needs {error.name}: `pip install 'lightning-easier[cli]'`", name=error.name
@@ -219,9 +221,21 @@ class EasierCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "version": lightning_easier.__version__,
+                "description": "Train, prune, collapse and export. `lightning-easier recipes list` lists configs that "
+                "come with the package, which `--config` takes by name; `recipes copy NAME` makes one your own.",
+            },
             args=args,
             run=run,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take the recipes that come with the package by name, too."""
+        if args is None:
+            self.config = parser.parse_args(recipes.with_paths(sys.argv[1:]))
+        else:
+            super().parse_arguments(parser, recipes.with_paths(args) if isinstance(args, list) else args)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -240,6 +254,10 @@ class EasierCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Run the command line."""
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["recipes"]:
+        rich.get_console().out(recipes.command(given[1:]), highlight=False)
+        return
     EasierCLI(args)
 
 

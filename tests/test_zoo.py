@@ -54,9 +54,19 @@ def test_unknown_backbones_are_named(monkeypatch):
         build_backbone("resnet19", 10)
     with pytest.raises(ValueError, match="6n . 2.*but got 21"):
         CifarResNet(21)
-    monkeypatch.setattr("lightning_easier.zoo.backbones.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="needs timm"):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match="'timm/convnext_atto' needs timm: `pip install"):
         build_backbone("timm/convnext_atto", 10)
+
+
+def test_without_torchvision_the_rest_of_the_zoo_is_there(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert isinstance(build_backbone("fused_resnet", 10), FusedResNet)
+    with pytest.raises(ValueError, match=r"'resnet19'.*torchvision is not installed"):
+        build_backbone("resnet19", 10)
+    for data in (CIFAR10DataModule(str(tmp_path)), ImageFolderDataModule(str(tmp_path))):
+        with pytest.raises(ModuleNotFoundError, match=f"{type(data).__name__} needs torchvision: `pip install"):
+            data.setup("fit")
 
 
 def test_digits_are_split_once_and_for_all():

@@ -1,4 +1,4 @@
-"""Networks by name: our own, torchvision's, and timm's where it is installed."""
+"""Networks by name: our own, and those of torchvision and timm where they are installed."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -6,11 +6,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from lightning_easier.zoo.fused_resnet import FusedResNet
+from lightning_easier.zoo.optional import needed
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
     "fused_resnet": FusedResNet,
@@ -33,19 +33,21 @@ def build_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     """
     if name in _OWN:
         return _OWN[name](num_classes=num_classes, **kwargs)
-    if name in torchvision.models.list_models():
-        return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
-    wanted = name.removeprefix("timm/")
-    if find_spec("timm") is None:
-        if name.startswith("timm/"):
-            raise ModuleNotFoundError(f"The network {name!r} needs timm: `pip install timm`", name="timm")
-    else:
-        import timm
+    torchvisions: list[str] = []
+    if find_spec("torchvision") is not None:
+        from torchvision import models
 
+        torchvisions = models.list_models()
+        if name in torchvisions:
+            return models.get_model(name, num_classes=num_classes, **kwargs)
+    wanted = name.removeprefix("timm/")
+    if name.startswith("timm/") or find_spec("timm") is not None:
+        timm = needed("timm", f"The network {name!r}")
         if timm.is_model(wanted):
             return timm.create_model(wanted, num_classes=num_classes, **kwargs)
-    known = [*_OWN, *torchvision.models.list_models()]
+    known = [*_OWN, *torchvisions]
     raise ValueError(
         f"Expected argument `name` to be a network of lightning_easier {list(_OWN)}, torchvision or timm, but got "
         f"{name!r}. Did you mean one of {get_close_matches(wanted, known) or known[:5]}?"
+        f"{'' if torchvisions else ' (torchvision is not installed.)'}"
     )

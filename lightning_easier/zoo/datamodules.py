@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from torchvision import datasets
-from torchvision.transforms import v2
+
+from lightning_easier.zoo.optional import needed
 
 
 class _ImageDataModule(LightningDataModule):
@@ -111,6 +111,7 @@ class CIFAR10DataModule(_ImageDataModule):
 
     Raises:
         ValueError: If ``batch_size`` is not positive.
+        ModuleNotFoundError: In ``setup``, if torchvision is not installed.
     """
 
     def __init__(
@@ -131,11 +132,13 @@ class CIFAR10DataModule(_ImageDataModule):
     def prepare_data(self) -> None:
         """Download the data set, if that is wanted."""
         if self.download:
+            datasets = needed("torchvision.datasets", type(self).__name__)
             for train in (True, False):
                 datasets.CIFAR10(self.root, train=train, download=True)
 
     def setup(self, stage: str) -> None:
         """Open and split the data set."""
+        datasets, v2 = _torchvision(self)
         augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
         plain = _to_tensor(self.mean, self.std)
         train = datasets.CIFAR10(self.root, train=True, transform=v2.Compose([*augment, plain]))
@@ -167,6 +170,7 @@ class ImageFolderDataModule(_ImageDataModule):
     Raises:
         ValueError: If ``batch_size`` is not positive, or more images are to be held out than there are.
         FileNotFoundError: In ``setup``, if there is no training folder.
+        ModuleNotFoundError: In ``setup``, if torchvision is not installed.
     """
 
     def __init__(
@@ -191,6 +195,7 @@ class ImageFolderDataModule(_ImageDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the folders."""
+        datasets, v2 = _torchvision(self)
         size = self.image_size
         augment = [v2.Resize(size), v2.RandomCrop(size, padding=self.padding), v2.RandomHorizontalFlip()]
         plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), _to_tensor(self.mean, self.std)])
@@ -211,7 +216,13 @@ class ImageFolderDataModule(_ImageDataModule):
         self.test_set = datasets.ImageFolder(root / self.test_folder, plain) if has_test else self.val_set
 
 
-def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+def _torchvision(data: LightningDataModule) -> tuple[Any, Any]:
+    what = type(data).__name__
+    return needed("torchvision.datasets", what), needed("torchvision.transforms.v2", what)
+
+
+def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> Any:
+    v2 = needed("torchvision.transforms.v2", "Normalizing images")
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 

@@ -1,0 +1,87 @@
+"""The built wheel, with none of the checkout: what the README says to type works from an empty folder."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import onnxruntime
+import pytest
+
+import lightning_easier
+
+ROOT = Path(__file__).parents[1]
+# Fewer epochs of fewer batches, none of which is judged
+SHORTER = {
+    "fit": [
+        "--trainer.max_epochs=4", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
+        "--trainer.callbacks.rounds.warmup_epochs=0", "--trainer.callbacks.rounds.epochs=1",
+        "--trainer.callbacks.tolerance=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    ],
+    "export": ["--trainer.accelerator=cpu", "--objective=macs"],
+    "report": ["--trainer.accelerator=cpu"],
+}  # fmt: skip
+# The installed script runs them, one after the other in one process: what takes long is to import torch
+RUN = """
+import json, runpy, sys
+script, given = sys.argv[1:]
+for arguments in json.loads(given):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise
+import lightning_easier
+print(lightning_easier.__file__)
+"""
+
+
+def commands() -> list[list[str]]:
+    """Return what follows ``lightning-easier`` in each command of the README."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in split if words[:1] == ["lightning-easier"]]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder that the wheel is installed in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", folder, ROOT], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", folder / "site", wheel], check=True)
+    return folder / "site"
+
+
+def test_a_wheel_has_every_recipe_and_nothing_beside_the_package(installed):
+    (wheel,) = installed.parent.glob("*.whl")
+    names = ZipFile(wheel).namelist()
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert {f"lightning_easier/{name}" for name in configs} <= set(names)
+    assert "lightning_easier/py.typed" in names
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"lightning_easier"}
+
+
+def test_the_commands_of_the_readme_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):
+    given = commands()
+    assert {words[0] for words in given} == {"fit", "export", "report", "recipes"}
+    arguments = json.dumps([["--version"], *([*words, *SHORTER.get(words[0], [])] for words in given)])
+    script = installed / "bin" / "lightning-easier"
+    environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "160"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, script, arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"lightning-easier {lightning_easier.__version__}"
+    assert lines[-1] == str(installed / "lightning_easier" / "__init__.py")
+    assert "model.stages.0.0.relu" in done.stdout
+    assert onnxruntime.InferenceSession(tmp_path / "model.onnx").get_inputs()[0].shape[1:] == [1, 8, 8]
