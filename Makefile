@@ -3,7 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test prove lint format notebooks networks tensorboard bench clean
+MATRIX := tests/collapsing tests/sites tests/measure tests/structure tests/test_export.py tests/integration/test_private.py \
+	tests/integration/test_entropy_pruning.py
+# The lowest of all, on the lowest Python; networks of transformers, and thousands of random ones, are the newest's
+LOWEST_PYTHON ?= python3.11
+LOWEST := $(VENV)-lowest
+NEWEST := $(VENV)-newest
+
+.PHONY: help demo test matrix prove lint format notebooks networks tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -23,6 +30,15 @@ demo: $(VENV)/.demo  ## Train, prune, collapse, export and verify on handwritten
 
 test: $(VENV)/.dev lint  ## Lint, then run all tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+matrix:  ## Test in fresh environments with the lowest versions (tests/lowest.txt), then with the newest; gigabytes.
+	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[demo,zoo]' 'pytest>=8.3' 'hypothesis>=6.115' 'POT>=0.9.7.post1'
+	$(LOWEST)/bin/python -m pytest $(MATRIX) --ignore tests/sites/test_networks.py --ignore tests/sites/test_paths.py \
+		--ignore tests/sites/test_feeding.py --ignore tests/collapsing/test_collapse_networks.py
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	$(NEWEST)/bin/python -m pytest $(MATRIX)
 
 prove: $(VENV)/.dev  ## Collapse 10,000 random linear networks, and 10,000 as users write them; some hours.
 	COLLAPSE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 --show-capture=no tests/collapsing/test_collapse_properties.py tests/collapsing/test_collapse_fuzz.py
@@ -52,4 +68,4 @@ bench: $(VENV)/.dev  ## Measure what measuring costs, what a collapse saves and 
 	$(BIN)/python benchmarks/fitting.py
 
 clean:  ## Remove the environment and what the demo made.
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo_output

@@ -282,7 +282,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
     try:
         with quiet():
             torch.onnx.export(
-                program, (), path, external_data=False, verbose=False, opset_version=wanted.opset,
+                program, (), path, external_data=False, optimize=True, verbose=False, opset_version=wanted.opset,
                 input_names=wanted.inputs, output_names=wanted.outputs,
             )  # fmt: skip
     except OSError:

@@ -1,7 +1,7 @@
 """All that the callbacks do to what Lightning and torch call private, in one place.
 
-Checked with Lightning 2.6 and torch 2.15, and with no other version. ``tests/integration/test_private.py`` fails where
-one takes a name away, or gives it another meaning.
+Checked with Lightning 2.6.0 and torch 2.6, and with Lightning 2.6.6 and torch 2.15.
+``tests/integration/test_private.py`` fails where one takes a name away, or gives it another meaning.
 """
 
 import sys

@@ -101,7 +101,8 @@ class RecordedForward:
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         """Name the optional arguments that are not at their default."""
-        values = dict(zip(self._names, args, strict=False))
+        # of one length: dynamo of torch 2.6 takes `strict=False` for true
+        values = dict(zip(self._names[: len(args)], args, strict=False))
         values.update(kwargs)
         return tuple(
             name for name, default in self._defaults.items() if name in values and not _same(values[name], default)

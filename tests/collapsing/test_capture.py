@@ -18,6 +18,9 @@ from lightning_easier.support.inference import relative_difference
 from tests.collapsing.test_linear_steps import conv
 from tests.models import randomize_batch_norms
 from tests.test_export import OtherStrides, ViewsAttention
+from tests.versions import needs_sizes
+
+pytestmark = needs_sizes
 
 
 class AsksForShapes(nn.Module):

@@ -21,6 +21,7 @@ from lightning_easier.collapsing.exact.guards import SizeGuards, read_guards
 from lightning_easier.collapsing.exact.nodes import bind
 from lightning_easier.support.calls import Arguments, mapped, named_arguments, names_of
 from lightning_easier.support.programs import export_program, quiet
+from lightning_easier.support.versions import children_of
 
 GUARDS = "_guards_fn"
 """The name that torch.export gives to what checks sizes."""
@@ -179,7 +180,7 @@ class _Output(nn.Module):
 def _is_plain(specification: Any) -> bool:
     if specification.is_leaf():
         return True
-    return specification.type in (tuple, list, dict) and all(map(_is_plain, specification.children()))
+    return specification.type in (tuple, list, dict) and all(map(_is_plain, children_of(specification)))
 
 
 def _call_layers(model: nn.Module, graph: fx.Graph) -> None:
