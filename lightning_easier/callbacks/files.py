@@ -160,7 +160,8 @@ class RunFiles:
             rounds = _check_form(path, checkpoint, state_key, with_weights=False)["rounds"]
         except (OSError, ValueError) as error:
             return str(error).rstrip(".")
-        is_own = bool(rounds) and rounds == [asdict(this) for this in state.rounds[: len(rounds)]]
+        known = [asdict(this) for this in state.rounds[: len(rounds)]]
+        is_own = bool(rounds) and [*map(_as_it_began, rounds)] == [*map(_as_it_began, known)]
         return None if is_own else f"{state.snapshot.file} is of another run"
 
     def _claim_own(self, folder: Path) -> Path:
@@ -304,7 +305,7 @@ class RunFiles:
                 loading.check_folder(path)  # torch will unpickle it as it is
         checkpoint = self._read_on_cpu(path) if into_model else self.load(trainer, path)
         there = _check_form(path, checkpoint, state_key, with_weights=not into_model)
-        if there["rounds"] != [asdict(this) for this in kept]:
+        if [*map(_as_it_began, there["rounds"])] != [_as_it_began(asdict(this)) for this in kept]:
             raise RuntimeError(
                 f"The {what} {path} is of another run, so the model can't {purpose}. Give every run a `dirpath` of its "
                 f"own."
@@ -538,3 +539,8 @@ def read_marks_of(path: Path, weights_only: bool = True) -> dict[str, Any]:
             loading.check_folder(path)  # torch is about to unpickle the rest
         marks = loading.read_tensors_of(path, MARK_KEY)
     return {key.removeprefix("state_dict."): value for key, value in marks.items()}
+
+
+def _as_it_began(this: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round without what epochs add to it after its checkpoint was written."""
+    return {name: value for name, value in this.items() if name not in ("measured", "costs")}

@@ -210,12 +210,17 @@ def with_operators(
     """
     device = arguments[0].device
     left = Pace().left if pace is None else pace.left
+    counting = [module for module in result.model.modules() if uses_batch_statistics(module)]
+    counted = [deepcopy(module.state_dict()) for module in counting]  # runs that are timed are no training
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             times = time_inside({"before": dense, "after": result.model}, arguments, left)
     except Exception as error:
         _logger.debug("%s fails while its operators are timed: %s", type(result.model).__name__, error)
         return result
+    finally:
+        for module, state in zip(counting, counted, strict=True):
+            module.load_state_dict(state)
     report = replace(result.report, operators=OperatorTime.beside(times["before"], times["after"]))
     return CollapseResult(result.model, report)
 

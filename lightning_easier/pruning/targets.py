@@ -176,6 +176,8 @@ class TargetWatch:
         by_price, by_macs = self._left(model, saved)
         if by_price is None:  # nothing tells but the clock
             return True
+        if self._is_impossible(by_macs, speedup):
+            return True
         by_macs = 1.0 if by_macs is None else by_macs
         if self._last is None:
             return min(by_price / _NEARLY, by_macs) <= 1 / speedup

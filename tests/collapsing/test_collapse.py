@@ -266,14 +266,19 @@ def test_a_part_that_does_not_trace_stays_whole():
     ("arguments", "options", "error", "message"),
     [
         ((nn.Linear(3, 3), torch.randn(2, 4)), {}, ValueError, r"`example_inputs`.*a tensor of shape \(2, 4\)"),
-        ((nn.Linear(3, 3), "x"), {}, TypeError, "`example_inputs` to be a tensor or a non-empty tuple"),
+        ((nn.Linear(3, 3), "x"), {}, TypeError, "`example_inputs` to be a tensor, a non-empty tuple"),
         ((nn.Linear(3, 3), torch.randn(0, 3)), {}, ValueError, r"`example_inputs` to hold at least one .*\(0, 3\)"),
         ((nn.Bilinear(3, 3, 2), (torch.randn(2, 3), torch.randn(0, 3))), {}, ValueError, "at least one sample"),
         ((nn.Linear(3, 3), torch.randn(2, 3).to("meta")), {}, ValueError, "`example_inputs` to hold data.*meta device"),
         ((nn.Linear(3, 3).to("meta"), torch.randn(2, 3)), {}, ValueError, "`model` to have weights.*`weight` on the"),
         (("x", torch.randn(2, 3)), {}, TypeError, "`model` to be a torch.nn.Module, but got str"),
         ((nn.Linear(3, 3), torch.randn(2, 3)), {"objective": "size"}, ValueError, "`objective` to be one of"),
-        ((nn.Linear(3, 3), torch.randn(2, 3)), {"sites": ["a"]}, ValueError, "`sites` and `calibration` to be None"),
+        (
+            (nn.Linear(3, 3), torch.randn(2, 3)),
+            {"sites": ["a"]},
+            ValueError,
+            "`sites`, `calibration` and `inputs_of` to be None",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, options, error, message):

@@ -118,7 +118,7 @@ def test_what_is_timed_decides(monkeypatch):
 
     def told(faster):
         def stopwatch(call):
-            module = getattr(call, "func", None)
+            module = next(part for part in (call.func, *call.args) if isinstance(part, nn.Module))
             weights = [m.weight.shape for m in module.modules() if isinstance(m, nn.Linear)]
             merged = weights == [(16, 16)]
             return lambda runs: 1.0 if merged == faster else 3.0
