@@ -15,7 +15,7 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
-from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
@@ -165,15 +165,13 @@ class TargetWatch:
         if self._speedup is None:
             prepared = self._prepared(model, saved)
             return self._look(prepared, saved) if self._depth is not None and prepared.depth <= self._depth else None
-        if not self._is_due(model, saved, self._speedup):
-            return None
-        prepared = self._prepared(model, saved)
-        return None if self._is_short(prepared, saved, self._speedup) else self._look(prepared, saved)
+        return self.look(model, saved) if self._is_due(model, saved, self._speedup) else None
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._merges_exactly:  # what that saves is not estimated
             return True
-        by_price, by_macs = self._left(model, saved)
+        by_macs = self._share(counted(count_macs, model, self._arguments))
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         if by_price is None:  # nothing tells but the clock
             return True
         if self._is_impossible(by_macs, speedup):
@@ -183,25 +181,6 @@ class TargetWatch:
             return min(by_price / _NEARLY, by_macs) <= 1 / speedup
         price_then, macs_then, then = self._last
         return max(price_then - by_price, macs_then - by_macs) >= _WORTH_A_LOOK * (1 / then - 1 / speedup)
-
-    def _left(self, model: nn.Module, saved: float) -> tuple[float | None, float | None]:
-        """Return which shares of the dense network's price, and of its work, are left; None where nothing tells."""
-        by_macs = self._share(counted(count_macs, model, self._arguments))
-        return (1 - saved / self._dense_price() if self._objective == "latency" else by_macs), by_macs
-
-    def _is_short(self, prepared: Prepared, saved: float, speedup: float) -> bool:
-        """Tell by timings of two models, and not of all, that one is not fast enough yet."""
-        if prepared is self._exact:
-            return False
-        models = {"dense": self._dense, "after": prepared.models["after"]}
-        pair = ("dense", "after")
-        times = compare(models, copies(self._arguments), {pair: speedup}, self._table.pace)
-        faster = speed_up(*(times[name] for name in pair))
-        by_price, by_macs = self._left(models["after"], saved)
-        if not faster.is_below(speedup) or by_price is None or self._is_impossible(by_macs, speedup):
-            return False
-        self._last = by_price, 1.0 if by_macs is None else by_macs, faster.median
-        return True
 
     def _is_impossible(self, macs: float | None, speedup: float) -> bool:
         """Tell whether so little work is left that it is no use to go on, by its share of the dense network's."""
