@@ -167,13 +167,13 @@ class Search:
         self._slack = slack
         self._narrows = narrows
         self._dense_outputs = self._outputs()
-        self._seen: list[Tensor] | None = None  # the outputs of the model as it is, where they are known
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedPlace] = {}
         self._only_what_they_leave: set[tuple[str, ...]] = set()  # keys of blocks that no operator takes the place of
         self._steps: list[Taken] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Taken] = []
+        self._seen: tuple[list[Taken], list[Tensor]] = ([], self._dense_outputs)  # what was in place, and the outputs
         self._undone: list[
             tuple[int, Taken]
         ] = []  # those that the last one has taken the place of, and where they were
@@ -197,8 +197,8 @@ class Search:
     @property
     def drift(self) -> float:
         """Share of the variance of the outputs that all that is in place has changed."""
-        self._seen = self._outputs()
-        return drift_of(self._seen, self._dense_outputs)
+        self._seen = list(self._steps), self._outputs()
+        return drift_of(self._seen[1], self._dense_outputs)
 
     def candidates(
         self, sites: Sequence[str], blocks: Sequence[FittableBlock], clock: Clock, progress: Stages
@@ -304,7 +304,9 @@ class Search:
         To first order, changes of the outputs add up: one that goes against what is in place already adds little. What
         is in place is measured, of the candidate it is known what it changes alone.
         """
-        now = change_of(self._outputs() if self._seen is None else self._seen, self._dense_outputs)
+        there, seen = self._seen
+        is_as_seen = len(there) == len(self._steps) and all(a is b for a, b in zip(there, self._steps, strict=True))
+        now = change_of(seen if is_as_seen else self._outputs(), self._dense_outputs)
 
         def rank(candidate: FittedCandidate) -> float:
             begun = [step for step in self._steps if candidate.choice.place.meets(step.place)]
@@ -320,7 +322,6 @@ class Search:
         begun = [step for step in self._steps if place.meets(step.place)]
         if self._was_rejected(candidate) or not self._may_follow(candidate, begun):
             return None
-        self._seen = None
         self._undone = [(self._steps.index(step), step) for step in begun]
         for step in reversed(begun):
             put(self.model, step.old)
@@ -394,7 +395,6 @@ class Search:
 
     def undo(self, reason: str) -> None:
         """Undo the last trial."""
-        self._seen = None
         step = self._steps.pop()
         put(self.model, step.old)
         step.trial.kept, step.trial.reason = False, reason
@@ -411,21 +411,18 @@ class Search:
 
     def leave_out(self, step: Taken) -> int:
         """Undo a step, whichever it is; return its number, for :meth:`put_back`."""
-        self._seen = None
         number = self._steps.index(step)
         put(self.model, self._steps.pop(number).old)
         return number
 
     def put_back(self, step: Taken, number: int) -> None:
         """Put a step back that was left out."""
-        self._seen = None
         put(self.model, step.new)
         self._steps.insert(number, step)
 
     def forget_fits(self) -> None:
         """Forget what was fitted, since all values of the model may have changed."""
         self._fitted.clear()
-        self._seen = None
 
     def _redo(self) -> None:
         for place, step in self._undone:

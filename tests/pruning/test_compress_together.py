@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from lightning_easier import compress
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
-from lightning_easier.pruning import mending, targets
+from lightning_easier.pruning import mending, search, targets
+from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import REFITTING, Clock
 from lightning_easier.zoo import CifarResNet
 
@@ -39,6 +41,26 @@ def test_a_change_that_goes_against_what_is_in_place_comes_before_a_smaller_one(
     order = list(dict.fromkeys(trial.sites[0] for trial in report.trials))
     assert alone["mlps.0.1"] < alone["mlps.2.1"] < alone["mlps.1.1"]
     assert order == ["mlps.0.1", "mlps.1.1", "mlps.2.1"]
+
+
+def test_the_next_is_chosen_by_what_the_model_computes_by_then_after_a_step_was_taken_back_too(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Sum().eval(), [torch.randn(64, 6) for _ in range(4)]
+    looked_at, in_place, choose = [], [], Search.next_of
+    monkeypatch.setattr(search, "change_of", lambda after, before: looked_at.append(after) or change_of(after, before))
+
+    def next_of(self, candidates):
+        looked_at.clear()
+        chosen = choose(self, candidates)
+        assert all(map(torch.equal, looked_at[0], outputs_of(self.model, [(batch,) for batch in batches])))
+        in_place.append(len(self.steps))
+        return chosen
+
+    monkeypatch.setattr(Search, "next_of", next_of)
+    scores = chain([1.0, 1.0, 0.0], repeat(1.0))  # as given, with the first, with the second, with the third
+    report = compress(model, batches, evaluate=lambda _: next(scores), objective="macs", include="mlps.*.1").report
+    assert in_place[:3] == [0, 1, 1]
+    assert any(trial.reason is not None and trial.reason.startswith("beyond the tolerance") for trial in report.trials)
 
 
 def test_changes_are_one_vector_whose_square_is_the_drift_and_of_many_values_some_are_taken():
