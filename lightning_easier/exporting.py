@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,72 +85,140 @@ def export(
         ExportError: If the export fails, or the file does not compute the same.
         OSError: If the file can't be written; one that was there is as it was.
     """
-    path = Path(path)
-    format = _format_of(path, format)
-    if path.is_dir():
-        raise ValueError(f"Expected argument `path` to be a file, but {path} is a folder")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"Expected argument `tolerance` to be None or at least 0, but got {tolerance}")
-    if format == "onnx":
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise ModuleNotFoundError(
-                f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
-            )
-    elif any(each is not None for each in (input_names, output_names, opset_version)):
+    options = _Options(format, dynamic_batch, dynamic_axes, input_names, output_names, opset_version, tolerance)
+    order = _ordered(model, Path(path), example_inputs, options)
+    path, format, free = Path(path), order.format, order.free
+    program = _capture(order.model, order.inputs, free)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            written = Path(folder) / f"model.{format}"
+            run = _write_onnx(program, written, order.names) if format == "onnx" else _write_pt2(program, written)
+            checks = [order.inputs, _larger(order.inputs, free)] if any(free) else [order.inputs]
+            parity = [_compare(order.model, run, inputs, path) for inputs in checks]
+            for result in parity:
+                if not result.relative_difference <= order.tolerance:
+                    raise ExportError(
+                        f"The {format} file differs from {type(model).__name__} by {result.relative_difference:.1e} "
+                        f"(relative) at batch size {result.batch_size}, more than `tolerance` {order.tolerance:.0e}; "
+                        f"{path} was not written"
+                    )
+            storage.put_in_place(written, path)
+    except OSError as error:
+        raise storage.not_written(path, error, "Make room there, or export to another folder.") from error
+    return ExportReport(str(path), format, path.stat().st_size, parity, order.tolerance)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The keyword arguments of :func:`export`."""
+
+    format: Format | None = None
+    dynamic_batch: bool = True
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    opset_version: int | None = None
+    tolerance: float | None = None
+
+
+class _Order(NamedTuple):
+    """What is to be exported, and how; its arguments are checked."""
+
+    model: nn.Module
+    format: Format
+    inputs: Arguments
+    free: list["_Axes"]
+    names: "_Onnx"
+    tolerance: float
+
+
+def check_export(
+    model: nn.Module, path: str | Path, example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], **options: Any
+) -> None:
+    """Raise what :func:`export` would raise of its arguments, without exporting: for who has long work to do first.
+
+    Args:
+        model: The model, or what it will be made of: called alike, it returns as many tensors.
+        path: As for :func:`export`.
+        example_inputs: As there.
+        **options: As there.
+
+    Raises:
+        TypeError: As :func:`export`.
+        ValueError: As there.
+        ModuleNotFoundError: As there.
+    """
+    _ordered(model, Path(path), example_inputs, _Options(**options))
+
+
+def _ordered(
+    model: nn.Module,
+    path: Path,
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    options: _Options,
+) -> _Order:
+    """Check the arguments of an export, and prepare the model."""
+    format = check_file("path", path, options.format)
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise ValueError(f"Expected argument `tolerance` to be None or at least 0, but got {options.tolerance}")
+    if format == "pt2" and any(
+        each is not None for each in (options.input_names, options.output_names, options.opset_version)
+    ):
         raise ValueError(
             "Expected arguments `input_names`, `output_names` and `opset_version` to be None: they belong to ONNX, and "
             "a pt2 file takes and returns what the model does"
         )
-    if opset_version is not None:
-        check_integer("opset_version", opset_version, 1)
+    if options.opset_version is not None:
+        check_integer("opset_version", options.opset_version, 1)
     model = unwrap(model)
     arguments = mapped(lambda argument: argument.detach().cpu(), as_arguments(example_inputs, model))
-    if dynamic_batch and any(argument.ndim == 0 for argument in arguments):
+    if options.dynamic_batch and any(argument.ndim == 0 for argument in arguments):
         raise ValueError(
             "Expected argument `example_inputs` to have a batch axis first, but got a tensor without axes; pass "
             "`dynamic_batch=False` if there is none"
         )
     check_weights(model)
     names = named_arguments(model, arguments)
-    free = _free_axes(names, arguments, dynamic_batch, dynamic_axes or {})
+    free = _free_axes(names, arguments, options.dynamic_batch, options.dynamic_axes or {})
     source = without_masks(model).cpu().eval()
     with torch.no_grad():
         expected = forward(source, arguments, "example_inputs")
     outputs = len(tensors_in(expected))
-    inputs = _checked_names("input_names", input_names, len(names)) or names
-    wanted = _Onnx(inputs, _checked_names("output_names", output_names, outputs) or _keys(expected), opset_version)
+    inputs = _checked_names("input_names", options.input_names, len(names)) or names
+    wanted = _Onnx(
+        inputs, _checked_names("output_names", options.output_names, outputs) or _keys(expected), options.opset_version
+    )
     if format == "onnx":
         _check_not_bfloat16(source, arguments)
-    if tolerance is None:
-        tolerance = tolerance_for(expected)
-
-    program = _capture(source, arguments, free)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            written = Path(folder) / f"model.{format}"
-            run = _write_onnx(program, written, wanted) if format == "onnx" else _write_pt2(program, written)
-            checks = [arguments, _larger(arguments, free)] if any(free) else [arguments]
-            parity = [_compare(source, run, inputs, path) for inputs in checks]
-            for result in parity:
-                if not result.relative_difference <= tolerance:
-                    raise ExportError(
-                        f"The {format} file differs from {type(model).__name__} by {result.relative_difference:.1e} "
-                        f"(relative) at batch size {result.batch_size}, more than `tolerance` {tolerance:.0e}; {path} "
-                        f"was not written"
-                    )
-            storage.put_in_place(written, path)
-    except OSError as error:
-        raise storage.not_written(path, error, "Make room there, or export to another folder.") from error
-    return ExportReport(str(path), format, path.stat().st_size, parity, tolerance)
+    tolerance = tolerance_for(expected) if options.tolerance is None else options.tolerance
+    return _Order(source, format, arguments, free, wanted, tolerance)
 
 
-def _format_of(path: Path, format: str | None) -> Format:
+def check_file(argument: str, path: Path, format: str | None = None) -> Format:
+    """Return the format of a file that a model is to be exported to, and refuse one that can't be written.
+
+    Args:
+        argument: What the path was given as, for errors.
+        path: The file.
+        format: One of :data:`FORMATS`; by the suffix of the path when not given.
+
+    Raises:
+        ValueError: If the format is not known, or the path is a folder.
+        ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
+    """
     wanted = format if format is not None else path.suffix.removeprefix(".")
     if wanted not in FORMATS:
-        given = f"`format` {format!r}" if format is not None else f"`path` {str(path)!r}"
+        given = f"`format` {format!r}" if format is not None else f"`{argument}` {str(path)!r}"
         raise ValueError(f"Expected the format to be one of {FORMATS} (or a path to end so), but got {given}")
+    if path.is_dir():
+        raise ValueError(f"Expected argument `{argument}` to be a file, but {path} is a folder")
+    if wanted == "onnx":
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"Export to ONNX needs {', '.join(missing)}: `pip install 'lightning-easier[onnx]'`", name=missing[0]
+            )
     return wanted  # type: ignore[return-value]
 
 

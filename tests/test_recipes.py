@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_easier import recipes
-from lightning_easier.cli import EasierCLI, main
+from lightning_easier.cli import EasierCLI
+from lightning_easier.command import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -22,7 +23,7 @@ def test_recipes_are_the_files_of_the_folder_configs():
 def test_parts_of_a_config_are_taken_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--config=digits", "--model", "model/cifar_resnet56", "--trainer=recipe/lacoot"]
-    cli = EasierCLI([*arguments, "--trainer.accelerator=cpu"], run=False)
+    cli = EasierCLI(args=[*arguments, "--trainer.accelerator=cpu"], run=False)
     assert cli.model.hparams["backbone"] == "cifar_resnet56"
     assert cli.trainer.max_epochs == 160
     assert len(cli.datamodule._loader([0]).dataset) == 1
@@ -45,7 +46,7 @@ def test_a_copy_has_all_its_parts_and_composes_again(tmp_path, monkeypatch, caps
     assert sorted(map(str, Path().rglob("*.yaml"))) == sorted(copied)
     for path in map(Path, copied):
         assert path.read_text() == (CONFIGS.parent / path).read_text()
-    cli = EasierCLI(["--config=configs/digits.yaml", "--trainer.accelerator=cpu"], run=False)
+    cli = EasierCLI(args=["--config=configs/digits.yaml", "--trainer.accelerator=cpu"], run=False)
     assert cli.model.hparams["backbone"] == "fused_resnet"
     Path("configs/digits.yaml").write_text("mine")
     Path("configs/data/digits.yaml").unlink()

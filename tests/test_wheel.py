@@ -23,7 +23,9 @@ SHORTER = {
         "--trainer.callbacks.tolerance=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
     ],
     "export": ["--trainer.accelerator=cpu", "--objective=macs"],
-    "report": ["--trainer.accelerator=cpu"],
+    "candidates": ["--trainer.accelerator=cpu"],
+    "compress": ["--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64"],
+    "report": [],
 }  # fmt: skip
 # The installed script runs them, one after the other in one process: what takes long is to import torch
 RUN = """
@@ -72,7 +74,7 @@ def test_a_wheel_has_every_recipe_and_nothing_beside_the_package(installed):
 
 def test_the_commands_of_the_readme_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     given = commands()
-    assert {words[0] for words in given} == {"fit", "export", "report", "recipes"}
+    assert {words[0] for words in given} == {"fit", "candidates", "compress", "export", "report", "recipes"}
     arguments = json.dumps([["--version"], *([*words, *SHORTER.get(words[0], [])] for words in given)])
     script = installed / "bin" / "lightning-easier"
     environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "160"}

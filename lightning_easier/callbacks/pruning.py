@@ -186,6 +186,11 @@ class PruningCallback(Results, Callback):
 
     # Validation
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a score whose name may be mistaken, before an epoch is spent on it."""
+        if self._run.is_active:
+            telling.warn_of_an_unknown_score(trainer, self._run.settings.monitor)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
         if self._run.is_seen(trainer):

@@ -1,5 +1,7 @@
 """What a run says: verdicts, warnings, and what a user may do about it."""
 
+from difflib import get_close_matches
+
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 
@@ -18,6 +20,18 @@ def warn_of_a_mode(monitor: str, tolerance: Tolerance) -> None:
             f"Argument `monitor` {monitor!r} reads as if a {'lower' if usual == 'min' else 'higher'} value were "
             f"better, but mode={mode!r} takes a {'higher' if usual == 'min' else 'lower'} one for better: every round "
             f"that does worse would be kept. Pass mode={usual!r} if the name is right."
+        )
+
+
+def warn_of_an_unknown_score(trainer: Trainer, monitor: str) -> None:
+    """Warn if the validation of the sanity check has logged no such score. A training step may, so it is no error."""
+    logged = sorted(trainer.callback_metrics)
+    if logged and monitor not in logged:
+        alike = get_close_matches(monitor, logged, 1)
+        rank_zero_warn(
+            f"Argument `monitor` {monitor!r} is not among {logged}, which the validation of the sanity check has "
+            f"logged{f': did you mean {alike[0]!r}?' if alike else '.'} Unless training logs it, the run will end with "
+            f"an error after its first epoch."
         )
 
 

@@ -1,9 +1,13 @@
 """The command line through the configs of the repository."""
 
 import json
+import os
+import re
 import runpy
+import subprocess
 import sys
 import warnings
+from argparse import ArgumentError
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -23,7 +27,9 @@ from lightning_easier import (
     Target,
     load_pruned,
 )
-from lightning_easier.cli import EasierCLI, main, read_pruning_report
+from lightning_easier.cli import EasierCLI, read_pruning_report
+from lightning_easier.cli.options import COMMANDS
+from lightning_easier.command import main
 from lightning_easier.pruning.rules import Rules, Tolerance
 from lightning_easier.zoo import CIFAR10DataModule, DigitsDataModule, ImageClassifier, ImageFolderDataModule
 
@@ -51,7 +57,7 @@ def run(tmp_path_factory):
 def test_every_config_builds_what_it_says(config):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Argument `monitor`")
-        cli = EasierCLI([f"--config={config}", "--trainer.accelerator=cpu"], run=False)
+        cli = EasierCLI(args=[f"--config={config}", "--trainer.accelerator=cpu"], run=False)
     assert isinstance(cli.model, ImageClassifier)
     assert isinstance(cli.datamodule, CIFAR10DataModule | DigitsDataModule | ImageFolderDataModule)
     assert any(isinstance(callback, EntropyPruningCallback) for callback in cli.trainer.callbacks)
@@ -59,7 +65,7 @@ def test_every_config_builds_what_it_says(config):
 
 def test_parts_can_be_swapped_on_the_command_line():
     cli = EasierCLI(
-        [f"--config={CONFIGS / 'digits.yaml'}", f"--model={CONFIGS / 'model' / 'cifar_resnet56.yaml'}",
+        args=[f"--config={CONFIGS / 'digits.yaml'}", f"--model={CONFIGS / 'model' / 'cifar_resnet56.yaml'}",
          "--model.init_args.lr=0.5", "--trainer.accelerator=cpu"], run=False,
     )  # fmt: skip
     assert cli.model.hparams["backbone"] == "cifar_resnet56"
@@ -75,10 +81,10 @@ def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
         )
     ]  # fmt: skip
     arguments = [f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, *given, "--trainer.accelerator=cpu"]
-    first = EasierCLI(arguments, run=False)
+    first = EasierCLI(args=arguments, run=False)
     saved = tmp_path / "config.yaml"
     saved.write_text(first.parser.dump(first.config, skip_none=False))
-    cli = EasierCLI([f"--config={saved}"], run=False)
+    cli = EasierCLI(args=[f"--config={saved}"], run=False)
     for each in (first, cli):
         (callback,) = [one for one in each.trainer.callbacks if isinstance(one, EntropyPruningCallback)]
         settings = callback.settings
@@ -93,7 +99,7 @@ def test_options_are_asked_for_in_a_config_that_loads_again(tmp_path):
 def test_the_options_of_the_readme_go_with_every_config(config):
     given = ["rounds.epochs=2", "method=FitChains", "method.order.gain=latency"]
     arguments = [f"--config={config}", *(f"--trainer.callbacks.{argument}" for argument in given)]
-    cli = EasierCLI([*arguments, "--trainer.accelerator=cpu"], run=False)
+    cli = EasierCLI(args=[*arguments, "--trainer.accelerator=cpu"], run=False)
     (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, EntropyPruningCallback)]
     assert callback.settings.rules.rounds.epochs == 2
     assert callback.settings.method == FitChains(order=Order(gain="latency"))
@@ -107,7 +113,7 @@ def test_the_options_of_the_readme_go_with_every_config(config):
 )  # fmt: skip
 def test_bad_options_are_named_on_the_command_line(argument, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
-        EasierCLI([f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, f"--trainer.callbacks.{argument}"], run=False)
+        EasierCLI(args=[f"--config={CONFIGS / 'digits.yaml'}", *LOOSE, f"--trainer.callbacks.{argument}"], run=False)
     assert message in capsys.readouterr().err + str(error.value)
 
 
@@ -153,17 +159,12 @@ def test_fitted_rounds_run_are_saved_and_are_exported_from_the_command_line(tmp_
 def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
     checkpoint = run / "entropy_pruning" / "round_2.ckpt"
     common = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
-    main(["report", *common])
-    shown = capsys.readouterr().out
-    report = read_pruning_report(checkpoint)
-    assert len(report.rounds) == 3
-    assert all(f"{this.score_after:.4f}" in shown for this in report.rounds)
-
     main(["collapse", *common, "--objective=macs", f"--output={tmp_path / 'm.pt2'}"])
     assert "Collapse" in capsys.readouterr().out
-    main(["export", *common, "--batch_size=5", f"--output={tmp_path / 'm.onnx'}"])
+    main(["export", *common, "--batch_size=5", f"--output={tmp_path / 'm.onnx'}", "--input_names", "image",
+          "--output_names", "scores", "--opset_version=21"])  # fmt: skip
     assert "relative difference" in capsys.readouterr().out
-    main(["export", *common, "--collapsed=false", f"--output={tmp_path / 'whole.onnx'}"])
+    main(["export", *common, "--no-collapse", f"--output={tmp_path / 'whole.onnx'}"])
 
     images = torch.rand(7, 1, 8, 8)
     outputs = [torch.export.load(tmp_path / "m.pt2").module()(images)]
@@ -172,47 +173,275 @@ def test_report_collapse_and_export_take_its_checkpoint(run, tmp_path, capsys):
         (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         outputs.append(torch.from_numpy(output))
     assert all(torch.allclose(output, outputs[0], rtol=1e-4, atol=1e-4) for output in outputs)
+    named = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [each.name for each in (*named.get_inputs(), *named.get_outputs())] == ["image", "scores"]
 
 
-def test_a_dense_checkpoint_is_exported_too_and_bad_options_are_named(run, tmp_path):
-    common = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}"]
+def test_a_report_needs_no_model_and_is_written_in_every_form(run, tmp_path, capsys):
+    checkpoint = run / "entropy_pruning" / "round_2.ckpt"
+    report = read_pruning_report(checkpoint)
+    files = [tmp_path / f"report.{suffix}" for suffix in ("md", "json", "txt", "png", "svg")]
+    main(["report", str(checkpoint), "--output", *map(str, files)])
+    shown = capsys.readouterr().out
+    assert len(report.rounds) == 3
+    markdown, data, text, png, svg = (file.read_bytes() for file in files)
+    for written in (shown, markdown.decode(), text.decode()):
+        assert all(f"{this.score_after:.4f}" in written for this in report.rounds)
+    assert json.loads(data) == json.loads(report.to_json())
+    assert markdown.decode() == report.to_markdown()
+    assert png.startswith(b"\x89PNG")
+    assert b"<svg" in svg
+
+
+def test_a_dense_checkpoint_is_exported_too(run, tmp_path):
     dense = f"--ckpt_path={run / 'entropy_pruning' / 'round_0.ckpt'}"
-    main([*common, dense])
+    main(["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}", dense])
     assert (tmp_path / "m.pt2").is_file()
-    with pytest.raises(ValueError, match="`batch_size` to be at least 1, but got 0"):
-        main([*common, dense, "--batch_size=0"])
-    with pytest.raises(FileNotFoundError, match="`--ckpt_path` to be a checkpoint file, but nowhere is none"):
-        main([*common, "--ckpt_path=nowhere"])
 
 
-@pytest.mark.parametrize("flag", ["--candidates", "--candidates=true"])
-def test_report_lists_the_candidates_of_a_model(flag, capsys, monkeypatch):
+def test_chains_around_named_activations_are_fitted_on_request(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
+    dense = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_0.ckpt'}"]
+    name = "model.stages.1.1.relu"
+    fit = ["--mode=fit", "--samples=100", "--objective=macs", "--report", str(tmp_path / "fit.json")]
+    main(["collapse", *dense, *fit, "--sites", name])
+    assert "1 of 1" in capsys.readouterr().out or name in (tmp_path / "fit.json").read_text()
+    (fitted,) = json.loads((tmp_path / "fit.json").read_text())["fitted"]
+    assert fitted["sites"] == [name]
+
+
+def test_the_candidates_of_a_model_are_listed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
-    main(["report", f"--config={CONFIGS / 'digits.yaml'}", flag])
+    main(["candidates", f"--config={CONFIGS / 'digits.yaml'}"])
     shown = capsys.readouterr().out
     assert "│ model.stages.0.0.relu │ ReLU │             - │" in shown
     assert ".expand + .project   " in shown
     assert "not: its value has 2 readers:   " in shown
 
 
-def test_report_measures_the_candidates_of_a_checkpoint_on_request(run, capsys, monkeypatch):
+def test_the_candidates_of_a_checkpoint_are_measured_on_request(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
-    arguments = ["report", f"--config={run / 'config.yaml'}", "--candidates"]
+    arguments = ["candidates", f"--config={run / 'config.yaml'}", f"--report={tmp_path / 'c.json'}"]
     main([*arguments, f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}", "--max_batches=1"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ model.")]
     assert len(rows) >= 4
     assert all(0 < float(row.split("│")[3]) < 1 for row in rows)
+    written = json.loads((tmp_path / "c.json").read_text())["candidates"]
+    assert [f"{each['entropy']:.4f}" for each in written] == [row.split("│")[3].strip() for row in rows]
+
+
+class TestCompress:
+    """``compress``, from a checkpoint to a file that is shipped."""
+
+    @staticmethod
+    def arguments(run, *more):
+        dense = run / "entropy_pruning" / "round_0.ckpt"
+        return ["compress", f"--config={run / 'config.yaml'}", f"--ckpt_path={dense}", "--objective=macs",
+                "--samples=64", "--max_drift=10", *more]  # fmt: skip
+
+    def test_the_score_is_what_the_module_validates(self, run, tmp_path, capsys):
+        files = {"output": tmp_path / "m.onnx", "fitted": tmp_path / "f.pt", "report": tmp_path / "r.json"}
+        options = [f"--{name}={file}" for name, file in files.items()]
+        main(self.arguments(run, "--tolerance=0.5", "--target_depth=9", *options))
+        capsys.readouterr()
+        report = json.loads(files["report"].read_text())
+        module = ImageClassifier.load_from_checkpoint(run / "entropy_pruning" / "round_0.ckpt", map_location="cpu")
+        data = DigitsDataModule()
+        data.setup("validate")
+        images, labels = (torch.cat(each) for each in zip(*data.val_dataloader(), strict=True))
+        with torch.no_grad():
+            score = float((module.eval()(images).argmax(1) == labels).float().mean())
+        assert report["score"] == pytest.approx(score)
+        assert any(trial["kept"] for trial in report["trials"])
+        fitted = torch.load(files["fitted"], weights_only=False).eval()
+        session = onnxruntime.InferenceSession(files["output"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), fitted(images), rtol=1e-3, atol=1e-4)
+        assert report["score_after"] == pytest.approx(
+            float((torch.from_numpy(found).argmax(1) == labels).float().mean())
+        )
+
+    def test_a_score_that_is_better_when_lower_is_told_by_its_name(self, run, tmp_path, capsys):
+        main(self.arguments(run, "--monitor=val_loss", "--tolerance=100", f"--report={tmp_path / 'r.json'}"))
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["mode"] == "min"
+        assert report["score"] > 1  # a network that is hardly trained: of an accuracy it would be below
+
+    def test_it_goes_without_a_score(self, run, tmp_path, capsys):
+        main(self.arguments(run, "--no-score", "--exclude", "model.stages.1.*", f"--report={tmp_path / 'r.json'}"))
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["score"] is None
+        assert not any("stages.1" in name for trial in report["trials"] for name in trial["operators"])
+
+
+def failed(capsys, arguments) -> tuple[int, str]:
+    """Return the exit code of a command that fails, and the one line that it says why in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-easier")]
+    assert len(told) == 1
+    return ended.value.code, told[0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "`--ckpt_path` to be a checkpoint of a pruning run"), (["--candidates", "--max_batches=-1"], "at least 0")],
+    [
+        (["export", "--output=model.tflite"], "one of ('onnx', 'pt2') (or a path to end so), but got `--output`"),
+        (["export", "--output=model.onnx", "--batch_size=0"], "`--batch_size` to be at least 1, but got 0"),
+        (["collapse", "--output=m.pt2", "--input_names", "a"], "belong to ONNX"),
+        (["export", "--output=m.onnx", "--input_names", "a", "b"], "`input_names`"),
+        (["collapse", "--input_names", "a"], "`--output` with `--input_names`"),
+        (["collapse", "--mode=fit"], "`--mode` and `--sites` to go together"),
+        (["collapse", "--report", "a.html"], "`--report` to end in one of"),
+        (["compress", "--monitor=val_ac"], "`--monitor` to be what a validation logs, but got 'val_ac'"),
+        (["compress", "--fitted=f.bin"], "`--fitted` to end in .pt"),
+        (["compress", "--tolerance=fast"], "key \"tolerance\": Expected a <class 'float'>. Got value: fast"),
+        (["compress", "--trget=1"], "unrecognized arguments: --trget=1"),
+        (["candidates", "--network=nothing"], "`--network` to name a submodule of ImageClassifier, but got 'nothing'"),
+        (["candidates", "--max_batches=-1"], "`--max_batches` to be at least 0"),
+    ],
 )
-def test_a_report_that_can_not_be_made_says_why(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        main(["report", f"--config={CONFIGS / 'digits.yaml'}", *arguments])
+def test_a_wrong_value_is_one_line_and_two_before_any_work(run, arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("collapse_network", "compress_network", "export_network"):
+        monkeypatch.setattr(f"lightning_easier.cli.commands.{name}", None)
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
+    code, told = failed(capsys, [arguments[0], *own, *arguments[1:]])
+    assert code == 2
+    assert message in told
+    assert not list(tmp_path.iterdir())
+
+
+class Odd:
+    """A class that is unpickled only where that is asked for."""
+
+
+def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(run, tmp_path, capsys):
+    checkpoint = torch.load(run / "entropy_pruning" / "round_1.ckpt", weights_only=True)
+    torch.save({**checkpoint, "odd": Odd}, tmp_path / "odd.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "odd.ckpt").read_bytes()[:3000])
+    own = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}", "--objective=macs"]
+    for name, message in (("odd", "can't be read safely"), ("cut", "can't be read"), ("none", "checkpoint file, but")):
+        code, told = failed(capsys, [*own, f"--ckpt_path={tmp_path / f'{name}.ckpt'}"])
+        assert code == 2
+        assert message in told
+    main([*own, f"--ckpt_path={tmp_path / 'odd.ckpt'}", "--weights_only=false"])
+    assert (tmp_path / "m.pt2").is_file()
+    code, told = failed(capsys, ["report", str(tmp_path / "odd.ckpt")])
+    assert "can't be read safely" in told
+    main(["report", str(tmp_path / "odd.ckpt"), "--weights_only=false"])
+    assert "kept" in capsys.readouterr().out
+
+
+def test_what_fails_is_one_line_and_one_and_debug_shows_where(run, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the disk is\non fire")
+
+    monkeypatch.setattr("lightning_easier.cli.commands.export_network", fail)
+    own = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}", "--no-collapse"]
+    arguments = [*own, f"--ckpt_path={run / 'entropy_pruning' / 'round_1.ckpt'}"]
+    code, told = failed(capsys, arguments)
+    assert code == 1
+    assert "error: RuntimeError: the disk is on fire" in told
+    with pytest.raises(RuntimeError, match="on fire"):
+        main([*arguments, "--debug"])
+    with pytest.raises(ArgumentError, match="trget"):
+        main([*arguments, "--trget=1", "--debug"])
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_help_of_a_subcommand_is_one_screen_of_what_it_uses(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 55
+    assert max(map(len, shown.splitlines())) <= 120
+    assert "--optimizer" not in shown
+    assert "max_epochs" not in shown
+    *_, examples = shown.partition("examples:\n")
+    assert examples.count("lightning-easier " + command) == 3
+    for line in examples.splitlines():
+        for option in re.findall(r"--[\w-]+", line):
+            assert re.search(rf"^ .*{option}\b", shown, re.MULTILINE)
+
+
+def test_a_shell_completes_subcommands_and_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print_shtab=bash"])
+    assert ended.value.code == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("compress", "--target_speedup", "--no-collapse", "recipes"))
+
+
+OWN = """
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_easier.cli import EasierSubcommands, one_line_errors
+
+
+class Net(LightningModule):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("error", nn.functional.mse_loss(self.body(batch["x"]), batch["y"]))
+
+    def val_dataloader(self):
+        return DataLoader([{"x": torch.randn(4), "y": torch.randn(2)} for _ in range(16)], 8)
+
+    train_dataloader = val_dataloader
+
+
+class OwnCLI(EasierSubcommands, LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--own_option", default=3)
+
+
+def inputs(batch):
+    return batch["x"]
+
+
+if __name__ == "__main__":
+    with one_line_errors("own"):
+        OwnCLI(Net)
+"""
+
+
+def test_a_cli_of_ones_own_takes_the_subcommands_and_finds_what_lies_beside_it(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    own = [sys.executable, "own.py", "compress", "--model.width=32", "--own_option=4", "--inputs_of=own.inputs"]
+    told = ["--monitor=error", "--tolerance=100", "--objective=macs", "--report=r.json", "--output=m.pt2"]
+    done = subprocess.run([*own, *told], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["after"]["macs"] < report["before"]["macs"]
+    assert (report["score"], report["mode"]) == (pytest.approx(report["score"]), "min")
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_a_class_in_the_working_folder_is_found(tmp_path, capsys, monkeypatch):
+    (tmp_path / "beside.py").write_text(
+        "from lightning_easier.zoo import ImageClassifier\n\nclass Mine(ImageClassifier):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(tmp_path)])
+    main(["candidates", f"--config={CONFIGS / 'digits.yaml'}", "--model=beside.Mine", "--report=c.json"])
+    assert json.loads((tmp_path / "c.json").read_text())["candidates"]
+    code, told = failed(capsys, ["candidates", f"--config={CONFIGS / 'digits.yaml'}", "--model=beside.Yours"])
+    assert code == 2
+    assert "module 'beside' has no attribute 'Yours'" in told
 
 
 def test_lightnings_own_subcommands_take_the_checkpoint_too(run, capsys):
@@ -251,7 +480,8 @@ def test_the_installed_command_says_what_it_can_do(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         command.load()()  # as its script does, without another import of torch
     assert ended.value.code == 0
-    assert "{fit,validate,test,predict,collapse,export,report}" in capsys.readouterr().out.replace(" ", "")
+    shown = capsys.readouterr().out
+    assert all(f"    {name}" in shown for name in ("fit", "predict", *COMMANDS, "recipes"))
 
 
 def test_the_demo_runs_from_training_to_the_verified_file(tmp_path, monkeypatch, capsys):

@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import EntropyPruningCallback, measure_entropy
@@ -201,3 +202,23 @@ def test_a_new_run_leaves_the_files_of_another_alone(tmp_path):
     assert first.last_good == tmp_path / "rounds" / "round_1.ckpt"
     assert first.last_good.read_bytes() == kept
     assert run(tmp_path, epochs=3, ckpt_path=second.last_good)[1].last_good == second.last_good
+
+
+def test_a_name_that_no_validation_has_logged_is_told_before_the_first_epoch(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(4, 4), torch.tensor([0, 1, 0, 1])), 2)
+    told_before = []
+
+    def count(*_):
+        told_before.append(sum("`monitor`" in str(warning.message) for warning in told))
+
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+        callbacks=[callback_of(monitor="scor", tolerance=1.0), LambdaCallback(on_train_start=count)],
+    )  # fmt: skip
+    with (
+        pytest.warns(UserWarning, match=r"`monitor` 'scor' is not among .*did you mean 'score'\?") as told,
+        pytest.raises(MisconfigurationException, match="to be a logged score"),
+    ):
+        trainer.fit(Small(), data, data)
+    assert told_before == [1]

@@ -26,7 +26,8 @@ from lightning_easier import (
     load_pruned,
 )
 from lightning_easier.callbacks.distillation import Distillation
-from lightning_easier.cli import main, read_pruning_report
+from lightning_easier.cli import read_pruning_report
+from lightning_easier.command import main
 from lightning_easier.pruning.methods import Measuring
 from lightning_easier.structure.linearize import stand_ins
 from tests.integration.interrupted import Killed, ResumableLoader

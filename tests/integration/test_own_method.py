@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_easier import EntropyPruningCallback, Method, Proposal, PruningCallback, Target, load_pruned
-from lightning_easier.cli import main
+from lightning_easier.command import main
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.linearize import bypass, restore, stand_ins
 from lightning_easier.structure.operations import Affines, Change, Identities, Operation

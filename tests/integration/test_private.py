@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -98,3 +99,12 @@ def test_what_follows_a_training_that_is_skipped(epochs, limit, follows):
     assert followed == [True] * follows  # once, while the Trainer trains
     undo()
     assert "run" not in vars(trainer.fit_loop)
+
+
+def test_the_command_line_of_lightning_has_what_ours_overrides():
+    for name in ("_add_subcommands", "_parse_ckpt_path", "_run_subcommand", "_add_arguments"):
+        assert callable(getattr(LightningCLI, name))
+    parser, child = LightningArgumentParser(), LightningArgumentParser()
+    parser.add_subcommands().add_subcommand("own", child, help="Added later, too.")
+    parser._subcommands_action.add_subcommand("more", LightningArgumentParser(), help="Added by whoever comes after.")
+    assert parser.parse_args(["more"]).subcommand == "more"

@@ -6,7 +6,8 @@ import torch
 import yaml
 
 from lightning_easier import PruningCallback, Sparsify, load_pruned
-from lightning_easier.cli import EasierCLI, main, read_pruning_report
+from lightning_easier.cli import EasierCLI, read_pruning_report
+from lightning_easier.command import main
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.zoo import ImageClassifier
 from tests.integration.test_cli import CONFIGS, SHORT
@@ -27,7 +28,7 @@ def fit(root, recipe, *options):
 
 
 def settings_of(*arguments):
-    cli = EasierCLI([DIGITS, *arguments, "--trainer.accelerator=cpu"], run=False)
+    cli = EasierCLI(args=[DIGITS, *arguments, "--trainer.accelerator=cpu"], run=False)
     (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, PruningCallback)]
     return callback.settings, cli
 
@@ -97,7 +98,7 @@ def test_a_report_says_what_each_round_has_pruned(masked, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
     checkpoint = masked / "entropy_pruning" / "round_2.ckpt"
-    main(["report", f"--config={masked / 'config.yaml'}", f"--ckpt_path={checkpoint}"])
+    main(["report", str(checkpoint)])
     shown = capsys.readouterr().out
     rounds = read_pruning_report(checkpoint).rounds
     assert [this.chosen for this in rounds] == [[], ["weights"], ["weights"]]
@@ -116,13 +117,13 @@ def exported(folder, checkpoint, root, *options):
         return torch.from_numpy(found), load_pruned(ImageClassifier, checkpoint).eval()(images)
 
 
-@pytest.mark.parametrize("collapsed", ["true", "false"])
+@pytest.mark.parametrize("collapsed", ["--collapse", "--no-collapse"])
 def test_a_round_of_masks_alone_is_exported(masked, tmp_path, collapsed):
     checkpoint = masked / "entropy_pruning" / "round_2.ckpt"
     model = load_pruned(ImageClassifier, checkpoint)
     assert not stand_ins(model)
     assert sum(int((value == 0).sum()) for value in model.parameters() if value.ndim > 1) > 0
-    found, expected = exported(masked, checkpoint, tmp_path, "--objective=macs", f"--collapsed={collapsed}")
+    found, expected = exported(masked, checkpoint, tmp_path, "--objective=macs", collapsed)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

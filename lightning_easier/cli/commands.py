@@ -1,0 +1,229 @@
+"""What each subcommand does. How it is asked for is in :mod:`lightning_easier.cli.options`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_easier.cli.reading import read_pruning_report
+from lightning_easier.cli.session import Mode, Monitor, Session, first
+from lightning_easier.collapsing import collapse as collapse_network
+from lightning_easier.collapsing.exact.prices import Objective
+from lightning_easier.exporting import check_export, check_file
+from lightning_easier.exporting import export as export_network
+from lightning_easier.measure.probe import measure_entropy
+from lightning_easier.pruning.candidates import candidates as list_candidates
+from lightning_easier.pruning.compress import compress as compress_network
+from lightning_easier.report import Report, check_report_path, save_report
+from lightning_easier.support.arguments import check_integer
+from lightning_easier.support.calls import Arguments
+from lightning_easier.support.storage import replacing
+
+Files = Sequence[str] | None
+_MODEL_SUFFIXES = (".onnx", ".pt2")
+
+MakeSession = Callable[..., Session]
+"""Makes a session, of ``network`` and ``inputs_of``."""
+
+
+def candidates(
+    start: MakeSession,
+    *,
+    ckpt_path: str | None,
+    max_batches: int,
+    gates: bool,
+    report: Files,
+    network: str | None,
+    inputs_of: Any,
+    weights_only: bool | None,
+) -> None:
+    """List the activations, the linear operators around each, and what would merge if it were linear."""
+    check_integer("--max_batches", max_batches, 0)
+    _check_reports(report)
+    session = start(network, inputs_of)
+    session.load(ckpt_path, weights_only)
+    entropies = None
+    if max_batches > 0:
+        batches = first(session.validation_batches(), max_batches)
+        entropies = measure_entropy(session.network, batches, inputs_of=inputs_of)
+    _show(list_candidates(session.network, entropies, gates=gates), report)
+
+
+def collapse(
+    start: MakeSession,
+    *,
+    ckpt_path: str,
+    output: str | None,
+    objective: Objective,
+    mode: str,
+    sites: Sequence[str] | None,
+    samples: int,
+    batch_size: int | None,
+    report: Files,
+    network: str | None,
+    inputs_of: Any,
+    weights_only: bool | None,
+    **names: Any,
+) -> None:
+    """Merge the neighbouring linear operators of a pruned checkpoint, and report what that saves."""
+    _check_sizes(batch_size, samples)
+    if (mode == "fit") != (sites is not None):
+        raise ValueError(
+            f"Expected arguments `--mode` and `--sites` to go together, but got {mode!r} and {sites}: `--mode fit` "
+            f"replaces the chains around the activations in `--sites`, which `candidates` lists"
+        )
+    export_to = _Exporting(output, names)
+    _check_reports(report)
+    session = start(network, inputs_of)
+    session.load(ckpt_path, weights_only)
+    inputs = session.example_inputs(batch_size)
+    export_to.check(session.network, inputs)
+    fitting: dict[str, Any] = {}
+    if mode == "fit":
+        fitting = {"mode": "fit", "sites": sites, "calibration": session.calibration(samples), "inputs_of": inputs_of}
+    result = collapse_network(session.network, inputs, objective=objective, **fitting)
+    _show(result.report, report)
+    export_to(result.model, inputs)
+
+
+def export(
+    start: MakeSession,
+    *,
+    ckpt_path: str,
+    output: str,
+    collapse: bool,
+    objective: Objective,
+    batch_size: int | None,
+    report: Files,
+    network: str | None,
+    inputs_of: Any,
+    weights_only: bool | None,
+    **names: Any,
+) -> None:
+    """Export a pruned checkpoint to ONNX or pt2, collapsed first, and check the file against the model."""
+    _check_sizes(batch_size)
+    if report and not collapse:
+        raise ValueError("Expected argument `--report` to be left out with `--no-collapse`: it is of the collapse")
+    export_to = _Exporting(output, names)
+    _check_reports(report)
+    session = start(network, inputs_of)
+    session.load(ckpt_path, weights_only)
+    inputs = session.example_inputs(batch_size)
+    export_to.check(session.network, inputs)
+    shipped = session.network
+    if collapse:
+        result = collapse_network(shipped, inputs, objective=objective)
+        _show(result.report, report)
+        shipped = result.model
+    export_to(shipped, inputs)
+
+
+def compress(
+    start: MakeSession,
+    *,
+    ckpt_path: str | None,
+    output: str | None,
+    fitted: str | None,
+    score: bool,
+    monitor: str | None,
+    mode: Mode | None,
+    tolerance: float,
+    samples: int,
+    batch_size: int | None,
+    report: Files,
+    network: str | None,
+    inputs_of: Any,
+    weights_only: bool | None,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    opset_version: int | None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None,
+    **options: Any,
+) -> None:
+    """Make a trained network shallower and faster in minutes, without training."""
+    _check_sizes(batch_size, samples)
+    if fitted is not None and Path(fitted).suffix != ".pt":
+        raise ValueError(f"Expected argument `--fitted` to end in .pt, but got {fitted!r}")
+    names = {
+        "input_names": input_names, "output_names": output_names, "opset_version": opset_version,
+        "dynamic_axes": dynamic_axes,
+    }  # fmt: skip
+    export_to = _Exporting(output, names)
+    _check_reports(report)
+    session = start(network, inputs_of)
+    session.load(ckpt_path, weights_only)
+    inputs = session.example_inputs(batch_size)
+    export_to.check(session.network, inputs)
+    told = Monitor(monitor, mode)
+    if score:
+        rank_zero_info("Validating the network as it is ...")
+        session.score(session.network, told)
+        session.module.to(session.device)
+    result = compress_network(
+        session.network, session.calibration(samples), example_inputs=inputs, inputs_of=inputs_of,
+        evaluate=(lambda network: session.score(network, told)) if score else None, mode=told.mode,
+        tolerance=tolerance, **options,
+    )  # fmt: skip
+    _show(result.report, report)
+    if fitted is not None:
+        with replacing(fitted) as new:
+            torch.save(result.fitted, new)
+        rich.print(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
+    export_to(result.model, inputs)
+
+
+def report(*, ckpt_path: str, output: Files, weights_only: bool | None) -> None:
+    """Report what a pruning run did, round by round, from one of its checkpoints."""
+    _check_reports(output, "--output")
+    _show(read_pruning_report(ckpt_path, weights_only=weights_only is not False), output)
+
+
+class _Exporting:
+    """Exports to a file, if one is asked for.
+
+    Args:
+        output: The file.
+        names: What there is to say of it: arguments of :func:`~lightning_easier.export`.
+
+    Raises:
+        ValueError: If its suffix is none that is known, or there is something to say of a file that is not asked for.
+    """
+
+    def __init__(self, output: str | None, names: Mapping[str, Any]) -> None:
+        self._output = output
+        self._names = {name: value for name, value in names.items() if value is not None}
+        if output is not None:
+            check_file("--output", Path(output))
+        elif self._names:
+            raise ValueError(f"Expected argument `--output` with {', '.join(f'`--{name}`' for name in self._names)}")
+
+    def check(self, network: nn.Module, inputs: Arguments) -> None:
+        """Refuse now what the export would refuse at the end."""
+        if self._output is not None:
+            check_export(network, self._output, inputs, **self._names)
+
+    def __call__(self, network: nn.Module, inputs: Arguments) -> None:
+        if self._output is not None:
+            rich.print(export_network(network, self._output, inputs, **self._names))
+
+
+def _check_sizes(batch_size: int | None, samples: int = 1) -> None:
+    if batch_size is not None:
+        check_integer("--batch_size", batch_size, 1)
+    check_integer("--samples", samples, 1)
+
+
+def _check_reports(files: Files, argument: str = "--report") -> None:
+    for file in files or ():
+        check_report_path(argument, file)
+
+
+def _show(report: Report, files: Files) -> None:
+    rich.print(report)
+    for file in files or ():
+        save_report(report, file)
+        rich.print(f"{file} was written.")

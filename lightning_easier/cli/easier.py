@@ -1,0 +1,105 @@
+"""The command line of the package: any LightningModule and data, and configs that come with it."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import lightning_easier.zoo  # makes its classes known by their short names
+from lightning_easier import recipes
+from lightning_easier.cli.errors import WRONG_VALUE, in_one_line
+from lightning_easier.cli.subcommands import EasierSubcommands
+
+_ABOUT = (
+    "Train, prune, compress, collapse and export. Recipes, configs that come with the package, are taken by name: "
+    "`lightning-easier recipes list`, and `recipes copy NAME` makes one your own. `--debug` shows the traceback of an "
+    "error, `--print_shtab bash` what completes commands in a shell."
+)
+_SHELLS = "--print_shtab"
+
+
+class EasierArgumentParser(LightningArgumentParser):
+    """A parser that tells what is wrong in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write one line, and leave with 2; raise where a traceback is asked for."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        program = self.prog.replace(" [options]", "")
+        sys.stderr.write(f"{program}: error: {in_one_line(message)} (`{program} --help` lists what there is)\n")
+        self.exit(WRONG_VALUE)
+
+
+class EasierCLI(EasierSubcommands, LightningCLI):
+    """LightningCLI for any LightningModule and data, with :class:`EasierSubcommands` and recipes by name.
+
+    Args:
+        model_class: A class of your own, whose arguments are options then; any LightningModule by default.
+        datamodule_class: A class of your own; any LightningDataModule by default.
+        args: As for LightningCLI.
+        run: As for LightningCLI.
+        **kwargs: Whatever else LightningCLI takes.
+    """
+
+    def __init__(
+        self,
+        model_class: Any = LightningModule,
+        datamodule_class: Any = LightningDataModule,
+        *,
+        args: ArgsType = None,
+        run: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        parser = {
+            "prog": "lightning-easier",
+            "version": lightning_easier.__version__,
+            "description": _ABOUT,
+            **kwargs.pop("parser_kwargs", {}),
+        }
+        defaults: dict[str, Any] = {
+            "subclass_mode_model": model_class is LightningModule,
+            "subclass_mode_data": datamodule_class is LightningDataModule,
+            "save_config_kwargs": {"overwrite": True},
+            "parser_class": EasierArgumentParser,
+        }
+        super().__init__(
+            model_class, datamodule_class, parser_kwargs=parser, args=args, run=run, **{**defaults, **kwargs}
+        )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """List the recipes beside the others; they are done before there is a parser."""
+        super()._add_subcommands(parser, **kwargs)
+        listed: Any = parser._subcommands_action
+        listed.add_subcommand("recipes", LightningArgumentParser(), help="List, show and copy configs of the package.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take the recipes that come with the package by name, too."""
+        given = sys.argv[1:] if args is None else args
+        if not isinstance(given, list):
+            super().parse_arguments(parser, given)
+            return
+        words = recipes.with_paths([word for word in given if word != "--debug"])
+        for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
+            each.exit_on_error = "--debug" not in given
+        _print_completion(parser, words)
+        self.config = parser.parse_args(words)
+
+
+def _print_completion(parser: LightningArgumentParser, words: Sequence[str]) -> None:
+    """Print what has a shell complete commands, and leave, where that is asked for.
+
+    jsonargparse has an option for it, of a name that changes from version to version.
+    """
+    asked = [number for number, word in enumerate(words) if word.split("=")[0] == _SHELLS]
+    if not asked or not hasattr(parser, "get_completion_script"):
+        return
+    _, sign, shell = words[asked[0]].partition("=")
+    shell = shell if sign else next(iter(words[asked[0] + 1 :]), "")
+    try:
+        script = parser.get_completion_script(f"shtab-{shell}")
+    except ValueError as error:
+        parser.error(f"Expected argument `{_SHELLS}` to be bash, zsh or tcsh, and shtab to be installed: {error}")
+    sys.stdout.write(script)
+    raise SystemExit(0)

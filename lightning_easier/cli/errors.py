@@ -1,0 +1,80 @@
+"""Errors as a command line tells them: one line, and an exit code."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+WRONG_VALUE, FAILURE = 2, 1
+
+_MOST, _SHORT = 600, 60  # letters of a line, and of a value in it
+_NEVER_MEANT = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
+
+
+@contextmanager
+def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
+    """Write an error as one line, and leave: with 2 if what was given is wrong, with 1 if something failed.
+
+    Args:
+        program: What the line begins with.
+        debug: Whether errors pass with their traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{program}: error: {in_one_line(_told(error))} (`--debug` shows the traceback)\n")
+        raise SystemExit(WRONG_VALUE if _is_wrong_value(error) else FAILURE) from error
+
+
+def in_one_line(message: str) -> str:
+    """Return what matters of a message.
+
+    jsonargparse tells of a value of several types what is wrong with it as each of them. The first is told, but not
+    that it isn't None, or of a class that it was never meant to be.
+    """
+    line = _of_the_first(message.splitlines())
+    return line if len(line) <= _MOST else f"{line[: _MOST - 1]}…"
+
+
+def _of_the_first(lines: Sequence[str]) -> str:
+    starts = [number for number, line in enumerate(lines) if line.strip() == "Errors:"]
+    if not starts:
+        return " ".join(" ".join(lines).split())
+    start = starts[0]
+    errors: list[list[str]] = []
+    for line in lines[start + 1 :]:
+        depth = _depth(line)
+        if line.strip() and depth <= _depth(lines[start]) and not line.strip().startswith("- "):
+            break
+        if line.strip().startswith("- ") and (not errors or depth <= _depth(errors[0][0])):
+            errors.append([line])
+        elif errors:
+            errors[-1].append(line)
+    told = [error for error in errors if not any(error[0].strip().startswith(f"- {each}") for each in _NEVER_MEANT)]
+    first = _of_the_first(told[0] if told else errors[0] if errors else [""]).removeprefix("- ")
+    head = lines[0].strip() if lines[0].strip().endswith(":") and start > 0 else ""
+    given = next((line.split(": ", 1)[1] for line in lines if line.strip().startswith("Given value: ")), "")
+    is_short = given and len(given) <= _SHORT and not given.startswith(("NestedArg(", "Namespace(", "[", "{"))
+    return f"{head} {first}".strip() + (f", got {given}" if is_short and given not in first else "")
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _told(error: Exception) -> str:
+    """Return the message of an error; its class, too, where it is no error of an argument."""
+    message = str(error) or "no message"
+    return message if _is_wrong_value(error) else f"{type(error).__name__}: {message}"
+
+
+def _is_wrong_value(error: Exception) -> bool:
+    """Tell whether it is the user who has to change something: our errors of arguments say what they expected."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    message = str(error)
+    is_ours = message.startswith("Expected ") or "- Expected argument `" in message
+    return isinstance(error, ValueError | TypeError | OSError) and is_ours

@@ -1,0 +1,277 @@
+"""What the subcommands work on: a module with the weights of a checkpoint, its data, and a Trainer for validation."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
+from torch import nn
+
+from lightning_easier.pruning.rules import mode_in_name
+from lightning_easier.structure.checkpoint import load_pruned, read_checkpoint
+from lightning_easier.structure.linearize import read_marks
+from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
+from lightning_easier.support.calls import Arguments, mapped
+
+Mode = Literal["min", "max"]
+
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class Session:
+    """A module, its data and a Trainer.
+
+    Args:
+        module: The module, as it was trained.
+        datamodule: Its data; the loaders of the module if there is none.
+        trainer: Says on which device, and validates.
+        network: Name of the submodule that is worked on. By default the module itself; if it has no ``forward``, the
+            one submodule that has parameters.
+        inputs_of: Returns the inputs in a batch, where they are found elsewhere than usual.
+
+    Attributes:
+        module: The module.
+
+    Raises:
+        ValueError: If there is no such submodule, or more than one.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        trainer: Trainer,
+        network: str | None = None,
+        inputs_of: InputsOf | None = None,
+    ) -> None:
+        self.module = module
+        self._datamodule = datamodule
+        self._trainer = trainer
+        self._inputs_of = inputs_of
+        module.configure_model()
+        self._place = _place_of_network(module, network)
+
+    @property
+    def network(self) -> nn.Module:
+        """What is worked on."""
+        return self.module.get_submodule(self._place)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is worked on."""
+        return self._trainer.strategy.root_device
+
+    def load(self, ckpt_path: str | None, weights_only: bool | None) -> None:
+        """Load a checkpoint of any number of removals, none included, and move the module to the device.
+
+        Args:
+            ckpt_path: The checkpoint; the module keeps the weights it has if there is none.
+            weights_only: As for :func:`torch.load`; true by default.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it can't be read, or does not fit the module.
+        """
+        if ckpt_path is not None:
+            safely = weights_only is not False
+            checkpoint = read_checkpoint(ckpt_path, argument="--ckpt_path", weights_only=safely)
+            state_dict = checkpoint.get("state_dict", checkpoint)
+            if read_marks(state_dict):
+                load_pruned(self.module, ckpt_path, weights_only=safely)
+            else:
+                rank_zero_info(f"No activation is linear in {ckpt_path}.")
+                try:
+                    self.module.load_state_dict(state_dict)
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"Expected argument `--ckpt_path` to fit {type(self.module).__name__}, but {ckpt_path} does "
+                        f"not: {' '.join(str(error).split())[:300]}"
+                    ) from error
+        self.module.to(self.device)
+
+    def example_inputs(self, batch_size: int | None) -> Arguments:
+        """Return what the network is called with: of a validation batch, or the module's ``example_input_array``.
+
+        Args:
+            batch_size: How many samples; as many as the batch has by default.
+
+        Raises:
+            ValueError: If there is no sample.
+        """
+        network, inputs = self.network, None
+        if self._has_loader("val_dataloader"):
+            read = BatchReader(network, "data", self._inputs_of)
+            inputs = next((read(batch) for batch in self.validation_batches()), None)
+        elif (example := self.module.example_input_array) is not None:
+            inputs = as_arguments(example, network)
+        if inputs is None or any(len(value) == 0 for value in inputs if value.ndim):
+            raise ValueError(
+                "Expected `data` to yield a validation batch, or the model to have an `example_input_array`, for an "
+                "example input; but there is none"
+            )
+        samples = len(inputs[0]) if inputs[0].ndim else 0
+        some = mapped(lambda value: value[:batch_size] if value.ndim and len(value) == samples else value, inputs)
+        return mapped(lambda value: value.to(self.device), some)
+
+    def validation_batches(self) -> Iterator[Any]:
+        """Yield the batches of the validation loader, the first of several, on the device."""
+        return self._batches("val_dataloader", "validate")
+
+    def calibration(self, samples: int) -> list[Any]:
+        """Return as many batches of the training loader as hold so many samples, on the device.
+
+        Args:
+            samples: How many samples, at least if the loader has them.
+        """
+        batches, count = [], 0
+        read = BatchReader(self.network, "data", self._inputs_of)
+        for batch in self._batches("train_dataloader", "fit"):
+            batches.append(batch)
+            count += len(read(batch)[0])
+            if count >= samples:
+                break
+        return batches
+
+    def score(self, network: nn.Module, monitor: "Monitor") -> float:
+        """Validate the module with another network in the place of its own, as it validates itself.
+
+        Args:
+            network: The network.
+            monitor: Tells which of the logged values is the score.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        module = self.module
+        if self._place:
+            before = self.network
+            _put(module, self._place, network)
+        else:
+            assert isinstance(network, LightningModule)
+            module = network
+        try:
+            logged = self._trainer.validate(module, datamodule=self._datamodule, verbose=False)
+        finally:
+            if self._place:
+                _put(module, self._place, before)
+        return monitor.of({name: value for each in logged for name, value in each.items()})
+
+    def _has_loader(self, name: str) -> bool:
+        return self._datamodule is not None or _is_overridden(name, self.module, LightningModule)
+
+    def _batches(self, name: str, stage: str) -> Iterator[Any]:
+        source = self.module if self._datamodule is None else self._datamodule
+        if not self._has_loader(name):
+            raise ValueError(f"Expected `data`, or the module to have a `{name}`, but there is neither")
+        if isinstance(source, LightningDataModule):
+            source.trainer = self._trainer
+        source.prepare_data()
+        source.setup(stage)
+        yield from (self._transferred(batch) for batch in _first_of(getattr(source, name)()))
+
+    def _transferred(self, batch: Any) -> Any:
+        """Move a batch as a Trainer would: with the hooks of the data, or else of the module."""
+        for name in _TRANSFERS:
+            owner: Any = self.module
+            if self._datamodule is not None and _is_overridden(name, self._datamodule, DataHooks):
+                owner = self._datamodule
+            given = (batch, self.device, 0) if name == "transfer_batch_to_device" else (batch, 0)
+            batch = getattr(owner, name)(*given)
+        return batch
+
+
+class Monitor:
+    """Tells which of the values that a validation logs is the score, and which way is better.
+
+    Args:
+        name: Its name, as the user gave it; the first validation tells by default.
+        mode: Whether a higher score is better; told by the name by default.
+
+    Attributes:
+        name: Its name; None before the first validation if it was not given.
+    """
+
+    def __init__(self, name: str | None, mode: Mode | None) -> None:
+        self.name = name
+        self._mode = mode
+
+    @property
+    def mode(self) -> Mode:
+        """Whether a higher score is better."""
+        return self._mode or (mode_in_name(self.name) if self.name is not None else None) or "max"
+
+    def of(self, logged: dict[str, Any]) -> float:
+        """Return the score.
+
+        Raises:
+            ValueError: If it is not there, or several values may be meant.
+        """
+        if self.name is None:
+            self.name = _the_score(logged)
+            rank_zero_info(f"The score is {self.name!r} ({'lower' if self.mode == 'min' else 'higher'} is better).")
+        if self.name not in logged:
+            raise ValueError(
+                f"Expected argument `--monitor` to be what a validation logs, but got {self.name!r}, and it logs "
+                f"{sorted(logged)}"
+            )
+        return float(logged[self.name])
+
+
+def _the_score(logged: dict[str, Any]) -> str:
+    """Return the one value that is a score, or else the one that is a loss."""
+    losses = [name for name in logged if mode_in_name(name) == "min"]
+    for names in ([name for name in logged if name not in losses], losses):
+        if len(names) == 1:
+            return names[0]
+        if names:
+            break
+    raise ValueError(
+        f"Expected argument `--monitor` to name the score, since a validation logs {sorted(logged) or 'nothing'}"
+        + ("" if logged else ": log one in `validation_step`, or pass `--no-score`, and `--max_drift` tells what stays")
+    )
+
+
+def _place_of_network(module: LightningModule, name: str | None) -> str:
+    if name is not None:
+        try:
+            module.get_submodule(name)
+        except AttributeError as error:
+            known = [each for each, _ in module.named_children()]
+            raise ValueError(
+                f"Expected argument `--network` to name a submodule of {type(module).__name__}, but got {name!r}; it "
+                f"has {known}"
+            ) from error
+        return name
+    if _is_overridden("forward", module, LightningModule):
+        return ""
+    trained = [each for each, child in module.named_children() if any(True for _ in child.parameters())]
+    if len(trained) != 1:
+        raise ValueError(
+            f"Expected {type(module).__name__} to have a `forward`, or argument `--network` to say which of its "
+            f"submodules is worked on, one of {trained}"
+        )
+    return trained[0]
+
+
+def _put(module: nn.Module, place: str, part: nn.Module) -> None:
+    parent, _, name = place.rpartition(".")
+    setattr(module.get_submodule(parent), name, part)
+
+
+def _is_overridden(name: str, instance: Any, base: type) -> bool:
+    return getattr(type(instance), name, None) is not getattr(base, name, None)
+
+
+def _first_of(loaders: Any) -> Iterable[Any]:
+    """Return the first of several loaders, however they are held."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders
+
+
+def first(batches: Iterable[Any], count: int) -> list[Any]:
+    """Return the first batches."""
+    return list(islice(batches, count))

@@ -1,0 +1,131 @@
+"""The subcommands as a mixin: for :class:`~lightning_easier.cli.EasierCLI`, and for a LightningCLI of one's own.
+
+Lightning takes its subcommands from methods of the Trainer, with all of the Trainer's options. Ours have a parser of
+the same keys, so that every config of a run is read, and a help of their own.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+from lightning_easier.cli.options import COMMANDS, Command, add_options
+from lightning_easier.cli.session import Session
+from lightning_easier.structure.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    _Base = LightningCLI
+else:
+    _Base = object
+
+# What of a config is of training alone. One device: a network is timed, merged and exported in one place.
+_NOT_USED: dict[str, Any] = {
+    "callbacks": None, "logger": False, "profiler": None, "plugins": None, "strategy": "auto", "num_nodes": 1,
+    "fast_dev_run": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "sync_batchnorm": False, "barebones": False,
+}  # fmt: skip
+
+
+class EasierSubcommands(_Base):
+    """Adds ``candidates``, ``compress``, ``collapse``, ``export`` and ``report`` to a LightningCLI.
+
+    Example::
+
+        class OwnCLI(EasierSubcommands, LightningCLI):
+            pass
+
+        OwnCLI(OwnModule, OwnDataModule)
+    """
+
+    def _add_subcommands(self, parser: "LightningArgumentParser", **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **{k: v for k, v in kwargs.items() if k not in COMMANDS})
+        subcommands: Any = parser._subcommands_action
+        self._own_arguments: dict[str, list[str]] = {}
+        for name, command in COMMANDS.items():
+            given = {"description": command.about, **kwargs.get(name, {}), "add_help": False}
+            own = self.init_parser(**given)
+            if command.needs_model:
+                self._add_arguments(own)
+            self._own_arguments[name] = add_options(own, command)
+            self._subcommand_parsers[name] = own
+            subcommands.add_subcommand(name, own, help=command.about)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's hyperparameters from the checkpoint, as Lightning does; the file as it was asked for."""
+        given = self.config.get(self.config.get("subcommand") or "", {})
+        path = given.get("ckpt_path")
+        if not path or not Path(path).is_file() or not given.get("model"):
+            return
+        safely = given.get("weights_only") is not False
+        checkpoint = read_checkpoint(path, argument="--ckpt_path", weights_only=safely)
+        of_model = dict(checkpoint.get("hyper_parameters") or {})
+        of_model.pop("_instantiator", None)
+        class_path = of_model.pop("_class_path", None)
+        if class_path is not None:
+            of_model = {"class_path": class_path, "dict_kwargs": of_model}
+        if of_model:
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": of_model}}, self.config)
+
+    @property
+    def _command(self) -> Command | None:
+        return COMMANDS.get(self.subcommand or "")
+
+    def instantiate_classes(self) -> None:
+        """Instantiate model and data, and a Trainer that only validates; nothing that trains."""
+        if self._command is None:
+            super().instantiate_classes()
+            return
+        self._monitor = None
+        if not self._command.needs_model:
+            self.config_init = self.config
+            return
+        settings = self.config[self.subcommand]["trainer"]
+        self._monitor = _monitored(settings.get("callbacks"))
+        for name, value in _NOT_USED.items():
+            settings[name] = value
+        settings["devices"] = _one_of(settings.get("devices"))
+        self.save_config_callback = None
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Instantiate the Trainer; for ours, without the callbacks of the class."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._command is not None:
+            trainer.callbacks = []  # type: ignore[attr-defined]
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        command = COMMANDS.get(subcommand)
+        if command is None:
+            super()._run_subcommand(subcommand)
+            return
+        given = {name: self.config_init[subcommand].get(name) for name in self._own_arguments[subcommand]}
+        if "monitor" in given and given["monitor"] is None and self._monitor is not None:
+            given["monitor"], mode = self._monitor
+            given["mode"] = given["mode"] or mode
+        if not command.needs_model:
+            command.run(**given)
+            return
+        datamodule: LightningDataModule | None = self.datamodule
+        start = partial(Session, self.model, datamodule, self.trainer)
+        command.run(start, **given)
+
+
+def _monitored(callbacks: Any) -> tuple[str, str | None] | None:
+    """Return the score that the first callback with a tolerance, or else the first of all, monitors, and its mode."""
+    found = []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        arguments = callback.get("init_args") if hasattr(callback, "get") else None
+        if arguments is not None and arguments.get("monitor"):
+            found.append(("tolerance" not in arguments, arguments["monitor"], arguments.get("mode")))
+    return min(found, key=lambda each: each[0])[1:] if found else None
+
+
+def _one_of(devices: Any) -> Any:
+    """Return one of the devices that a run was on."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(each) for each in devices.split(",") if each.strip()]
+    return devices[:1] if isinstance(devices, list) and devices else 1
