@@ -169,6 +169,7 @@ def collapse(
             fits = _fit(fitted, sites, calibration, reader, arguments, ChainPrices(objective, table), slack)
         prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
         result = prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
+        warn_of_lost_arguments(model, result.report)
         return with_operators(result, prepared.baseline.model, arguments, table.pace)
 
 
@@ -195,6 +196,16 @@ def prepare(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         source = _source(model, arguments)
         return Prepared(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
+
+
+def warn_of_lost_arguments(model: nn.Module, report: CollapseReport) -> None:
+    """Warn if a collapsed model no longer takes what the model does; once, of what is returned to a user."""
+    if report.lost_arguments:
+        rank_zero_warn(
+            f"The collapsed {type(model).__name__} no longer takes the arguments {', '.join(report.lost_arguments)}, "
+            f"and computes what it does without them. Make them attributes of the model, or give it those that it "
+            f"needs in `example_inputs`."
+        )
 
 
 def with_operators(
@@ -423,12 +434,6 @@ class Prepared:
             lost_arguments(self._model, self._arguments) if isinstance(result, fx.GraphModule) else [],
             steps.trimmed, self._blocks,
         )  # fmt: skip
-        if report.lost_arguments:
-            rank_zero_warn(
-                f"The collapsed {type(self._model).__name__} no longer takes the arguments "
-                f"{', '.join(report.lost_arguments)}, and computes what it does without them. Make them attributes of "
-                f"the model, or give it those that it needs in `example_inputs`."
-            )
         if isinstance(result, fx.GraphModule):
             result.meta[_COLLAPSED] = True  # which a copy takes with it
             vars(result)[_COLLAPSED] = True  # as a pickle does

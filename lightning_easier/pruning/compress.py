@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_easier.collapsing.engine import warn_of_lost_arguments
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
@@ -298,6 +299,7 @@ def compress(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
         drift, look.result.report, ended, notes, score, mode,
     )  # fmt: skip
+    warn_of_lost_arguments(source, look.result.report)
     return CompressResult(look.result.model, search.model, report)
 
 

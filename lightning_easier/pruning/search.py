@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.correcting import gather_alone
-from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
+from lightning_easier.collapsing.fit.drift import as_matrices, change_of, drift_of, first_samples, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import (
     ACTIVATIONS_IN_A_CHAIN,
@@ -25,6 +25,7 @@ from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.stages import SEARCHING, Clock
 from lightning_easier.report import Trial
 from lightning_easier.sites.discovery import KnownForwards
+from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.progress import Stages
 
 # Of its price, an operator in the place of a chain has to save so much more than another.
@@ -213,10 +214,11 @@ class Search:
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
         sums = self._gather(whole, progress.advance)
+        beginnings = Beginnings(self.model, first_samples(self._batches))
         while looked_at < len(whole) and not clock.is_over():
             place, gathered = next(sums)
             progress.name(" + ".join(place.operators))
-            found += self._candidates_for(place, gathered, chains.reasons, progress.advance)
+            found += self._candidates_for(place, gathered, beginnings, chains.reasons, progress.advance)
             progress.finish()
             looked_at += 1
         self.was_cut = looked_at < len(whole)
@@ -256,7 +258,12 @@ class Search:
         return sorted(places, key=lambda place: (end(place), len(place.parts)))
 
     def _candidates_for(
-        self, place: Place, gathered: Gathered | None, reasons: dict[str, str], advance: Callable[[], object]
+        self,
+        place: Place,
+        gathered: Gathered | None,
+        beginnings: Beginnings,
+        reasons: dict[str, str],
+        advance: Callable[[], object],
     ) -> list[FittedCandidate]:
         """Return what may go into one place; add why nothing may, by site."""
         try:
@@ -269,9 +276,10 @@ class Search:
                 reasons[place.told[0]] = str(error)
             return []
         found = []
+        run = beginnings.running_from(place.parts)
         for choice in choices:
             try:
-                outputs = try_out(self.model, choice, self._outputs)
+                outputs = as_matrices(try_out(self.model, choice, run))
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
                 reasons.update(dict.fromkeys(place.told, str(error)))
                 continue

@@ -23,8 +23,8 @@ class Unneeded:
         watch: Tells whether the target is reached.
         look: The last look at the model.
         score: Of the model; None if it was not evaluated.
-        most: How many attempts to put something else in the place of a step may be in vain: each takes a collapse, and
-            timings.
+        most: How many attempts to do without a step may be in vain, and how many to put something else in its place:
+            each takes a collapse, and timings.
         clock: Tells whether the time is over.
         progress: Is told of each step.
 
@@ -49,7 +49,7 @@ class Unneeded:
         self.score = score
         self._search, self._candidates, self._judge, self._watch = search, candidates, judge, watch
         self._most, self._clock, self._progress = most, clock, progress
-        self._in_vain = 0
+        self._in_vain = {"removed": 0, "replaced": 0}
 
     def take_back(self) -> None:
         """Take back what is not needed, each step once."""
@@ -57,8 +57,8 @@ class Unneeded:
             for less in self._less_than(step):
                 if self._clock.is_over() or not self._watch.is_passed(self.look):
                     return
-                if less is not None and self._most.are_too_many(self._in_vain):
-                    break
+                if self._most.are_too_many(self._in_vain["removed" if less is None else "replaced"]):
+                    continue
                 saving = 0.0 if less is None else less.choice.saving
                 is_enough = self._watch.may_do_with(self.look, self._search.saved, step.saving - saving)
                 if is_enough and self._search.is_uncovered(step) and self._is_replaced(step, less):
@@ -96,7 +96,7 @@ class Unneeded:
             if trial is not None:
                 search.undo(str(reason))
             search.put_back(step, number)
-            self._in_vain += less is not None
+            self._in_vain["removed" if less is None else "replaced"] += 1
             return False
         step.trial.kept = False
         instead = "without it" if less is None else f"with {less.choice.fit.kind} in its place"

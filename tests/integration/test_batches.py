@@ -324,9 +324,10 @@ def test_a_network_of_hugging_face_is_measured_compressed_and_exported(bert, tmp
     inputs = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in data]
     entropies = measure_entropy(bert, data)
     assert entropies == measure_entropy(bert, [tuple(batch.values()) for batch in inputs])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The collapsed .* no longer takes")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         result = compress(bert, data, objective="macs", max_drift=0.5)
+    assert sum("no longer takes the arguments **" in str(warning.message) for warning in told) == 1
     assert any(trial.kept for trial in result.report.trials)
     with torch.no_grad():
         made, fitted = result.model(**inputs[1]), result.fitted(**inputs[1])

@@ -131,3 +131,22 @@ def test_a_depth_that_is_passed_is_given_back_and_what_is_too_deep_is_not_timed(
     assert report.after.depth <= 5
     assert kept(report) == ["2"]
     assert len(looks) == 2  # when the target was reached, and when it was without the first block
+
+
+def test_it_stops_to_look_for_what_is_not_needed_where_it_looks_in_vain(monkeypatch):
+    """Each look takes a collapse and timings; where those are off, many steps seem to be needed by nothing."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    monkeypatch.setattr(targets.TargetWatch, "is_passed", lambda *_: True)
+    monkeypatch.setattr(targets.TargetWatch, "may_do_with", lambda *_: True)
+    monkeypatch.setattr(targets.TargetWatch, "is_surely_reached", lambda *_: False)
+    looks, look = [], targets.TargetWatch.look_if_shallow
+
+    def counted(watch, *given):
+        looks.append(given)
+        return look(watch, *given)
+
+    monkeypatch.setattr(targets.TargetWatch, "look_if_shallow", counted)
+    model = Sum([256] * 8, [0.02] * 8).eval()
+    report = compress(model, BATCHES, target_speedup=1.8, max_drift=math.inf, max_rejections=2, narrow=False).report
+    assert sum(trial.kept for trial in report.trials) > 3
+    assert len(looks) == 2 * 2

@@ -1,6 +1,7 @@
 """How much the outputs of a model have changed, and in which direction."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,32 @@ _SAMPLES, _VALUES = 200, 1024
 
 
 def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return what a model makes of the first of some batches: a matrix for each of its outputs.
+    """Return what a model makes of the first samples of some batches: a matrix for each of its outputs.
 
     Args:
         model: The model, in eval mode.
         batches: The forward's positional arguments, for each batch.
     """
-    some, samples = [], 0
+    with torch.no_grad():
+        return as_matrices([call(model, copies(batch)) for batch in first_samples(batches)])
+
+
+def first_samples(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Return the batches that tell how much outputs have changed."""
+    some: list[tuple[Tensor, ...]] = []
+    samples = 0
     for batch in batches:
         some.append(batch)
         samples += len(batch[0])
         if samples >= _SAMPLES:
             break
-    with torch.no_grad():
-        each = [tensors_in(call(model, copies(batch))) for batch in some]
+    return some
+
+
+def as_matrices(returned: Sequence[Any]) -> list[Tensor]:
+    """Return a matrix of what a model has returned for some batches, for each of its outputs: a row a sample."""
     outputs: list[Tensor] = []
-    for column in zip(*each, strict=True):
+    for column in zip(*map(tensors_in, returned), strict=True):
         rows = [x.reshape(len(x), -1) for x in column if x.ndim]
         is_one = len({x.shape[1] for x in rows}) == 1  # else sequences of other lengths
         outputs += [torch.cat(rows)] if is_one else rows

@@ -1,0 +1,171 @@
+"""Run a model again and again where only an end of it changes: what comes before returns what it has returned."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_easier.support.calls import call, copies
+
+# So many bytes of outputs are kept at most.
+_MOST = 2**29
+
+
+class _Span(NamedTuple):
+    """When a module was called, counted in calls and returns, and what it takes to keep what it returned."""
+
+    began: int
+    ended: int
+    size: int
+
+
+class Beginnings:
+    """Knows what the modules of a model return on some batches.
+
+    While it is used, only what it is told of may change in the model. A module is never run again where that can't be
+    told from running it: it is called once, returns tensors alone, and nothing that follows writes into them.
+
+    Args:
+        model: The model, in eval mode.
+        batches: What it is called with.
+        most: How many bytes of outputs are kept at most.
+
+    Attributes:
+        outputs: What the model returns on each batch.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Sequence[Tensor]], most: int = _MOST) -> None:
+        self._model, self._batches = model, batches
+        self._began: dict[nn.Module, int] = {}
+        self._kept: dict[nn.Module, list[Any]] = {}
+        self._ended: dict[nn.Module, int] = {}
+        self.outputs: list[Any] = []
+        worth_keeping: set[nn.Module] | None = None
+        for batch in batches[:1]:  # which are worth the room
+            watch = _Watch(model)
+            watch.run(model, batch)
+            self._began = {module: span.began for module, span in watch.spans.items()}
+            self._ended = {module: span.ended for module, span in watch.spans.items()}
+            samples = [len(each[0]) if each[0].ndim else 1 for each in batches]
+            worth_keeping = _within(watch.spans, most * samples[0] // max(sum(samples), 1))
+        for batch in batches:
+            watch = _Watch(model, worth_keeping)
+            self.outputs.append(watch.run(model, batch))
+            kept = watch.kept()
+            worth_keeping = set(kept) if worth_keeping is None else worth_keeping & set(kept)
+            for module, output in kept.items():
+                self._kept.setdefault(module, []).append(output)
+        self._kept = {module: self._kept[module] for module in worth_keeping or ()}
+
+    def running_from(self, names: Iterable[str]) -> Callable[[], list[Any]]:
+        """Return a function that runs the model on each batch, if only these modules and those after them have changed.
+
+        Args:
+            names: Names of modules, as they are now; something else may be in their places when the function is called.
+        """
+        began = [self._began.get(self._model.get_submodule(name)) for name in names]
+        # What was not called before may be called now, whenever
+        start = 0 if None in began else min((each for each in began if each is not None), default=0)
+        done = [module for module in self._kept if self._ended[module] < start]
+
+        def run() -> list[Any]:
+            returned = []
+            for number, batch in enumerate(self._batches):
+                with torch.no_grad(), _returning({module: self._kept[module][number] for module in done}):
+                    returned.append(call(self._model, copies(batch)))
+            return returned
+
+        return run
+
+
+class _Watch:
+    """Notes when each module of a model is called, and what it returns.
+
+    Args:
+        model: The model.
+        wanted: The modules whose outputs are kept; none by default.
+
+    Attributes:
+        spans: Of each module that was called once, and returned tensors alone.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Iterable[nn.Module] | None = None) -> None:
+        self.spans: dict[nn.Module, _Span] = {}
+        self._wanted = set(wanted or ())
+        self._time = 0
+        self._calls: dict[nn.Module, list[int]] = {}
+        self._returned: dict[nn.Module, tuple[Any, list[int]]] = {}
+        self._inner = [module for module in model.modules() if module is not model]
+
+    def run(self, model: nn.Module, batch: Sequence[Tensor]) -> Any:
+        """Return what the model returns."""
+        handles = [module.register_forward_pre_hook(self._begin) for module in self._inner]
+        handles += [module.register_forward_hook(self._end) for module in self._inner]
+        try:
+            with torch.no_grad():
+                return call(model, copies(batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def kept(self) -> dict[nn.Module, Any]:
+        """Return what the wanted modules have returned, where nothing has written into it since."""
+        return {
+            module: output
+            for module, (output, versions) in self._returned.items()
+            if module in self.spans and versions == [tensor._version for tensor in _tensors(output) or ()]
+        }
+
+    def _begin(self, module: nn.Module, *_: Any) -> None:
+        self._time += 1
+        self._calls.setdefault(module, []).append(self._time)
+
+    def _end(self, module: nn.Module, _: Any, output: Any) -> None:
+        self._time += 1
+        tensors = _tensors(output)
+        self.spans.pop(module, None)
+        if len(self._calls[module]) > 1 or tensors is None:
+            return
+        size = sum(tensor.nbytes for tensor in tensors)
+        self.spans[module] = _Span(self._calls[module][0], self._time, size)
+        if module in self._wanted:
+            self._returned[module] = output, [tensor._version for tensor in tensors]
+
+
+def _tensors(output: Any) -> list[Tensor] | None:
+    """Return the tensors that an output is made of; None if it is made of anything else."""
+    leaves = pytree.tree_leaves(output)
+    return leaves if leaves and all(isinstance(leaf, Tensor) for leaf in leaves) else None
+
+
+def _within(spans: dict[nn.Module, _Span], most: int) -> set[nn.Module]:
+    """Return what is kept of so many bytes: what has parts first, and of each the earlier."""
+    wanted: set[nn.Module] = set()
+    for module in sorted(spans, key=lambda each: (not any(True for _ in each.children()), spans[each].began)):
+        if spans[module].size <= most:
+            most -= spans[module].size
+            wanted.add(module)
+    return wanted
+
+
+@contextmanager
+def _returning(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Have modules return what they have returned, until the end."""
+    own = {module: vars(module)["forward"] for module in outputs if "forward" in vars(module)}
+    try:
+        for module, output in outputs.items():
+            module.forward = _constant(output)
+        yield
+    finally:
+        for module in outputs:
+            if module in own:
+                module.forward = own[module]
+            else:
+                vars(module).pop("forward", None)
+
+
+def _constant(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output

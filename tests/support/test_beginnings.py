@@ -1,0 +1,124 @@
+"""A model whose end has changed computes what it would from the start; what comes before is not run again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_easier.support.beginnings import Beginnings
+from lightning_easier.support.calls import Arguments, call
+from lightning_easier.zoo import CifarResNet
+
+
+class Everything(nn.Module):
+    """What may go wrong: writes in place, a module called twice, another that returns no tensor, an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.written = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.twice = nn.Linear(4, 4)
+        self.pair = Pair()
+        self.note = Note()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x, scale=None):
+        x = self.first(x)
+        y = self.written(x)
+        y.view(-1)[:2] += 1
+        y = self.twice(self.act(y))
+        y, z = self.pair(self.twice(y))
+        y = y + z * self.note(y)["factor"]
+        y = self.block(y if scale is None else y * scale)
+        return self.last(y)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x), x
+
+
+class Note(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return {"factor": 1 + self.weight * x.mean(), "name": "note"}
+
+
+NAMES = [name for name, module in Everything().named_modules() if name and not list(module.children())]
+
+
+def changed(model, name):
+    """Return what takes the place of a module: another of its kind, with other values."""
+    other = type(model.get_submodule(name))
+    if other is nn.Linear:
+        old = model.get_submodule(name)
+        return nn.Linear(old.in_features, old.out_features)
+    return nn.Identity() if other is not Note else Note().requires_grad_(False)
+
+
+@given(
+    name=st.sampled_from(NAMES), seed=st.integers(0, 100), most=st.sampled_from([0, 300, 2**20]), named=st.booleans()
+)
+def test_it_computes_what_the_changed_model_does(name, seed, most, named):
+    torch.manual_seed(seed)
+    model = Everything().eval()
+    values = [torch.randn(size, 4) for size in (5, 5, 2)]
+    batches = [Arguments((x, torch.rand(len(x), 1)), ["scale"]) if named else (x,) for x in values]
+    beginnings = Beginnings(model, batches, most)
+    run = beginnings.running_from([name])
+    before = [call(model, batch) for batch in batches]
+    assert all(map(torch.equal, beginnings.outputs, before))
+    old, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], changed(model, name))
+    with torch.no_grad():
+        expected = [call(model, batch) for batch in batches]
+    for _ in range(2):
+        assert all(map(torch.equal, run(), expected))
+    setattr(parent, name.rpartition(".")[2], old)
+    assert all(map(torch.equal, run(), before))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_comes_before_is_not_run_and_what_it_is_told_is_a_part_of_a_block():
+    model = CifarResNet(20).eval()
+    run = Beginnings(model, [(torch.randn(2, 3, 32, 32),)]).running_from(["layer2.1.conv2", "layer3.0.conv1"])
+    ran = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            own = module.forward
+            module.forward = lambda x, own=own, name=name: ran.append(name) or own(x)
+    run()
+    assert ran[0] == "layer2.1.conv2"
+    assert not any(name.startswith(("layer1", "layer2.0")) for name in ran)
+    assert len(ran) == 9
+
+
+def test_an_own_forward_of_an_instance_comes_back():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    own = model[0].forward
+    model[0].forward = lambda x: own(x) + 1
+    mine = model[0].forward
+    x = torch.randn(3, 2)
+    run = Beginnings(model, [(x,)]).running_from(["2"])
+    with torch.no_grad():
+        torch.testing.assert_close(run()[0], model(x))
+    assert model[0].forward is mine
+
+
+def test_a_forward_that_fails_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    run = Beginnings(model, [(torch.randn(3, 2),)]).running_from(["1"])
+    model[1] = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError):
+        run()
+    assert "forward" not in vars(model[0])
