@@ -71,11 +71,11 @@ def entropy_of_counts(on: Tensor, off: Tensor) -> Tensor:
 
 
 def activation_entropy(pre_activation: Tensor, neuron_dim: int = 1) -> Tensor:
-    r"""Compute the entropy of every neuron of one activation from its pre-activations.
+    """Compute the entropy of every neuron of one activation from its pre-activations.
 
-    With :math:`p` the share of ON (:math:`z > 0`) among ON and OFF (:math:`z < 0`), over all axes but the neuron's,
+    With p the share of ON (z > 0) among ON and OFF (z < 0), over all axes but the neuron's,
 
-    .. math:: H = -p \log_2 p - (1 - p) \log_2 (1 - p), \qquad 0 \log_2 0 = 0.
+    H = -p log2 p - (1 - p) log2(1 - p), with 0 log2 0 = 0.
 
     Exact zeros and NaN have no sign and are left out, value by value; infinities have one.
 

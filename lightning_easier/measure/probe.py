@@ -427,10 +427,10 @@ def measure_error_likelihood(
     gates: bool | Iterable[str] = False,
     inputs_of: InputsOf | None = None,
 ) -> dict[str, float]:
-    r"""Compute how likely the neurons of every activation are to switch, from batch norms where that is possible.
+    """Compute how likely the neurons of every activation are to switch, from batch norms where that is possible.
 
-    The mean over the neurons of :math:`\Phi(-|\beta| / \gamma)`. Where a batch norm lies right before the activation,
-    identities aside, :math:`\beta` and :math:`\gamma` are its shift and its scale, and no data are needed. Elsewhere
+    The mean over the neurons of Φ(−|β| / γ). Where a batch norm lies right before the activation,
+    identities aside, β and γ are its shift and its scale, and no data are needed. Elsewhere
     they are mean and standard deviation of the pre-activation, which are measured.
 
     Args:

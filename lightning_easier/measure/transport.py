@@ -159,15 +159,14 @@ def sliced_wasserstein(
     kind: Kind = "max",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Compute the sliced Wasserstein distance between two batches, to be measured or to be added to a loss.
+    """Compute the sliced Wasserstein distance between two batches, to be measured or to be added to a loss.
 
-    Each sample is flattened whole. With unit vectors :math:`\theta_1, \ldots, \theta_K`, drawn uniformly, and
-    :math:`x_{(n)}^k` the n-th smallest of the projections :math:`\langle \theta_k, x_n \rangle`, the distance of a
-    slice is
+    Each sample is flattened whole and projected on K unit vectors, drawn uniformly. With x_k(n) the n-th smallest of
+    the projections of ``x`` on the k-th, the distance of a slice is
 
-    .. math:: W_k = \Bigl( \frac{1}{N} \sum_{n=1}^N \bigl| x_{(n)}^k - y_{(n)}^k \bigr|^p \Bigr)^{1/p}
+    W_k = (1/N · Σ_n |x_k(n) − y_k(n)|^p)^(1/p)
 
-    and that of the batches :math:`\max_k W_k`, or :math:`\bigl( \frac{1}{K} \sum_k W_k^p \bigr)^{1/p}`.
+    and that of the batches max_k W_k, or (1/K · Σ_k W_k^p)^(1/p).
 
     It is differentiable in both batches. Where the largest slice is sought, the gradient is that of the slice found.
     Where the distance is zero, as of a block that is the identity, the gradient is zero. Two batches of the same
