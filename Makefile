@@ -10,7 +10,7 @@ LOWEST_PYTHON ?= python3.11
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
 
-.PHONY: help demo test matrix prove lint format notebooks networks tensorboard bench clean
+.PHONY: help demo test matrix prove lint format docs notebooks networks tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -53,6 +53,9 @@ format: $(VENV)/.dev  ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.dev  ## Build the site into the folder `site`, strictly; `python -m http.server -d site` shows it.
+	$(BIN)/mkdocs build --strict
+
 notebooks: $(VENV)/.dev  ## Execute the notebooks in place.
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
@@ -68,4 +71,4 @@ bench: $(VENV)/.dev  ## Measure what measuring costs, what a collapse saves and 
 	$(BIN)/python benchmarks/fitting.py
 
 clean:  ## Remove the environment and what the demo made.
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo_output
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo_output site
