@@ -2,13 +2,14 @@
 
 import dis
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,22 @@ _GLOBALS = ("type", "hasattr", "callable", "issubclass", "vars", "id")
 _NAMES = ("is_tensor", "is_compiling", "is_exporting", "is_dynamo_compiling", "children", "named_children", "modules",
           "named_modules", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict")  # fmt: skip
 _GRADIENT_MODES = (torch.is_grad_enabled, torch.is_inference_mode_enabled)
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME")
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME")
+_PART_OF_TWO = re.compile("(?:LOAD|STORE)_FAST(?:_BORROW)?")
+
+
+class Instruction(NamedTuple):
+    """What of an instruction is read here.
+
+    Attributes:
+        opname: Its name.
+        argval: What it is about: the name of a variable, a constant, where it jumps to.
+        offset: Where it is.
+    """
+
+    opname: str
+    argval: Any
+    offset: int
 
 
 class ExecutedCode:
@@ -88,13 +104,14 @@ def why_unfaithful(executed: ExecutedCode, forward: Any) -> str | None:
 def _why_unfaithful(code: CodeType, may_be_none: frozenset[str]) -> str | None:
     if not code.co_flags & inspect.CO_GENERATOR and _handles_exceptions(code):
         return "it handles exceptions or enters a context (`try`, `with`)"
-    if any(instruction.opname.startswith("MATCH_") for instruction in dis.get_instructions(code)):
+    instructions = in_singles(dis.get_instructions(code))
+    if any(each.opname.startswith("MATCH_") for each in instructions):
         return "it matches a value against patterns (`match`)"
     names = [name for name in _NAMES if name in code.co_names]
-    names += [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL" and i.argval in _GLOBALS]
+    names += [each.argval for each in instructions if each.opname == "LOAD_GLOBAL" and each.argval in _GLOBALS]
     if names:
         return f"it asks for what a recording can't know (`{names[0]}`)"
-    return "it asks whether a value is None" if _asks_for_none(code, may_be_none) else None
+    return "it asks whether a value is None" if asks_for_none(instructions, may_be_none) else None
 
 
 def _handles_exceptions(code: CodeType) -> bool:
@@ -127,9 +144,29 @@ def _restores(handler: Sequence[Any]) -> bool:
     return drops == ["SWAP", "POP_TOP", "SWAP"] and bool(stores) and all(name == "STORE_FAST" for name in stores)
 
 
-def _asks_for_none(code: CodeType, may_be_asked: frozenset[str]) -> bool:
-    """Tell whether a function compares something with None that is neither an attribute nor one of these arguments."""
-    instructions = list(dis.get_instructions(code))
+def in_singles(instructions: Iterable[Any]) -> list[Instruction]:
+    """List instructions; those that read or write two variables, which there are since Python 3.13, as two.
+
+    Args:
+        instructions: As ``dis`` gives them.
+    """
+    singles = []
+    for each in instructions:
+        parts = _PART_OF_TWO.findall(each.opname)
+        if len(parts) == 2:
+            singles += [Instruction(part, name, each.offset) for part, name in zip(parts, each.argval, strict=True)]
+        else:
+            singles.append(Instruction(each.opname, each.argval, each.offset))
+    return singles
+
+
+def asks_for_none(instructions: Sequence[Instruction], may_be_asked: frozenset[str]) -> bool:
+    """Tell whether a function compares something with None that is neither an attribute nor one of these arguments.
+
+    Args:
+        instructions: Of the function, from :func:`in_singles`.
+        may_be_asked: Names of arguments.
+    """
     set_to_none = {
         after.argval
         for before, after in pairwise(instructions)
@@ -164,7 +201,7 @@ def names_used(codes: Iterable[CodeType], weight: int = 1) -> Counter[str]:
 @lru_cache(maxsize=4096)
 def _names_used(code: CodeType, weight: int) -> Counter[str]:
     names: Counter[str] = Counter()
-    instructions = list(dis.get_instructions(code))
+    instructions = in_singles(dis.get_instructions(code))
     loops = [
         range(instruction.argval, instruction.offset)
         for instruction in instructions

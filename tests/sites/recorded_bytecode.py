@@ -2,6 +2,9 @@
 
 ``SOURCES`` was compiled in each; ``RECORDED`` holds, by version and name, the instructions as ``offset:opname`` and the
 targets of the exception table's entries. Every entry of a table has a target; several may have the same.
+
+``ASKING`` was compiled in 3.13.0 and in 3.14.2; ``RECORDED_ASKING`` holds instructions as ``offset:opname:argval``, two
+variables of one instruction with a ``+`` between them.
 """
 
 SOURCES = {
@@ -32,6 +35,68 @@ def forward(self, x):
     finally:
         self.done = True
 """,
+}
+
+ASKING = {
+    "after another argument": """
+def forward(self, x, mask=None):
+    return self.layer(x, x if mask is None else mask)
+""",
+    "after a value was kept": """
+def forward(self, x, mask=None):
+    y = x; return y if mask is None else self.layer(y, mask)
+""",
+    "of what may be none": """
+def forward(self, x):
+    y = None; z = y
+    return x if y is None else self.layer(x, z)
+""",
+    "of a value": """
+def forward(self, x, mask=None):
+    return self.layer(mask, mask if x is None else x)
+""",
+}
+
+RECORDED_ASKING = {
+    ("3.13.0", "after another argument"): """
+        0:RESUME:0 2:LOAD_FAST:self 4:LOAD_ATTR:layer 24:LOAD_FAST_LOAD_FAST:x+mask 26:POP_JUMP_IF_NOT_NONE:42
+        30:LOAD_FAST:x 32:CALL:2 40:RETURN_VALUE:None 42:LOAD_FAST:mask 44:CALL:2 52:RETURN_VALUE:None
+        """,
+    ("3.13.0", "after a value was kept"): """
+        0:RESUME:0 2:LOAD_FAST:x 4:STORE_FAST_LOAD_FAST:y+mask 6:POP_JUMP_IF_NOT_NONE:14 10:LOAD_FAST:y
+        12:RETURN_VALUE:None 14:LOAD_FAST:self 16:LOAD_ATTR:layer 36:LOAD_FAST_LOAD_FAST:y+mask 38:CALL:2
+        46:RETURN_VALUE:None
+        """,
+    ("3.13.0", "of what may be none"): """
+        0:RESUME:0 2:LOAD_CONST:None 4:STORE_FAST_LOAD_FAST:y+y 6:STORE_FAST:z 8:LOAD_FAST:y
+        10:POP_JUMP_IF_NOT_NONE:18 14:LOAD_FAST:x 16:RETURN_VALUE:None 18:LOAD_FAST:self 20:LOAD_ATTR:layer
+        40:LOAD_FAST_LOAD_FAST:x+z 42:CALL:2 50:RETURN_VALUE:None
+        """,
+    ("3.13.0", "of a value"): """
+        0:RESUME:0 2:LOAD_FAST:self 4:LOAD_ATTR:layer 24:LOAD_FAST_LOAD_FAST:mask+x 26:POP_JUMP_IF_NOT_NONE:42
+        30:LOAD_FAST:mask 32:CALL:2 40:RETURN_VALUE:None 42:LOAD_FAST:x 44:CALL:2 52:RETURN_VALUE:None
+        """,
+    ("3.14.2", "after another argument"): """
+        0:RESUME:0 2:LOAD_FAST:self 4:LOAD_ATTR:layer 24:LOAD_FAST_LOAD_FAST:x+mask 26:POP_JUMP_IF_NOT_NONE:44
+        30:NOT_TAKEN:None 32:LOAD_FAST_BORROW:x 34:CALL:2 42:RETURN_VALUE:None 44:LOAD_FAST:mask 46:CALL:2
+        54:RETURN_VALUE:None
+        """,
+    ("3.14.2", "after a value was kept"): """
+        0:RESUME:0 2:LOAD_FAST:x 4:STORE_FAST_LOAD_FAST:y+mask 6:POP_JUMP_IF_NOT_NONE:16 10:NOT_TAKEN:None
+        12:LOAD_FAST_BORROW:y 14:RETURN_VALUE:None 16:LOAD_FAST_BORROW:self 18:LOAD_ATTR:layer
+        38:LOAD_FAST_BORROW_LOAD_FAST_BORROW:y+mask 40:CALL:2 48:RETURN_VALUE:None
+        """,
+    ("3.14.2", "of what may be none"): """
+        0:RESUME:0 2:LOAD_CONST:None 4:STORE_FAST_LOAD_FAST:y+y 6:STORE_FAST:z 8:LOAD_FAST_BORROW:y
+        10:POP_JUMP_IF_NOT_NONE:20 14:NOT_TAKEN:None 16:LOAD_FAST_BORROW:x 18:RETURN_VALUE:None
+        20:LOAD_FAST_BORROW:self 22:LOAD_ATTR:layer 42:LOAD_FAST_BORROW_LOAD_FAST_BORROW:x+z 44:CALL:2
+        52:RETURN_VALUE:None
+        """,
+    ("3.14.2", "of a value"): """
+        0:RESUME:0 2:LOAD_FAST:self 4:LOAD_ATTR:layer 24:LOAD_FAST_LOAD_FAST:mask+x 26:POP_JUMP_IF_NOT_NONE:44
+        30:NOT_TAKEN:None 32:LOAD_FAST_BORROW:mask 34:CALL:2 42:RETURN_VALUE:None 44:LOAD_FAST:x 46:CALL:2
+        54:RETURN_VALUE:None
+        """,
 }
 
 RECORDED = {

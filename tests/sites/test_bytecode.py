@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import isolate_activations
-from lightning_easier.sites.bytecode import handles_exceptions
-from tests.sites.recorded_bytecode import RECORDED, SOURCES
+from lightning_easier.sites.bytecode import asks_for_none, handles_exceptions, in_singles, names_used
+from tests.sites.recorded_bytecode import ASKING, RECORDED, RECORDED_ASKING, SOURCES
 
 COMPREHENSIONS = ("one for each layer", "nested")
 
@@ -50,6 +50,37 @@ def test_only_what_restores_variables_and_raises_again_is_no_handler(handler):
     instructions = [SimpleNamespace(offset=2 * place, opname=name) for place, name in enumerate(handler.split())]
     assert handles_exceptions(instructions, [SimpleNamespace(target=0)])
     assert not handles_exceptions(instructions, [])
+
+
+def recorded_with_values(text: str) -> list[SimpleNamespace]:
+    made = []
+    for offset, name, value in (word.split(":") for word in text.split()):
+        value = None if value == "None" else tuple(value.split("+")) if "+" in value else value
+        made.append(SimpleNamespace(offset=int(offset), opname=name, argval=value))
+    return made
+
+
+@pytest.mark.parametrize(("version", "name"), RECORDED_ASKING)
+def test_a_question_for_none_is_seen_where_two_variables_share_an_instruction(version, name):
+    instructions = recorded_with_values(RECORDED_ASKING[version, name])
+    assert any(isinstance(each.argval, tuple) for each in instructions)
+    assert asks_for_none(in_singles(instructions), frozenset({"mask"})) is (name == "of a value")
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_this_python_asks_for_none_alike(name):
+    made: dict = {}
+    exec(ASKING[name], made)
+    instructions = in_singles(dis.get_instructions(made["forward"]))
+    assert asks_for_none(instructions, frozenset({"mask"})) is (name == "of a value")
+
+
+def test_a_name_that_is_asked_of_the_parent_is_used():
+    class Child(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    assert names_used([Child.forward.__code__])["forward"] == 1
 
 
 class Branches(nn.Module):
