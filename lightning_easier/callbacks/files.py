@@ -14,23 +14,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_easier.pruning.state import BestCheckpoint, RunState
 from lightning_easier.report import Round
 from lightning_easier.structure.linearize import MARK_KEY, restructure_as_marked
 from lightning_easier.support import loading, storage
 from lightning_easier.support.arguments import check_bool
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _LOCK = ".in_use"
 _OWN_NAME = re.compile(r"(round|best_removed)_(0|[1-9][0-9]*)\.ckpt")
@@ -188,6 +189,8 @@ class RunFiles:
 
     def _take(self, folder: Path) -> bool:
         """Lock a folder, until :meth:`release` or the end of the process; tell whether it was free."""
+        from filelock import FileLock, Timeout
+
         self.release()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +263,7 @@ class RunFiles:
             storage.remove(storage.temporary(path))
         if not failures:
             raise storage.not_written(path, RuntimeError("another process has failed"), _REMEDY)
-        if not isinstance(failures[0], OSError | RuntimeError | CheckpointException):  # it can't be pickled, say
+        if not isinstance(failures[0], (OSError, RuntimeError, _failure_of_a_folder())):  # it can't be pickled, say
             raise failures[0]
         raise storage.not_written(path, failures[0], _REMEDY) from failures[0]
 
@@ -301,8 +304,10 @@ class RunFiles:
         _check_leads_nowhere_else(path)
         into_model = loads_into_model(trainer)
         if path.is_dir() and self._weights_only:
+            from lightning_easier.support.folders import check_folder
+
             with explained(path):
-                loading.check_folder(path)  # torch will unpickle it as it is
+                check_folder(path)  # torch will unpickle it as it is
         checkpoint = self._read_on_cpu(path) if into_model else self.load(trainer, path)
         there = _check_form(path, checkpoint, state_key, with_weights=not into_model)
         if [*map(_as_it_began, there["rounds"])] != [_as_it_began(asdict(this)) for this in kept]:
@@ -420,6 +425,12 @@ def _is_version_of(version: Path, folder: Path) -> bool:
     return version == folder or (version.parent == folder.parent and is_numbered)
 
 
+def _failure_of_a_folder() -> type[BaseException]:
+    from torch.distributed.checkpoint.api import CheckpointException  # takes a while to import, and few runs need it
+
+    return CheckpointException
+
+
 @contextmanager
 def _failure_of_saving(trainer: Trainer) -> Iterator[list[BaseException]]:
     """Keep what goes wrong while a strategy saves, so that all processes leave the barrier after it."""
@@ -429,7 +440,7 @@ def _failure_of_saving(trainer: Trainer) -> Iterator[list[BaseException]]:
     def try_to_save(*args: Any, **kwargs: Any) -> None:
         try:
             save(*args, **kwargs)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
+        except (Exception, _failure_of_a_folder()) as error:  # the latter is no Exception
             failures.append(error)
 
     trainer.strategy.save_checkpoint = try_to_save  # type: ignore[method-assign]
@@ -534,10 +545,12 @@ def read_marks_of(path: Path, weights_only: bool = True) -> dict[str, Any]:
     if not path.is_dir():
         state_dict = _read_on_cpu(path, weights_only)["state_dict"]
         return {key: value for key, value in state_dict.items() if key.endswith(MARK_KEY)}
+    from lightning_easier.support.folders import check_folder, read_tensors_of
+
     with explained(path):
         if weights_only:
-            loading.check_folder(path)  # torch is about to unpickle the rest
-        marks = loading.read_tensors_of(path, MARK_KEY)
+            check_folder(path)  # torch is about to unpickle the rest
+        marks = read_tensors_of(path, MARK_KEY)
     return {key.removeprefix("state_dict."): value for key, value in marks.items()}
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from lightning_easier.support.calls import call
@@ -46,6 +45,8 @@ def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
 
     Every time that is measured in this package comes from here.
     """
+    from torch.utils.benchmark import Timer  # looks for compilers when it is imported
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return lambda runs: timer.timeit(runs).mean
 
