@@ -118,7 +118,14 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
     constants[GUARDS] = SizeGuards(
         guards.inputs, [*(f"{name}.ndim == {x.ndim}" for name, x in inputs.items()), *guards.conditions]
     )
-    return graph, constants
+    return _without_tracer(graph), constants
+
+
+def _without_tracer(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph without its tracer: torch 2.10 can't make that of torch.export again to load a saved model."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
 
 
 @contextmanager
