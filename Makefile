@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-MATRIX := tests/collapsing tests/sites tests/measure tests/structure tests/test_export.py tests/integration/test_private.py \
-	tests/integration/test_entropy_pruning.py
+MATRIX := tests/collapsing tests/sites tests/measure tests/structure tests/test_export.py tests/test_imports.py \
+	tests/integration/test_private.py tests/integration/test_entropy_pruning.py
 # The lowest of all, on the lowest Python; networks of transformers, and thousands of random ones, are the newest's
 LOWEST_PYTHON ?= python3.11
 LOWEST := $(VENV)-lowest
@@ -33,7 +33,7 @@ test: $(VENV)/.dev lint  ## Lint, then run all tests.
 
 matrix:  ## Test in fresh environments with the lowest versions (tests/lowest.txt), then with the newest; gigabytes.
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[demo,zoo]' 'pytest>=8.3' 'hypothesis>=6.115' 'POT>=0.9.7.post1'
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[demo,zoo]' 'pytest>=8.4' 'hypothesis>=6.115' 'POT>=0.9.7.post1'
 	$(LOWEST)/bin/python -m pytest $(MATRIX) --ignore tests/sites/test_networks.py --ignore tests/sites/test_paths.py \
 		--ignore tests/sites/test_feeding.py --ignore tests/collapsing/test_collapse_networks.py
 	$(PYTHON) -m venv --clear $(NEWEST)

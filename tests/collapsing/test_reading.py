@@ -18,6 +18,7 @@ from lightning_easier.structure.stand_in import AffineStandIn
 from lightning_easier.support.inference import relative_difference
 from tests.collapsing.test_linear_steps import conv, numbers
 from tests.models import randomize_batch_norms
+from tests.versions import needs_symbolic_strides, refused_without_sizes
 
 
 class Net(nn.Module):
@@ -201,8 +202,10 @@ REFUSED = {
 }  # fmt: skip
 
 
-def cases(table: dict) -> list:
-    return [pytest.param(rule, case, id=f"{rule}-{n}") for rule in table for n, case in enumerate(table[rule])]
+def cases(table: dict, **marks: pytest.MarkDecorator) -> list:
+    """List the cases of a table; those that have a mark by their rule and number."""
+    named = {f"{rule}_{n}": (rule, case) for rule in table for n, case in enumerate(table[rule])}
+    return [pytest.param(*named[name], id=name, marks=marks.get(name, ())) for name in named]
 
 
 @pytest.mark.parametrize(("rule", "case"), cases(READ))
@@ -228,7 +231,7 @@ def test_what_moves_or_averages_says_where_the_channels_are(rule, case):
     assert link.unchanged is (rule in ("Copy", "Conversion"))
 
 
-@pytest.mark.parametrize(("rule", "case"), cases(REFUSED))
+@pytest.mark.parametrize(("rule", "case"), cases(REFUSED, Convolution_1=needs_symbolic_strides))
 def test_a_check_gives_the_reason(rule, case):
     model, shape, reason = case
     call, _ = last_call(model, shape)
@@ -318,8 +321,9 @@ def pools_to_a_third_of_its_own(s, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "names", "reason"),
     [
-        (pools_to_a_third, ("a", "adaptive_avg_pool2d", "b"),
-         "`adaptive_avg_pool2d` takes `floordiv`, which is computed after `a`"),
+        pytest.param(pools_to_a_third, ("a", "adaptive_avg_pool2d", "b"),
+                     "`adaptive_avg_pool2d` takes `floordiv`, which is computed after `a`",
+                     marks=refused_without_sizes),
         (pools_to_a_third_of_its_own, ("a", "adaptive_avg_pool2d"),
          "its value has 2 readers: `size`, `adaptive_avg_pool2d`"),
         (lambda s, x: s.b(s.a(x).view(x.size(0), 4, x.size(2) * x.size(3), 1)), ("a", "b"),

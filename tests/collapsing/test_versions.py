@@ -9,7 +9,7 @@ from torch.fx._symbolic_trace import PH
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from lightning_easier import CollapseError, collapse
+from lightning_easier import CollapseError, collapse, isolate_activations, linearize
 from lightning_easier.collapsing.exact.torch_export import GUARDS
 from lightning_easier.support import versions
 from tests.versions import needs_sizes
@@ -46,6 +46,36 @@ def test_a_part_that_only_a_later_torch_can_capture_is_named_and_the_rest_merges
     assert names == ("3",)
     assert "AsksForItsSize can't be traced" in reason
     assert "2.10" in reason
+
+
+def test_a_layer_of_torch_that_only_a_later_torch_can_capture_is_named(old):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), layer).eval()
+    linearize(model, list(isolate_activations(model)))
+    result = collapse(model, torch.randn(2, 5, 8), objective="macs")
+    assert [merge.operators for merge in result.report.merges] == [("0", "1")]
+    ((names, reason),) = [(each.operators, each.reason) for each in result.report.refusals]
+    assert names == ("2",)
+    assert "TransformerEncoderLayer can't be traced" in reason
+    assert "2.10" in reason
+
+
+class WritesIntoNewZeros(nn.Module):
+    """What torch.fx can follow and must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(2, 2)
+        out += self.b(self.a(x))
+        return out
+
+
+def test_what_torch_fx_must_not_record_is_refused_by_both_reasons(old):
+    with pytest.raises(CollapseError, match=r"makes a tensor and writes into it.*torch\.cat.*sizes.*2\.10"):
+        collapse(WritesIntoNewZeros(), torch.randn(2, 4), objective="macs")
 
 
 @needs_sizes

@@ -63,7 +63,8 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             return _first_that_holds(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
-            if not isinstance(reason, CaptureError):  # that torch.fx could not follow is what torch.export is for
+            # what torch.fx can't follow is for torch.export, and a later one may take what torch.fx refuses, too
+            if not isinstance(reason, CaptureError) or not versions.SAYS_SIZES:
                 reason = CaptureError(_both(reason, error))
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
