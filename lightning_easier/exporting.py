@@ -362,7 +362,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
         if version != wanted.opset:  # torch only logs that it could not convert
             raise ExportError(
                 f"torch.onnx can't write the model in version {wanted.opset} of ONNX's operators, as `opset_version` "
-                f"asks; it wrote {version}. Versions from 18 on are its own"
+                f"asks; it wrote {version}. It writes 18, and later ones with a recent onnxscript"
             )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

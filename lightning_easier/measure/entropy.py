@@ -147,6 +147,7 @@ class ActivationEntropy(Metric):
             raise ValueError(f"Expected argument `num_neurons` to be a positive integer, but got {num_neurons}")
         self.num_neurons = num_neurons
         self.neuron_dim = neuron_dim
+        self._dtype = torch.get_default_dtype()  # an earlier torchmetrics has none
         for name in ("on", "off"):
             self.add_state(name, torch.zeros(num_neurons or 0, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -191,12 +192,12 @@ class ActivationEntropy(Metric):
         Raises:
             RuntimeError: If there was no update on any process: nothing observed is not an entropy of zero.
         """
-        return self.bits().to(device=self.device, dtype=self.dtype)
+        return self.bits().to(device=self.device, dtype=self._dtype)
 
     def layer(self) -> Tensor:
         """Compute the entropy of the activation: the mean over its neurons, in bits, a scalar."""
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return self.bits().mean().to(device=self.device, dtype=self.dtype)
+            return self.bits().mean().to(device=self.device, dtype=self._dtype)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "ActivationEntropy":
         """Set the dtype of the result; the counts stay integers."""

@@ -277,6 +277,7 @@ class SlicedWasserstein(Metric):
         self.kind = kind
         self.seed = seed
         self._number: int | None = None
+        self._dtype = torch.get_default_dtype()  # an earlier torchmetrics has none
         # float32: not every device has float64
         self.add_state("total", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
         for name in ("samples", "left_out"):
@@ -327,7 +328,7 @@ class SlicedWasserstein(Metric):
                 "SlicedWasserstein has seen no batches. Call `update` first; in a hook, check that the block is called "
                 "(a compiled model ignores hooks that are added later)."
             )
-        return _sliced_wasserstein_compute(self.total, self.samples).to(self.dtype)
+        return _sliced_wasserstein_compute(self.total, self.samples).to(self._dtype)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "SlicedWasserstein":
         """Set the dtype of the result; the sums stay as they are."""
