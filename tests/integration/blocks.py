@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_easier.cli import main
+from lightning_easier.command import main
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
 
 ROOT = Path(__file__).parents[2]
