@@ -1,9 +1,9 @@
-import pickle
 import sys
 
 import pytest
 import torch
-from torchvision import datasets
+from lightning.pytorch import Trainer
+from torchvision import datasets, models
 
 from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.zoo import (
@@ -11,18 +11,102 @@ from lightning_easier.zoo import (
     CifarResNet,
     DigitsDataModule,
     FusedResNet,
+    ImageClassifier,
     ImageFolderDataModule,
     build_backbone,
 )
 from tests.models import randomize_batch_norms
+from tests.tiny_data import write_cifar10
 
 
 @pytest.mark.parametrize(("name", "sites"), [("cifar_resnet20", 19), ("cifar_resnet56", 55), ("fused_resnet", 7),
-                                             ("resnet18", 17), ("timm/resnet18", 17)])  # fmt: skip
+                                             ("resnet18", 17), ("timm/resnet18", 17), ("resnet18_small_stem", 17),
+                                             ("mobilenet_v2_small_strides", 35)])  # fmt: skip
 def test_backbones_by_name(name, sites):
     model = build_backbone(name, 7).eval()
     assert len(isolate_activations(model)) == sites
     assert model(torch.randn(2, 3, 32, 48)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "sizes"),
+    [("resnet18_small_stem", ["conv1", "maxpool", "layer4"], [(32, 48), (16, 24), (2, 3)]),
+     ("mobilenet_v2_small_strides", ["features.0", "features.3", "features.18"], [(32, 48), (32, 48), (4, 6)])],
+)  # fmt: skip
+def test_networks_for_small_images_make_maps_smaller_later(name, stages, sizes):
+    model = build_backbone(name, 7).eval()
+    seen = {}
+    for stage in stages:
+        module = model.get_submodule(stage)
+        module.register_forward_hook(lambda _, __, out, stage=stage: seen.update({stage: tuple(out.shape[2:])}))
+    model(torch.randn(1, 3, 32, 48))
+    assert [seen[stage] for stage in stages] == sizes
+
+
+def pretrained(monkeypatch, state_dict):
+    """Have torchvision's pretrained weights be these, without a download."""
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: dict(state_dict))
+
+
+def test_pretrained_weights_are_all_taken_but_the_last_layer(monkeypatch, tmp_path):
+    given = models.resnet18().state_dict()
+    pretrained(monkeypatch, given)
+    torch.manual_seed(1)
+    module = ImageClassifier("resnet18", num_classes=7, weights="IMAGENET1K_V1")
+    state = module.model.state_dict()
+    assert [key for key in state if not torch.equal(state[key], given[key])] == ["fc.weight", "fc.bias"]
+    torch.manual_seed(1)
+    assert torch.equal(state["fc.weight"], build_backbone("resnet18", 7).fc.weight)
+    assert "weights" not in module.hparams
+
+
+def test_pretrained_weights_that_there_are_not_or_that_do_not_fit_are_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"`weights` to be one of \['IMAGENET1K_V1', .*'resnet18', but got 'best'"):
+        build_backbone("resnet18", 7, weights="best")
+    with pytest.raises(ValueError, match="`weights` to be left out with 'cifar_resnet20'.*`pretrained=True`"):
+        build_backbone("cifar_resnet20", 7, weights="DEFAULT")
+    given = models.resnet18().state_dict()
+    pretrained(monkeypatch, given | {"conv1.weight": torch.zeros(64, 3, 3, 3)})
+    with pytest.raises(ValueError, match=r"'IMAGENET1K_V1' do not: (.|\n)*conv1\.weight"):
+        build_backbone("resnet18", 7, weights="IMAGENET1K_V1")
+    pretrained(
+        monkeypatch, {key: value for key, value in given.items() if key != "bn1.weight"} | {"more": given["fc.bias"]}
+    )
+    with pytest.raises(ValueError, match=r"they differ in \['bn1\.weight', 'more'\]"):
+        build_backbone("resnet18", 7, weights="IMAGENET1K_V1")
+
+
+def test_a_checkpoint_of_a_pretrained_network_loads_without_a_download(monkeypatch, tmp_path):
+    pretrained(monkeypatch, models.mobilenet_v2(width_mult=0.25).state_dict())
+    module = ImageClassifier("mobilenet_v2", 7, {"width_mult": 0.25}, weights="IMAGENET1K_V1", optimizer="adam")
+    trainer = Trainer(barebones=True, accelerator="cpu")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "it.ckpt", weights_only=True)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "it.ckpt")
+    assert torch.equal(loaded.model.features[0][0].weight, module.model.features[0][0].weight)
+    assert isinstance(loaded.configure_optimizers(), torch.optim.Adam)
+
+
+def test_a_classifier_has_the_optimizer_that_is_asked_for():
+    module = ImageClassifier(optimizer="adam", lr=0.1, weight_decay=0.2)
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.1, 0.2)
+    with pytest.raises(ValueError, match=r"`optimizer` to be one of \('sgd', 'adam'\), but got 'lion'"):
+        ImageClassifier(optimizer="lion")
+
+
+def test_a_classifier_takes_shares_of_the_classes_as_labels():
+    module = ImageClassifier("cifar_resnet20", num_classes=3).eval()
+    module.log = lambda *args, **kwargs: None
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([2, 0])
+    each = [module.training_step((images, torch.full((2,), label)), 0) for label in range(3)]
+    shares = torch.tensor([[0.25, 0.0, 0.75], [0.25, 0.0, 0.75]])
+    assert torch.allclose(module.training_step((images, shares), 0), 0.25 * each[0] + 0.75 * each[2])
+    assert torch.allclose(
+        module.training_step((images, torch.eye(3)[labels]), 0), module.training_step((images, labels), 0)
+    )
 
 
 def test_cifar_resnet_has_the_published_names_and_option_a_shortcuts():
@@ -86,16 +170,6 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
         DigitsDataModule().setup("fit")
-
-
-def write_cifar10(root) -> None:
-    """A CIFAR-10 of two images a batch, in the format of the real one."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        content = {"data": torch.randint(0, 255, (2, 3072), dtype=torch.uint8).numpy(), "labels": [0, 9]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
 def test_cifar10_holds_out_training_images_without_augmenting_them(tmp_path, monkeypatch):

@@ -11,35 +11,46 @@ from torch import nn
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from lightning_easier.zoo.fused_resnet import FusedResNet
 from lightning_easier.zoo.optional import needed
+from lightning_easier.zoo.small_images import mobilenet_v2_small_strides, resnet18_small_stem
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
     "fused_resnet": FusedResNet,
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet18_small_stem": resnet18_small_stem,
+    "mobilenet_v2_small_strides": mobilenet_v2_small_strides,
 }
 
 
-def build_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+def build_backbone(name: str, num_classes: int, *, weights: str | None = None, **kwargs: Any) -> nn.Module:
     """Build a classification network by name.
 
     Args:
         name: One of our own (``"fused_resnet"``, ``"cifar_resnet20"``), of torchvision (``"resnet18"``) or of timm
             (``"timm/convnext_atto"``, or without the prefix where torchvision has none of that name).
         num_classes: Number of classes.
-        **kwargs: Further arguments of the network, such as ``in_channels`` or torchvision's ``weights``.
+        weights: Name of pretrained weights of torchvision (``"DEFAULT"``, ``"IMAGENET1K_V1"``), which are downloaded
+            where they are not in torch's cache. The last layer is new if these are of other classes. timm's are asked
+            for by ``pretrained=True``.
+        **kwargs: Further arguments of the network, such as ``in_channels``.
 
     Raises:
-        ValueError: If there is no network of this name.
-        ModuleNotFoundError: If timm is asked for and not installed.
+        ValueError: If there is no network of this name, or it has no such weights.
+        ModuleNotFoundError: If timm is asked for and not installed, or torchvision for a network that is made of its.
     """
-    if name in _OWN:
-        return _OWN[name](num_classes=num_classes, **kwargs)
     torchvisions: list[str] = []
-    if find_spec("torchvision") is not None:
+    if name not in _OWN and find_spec("torchvision") is not None:
         from torchvision import models
 
         torchvisions = models.list_models()
         if name in torchvisions:
-            return models.get_model(name, num_classes=num_classes, **kwargs)
+            return _torchvisions(models, name, num_classes, weights, kwargs)
+    if weights is not None:
+        raise ValueError(
+            f"Expected argument `weights` to be left out with {name!r}, which is none of torchvision's, but got "
+            f"{weights!r}; timm's are asked for by `pretrained=True` (in `backbone_args` of a config)"
+        )
+    if name in _OWN:
+        return _OWN[name](num_classes=num_classes, **kwargs)
     wanted = name.removeprefix("timm/")
     if name.startswith("timm/") or find_spec("timm") is not None:
         timm = needed("timm", f"The network {name!r}")
@@ -51,3 +62,29 @@ def build_backbone(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         f"{name!r}. Did you mean one of {get_close_matches(wanted, known) or known[:5]}?"
         f"{'' if torchvisions else ' (torchvision is not installed.)'}"
     )
+
+
+def _torchvisions(models: Any, name: str, num_classes: int, weights: str | None, kwargs: dict[str, Any]) -> nn.Module:
+    """Build a network of torchvision, which puts weights into one with as many classes as they have only."""
+    if weights is None:
+        return models.get_model(name, num_classes=num_classes, **kwargs)
+    known = models.get_model_weights(name)
+    if weights not in known.__members__:
+        raise ValueError(
+            f"Expected argument `weights` to be one of {list(known.__members__)} for {name!r}, but got {weights!r}"
+        )
+    if len(known[weights].meta["categories"]) == num_classes:
+        return models.get_model(name, weights=known[weights], **kwargs)
+    model: nn.Module = models.get_model(name, num_classes=num_classes, **kwargs)
+    pretrained = known[weights].get_state_dict(progress=True, check_hash=True)
+    head = list(model.state_dict())[-1].rpartition(".")[0]
+    for key in [key for key in pretrained if key.startswith(f"{head}.")]:
+        del pretrained[key]
+    try:
+        loaded = model.load_state_dict(pretrained, strict=False)
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"Expected argument `weights` to fit {name!r}, but {weights!r} do not: {error}") from error
+    unfit = [key for key in loaded.missing_keys if not key.startswith(f"{head}.")] + loaded.unexpected_keys
+    if unfit:
+        raise ValueError(f"Expected argument `weights` to fit {name!r}, but {weights!r} do not: they differ in {unfit}")
+    return model

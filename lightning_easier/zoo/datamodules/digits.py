@@ -1,0 +1,48 @@
+"""Handwritten digits that come with scikit-learn."""
+
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_easier.zoo.datamodules.base import ImageDataModule
+
+
+class DigitsDataModule(ImageDataModule):
+    """The 1,797 handwritten digits that scikit-learn ships: 8×8 pixels, one channel, ten classes, no download.
+
+    Split 60 / 20 / 20 into training, validation and test images, each class in proportion.
+
+    Args:
+        batch_size: Images a batch.
+        num_workers: Worker processes a loader.
+        seed: Seed of the split.
+
+    Shape:
+        Batches ``(N, 1, 8, 8)`` of values in [-1, 1], and labels ``(N,)``.
+
+    Raises:
+        ValueError: If ``batch_size`` is not positive.
+        ModuleNotFoundError: In ``setup``, if scikit-learn is not installed.
+    """
+
+    def __init__(self, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__(batch_size, num_workers)
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        """Read and split the images."""
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "The digits need scikit-learn: `pip install scikit-learn`", name="sklearn"
+            ) from error
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+        labels = torch.tensor(digits.target)
+        everything = list(range(len(labels)))
+        train, rest = train_test_split(everything, test_size=0.4, random_state=self.seed, stratify=labels)
+        val, test = train_test_split(rest, test_size=0.5, random_state=self.seed, stratify=labels[rest])
+        self.train_set, self.val_set, self.test_set = (
+            TensorDataset(images[part], labels[part]) for part in (train, val, test)
+        )

@@ -1,0 +1,121 @@
+"""PACS and VLCS: images of the same classes from several domains, which are pooled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.utils.data import ConcatDataset, Subset
+
+from lightning_easier.zoo.datamodules.base import ImageDataModule
+from lightning_easier.zoo.datamodules.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    missing,
+    normalized,
+    shuffled,
+    vision,
+)
+
+# Both are fetched by it, as folders of this layout
+_SOURCE = "DomainBed (https://github.com/facebookresearch/DomainBed, `python -m domainbed.scripts.download`)"
+
+
+class DomainsDataModule(ImageDataModule):
+    """Images in ``root/<dataset>/<domain>/<class>``, all domains pooled and split 80 / 10 / 10 at random.
+
+    Training images are cropped to at least 80 % of their area, flipped, and their colours jittered by up to 0.4; others
+    are resized.
+
+    Args:
+        root: Folder that the data set's own is in.
+        image_size: Pixels a side.
+        batch_size: Images a batch.
+        num_workers: Worker processes a loader.
+        domains: Folders of the domains that are taken; all four by default.
+        seed: Seed of the split.
+
+    Attributes:
+        dataset: Name of the data set and of its folder.
+        num_classes: Number of classes.
+        usual_domains: The domains that belong to it.
+
+    Shape:
+        Batches ``(N, 3, image_size, image_size)``, and labels ``(N,)``.
+
+    Raises:
+        ValueError: If ``batch_size`` is not positive; in ``setup``, if the domains have not the same classes.
+        FileNotFoundError: In ``setup``, if a domain is missing; it says what to download and where it goes.
+        ModuleNotFoundError: In ``setup``, if torchvision is not installed.
+    """
+
+    dataset: ClassVar[str]
+    num_classes: ClassVar[int]
+    usual_domains: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        root: str = "data",
+        image_size: int = 224,
+        batch_size: int = 16,
+        num_workers: int = 2,
+        domains: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        self.root, self.image_size, self.seed = root, image_size, seed
+        self.domains = list(self.usual_domains if domains is None else domains)
+
+    def setup(self, stage: str) -> None:
+        """Open, pool and split the domains."""
+        datasets, v2 = vision(self)
+        folder, size = Path(self.root) / self.dataset, self.image_size
+        for domain in self.domains:
+            if not (folder / domain).is_dir():
+                remedy = f"download {self.dataset} with {_SOURCE}, so that images are {folder}/<domain>/<class>/<image>"
+                raise missing(f"{self.dataset} with its domain {domain!r}", folder / domain, remedy)
+        augment = [
+            v2.RandomResizedCrop(size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.4),
+        ]  # fmt: skip
+        augmented, plain = (
+            [datasets.ImageFolder(folder / domain, transform) for domain in self.domains]
+            for transform in (
+                normalized(v2, augment, IMAGENET_MEAN, IMAGENET_STD),
+                normalized(v2, [v2.Resize((size, size))], IMAGENET_MEAN, IMAGENET_STD),
+            )
+        )
+        for domain, images in zip(self.domains, plain, strict=True):
+            if images.classes != plain[0].classes:
+                raise ValueError(
+                    f"Expected the domains of {self.dataset} to have the same classes, but those in "
+                    f"{folder / self.domains[0]} are {plain[0].classes}, and in {folder / domain} {images.classes}"
+                )
+        pooled: ConcatDataset[Any] = ConcatDataset(plain)
+        order, tenth = shuffled(len(pooled), self.seed), len(pooled) // 10
+        self.train_set = Subset(ConcatDataset(augmented), order[2 * tenth :])
+        self.val_set, self.test_set = Subset(pooled, order[:tenth]), Subset(pooled, order[tenth : 2 * tenth])
+
+
+class PACSDataModule(DomainsDataModule):
+    """PACS: 9,991 images of seven classes as art paintings, cartoons, photos and sketches, pooled.
+
+    See :class:`DomainsDataModule`.
+
+    Source: Li et al., "Deeper, broader and artier domain generalization" (arXiv 1710.03077).
+    """
+
+    dataset = "PACS"
+    num_classes = 7
+    usual_domains = ("art_painting", "cartoon", "photo", "sketch")
+
+
+class VLCSDataModule(DomainsDataModule):
+    """VLCS: 10,729 images of five classes from Caltech-101, LabelMe, SUN09 and VOC 2007, pooled.
+
+    See :class:`DomainsDataModule`.
+
+    Source: Fang et al., "Unbiased metric learning" (ICCV 2013).
+    """
+
+    dataset = "VLCS"
+    num_classes = 5
+    usual_domains = ("Caltech101", "LabelMe", "SUN09", "VOC2007")
