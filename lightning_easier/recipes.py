@@ -1,17 +1,25 @@
 """Configs that come with the package: whole runs, and the models, data and recipes that they are composed of.
 
-In a checkout they are its folder ``configs``; a wheel has the same files in the package.
+In a checkout they are its folder ``configs``; a wheel has the same files in the package. A part is what one option
+takes (``--model``, ``--data``, ``--trainer``), or a config itself where it tells other parts something, too: data tell
+a model how many classes there are. Beside them are the curves that the EASIER paper published (arXiv 2404.18949), and
+of which parts each of its settings is composed.
 """
 
 import argparse
+import csv
+import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-_TAKES_ONE = ("-c", "--config", "--model", "--data", "--trainer")
+_SECTIONS = {"model": "model", "data": "data", "recipe": "trainer"}  # folder -> what a part of it is in a config
+_WHOLE = ("-c", "--config")
+_TAKES_ONE = (*_WHOLE, *(f"--{section}" for section in _SECTIONS.values()))
 
 
 def recipes() -> dict[str, Path]:
@@ -22,7 +30,7 @@ def recipes() -> dict[str, Path]:
     """
     folder = _folder()
     files = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), path))
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    return {_name(path): path for path in files}
 
 
 def copy_recipe(name: str, folder: str | Path = "configs", *, overwrite: bool = False) -> list[Path]:
@@ -40,13 +48,7 @@ def copy_recipe(name: str, folder: str | Path = "configs", *, overwrite: bool = 
         ValueError: If there is no such recipe.
         FileExistsError: If one of the files is there already; then none is written.
     """
-    known = recipes()
-    if name not in known:
-        raise ValueError(
-            f"Expected argument `name` to be a recipe, but got {name!r}. "
-            f"Did you mean one of {get_close_matches(name, known) or list(known)}?"
-        )
-    files = {Path(folder) / path.relative_to(_folder()): path for path in _with_parts(known[name])}
+    files = {Path(folder) / path.relative_to(_folder()): path for path in _with_parts(_found(name))}
     there = [str(target) for target in files if target.exists()]
     if there and not overwrite:
         raise FileExistsError(f"There is {', '.join(there)} already: copy to another folder, or overwrite")
@@ -56,8 +58,67 @@ def copy_recipe(name: str, folder: str | Path = "configs", *, overwrite: bool = 
     return list(files)
 
 
+def composed(names: Sequence[str]) -> dict[str, Any]:
+    """Compose a config of several, as ``--config`` does: of what two of them tell, the later one holds.
+
+    Args:
+        names: Of :func:`recipes`.
+
+    Raises:
+        ValueError: If there is no such recipe.
+
+    Example:
+        >>> composed(["model/swin_t", "data/pacs"])["model"]["init_args"]["num_classes"]
+        7
+    """
+    whole: dict[str, Any] = {}
+    for name in names:
+        path = _found(name)
+        content = _read(path)
+        section = _section(name, content)
+        if section is not None:
+            content = {section: content}
+        parts = {key: _read(path.parent / value) if _is_reference(value) else value for key, value in content.items()}
+        whole = _merged(whole, parts)
+    return whole
+
+
+def published(names: Sequence[str]) -> dict[tuple[str, str], dict[int, float]]:
+    """Read the curves that the EASIER paper published for models, for data, or for models on data.
+
+    Args:
+        names: Of :func:`recipes`; of a composed one its parts tell. Those that are no model and no data tell nothing.
+
+    Returns:
+        Data set and network -> number of activations removed -> top-1 in percent; empty where none is published.
+
+    Raises:
+        ValueError: If there is no such recipe.
+
+    Example:
+        >>> published(["model/swin_t", "data/pacs"])["PACS", "Swin-T"][11]
+        86.2
+    """
+    parts = {_name(path) for name in names for path in _with_parts(_found(name))}
+    asked = {kind: {part for part in parts if part.startswith(f"{kind}/")} for kind in ("model", "data")}
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    if not any(asked.values()):
+        return curves
+    for setting in _rows("settings.csv"):
+        if all(not wanted or wanted == {setting[kind]} for kind, wanted in asked.items()):
+            curves[setting["dataset"], setting["network"]] = {}
+    for row in _rows("published.csv"):
+        if (row["dataset"], row["network"]) in curves:
+            curves[row["dataset"], row["network"]][int(row["removed"])] = float(row["top1"])
+    return curves
+
+
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Put paths in the places of recipes' names in arguments of the command line; a file of that name goes first."""
+    """Put paths in the places of recipes' names in arguments of the command line; a file of that name goes first.
+
+    A part is taken by ``--config`` and by the option of its section alike; which of them becomes the one that its file
+    is for.
+    """
     known = recipes()
     named = list(arguments)
     for place, argument in enumerate(named):
@@ -65,8 +126,9 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
         if option not in _TAKES_ONE:
             continue
         if sign and _is_name(value, known):
-            named[place] = f"{option}={known[value]}"
+            named[place] = f"{_option(option, value, known)}={known[value]}"
         elif not sign and place + 1 < len(named) and _is_name(named[place + 1], known):
+            named[place] = _option(option, named[place + 1], known)
             named[place + 1] = str(known[named[place + 1]])
     return named
 
@@ -81,13 +143,16 @@ def command(arguments: Sequence[str]) -> str:
         What to show.
 
     Raises:
-        SystemExit: If the arguments are not understood, or a recipe can't be copied; with code 2, and one line on why.
+        SystemExit: If the arguments are not understood, or a recipe can't be copied or shown; with code 2, and one line
+            on why.
     """
     parser = argparse.ArgumentParser(
         "lightning-easier recipes", description="Configs that come with the package, to run by name or to copy."
     )
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser("list", help="list what there is")
+    showing = tasks.add_parser("show", help="show a recipe, or what several are composed to, and the published curve")
+    showing.add_argument("names", metavar="name", nargs="+", help="its name, as it is listed")
     copying = tasks.add_parser("copy", help="copy a recipe, and those that it is composed of, to files of your own")
     copying.add_argument("name", help="its name, as it is listed")
     copying.add_argument("--to", metavar="FOLDER", default="configs", help="where to copy it (default: %(default)s)")
@@ -95,6 +160,11 @@ def command(arguments: Sequence[str]) -> str:
     options = parser.parse_args(arguments)
     if options.task == "list":
         return _listed()
+    if options.task == "show":
+        try:
+            return _shown(options.names)
+        except ValueError as error:
+            showing.error(str(error))
     try:
         copied = copy_recipe(options.name, options.to, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
@@ -109,11 +179,65 @@ def _folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "configs"
 
 
+def _name(path: Path) -> str:
+    return path.relative_to(_folder()).with_suffix("").as_posix()
+
+
+def _found(name: str) -> Path:
+    known = recipes()
+    if name not in known:
+        raise ValueError(
+            f"Expected argument `name` to be a recipe, but got {name!r}. "
+            f"Did you mean one of {get_close_matches(name, known) or list(known)}?"
+        )
+    return known[name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    """Read a table."""
+    with (_folder() / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _with_parts(path: Path) -> Iterator[Path]:
     yield path
-    for value in yaml.safe_load(path.read_text()).values():
-        if isinstance(value, str) and value.endswith(".yaml"):
+    for value in _read(path).values():
+        if _is_reference(value):
             yield from _with_parts(path.parent / value)
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".yaml")
+
+
+def _section(name: str, content: Mapping[str, Any]) -> str | None:
+    """Return the section of a config that a part is; None if it is a config itself."""
+    return None if content.keys() & set(_SECTIONS.values()) else _SECTIONS[name.partition("/")[0]]
+
+
+def _option(given: str, name: str, known: Mapping[str, Path]) -> str:
+    """Return the option that takes the file of a recipe, which was given to another of those that take it by name."""
+    section = _section(name, _read(known[name]))
+    own = f"--{_SECTIONS.get(name.partition('/')[0])}"
+    if given not in (*_WHOLE, own) or (section is None and given in _WHOLE):
+        return given
+    return "--config" if section is None else own
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two configs: arguments of another class are no arguments of the one that takes its place."""
+    if "class_path" in first and second.get("class_path", first["class_path"]) != first["class_path"]:
+        return dict(second)
+    merged = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _is_name(value: str, known: dict[str, Path]) -> bool:
@@ -129,3 +253,33 @@ def _listed() -> str:
 def _about(path: Path) -> str:
     """Return the title of a file, its first line."""
     return path.read_text().partition("\n")[0].removeprefix("# ")
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Show the file of one recipe, or what several are composed to, and the published curves."""
+    paths = [part for name in names for part in _with_parts(_found(name))]
+    text = paths[0].read_text() if len(paths) == 1 else yaml.safe_dump(composed(names), sort_keys=False)
+    curves = published(names)
+    return f"{text.rstrip()}\n\n{_table(curves)}" if curves else text.rstrip()
+
+
+def _table(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
+    """Render curves of one network, or on one data set, side by side, wide enough for all of their numbers."""
+    from rich import get_console
+    from rich.console import Console
+    from rich.table import Table
+
+    datasets, networks = {dataset for dataset, _ in curves}, {network for _, network in curves}
+    of = f" of {min(networks)}" if len(networks) == 1 else ""
+    on = f" on {min(datasets)}" if len(datasets) == 1 else ""
+    table = Table()
+    table.add_column("removed", justify="right", no_wrap=True)
+    for dataset, network in curves:
+        title = dataset if len(datasets) > 1 else network if len(networks) > 1 else "top-1"
+        table.add_column(title.replace("-", "-\n") if len(title) > 10 else title, justify="right", no_wrap=True)
+    for removed in sorted({removed for curve in curves.values() for removed in curve}):
+        cells = (f"{curve[removed]:.2f}" if removed in curve else "" for curve in curves.values())
+        table.add_row(str(removed), *cells)
+    text = io.StringIO()
+    Console(file=text, width=max(get_console().width, 80), color_system=None).print(table)
+    return f"Published top-1 [%]{of}{on} (EASIER, arXiv 2404.18949)\n{text.getvalue().rstrip()}"

@@ -66,7 +66,7 @@ def installed(tmp_path_factory):
 def test_a_wheel_has_every_recipe_and_nothing_beside_the_package(installed):
     (wheel,) = installed.parent.glob("*.whl")
     names = ZipFile(wheel).namelist()
-    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.*")}
     assert {f"lightning_easier/{name}" for name in configs} <= set(names)
     assert "lightning_easier/py.typed" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"lightning_easier"}
