@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import fit_chains, isolate_activations, linearize, measure_affines
-from lightning_easier.collapsing.exact import torch_export
+from lightning_easier import collapse, fit_chains, isolate_activations, linearize, measure_affines
+from lightning_easier.collapsing.exact import commuting, torch_export
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.rectifiers import GATES
@@ -186,6 +186,42 @@ def test_what_is_known_of_forwards_is_what_would_be_found(monkeypatch, is_isolat
 
     model.train()
     assert described(Discovery(gates, known).plan(model)) == described(Discovery(gates).plan(model))
+
+
+class Permute(nn.Module):
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x):
+        return x.permute(self.axes)
+
+
+def test_operators_pass_the_layouts_before_them_at_once(monkeypatch):
+    """One by one, each operator would pass all layouts that those before it have left behind."""
+    counts: Counter[str] = Counter()
+    for name in ("_swapped", "_moved", "shape_of", "channel_axis", "is_pointwise"):
+        original = getattr(commuting, name)
+
+        def count(*args, original=original, name=name):
+            counts[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(commuting, name, count)
+
+    def steps(pairs: int) -> int:
+        layers = [
+            layer
+            for _ in range(pairs)
+            for layer in (nn.Conv2d(4, 4, 1), Permute(0, 2, 3, 1), nn.Linear(4, 4), Permute(0, 3, 1, 2))
+        ]
+        counts.clear()
+        result = collapse(nn.Sequential(*layers).eval(), torch.randn(2, 4, 3, 5), objective="macs")
+        assert result.report.after.depth == 1
+        assert counts["_moved"] == 2 * pairs - 1  # all but the first
+        return sum(counts.values())
+
+    assert steps(12) <= 2 * steps(6)
 
 
 class RoundsUp(nn.Module):

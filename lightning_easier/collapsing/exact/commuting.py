@@ -5,7 +5,7 @@ operators move to the side of a layout where they meet another.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,19 +30,92 @@ def commuted(units: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit] 
     Returns:
         The units in the other order, priced; None if it is the same.
     """
-    order = list(units)
+    order = _Order(units)
     changed = False
     place = 0
-    while place + 1 < len(order):
-        swapped = _swapped(order, place)
-        if swapped is None:
-            place += 1
-        else:
-            order[place : place + 2] = swapped
-            changed, place = True, max(place - 1, 0)
+    while place + 1 < len(order.units):
+        following = order.pass_layouts(place)
+        if following is None and (swapped := _swapped(order.units, place, order.before(place))) is not None:
+            order.replace(place, swapped)
+            following = max(place - 1, 0)
+        changed |= following is not None
+        place = place + 1 if following is None else following
     if not changed:
         return None
-    return _repriced(order, shape, pricer)
+    return _repriced(order.units, shape, pricer)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What is known of the units before a place.
+
+    Attributes:
+        axis: Where the last operator's channels are now, layouts since then followed; None if that is not known.
+        all_pointwise: Whether all operators since the last average treat every position alone.
+        layouts: How many layouts at their end may be passed by what treats every position alone.
+    """
+
+    axis: int | None = None
+    all_pointwise: bool = True
+    layouts: int = 0
+
+    def then(self, unit: Unit) -> "_Before":
+        """Return what is known after one more unit."""
+        is_pointwise_operator = unit.recipe is not None and is_pointwise(unit.recipe.structure)
+        all_pointwise = unit.is_average or (self.all_pointwise if is_pointwise_operator else unit.is_layout)
+        if not unit.is_layout or unit.link is None:
+            return _Before(None if unit.recipe is None else channel_axis(unit.recipe.structure), all_pointwise)
+        axis = None if self.axis is None else (unit.link.moves or {}).get(self.axis)
+        return _Before(axis, all_pointwise, self.layouts + 1 if self.lets_pass(unit.link) else 0)
+
+    def lets_pass(self, layout: Link) -> bool:
+        """Tell whether operators after a layout move in front of it, and not those before it to its other side."""
+        return not (_is_of_one_position(layout) and self.all_pointwise)
+
+
+class _Order:
+    """Units in an order that changes, and what is known before each place.
+
+    An operator passes all layouts before it at once: passing them one by one, many alternate with many operators, would
+    take the square of their number.
+
+    Attributes:
+        units: In their order.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        self._known = [_Before()]
+
+    def before(self, place: int) -> _Before:
+        """Return what is known of the units before a place."""
+        while len(self._known) <= place:
+            self._known.append(self._known[-1].then(self.units[len(self._known) - 1]))
+        return self._known[place]
+
+    def replace(self, place: int, pair: Sequence[Unit]) -> None:
+        """Put two units in the place of two."""
+        self.units[place : place + 2] = pair
+        del self._known[place + 1 :]
+
+    def pass_layouts(self, place: int) -> int | None:
+        """Put the operator after a place in front of all layouts before it; return where to go on, None if it can't."""
+        unit, here = self.units[place + 1], self.before(place + 1)
+        operator = _movable(unit)
+        if operator is None or not here.layouts or here.axis != channel_axis(operator):
+            return None
+        start = place + 1 - here.layouts
+        before, first = self.before(start), self.units[start].link
+        if before.axis is None or first is None:
+            return None
+        try:
+            moved = _moved(unit, before.axis, max(len(shape_of(first.value) or ()) - 2, 1))
+        except CannotMergeError:  # it may pass some of them
+            return None
+        del self.units[place + 1], self._known[place + 2 :]
+        self.units.insert(start, moved)
+        self._known.insert(start + 1, before.then(moved))  # its channels are where the last operator's were
+        return max(start - 1, 0) if here.layouts == 1 else place + 1
 
 
 def _repriced(order: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit]:
@@ -67,7 +140,7 @@ def _repriced(order: Sequence[Unit], shape: Shape, pricer: Pricer) -> list[Unit]
     return units
 
 
-def _swapped(order: Sequence[Unit], place: int) -> list[Unit] | None:
+def _swapped(order: Sequence[Unit], place: int, before: _Before) -> list[Unit] | None:
     """Return two neighbours in the other order, where that brings what belongs together closer; else None."""
     first, second = order[place : place + 2]
     if first.link is not None and first.link.unchanged:
@@ -76,9 +149,9 @@ def _swapped(order: Sequence[Unit], place: int) -> list[Unit] | None:
         if second.is_average:
             return _averaged_first(first, second)
         if second.is_layout and place + 2 < len(order):
-            return _after_the_layout(order[:place], first, second, order[place + 2])
-        if first.is_layout and place > 0:
-            return _before_the_layout(order[:place], first, second)
+            return _after_the_layout(before, first, second, order[place + 2])
+        if first.is_layout:
+            return _before_the_layout(before, first, second)
     except CannotMergeError:  # more axes than there are convolutions for
         pass
     return None
@@ -95,7 +168,7 @@ def _averaged_first(first: Unit, second: Unit) -> list[Unit] | None:
     return [second, _moved(first, axis, max(len(shape_of(link.node) or ()) - 2, 1))]
 
 
-def _after_the_layout(before: Sequence[Unit], first: Unit, second: Unit, after: Unit) -> list[Unit] | None:
+def _after_the_layout(before: _Before, first: Unit, second: Unit, after: Unit) -> list[Unit] | None:
     """Let an operator on a map of one position, or an affine, work on the vector that a Linear reads."""
     link, operator = second.link, _movable(first)
     if link is None or first.recipe is None or after.recipe is None or channel_axis(after.recipe.structure) != -1:
@@ -107,34 +180,19 @@ def _after_the_layout(before: Sequence[Unit], first: Unit, second: Unit, after: 
         channel = channel_axis(first.recipe.structure)
         sample[0 if channel == 1 else -1] = channels(first.recipe.structure)[1]  # what changed them may be after now
         return [second, _written(first, after_flatten(first.recipe, tuple(sample)))]
-    if operator is None or not _is_of_one_position(link) or channel_axis(operator) != 1 or not _all_pointwise(before):
+    if operator is None or not _is_of_one_position(link) or channel_axis(operator) != 1 or not before.all_pointwise:
         return None
     return [second, _moved(first, -1, 1)]
 
 
-def _before_the_layout(before: Sequence[Unit], first: Unit, second: Unit) -> list[Unit] | None:
+def _before_the_layout(before: _Before, first: Unit, second: Unit) -> list[Unit] | None:
     """Put an operator that treats every position alone beside the operator on the other side of a layout."""
     link, operator = first.link, _movable(second)
-    if operator is None or link is None or (_is_of_one_position(link) and _all_pointwise(before)):
+    if operator is None or link is None or before.axis is None or not before.lets_pass(link):
         return None
-    axis = _axis_before(before, link, channel_axis(operator))
-    if axis is None:
+    if (link.moves or {}).get(before.axis) != channel_axis(operator):  # no operator put its channels there
         return None
-    return [_moved(second, axis, max(len(shape_of(link.value) or ()) - 2, 1)), first]
-
-
-def _axis_before(before: Sequence[Unit], layout: Link, axis: int) -> int | None:
-    """Return where a layout takes its channels from, if an operator put them there, through other layouts perhaps."""
-    starts = {
-        place: place for place in (1, -1) if (layout.moves or {}).get(place) == axis
-    }  # axis here -> at the layout
-    for unit in reversed(before):
-        if not unit.is_layout or unit.link is None:
-            found = None if unit.recipe is None else channel_axis(unit.recipe.structure)
-            return starts.get(found) if found is not None else None
-        moves = unit.link.moves or {}
-        starts = {place: starts[moves[place]] for place in (1, -1) if moves.get(place) in starts}
-    return None
+    return [_moved(second, before.axis, max(len(shape_of(link.value) or ()) - 2, 1)), first]
 
 
 def _movable(unit: Unit) -> Any:
@@ -154,16 +212,6 @@ def _flattens(link: Link) -> bool:
     """Tell whether a layout makes a vector of each sample."""
     before, after = shape_of(link.value) or (), shape_of(link.node) or ()
     return len(before) > 2 and len(after) == 2 and before[0] == after[0]
-
-
-def _all_pointwise(units: Sequence[Unit]) -> bool:
-    """Tell whether all operators since the last average treat every position alone."""
-    for unit in reversed(units):
-        if unit.is_average:
-            return True
-        if unit.recipe is None or not is_pointwise(unit.recipe.structure):
-            return unit.is_layout
-    return True
 
 
 def _moved(unit: Unit, axis: int, axes: int) -> Unit:
