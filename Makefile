@@ -65,10 +65,8 @@ tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/
 networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real networks become sites.
 	$(BIN)/python -m tests.network_table
 
-bench: $(VENV)/.dev  ## Measure what measuring costs, what a collapse saves and costs, and what a fit costs.
-	$(BIN)/python benchmarks/measuring.py
-	$(BIN)/python benchmarks/collapsing.py
-	$(BIN)/python benchmarks/fitting.py
+bench: $(VENV)/.dev  ## Measure what it costs and what it saves: one table in bench_results; BENCH='--quick' for five minutes.
+	$(BIN)/python -m benchmarks $(BENCH) --output bench_results
 
 clean:  ## Remove the environment and what the demo made.
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo_output site

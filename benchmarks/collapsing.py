@@ -1,6 +1,7 @@
 """What a collapse saves, what it costs, and that it is never slower: tables for docs/collapse.md.
 
-Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale] [cropping]``; all by default.
+Run: ``python benchmarks/collapsing.py [pairs] [networks] [scale] [cropping]``; all by default. Part ``collapsing`` of
+``python -m benchmarks`` asks what a collapse itself takes, in seconds and memory.
 """
 
 import argparse
@@ -8,10 +9,12 @@ import copy
 import random
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torchvision
+from questions import Bar, Case, Effort, Question, Variant, elapsed
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -19,12 +22,76 @@ from lightning_easier import collapse, isolate_activations, linearize
 from lightning_easier.report import Table
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.support.timing import LatencyTable, measure_latency, speed_up
+from lightning_easier.zoo import CifarResNet
 
 NETWORKS = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet1_0",
     "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d",
     "shufflenet_v2_x1_0", "squeezenet1_1", "swin_t", "vgg11_bn", "vit_b_32",
 )  # fmt: skip
+PAIRS = "pairs of pointwise operator and permutation"
+COLLAPSED = ("resnet18", "resnet50", "resnet152", "vgg16", "swin_t", "vit_b_16")
+
+
+def questions(effort: Effort) -> Iterator[Question]:
+    """Ask what a collapse without pricing by latency takes, a third of the activations linear."""
+    names = effort.pick(COLLAPSED, ("resnet18", "resnet50", "swin_t"), ())
+    networks: list[tuple[str, Callable[[], nn.Module], int]] = [(name, partial(network, name), 224) for name in names]
+    networks += effort.pick([], [], [("CifarResNet-8", partial(CifarResNet, 8), 16)])
+    cases = [
+        Case(f"{name}, 1×3×{size}×{size}", partial(_collapse_of, make, size), _BARS.get(name, {}))
+        for name, make, size in networks
+    ]
+    for title, build, count in (
+        ("Linear 64→64", linears, effort.pick(1000, 250, 6)),
+        (PAIRS, permutations, effort.pick(400, 100, 6)),
+    ):
+        cases.append(Case(f"{count} {title}", partial(collapses, build, (count,))))
+    yield Question("collapse, objective macs", tuple(cases))
+
+
+_BARS = {"resnet50": {"collapse": Bar(seconds=5.0)}}
+
+
+def _collapse_of(make: Callable[[], nn.Module], size: int, device: torch.device) -> dict[str, Variant]:
+    x = torch.randn(1, 3, size, size, device=device)
+    model = a_third_linear(make()).to(device).eval()
+    return {"collapse": Variant(elapsed(lambda: collapse(model, x, objective="macs"), device))}
+
+
+Build = Callable[[int], tuple[nn.Module, torch.Tensor]]
+
+
+def collapses(build: Build, counts: Sequence[int], device: torch.device) -> dict[str, Variant]:
+    """Return collapses of networks of so many operators."""
+    variants = {}
+    for count in counts:
+        model, x = (each.to(device) for each in build(count))
+        variants[f"{count}"] = Variant(elapsed(partial(collapse, model, x, objective="macs"), device), count)
+    return variants
+
+
+def linears(count: int) -> tuple[nn.Module, torch.Tensor]:
+    """Return operators in a row, and an input."""
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(count))), torch.randn(8, 64)
+
+
+class _Permute(nn.Module):
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(self.axes)
+
+
+def permutations(count: int) -> tuple[nn.Module, torch.Tensor]:
+    """Return convolutions and Linears with a permutation after each, two layers a pair, and an input."""
+    kinds: tuple[list[nn.Module], ...] = tuple(
+        [nn.Conv2d(8, 8, 1), _Permute(0, 2, 3, 1)] if place % 2 == 0 else [nn.Linear(8, 8), _Permute(0, 3, 1, 2)]
+        for place in range(count)
+    )
+    return nn.Sequential(*(layer for pair in kinds for layer in pair)), torch.randn(2, 8, 4, 4)
 
 
 def network(name: str) -> nn.Module:
@@ -42,6 +109,12 @@ def network(name: str) -> nn.Module:
         elif "layer_scale" in parameter_name:
             tensor.data.normal_()
     return model
+
+
+def a_third_linear(model: nn.Module) -> nn.Module:
+    """Make a random third of a network's activations linear, in place."""
+    activations = list(isolate_activations(model))
+    return linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
 
 
 def ratio(before: nn.Module, after: nn.Module, x: torch.Tensor) -> str:
@@ -85,9 +158,7 @@ def networks() -> Iterator[Table]:
     """Every family of torchvision, a random third of the activations linear, collapsed for latency."""
     rows = []
     for name in NETWORKS:
-        model = network(name)
-        activations = list(isolate_activations(model))
-        linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
+        model = a_third_linear(network(name))
         x = torch.randn(2, 3, 224, 224)
         start = time.perf_counter()
         result = collapse(model, x)
@@ -111,9 +182,7 @@ def scale() -> Iterator[Table]:
         for count in (125, 250, 500, 1000)
     ]
     for name in ("resnet18", "resnet50", "resnet152"):
-        model = network(name)
-        activations = list(isolate_activations(model))
-        linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
+        model = a_third_linear(network(name))
         cases.append((name, model, torch.randn(1, 3, 224, 224)))
     for name, model, x in cases:
         for objective in ("macs", "depth", "latency"):

@@ -1,27 +1,31 @@
 """What does measuring cost? A validation epoch with the callback, against the same epoch of the same Trainer without.
 
-Run it with ``make bench``. The epochs are timed interleaved, from before the first callback's ``on_validation_start``
-to after the last one's ``on_validation_end``: what the callback adds there (hooks, counting, reducing the counts,
-logging) is in the time. Medians are shown, and the quartiles of the ratio of neighbouring epochs. The peak memory is
-that of all values that operators allocate at a time, those of the hooks among them, without parameters and batches.
+Part ``measuring`` of ``python -m benchmarks``, which ``python benchmarks/measuring.py`` is short for. An epoch is timed
+from before the first callback's ``on_validation_start`` to after the last one's ``on_validation_end``: what the
+callback adds there (hooks, counting, reducing the counts, logging) is in the time.
 """
 
-import argparse
-from statistics import median
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
-import rich
 import torch
 import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer
+from questions import Bar, Case, Effort, Question, Variant
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_easier import EntropyPruningCallback, Measuring
-from lightning_easier.report import Table
-from lightning_easier.support.costs import measure_activation_memory
-from lightning_easier.support.timing import Latency, speed_up
+from lightning_easier.zoo import CifarResNet
+
+SHARES = {"plain": None, "all": 1.0, "sample=0.1": 0.1}
+BARS = {"all": Bar(time=1.05, memory=1.01), "sample=0.1": Bar(time=1.02, memory=1.01)}
+SILENT: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 
 
 def cifar_resnet18() -> nn.Module:
@@ -32,11 +36,32 @@ def cifar_resnet18() -> nn.Module:
     return model
 
 
-CASES = {
-    "ResNet-18, 128×3×32×32": (cifar_resnet18, (128, 3, 32, 32)),
-    "Swin-T, 8×3×224×224": (torchvision.models.swin_t, (8, 3, 224, 224)),
-}
-SHARES = {"plain": None, "all": 1.0, "sample=0.1": 0.1}
+def questions(effort: Effort) -> Iterator[Question]:
+    """Ask what the callback adds to a validation epoch, counting every sample, or every tenth."""
+    small = ("ResNet-18", cifar_resnet18, (effort.pick(128, 32, 4), 3, 32, 32))
+    large = [(name, torchvision.models.get_model_builder(kind), (8, 3, 224, 224))
+             for name, kind in (("ResNet-50", "resnet50"), ("Swin-T", "swin_t"))]  # fmt: skip
+    networks = effort.pick([small, *large], [small], [("CifarResNet-8", partial(CifarResNet, 8), (4, 3, 32, 32))])
+    batches = effort.pick(12, 3, 2)
+    cases = [
+        Case(f"{name}, {'×'.join(map(str, shape))}", partial(validations, make, shape, batches), BARS)
+        for name, make, shape in networks
+    ]
+    yield Question("validation epoch", tuple(cases))
+
+
+def validations(
+    make: Callable[[], nn.Module],
+    shape: Sequence[int],
+    batches: int,
+    device: torch.device,
+    shares: Mapping[str, float | None] = SHARES,
+) -> dict[str, Variant]:
+    """Return epochs of one model with each share of the samples counted, by what that is called."""
+    model = make()
+    data = [torch.randn(*shape) for _ in range(batches)]
+    epochs = {name: Validation(model, data, share, device) for name, share in shares.items()}
+    return {name: Variant(epoch.seconds) for name, epoch in epochs.items()}
 
 
 class Classifier(LightningModule):
@@ -48,7 +73,7 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log a score."""
-        self.log("val_acc", (self.model(batch).argmax(1) == 0).float().mean())
+        self.log("val_acc", (self.model(batch).argmax(1) == 0).float().mean(), sync_dist=True)
 
 
 class Clock(Callback):
@@ -59,33 +84,44 @@ class Clock(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the time; the clock in front of the other callbacks is the one that counts."""
-        self.started = self._now()
+        self.started = now()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the time; the clock after the other callbacks is the one that counts."""
-        self.ended = self._now()
+        self.ended = now()
 
-    def _now(self) -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return perf_counter()
+
+def now() -> float:
+    """Return the time when the device has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return perf_counter()
 
 
 class Validation:
-    """A Trainer that validates one model on some batches, as often as it is asked to."""
+    """A Trainer that validates one model on some batches, as often as it is asked to.
 
-    def __init__(self, model: nn.Module, batches: list[Tensor], share: float | None, accelerator: str) -> None:
+    Args:
+        model: The model.
+        batches: What it is given.
+        share: Of the samples, how many are counted; None without the callback.
+        device: Where.
+        **options: Of the Trainer.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Tensor], share: float | None, device: torch.device, **options: Any
+    ) -> None:
         before, after = Clock(), Clock()
         pruning = (
             [] if share is None else [EntropyPruningCallback(monitor="val_acc", measuring=Measuring(sample=share))]
         )
-        silent: dict[str, Any] = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
+        options = {"devices": 1, **SILENT, **options}
         self._clocks = before, after
-        self._trainer = Trainer(accelerator=accelerator, devices=1, callbacks=[before, *pruning, after], **silent)
+        accelerator = "gpu" if device.type == "cuda" else "cpu"
+        self._trainer = Trainer(accelerator=accelerator, callbacks=[before, *pruning, after], **options)
         self._module = Classifier(model)
-        self._batches = batches
+        self._batches = list(batches)
 
     def seconds(self) -> float:
         """Return how long an epoch takes."""
@@ -93,61 +129,8 @@ class Validation:
         before, after = self._clocks
         return after.ended - before.started
 
-    def peak_memory(self) -> int:
-        """Return the most bytes that values take at a time in an epoch."""
-        return measure_activation_memory(_Run(self), self._batches)
-
-
-class _Run(nn.Module):
-    """An epoch as a module that is called with its batches."""
-
-    def __init__(self, validation: Validation) -> None:
-        super().__init__()
-        self._validation = validation
-        self.module = validation._module
-
-    def forward(self, *batches: Tensor) -> None:
-        self._validation.seconds()
-
-
-def main() -> None:
-    """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=7, help="epochs of each that are timed")
-    parser.add_argument("--batches", type=int, default=12, help="batches an epoch")
-    parser.add_argument("--accelerator", default="cpu", help="the Trainer's")
-    options = parser.parse_args()
-    rows = []
-    for name, (make, shape) in CASES.items():
-        torch.manual_seed(0)
-        model = make()
-        batches = [torch.randn(shape) for _ in range(options.batches)]
-        epochs = {which: Validation(model, batches, share, options.accelerator) for which, share in SHARES.items()}
-        memory = {which: epoch.peak_memory() for which, epoch in epochs.items()}
-        taken: dict[str, list[float]] = {which: [] for which in epochs}
-        for _ in range(options.samples):
-            for which, epoch in epochs.items():
-                taken[which].append(epoch.seconds())
-        plain = _latency(taken["plain"])
-        for which, seconds in taken.items():
-            timed = _latency(seconds)
-            third, middle, first = (1 / ratio for ratio in speed_up(plain, timed).quartiles)
-            rows.append(
-                (
-                    name if which == "plain" else "",
-                    which,
-                    f"{timed.median * 1e3:.0f}",
-                    f"{middle:.3f}× ({first:.3f}–{third:.3f})",
-                    f"{memory[which] / memory['plain']:.4f}×",
-                )
-            )
-    columns = ("network, batch", "counted", "epoch [ms]", "time (quartiles)", "peak memory of values")
-    rich.print(Table("Cost of measuring", columns, rows))
-
-
-def _latency(seconds: list[float]) -> Latency:
-    return Latency(median(seconds), 0.0, tuple(seconds))
-
 
 if __name__ == "__main__":
-    main()
+    from command import main
+
+    sys.exit(main(["measuring", *sys.argv[1:]]))

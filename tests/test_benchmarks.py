@@ -1,6 +1,11 @@
-"""The benchmarks that train networks of their own, and those that run other runtimes, run on tiny ones."""
+"""The benchmarks run in tiny sizes: those of one command, those that train networks, those that run other runtimes."""
 
+import json
+import math
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +18,17 @@ from torchvision.transforms.functional import to_pil_image
 from lightning_easier.support.inference import relative_difference
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import answers
+import children
+import command
+import curve
 import networks
+import results
 import shipped
 import tuning
+from questions import Bar, Measurement, Quartiles, Variant, compared, in_turn
+
+CHECKOUT = Path(__file__).parents[1]
 
 
 class Tiny(nn.Module):
@@ -153,3 +166,216 @@ def test_shipped_compares_in_each_runtime(run, tmp_path, monkeypatch):
     ratios = [float(cell.split()[0]) for cell in rows["eager"][2:]]
     assert ratios[:2] == ratios[2:]  # within eager, and against it
     assert min(ratios) >= 1.3  # by a clock that counts work
+
+
+def test_every_part_runs_as_a_user_runs_it_and_is_in_one_table_and_one_file(tmp_path):
+    parts = ["gpu", "scale", "fitting", "tuning"]
+    command = [sys.executable, "-m", "benchmarks", *parts, "--dry", "--threads", "1", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    written = json.loads((tmp_path / "results.json").read_text())
+    measured = written["measurements"]
+    assert {each["part"] for each in measured} == set(answers.PARTS)
+    for each in measured:
+        assert (each["failure"], each["effort"], each["threads"]) == ("", "dry", 1)
+        for figures in (each["seconds"], each["ratio"]):
+            assert 0 < figures["median"] < math.inf
+            assert figures["first"] <= figures["median"] <= figures["third"]
+        assert each["samples"] >= 3
+        if each["against"] == each["variant"]:
+            assert each["ratio"]["median"] == 1.0
+        if each["part"] in ("measuring", "rounds", "collapsing", "fitting", "large"):
+            assert each["memory"] >= 0
+    told = {each["variant"] for each in measured if each["part"] in ("measuring", "rounds")}
+    assert told == {"plain", "all", "sample=0.1", "masks", "transport", "distillation"}
+    assert os.uname().nodename not in json.dumps(written["machine"])
+    assert set(written["machine"]) == {"processor", "cores"}
+    assert written["versions"]["torch"] == torch.__version__
+
+    markdown = (tmp_path / "results.md").read_text()
+    assert done.stdout.endswith(f"{markdown}\n")
+    titles = [line for line in markdown.splitlines() if line.startswith("**")]
+    assert len(titles) == 3  # the table, EASIER's curve, that of tuning.py
+    assert len([line for line in markdown.splitlines() if line.startswith("| ")]) > len(measured)
+    rounds = [cells for number, cells in rows_of(written["tables"]["curve"]).items() if number.isdigit()]
+    assert len(rounds) == 3
+    assert all(0 <= float(score) <= 100 for score, _ in rounds)
+    assert {"dense", "compress"} <= set(rows_of(written["tables"]["tuning"]))
+
+
+def measured(case, *quartiles):
+    return Measurement("scale", "q", case, "new", "old", "cpu", 1, "full", ratio=Quartiles(*quartiles), bar=Bar(1.05))
+
+
+def test_what_is_measured_again_takes_the_place_of_what_was_there(tmp_path):
+    machine, versions = {"processor": "x", "cores": 2}, {"torch": "2"}
+    first, second = measured("first", 1.0, 1.1, 1.2), measured("second", 1.0, 1.1, 1.2)
+    before = results.Results(tmp_path, machine, versions)
+    before.add([first, second])
+    before.add_table("curve", "| 1 |")
+    anew = replace(first, samples=99, bounds=(1.0, 1.2), memory=5)
+    results.Results(tmp_path, machine, versions).add([anew])
+    there = results.read(tmp_path / "results.json")
+    assert there.measurements == [anew, second]
+    failed = replace(second, variant="", failure="was stopped")
+    before.add([failed])
+    assert before.measurements == [first, failed]
+    before.add([second])
+    assert before.measurements == [first, second]
+    assert there.tables == {"curve": "| 1 |"}
+    assert not results.Results(tmp_path, machine | {"cores": 99}, versions).measurements
+    assert not results.Results(tmp_path, machine, {"torch": "3"}).measurements
+
+
+def slowness(*moments):
+    """Return a clock of a machine that is so many times slower at the moment of each round, for two variants."""
+    calls = iter(each for moment in moments for each in (moment, moment))
+    return lambda seconds: lambda: seconds * next(calls)
+
+
+def test_variants_are_sampled_in_turn_and_their_ratio_does_not_notice_other_work():
+    order = []
+
+    def variant(name, seconds, clock):
+        def sample():
+            order.append(name)
+            return clock(seconds)()
+
+        return Variant(sample)
+
+    clock = slowness(1, 1, 5, 5, 1)
+    latencies = in_turn({"a": variant("a", 1.0, clock), "b": variant("b", 2.0, clock)}, samples=4)
+    assert order == [*"ab", *"ba", *"ab", *"ba", *"ab"]  # after a warm-up every other round in the opposite order
+    ratio, bounds = compared(latencies["b"], latencies["a"])
+    assert ratio == Quartiles(2.0, 2.0, 2.0)
+    assert bounds == (2.0, 2.0)
+    ratio, _ = compared(latencies["b"], latencies["a"], work=4.0)
+    assert ratio.median == 0.5
+    assert latencies["a"].spread > 1
+
+
+def test_a_time_limit_leaves_the_fewest_samples():
+    calls = []
+    in_turn({"a": Variant(lambda: calls.append(0) or 1.0)}, samples=50, seconds=0.0)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "verdict"),
+    [((1.01, 1.02, 1.03), "kept"), ((1.06, 1.07, 1.08), "missed"), ((1.0, 1.02, 1.2), "open")],
+)
+def test_a_bar_is_kept_or_missed_where_all_samples_say_so(samples, verdict):
+    latencies = in_turn({"a": Variant(lambda: 1.0), "b": Variant(iter((1.0, *samples)).__next__)}, samples=3)
+    ratio, bounds = compared(latencies["b"], latencies["a"])
+    measured = Measurement(*["x"] * 6, 1, "dry", ratio=ratio, bounds=bounds, bar=Bar(time=1.05))
+    assert list(measured.verdicts()) == [f"≤ 1.05×: {verdict}"]
+
+
+def test_slower_is_what_is_so_by_more_than_the_spread():
+    spread, none = (1.0, 1.05, 1.1), (1.0, 1.0, 1.0)
+    before, after = (results.Results(None, {"processor": "x", "cores": 2}, {}) for _ in range(2))
+    before.add(measured(case, *spread) for case in ("slower", "as wide", "faster"))
+    before.add(measured(case, *none) for case in ("by a hair", "gone"))
+    after.add(
+        [measured("slower", 1.2, 1.25, 1.3), measured("as wide", 1.05, 1.2, 1.4), measured("faster", 0.5, 0.5, 0.5)]
+    )
+    after.add([measured("by a hair", 1.01, 1.01, 1.01), measured("new", 9.0, 9.0, 9.0)])
+    table = results.slower(after, before)
+    assert [row[1] for row in table.rows] == ["slower"]
+    assert table.title.startswith("1 of 4 measurements")
+    assert "another machine" not in table.title
+    before.machine["cores"] = 4
+    assert "another machine" in results.slower(after, before).title
+
+
+def slow(seconds, tell):
+    tell("began")
+    if not seconds:
+        raise ValueError("no time")
+    __import__("time").sleep(seconds)
+
+
+def test_a_child_is_stopped_and_what_it_raises_is_told():
+    told = []
+    with pytest.raises(children.ChildError, match="was stopped after 2 seconds"):
+        children.in_child(slow, 60, seconds=2.0, tell=told.append)
+    with pytest.raises(children.ChildError, match="ValueError: no time"):
+        children.in_child(slow, 0, tell=told.append)
+    with pytest.raises(children.ChildError, match="its process ended with 7"):
+        children.in_child(os._exit, 7)
+    assert told == ["began", "began"]
+    assert children.in_child(math.sqrt, 4.0) == 2.0
+
+
+def test_what_fails_is_told_and_the_next_follows():
+    setting = answers.Setting("collapsing", "cpu", 1, "dry", seconds=0.0)
+    failures = [each.failure for measured in answers.answers(setting) for each in measured]
+    assert failures == ["was stopped after 0 seconds"] * len(list(setting.cases()))
+
+
+def test_a_peak_of_memory_is_that_of_one_call():
+    def call():
+        torch.ones(16 * 2**20)  # 64 MiB
+
+    grown = [children.peak_memory(each, torch.device("cpu")) for each in (call, lambda: None, call)]
+    assert grown[1] < 8 * 2**20
+    assert 56 * 2**20 < grown[0] < 80 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["measurings"], "expected parts to be some of"),
+        (["measuring", "--batches", "3"], "unrecognized arguments: --batches 3"),
+        (["profile", "tests"], "expected `profile` to be followed by one of measuring, compress, but got 'tests'"),
+        (["--compare", "nowhere.json"], "there is no such file"),
+        (["--quick", "--dry"], "not allowed with"),
+    ],
+)
+def test_a_command_that_makes_no_sense_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_images_of_the_curve_can_be_learned():
+    device = torch.device("cpu")
+    (images, labels), (others, truth) = (curve.learnable(count, device, seed) for count, seed in ((4000, 1), (200, 2)))
+    assert images.shape == (4000, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.dtype == torch.bfloat16
+    assert len({*labels.tolist()}) == curve.CLASSES
+    spectra = [torch.fft.rfft(each.float(), dim=-1).abs()[:, :, ::4, :6].flatten(1) for each in (images, others)]
+    nearest = torch.cdist(spectra[1], spectra[0]).topk(5, largest=False).indices
+    found = labels[nearest].mode(1).values
+    assert (found == truth).float().mean() > 0.5  # a tenth by chance; shifts leave a spectrum as it is
+    assert not torch.equal(images[:200], others)
+
+
+PYTHON = """#!/bin/bash
+echo "$@" >> calls.txt
+case "$*" in *curve*) exit 3 ;; *measuring*) exec sleep 100 ;; esac
+"""
+
+
+def test_the_script_for_a_gpu_does_one_part_after_the_other_whatever_becomes_of_them(tmp_path):
+    folder = tmp_path / "checkout" / "benchmarks"
+    folder.mkdir(parents=True)
+    script, python = folder / "gpu.sh", tmp_path / "python"
+    text = (CHECKOUT / "benchmarks" / "gpu.sh").read_text()
+    script.write_text(text.replace("bench 60 measuring", "bench 1 measuring"))
+    assert script.read_text() != text
+    python.write_text(PYTHON)
+    for each in (script, python):
+        each.chmod(0o755)
+    done = subprocess.run([script, "--dry"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = (folder.parent / "calls.txt").read_text().splitlines()
+    parts = [call.split()[2] for call in calls if call.startswith("-m benchmarks")]
+    assert sorted(parts) == sorted(command.ON_A_GPU)
+    assert all("--dry --output" in call for call in calls if call.startswith("-m benchmarks"))
+    assert any("pytest" in call and "test_gpu.py" in call for call in calls)
+    log = (folder.parent / "gpu_results" / "log.txt").read_text()
+    assert "ended with 3" in log
+    assert "ended with 124 after at most 1 s" in log

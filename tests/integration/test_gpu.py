@@ -1,22 +1,49 @@
 """The same on a GPU; skipped where there is none."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easier import EntropyProbe, Sparsify, collapse, compress, fit_chains, measure_entropy
+from lightning_easier import (
+    EntropyProbe,
+    OptimalTransportCallback,
+    Rounds,
+    Sparsify,
+    collapse,
+    compress,
+    fit_chains,
+    isolate_activations,
+    linearize,
+    measure_affines,
+    measure_entropy,
+    restore,
+    sliced_wasserstein,
+)
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.support.timing import LatencyTable, stopwatch
 from tests.collapsing.test_collapse_fit import Mlp
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.processes import SLOPE
+from tests.integration.residual import Net
 from tests.integration.test_recipes import Slope
 from tests.integration.tiny import assert_equal_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = {"accelerator": "gpu", "devices": 1}
 DEVICE = "cuda"
+
+
+class Stack(nn.Sequential):
+    """Convolutions, batch norms and activations."""
+
+    def __init__(self) -> None:
+        layers = [layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]
+        super().__init__(nn.Conv2d(3, 8, 3), *layers, nn.Conv2d(8, 4, 3))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
@@ -121,3 +148,119 @@ def test_the_pruned_model_collapses_on_the_gpu(tmp_path):
     x = torch.randn(8, 4, device="cuda")
     result = collapse(model.cuda(), x)
     assert torch.allclose(result.model(x), model.eval()(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["identity", "affine", "fitted"])
+def test_surgery_is_that_of_the_cpu(kind):
+    model, batches = Stack().eval(), [torch.randn(16, 3, 9, 9) for _ in range(2)]
+    twin = copy.deepcopy(model).to(DEVICE)
+    expected = model(batches[0])
+    outputs = []
+    for each in (model, twin):
+        names = list(isolate_activations(each))[:2]
+        for name in names:
+            measured = {"affine": measure_affines, "fitted": fit_chains}.get(kind)
+            statistics = None if measured is None else measured(each, batches)
+            linearize(each, [name], stand_in=kind, statistics=statistics)
+        assert sorted(stand_ins(each)) == sorted(names)
+        outputs.append(each(batches[0].to(next(each.parameters()).device)).cpu())
+    assert {tensor.device.type for tensor in twin.parameters()} == {DEVICE}
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-2)
+    assert (outputs[0] - expected).abs().max() > 1e-3
+    if kind != "fitted":  # the operators that were replaced are gone
+        restore(twin)
+        torch.testing.assert_close(twin(batches[0].to(DEVICE)).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.real_clock
+def test_a_time_is_that_until_the_device_is_done():
+    cycles = 10**8  # at 5 GHz, which no device has, a fiftieth of a second
+    assert stopwatch(lambda: torch.cuda._sleep(cycles))(1) > cycles / 5e9
+
+
+@pytest.mark.real_clock
+def test_a_collapse_is_priced_on_the_device():
+    model, x, table = Stack().eval().to(DEVICE), torch.randn(4, 3, 33, 33, device=DEVICE), LatencyTable()
+    linearize(model, list(isolate_activations(model)))
+    result = collapse(model, x, latencies=table)
+    assert result.report.merges
+    assert table.seconds
+    assert all(seconds > 0 for seconds in table.seconds.values())
+    assert all(DEVICE in str(key) for key in table.seconds)
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_masks_hold_through_a_fused_optimizer(tmp_path):
+    class Fused(Small):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.02, fused=True)
+
+    options = {"amount": 0.3, "guard": 1e9}
+    model, callback, _ = run(tmp_path, method=Sparsify, pruning=options, model=Fused(), precision="bf16-mixed", **GPU)
+    zeros = sum(int((value == 0).sum()) for value in model.parameters() if value.ndim > 1)
+    assert f"{zeros / 180:.1%} of all 180 are zero" in callback.rounds[3].notes["weights"][0]
+
+
+def test_the_transport_distance_and_its_gradient_are_those_of_the_cpu():
+    first, second = torch.randn(32, 5), torch.randn(32, 5) + 0.5
+    found = []
+    for device in ("cpu", DEVICE):
+        x = first.to(device).requires_grad_()
+        distance = sliced_wasserstein(x, second.to(device), generator=torch.Generator().manual_seed(0))
+        distance.backward()
+        found += [distance.detach().cpu(), x.grad.cpu()]
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_blocks_are_taken_out_on_a_gpu(tmp_path, precision):
+    pruning = {"rounds": Rounds(epochs=0, max_removals=1), "monitor": "score", "tolerance": 0.5}
+    model, callback, trainer = run(
+        tmp_path, kind=_transport, pruning=pruning, model=Net(), epochs=2, precision=precision, **GPU
+    )
+    assert [this.accepted for this in callback.rounds] == [True, True]
+    assert len(stand_ins(model)) == 1
+    assert trainer.callback_metrics["transport_loss"].isfinite()
+
+
+def _transport(method, dirpath, **options):
+    return OptimalTransportCallback(**options)
+
+
+def test_compression_decides_by_times_of_the_device():
+    model, batches = Stack().eval().to(DEVICE), [torch.randn(64, 3, 9, 9, device=DEVICE) for _ in range(2)]
+    result = compress(model, batches, max_drift=0.5, example_inputs=batches[0][:8])
+    assert any(trial.kept for trial in result.report.trials)
+    x = batches[0]
+    drift = (result.model(x) - model(x)).square().sum() / (model(x) - model(x).mean(0)).square().sum()
+    assert 1e-6 < drift < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_entropies_under_autocast_are_nearly_those_without(dtype):
+    model, batches = Stack().eval().to(DEVICE), [torch.randn(64, 3, 9, 9) for _ in range(2)]
+    expected = measure_entropy(model, batches)
+    with torch.autocast(DEVICE, dtype=dtype):
+        found = measure_entropy(model, batches)
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_a_collapsed_model_compiles_on_the_gpu():
+    model, x = Stack().eval().to(DEVICE), torch.randn(4, 3, 33, 33, device=DEVICE)
+    linearize(model, list(isolate_activations(model))[:2])
+    collapsed = collapse(model, x, objective="macs").model
+    compiled = torch.compile(collapsed)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_ddp_of_one_device_prunes_as_without(tmp_path):
+    try:
+        alone = run(tmp_path / "alone", **GPU)
+        together = run(tmp_path / "together", strategy="ddp", **GPU)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert together[1].removed == alone[1].removed != []
+    values = [{name: value.cpu() for name, value in each[0].state_dict().items()} for each in (alone, together)]
+    torch.testing.assert_close(values[1], values[0], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,141 @@
+"""The command line of the benchmarks: ``python -m benchmarks [part ...]``; see docs/benchmarks.md."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from answers import PARTS, Setting, answers
+from children import ChildError, in_child, start_from_nothing
+from questions import EFFORTS
+from results import Results, machine, read, slower, versions
+
+BY_DEFAULT = ("measuring", "scale", "rounds", "collapsing", "fitting", "runtimes")
+ON_A_GPU = ("measuring", "collapsing", "large", "rounds", "runtimes", "curve")
+"""What part ``gpu`` stands for."""
+_LIMITS = {"full": 3600.0, "quick": 120.0, "dry": 300.0}
+_PROFILED = ("measuring", "compress")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write one table; return 1 if something failed or has become slower."""
+    options, others = _parser().parse_known_args(arguments)
+    effort = "dry" if options.dry else "quick" if options.quick else "full"
+    parts, profiled = _parts(options.parts, others)
+    if options.compare is not None and not options.compare.exists():
+        _parser().error(f"--compare {options.compare}: there is no such file")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs in other processes ends, too
+    results = Results(options.output, _machine(options.device), versions())
+    failed = False
+    for part in parts:
+        setting = Setting(part, options.device, options.threads, effort, options.limit or _LIMITS[effort])
+        if part in PARTS:
+            for measured in answers(setting):
+                results.add(measured)
+                failed |= any(each.failure for each in measured)
+                for each in measured:
+                    print(f"{each.question}: {each.case}: {each.variant} {each.failure}", file=sys.stderr, flush=True)
+        else:
+            failed |= not _with_table(part, setting, results, others)
+    if profiled:
+        setting = Setting("profile", options.device, options.threads, effort, options.limit or _LIMITS[effort])
+        failed |= not _with_table(f"profile {profiled}", setting, results, [])
+    print(results.to_markdown() if results.measurements else "\n\n".join(results.tables.values()))
+    if options.compare is None:
+        return int(failed)
+    table = slower(results, read(options.compare))
+    rich.print(table)
+    return int(failed or bool(table.rows))
+
+
+def _machine(device: str) -> dict[str, Any]:
+    try:
+        return in_child(machine, device)
+    except ChildError:
+        if device == "cpu":
+            raise
+        start_from_nothing()
+        return in_child(machine, device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
+    known = [*PARTS, "curve", "tuning", "gpu", "profile"]
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(known)}; {', '.join(BY_DEFAULT)} by default")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smaller, about five minutes on two cores")
+    size.add_argument("--dry", action="store_true", help="tiny, to see that everything runs")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch; as many as it takes by default"
+    )
+    parser.add_argument("--output", type=Path, help="folder of results.md and results.json; what is there is kept")
+    parser.add_argument(
+        "--compare", type=Path, help="an earlier results.json; what is slower by more than the spread is told"
+    )
+    parser.add_argument("--limit", type=float, help="seconds after which a case is stopped")
+    return parser
+
+
+def _parts(given: Sequence[str], others: Sequence[str]) -> tuple[list[str], str]:
+    """Return the parts, and what is to be profiled."""
+    parts, profiled = list(given), ""
+    if parts[:1] == ["profile"]:
+        profiled = " ".join(parts[1:])
+        if profiled not in _PROFILED:
+            _parser().error(f"expected `profile` to be followed by one of {', '.join(_PROFILED)}, but got {profiled!r}")
+        parts = []
+    elif not parts:
+        parts = list(BY_DEFAULT)
+    if "gpu" in parts:
+        place = parts.index("gpu")
+        parts[place : place + 1] = [part for part in ON_A_GPU if part not in parts]
+    if unknown := set(parts) - {*PARTS, "curve", "tuning"}:
+        _parser().error(
+            f"expected parts to be some of {', '.join(PARTS)}, curve, tuning, gpu, but got {sorted(unknown)}"
+        )
+    if others and "tuning" not in parts:
+        _parser().error(f"unrecognized arguments: {' '.join(others)}")
+    return parts, profiled
+
+
+def _with_table(part: str, setting: Setting, results: Results, others: Sequence[str]) -> bool:
+    """Run what makes a table of its own, and note what it has told until it is done or fails; tell which of both."""
+    function = {"tuning": tune, "curve": follow}.get(part, profile)
+    argument = list(others) if part == "tuning" else part.partition(" ")[2]
+    try:
+        in_child(function, setting, argument, seconds=setting.seconds, tell=partial(results.add_table, part))
+    except ChildError as error:
+        results.add_table(part, "\n\n".join([*filter(None, [results.tables.get(part)]), f"{part} failed: {error}"]))
+        return False
+    return True
+
+
+Tell = Callable[[str], Any]
+
+
+def tune(setting: Setting, arguments: list[str], tell: Tell) -> None:
+    """Run ``tuning.py``, and tell what it prints."""
+    setting.prepare()
+    from tuned import run, run_dry
+
+    tell(run_dry() if setting.effort == "dry" and not arguments else run(arguments))
+
+
+def follow(setting: Setting, _: str, tell: Tell) -> None:
+    """Tell EASIER's curve as it grows."""
+    from curve import run
+
+    run(EFFORTS[setting.effort], setting.prepare(), lambda table: tell(table.to_markdown()))
+
+
+def profile(setting: Setting, what: str, tell: Tell) -> None:
+    """Tell where the time goes."""
+    from hotspots import hot_spots
+
+    tell(hot_spots(what, EFFORTS[setting.effort], setting.prepare()).to_markdown())
