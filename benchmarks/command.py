@@ -26,31 +26,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write one table; return 1 if something failed or has become slower."""
     options, others = _parser().parse_known_args(arguments)
     effort = "dry" if options.dry else "quick" if options.quick else "full"
-    parts, profiled = _parts(options.parts, others)
+    parts = _parts(options.parts, others)
     if options.compare is not None and not options.compare.exists():
         _parser().error(f"--compare {options.compare}: there is no such file")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs in other processes ends, too
-    results = Results(options.output, _machine(options.device), versions())
-    failed = False
-    for part in parts:
-        setting = Setting(part, options.device, options.threads, effort, options.limit or _LIMITS[effort])
-        if part in PARTS:
-            for measured in answers(setting):
-                results.add(measured)
-                failed |= any(each.failure for each in measured)
-                for each in measured:
-                    print(f"{each.question}: {each.case}: {each.variant} {each.failure}", file=sys.stderr, flush=True)
-        else:
-            failed |= not _with_table(part, setting, results, others)
-    if profiled:
-        setting = Setting("profile", options.device, options.threads, effort, options.limit or _LIMITS[effort])
-        failed |= not _with_table(f"profile {profiled}", setting, results, [])
+    old = None if options.compare is None else read(options.compare)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs in other processes ends, too
+    try:
+        results = Results(options.output, _machine(options.device), versions())
+        limit = options.limit or _LIMITS[effort]
+        is_whole = True
+        for part in parts:
+            setting = Setting(part, options.device, options.threads, effort, limit)
+            is_whole &= _measured(setting, results, others)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(results.to_markdown() if results.measurements else "\n\n".join(results.tables.values()))
-    if options.compare is None:
-        return int(failed)
-    table = slower(results, read(options.compare))
+    if old is None:
+        return int(not is_whole)
+    table = slower(results, old)
     rich.print(table)
-    return int(failed or bool(table.rows))
+    return int(not is_whole or bool(table.rows))
+
+
+def _measured(setting: Setting, results: Results, others: Sequence[str]) -> bool:
+    """Measure a part and note it as it comes; tell whether all of it could be measured."""
+    if setting.part not in PARTS:
+        return _with_table(setting, results, others)
+    is_whole = True
+    for measured in answers(setting):
+        results.add(measured)
+        for each in measured:
+            is_whole &= not each.failure
+            print(f"{each.question}: {each.case}: {each.variant} {each.failure}", file=sys.stderr, flush=True)
+    return is_whole
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -82,36 +90,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parts(given: Sequence[str], others: Sequence[str]) -> tuple[list[str], str]:
-    """Return the parts, and what is to be profiled."""
-    parts, profiled = list(given), ""
-    if parts[:1] == ["profile"]:
-        profiled = " ".join(parts[1:])
-        if profiled not in _PROFILED:
-            _parser().error(f"expected `profile` to be followed by one of {', '.join(_PROFILED)}, but got {profiled!r}")
-        parts = []
-    elif not parts:
-        parts = list(BY_DEFAULT)
+def _parts(given: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return the parts; what is to be profiled is one of its own."""
+    if given[:1] == ["profile"]:
+        if (what := " ".join(given[1:])) not in _PROFILED:
+            _parser().error(f"expected `profile` to be followed by one of {', '.join(_PROFILED)}, but got {what!r}")
+        return [f"profile {what}"]
+    parts = list(given) or list(BY_DEFAULT)
     if "gpu" in parts:
         place = parts.index("gpu")
         parts[place : place + 1] = [part for part in ON_A_GPU if part not in parts]
-    if unknown := set(parts) - {*PARTS, "curve", "tuning"}:
-        _parser().error(
-            f"expected parts to be some of {', '.join(PARTS)}, curve, tuning, gpu, but got {sorted(unknown)}"
-        )
+    known = [*PARTS, "curve", "tuning"]
+    if unknown := [part for part in parts if part not in known]:
+        _parser().error(f"expected parts to be some of {', '.join(known)}, gpu, profile, but got {unknown}")
     if others and "tuning" not in parts:
         _parser().error(f"unrecognized arguments: {' '.join(others)}")
-    return parts, profiled
+    return parts
 
 
-def _with_table(part: str, setting: Setting, results: Results, others: Sequence[str]) -> bool:
+def _with_table(setting: Setting, results: Results, others: Sequence[str]) -> bool:
     """Run what makes a table of its own, and note what it has told until it is done or fails; tell which of both."""
-    function = {"tuning": tune, "curve": follow}.get(part, profile)
-    argument = list(others) if part == "tuning" else part.partition(" ")[2]
+    part, _, what = setting.part.partition(" ")
+    function = {"tuning": tune, "curve": follow, "profile": profile}[part]
+    argument = list(others) if part == "tuning" else what
+    tell = partial(results.add_table, setting.part)
     try:
-        in_child(function, setting, argument, seconds=setting.seconds, tell=partial(results.add_table, part))
+        in_child(function, setting, argument, seconds=setting.seconds, tell=tell)
     except ChildError as error:
-        results.add_table(part, "\n\n".join([*filter(None, [results.tables.get(part)]), f"{part} failed: {error}"]))
+        tell("\n\n".join([*filter(None, [results.tables.get(setting.part)]), f"{setting.part} failed: {error}"]))
         return False
     return True
 

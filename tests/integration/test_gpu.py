@@ -215,12 +215,12 @@ def test_the_transport_distance_and_its_gradient_are_those_of_the_cpu():
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 def test_blocks_are_taken_out_on_a_gpu(tmp_path, precision):
     pruning = {"rounds": Rounds(epochs=0, max_removals=1), "monitor": "score", "tolerance": 0.5}
-    model, callback, trainer = run(
+    model, callback, _ = run(
         tmp_path, kind=_transport, pruning=pruning, model=Net(), epochs=2, precision=precision, **GPU
     )
     assert [this.accepted for this in callback.rounds] == [True, True]
     assert len(stand_ins(model)) == 1
-    assert trainer.callback_metrics["transport_loss"].isfinite()
+    assert all(value.isfinite().all() for value in model.parameters())
 
 
 def _transport(method, dirpath, **options):
