@@ -46,14 +46,14 @@ class Setting:
         device: ``"cpu"`` or ``"cuda"``.
         threads: How many torch may use.
         effort: Name of the effort.
-        seconds: How long a case may take before it is stopped.
+        seconds: How long a case may take before it is stopped; None for no limit.
     """
 
     part: str
     device: str
     threads: int
     effort: str
-    seconds: float
+    seconds: float | None
 
     def cases(self) -> Iterator[tuple[str, Case]]:
         """Yield the cases of the part, each with the name of its question."""
@@ -104,7 +104,7 @@ def times(setting: Setting, question: str, name: str) -> list[Measurement]:
         # The first, which is the warm-up as well: later ones get memory that the first has given back
         peak = peak_memory(variants[own[0]].sample, device)
         variants = {YARDSTICK: yardstick(device), **variants}
-    samples = FEWEST if case.is_slow else effort.samples
+    samples = min(FEWEST, effort.samples) if case.is_slow else effort.samples
     latencies = in_turn(variants, samples, effort.seconds, warm_up=peak is None and not case.is_slow)
     against = next(iter(variants))
     return [_measurement(setting, question, case, variants, latencies, each, against, peak) for each in own]

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from results import Results, machine, read, slower, versions
 BY_DEFAULT = ("measuring", "scale", "rounds", "collapsing", "fitting", "runtimes")
 ON_A_GPU = ("measuring", "collapsing", "large", "rounds", "runtimes", "curve")
 """What part ``gpu`` stands for."""
-_LIMITS = {"full": 3600.0, "quick": 120.0, "dry": 300.0}
+_LIMITS = {"full": None, "quick": 120.0, "dry": 300.0}
 _PROFILED = ("measuring", "compress")
 
 
@@ -52,12 +53,13 @@ def _measured(setting: Setting, results: Results, others: Sequence[str]) -> bool
     """Measure a part and note it as it comes; tell whether all of it could be measured."""
     if setting.part not in PARTS:
         return _with_table(setting, results, others)
-    is_whole = True
+    is_whole, began = True, time.monotonic()
     for measured in answers(setting):
         results.add(measured)
-        for each in measured:
-            is_whole &= not each.failure
-            print(f"{each.question}: {each.case}: {each.variant} {each.failure}", file=sys.stderr, flush=True)
+        is_whole &= not any(each.failure for each in measured)
+        took, began = time.monotonic() - began, time.monotonic()
+        first = measured[0]
+        print(f"{first.question}: {first.case}: {first.failure or f'{took:.1f} s'}", file=sys.stderr, flush=True)
     return is_whole
 
 
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", type=Path, help="an earlier results.json; what is slower by more than the spread is told"
     )
-    parser.add_argument("--limit", type=float, help="seconds after which a case is stopped")
+    parser.add_argument("--limit", type=float, help="seconds after which a case is stopped; 120 with --quick")
     return parser
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import networks
 import torch
@@ -33,8 +34,8 @@ def run(arguments: Sequence[str]) -> str:
 
 def run_dry() -> str:
     """Run it with a tiny network on few images that are made for it."""
-    networks.NETWORKS["tiny"] = lambda depth: networks.Network("Tiny", partial(_tiny, 8))
-    with TemporaryDirectory() as folder:
+    tiny = {"tiny": lambda depth: networks.Network("Tiny", partial(_tiny, 8))}
+    with TemporaryDirectory() as folder, patch.dict(networks.NETWORKS, tiny):
         root = Path(folder)
         _write_images(root)
         return run([

@@ -2,12 +2,14 @@
 
 import json
 import math
+import mmap
 import os
 import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import onnx
@@ -26,6 +28,7 @@ import curve
 import networks
 import results
 import shipped
+import tuned
 import tuning
 from questions import Bar, Measurement, Quartiles, Variant, compared, in_turn
 
@@ -170,7 +173,7 @@ def test_shipped_compares_in_each_runtime(run, tmp_path, monkeypatch):
 
 
 def test_every_part_runs_and_is_in_one_table_and_one_file(tmp_path, monkeypatch, capfd):
-    parts = ["gpu", "scale", "fitting", "tuning"]
+    parts = ["gpu", "scale", "fitting"]  # that of tuning.py is run below
     monkeypatch.setattr(sys, "argv", ["benchmarks", *parts, "--dry", "--threads", "1", "--output", str(tmp_path)])
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as the program sets it
     if torch.cuda.is_available():  # autograd may have threads here, one for each GPU, which a fork would not have
@@ -188,26 +191,25 @@ def test_every_part_runs_and_is_in_one_table_and_one_file(tmp_path, monkeypatch,
         for figures in (each["seconds"], each["ratio"]):
             assert 0 < figures["median"] < math.inf
             assert figures["first"] <= figures["median"] <= figures["third"]
-        assert each["samples"] >= 3
+        assert each["samples"] == 2
         if each["against"] == each["variant"]:
             assert each["ratio"]["median"] == 1.0
-        if each["part"] in ("measuring", "rounds", "collapsing", "fitting", "large"):
+        if each["part"] in ("measuring", "collapsing", "fitting", "large"):
             assert each["memory"] >= 0
     told = {each["variant"] for each in measured if each["part"] in ("measuring", "rounds")}
     assert told == {"plain", "all", "sample=0.1", "masks", "transport", "distillation"}
     assert os.uname().nodename not in json.dumps(written["machine"])
     assert set(written["machine"]) == {"processor", "cores"}
-    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["torch"] == metadata.version("torch")
 
     markdown = (tmp_path / "results.md").read_text()
     assert printed.out.endswith(f"{markdown}\n")
     titles = [line for line in markdown.splitlines() if line.startswith("**")]
-    assert len(titles) == 3  # the table, EASIER's curve, that of tuning.py
+    assert len(titles) == 2  # the table, and EASIER's curve
     assert len([line for line in markdown.splitlines() if line.startswith("| ")]) > len(measured)
     rounds = [cells for number, cells in rows_of(written["tables"]["curve"]).items() if number.isdigit()]
     assert len(rounds) == 3
     assert all(0 <= float(score) <= 100 for score, _ in rounds)
-    assert {"dense", "identity"} <= set(rows_of(written["tables"]["tuning"]))
 
 
 def measured(case, *quartiles):
@@ -322,11 +324,13 @@ def test_what_fails_is_told_and_the_next_follows():
 
 def test_a_peak_of_memory_is_that_of_one_call():
     def call():
-        torch.ones(16 * 2**20)  # 64 MiB
+        with mmap.mmap(-1, 64 * 2**20) as memory:  # not by malloc, which may have some left
+            for place in range(0, len(memory), mmap.PAGESIZE):
+                memory[place] = 1
 
     grown = [children.peak_memory(each, torch.device("cpu")) for each in (call, lambda: None, call)]
     assert grown[1] < 8 * 2**20
-    assert 56 * 2**20 < grown[0] < 80 * 2**20
+    assert all(60 * 2**20 < grown[place] < 72 * 2**20 for place in (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -385,3 +389,10 @@ def test_the_script_for_a_gpu_does_one_part_after_the_other_whatever_becomes_of_
     log = (folder.parent / "gpu_results" / "log.txt").read_text()
     assert "ended with 3" in log
     assert "ended with 124 after at most 1 s" in log
+
+
+def test_the_part_that_calls_tuning_returns_its_table_alone():
+    table = tuned.run_dry()
+    assert table.startswith("**Tiny, ")
+    assert set(rows_of(table)) == {"method", "---", "dense", "identity"}
+    assert "tiny" not in networks.NETWORKS
