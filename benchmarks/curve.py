@@ -104,13 +104,17 @@ class _Learner(LightningModule):
         super().__init__()
         self.model, self.epochs = model.to(memory_format=torch.channels_last), epochs
 
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images if torch.is_autocast_enabled(images.device.type) else images.float())
+        return logits
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self.model(images), labels)
+        return F.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.log("val_acc", (self.model(images).argmax(1) == labels).float().mean())
+        self.log("val_acc", (self(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)

@@ -11,6 +11,7 @@ from measuring import cifar_resnet18, validations
 from questions import Effort
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.report import Table
 from lightning_easier.zoo import CifarResNet
 
@@ -31,7 +32,9 @@ def hot_spots(what: str, effort: Effort, device: torch.device, rows: int = 25) -
         sample()  # warm-up
     else:
         depth, images = effort.pick(56, 20, 8), effort.pick(1000, 64, 16)
-        sample = compressions(partial(CifarResNet, depth), images, effort.pick(32, 32, 16), device)["compress"].sample
+        make, size = partial(CifarResNet, depth), effort.pick(32, 32, 16)
+        objective: Objective = effort.pick("latency", "latency", "macs")
+        sample = compressions(make, images, size, device, objective)["compress"].sample
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         sample()

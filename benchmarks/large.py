@@ -21,7 +21,7 @@ def questions(effort: Effort) -> Iterator[Question]:
     large = [(name, torchvision.models.get_model_builder(kind), 224)
              for name, kind in (("ResNet-50", "resnet50"), ("ViT-B/16", "vit_b_16"))]  # fmt: skip
     networks: list[tuple[str, Callable[[], nn.Module], int]] = effort.pick(
-        large, large, [("two convolutions", tiny, 8)]
+        large, large, [("three convolutions", tiny, 8)]
     )
     images = effort.pick(1000, 200, 16)
     objective: Objective = effort.pick("latency", "latency", "macs")  # timings take seconds, however small it is

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from collapsing import a_third_linear, network
+from fitting import tiny
 from measuring import cifar_resnet18
 from questions import Bar, Case, Effort, Question, Variant, timed
 from torch import Tensor, nn
 
 from lightning_easier import collapse, export
 from lightning_easier.collapsing.exact.prices import Objective
-from lightning_easier.zoo import CifarResNet
 
 RUNTIMES = ["eager", "torch.compile", "ONNX Runtime"]
 # Beyond noise
@@ -31,7 +31,7 @@ def questions(effort: Effort) -> Iterator[Question]:
     small = ("ResNet-18 for CIFAR", cifar_resnet18, (3, 32, 32))
     large = [(name, partial(network, name), (3, 224, 224)) for name in ("resnet50", "mobilenet_v2", "swin_t")]
     networks: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = effort.pick(
-        [small, *large], [small], [("CifarResNet-8", partial(CifarResNet, 8), (3, 16, 16))]
+        [small, *large], [small], [("three convolutions", tiny, (3, 8, 8))]
     )
     # Compiling for a CPU takes minutes on two cores
     chosen = effort.pick(RUNTIMES, ["eager", "torch.compile" if effort.device == "cuda" else "ONNX Runtime"], RUNTIMES)
