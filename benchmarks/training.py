@@ -36,7 +36,7 @@ def questions(effort: Effort) -> Iterator[Question]:
     name, make, blocks = effort.pick(
         ("ResNet-18", cifar_resnet18, [f"model.layer{stage}.1" for stage in (1, 2, 3, 4)]),
         ("CifarResNet-20", partial(CifarResNet, 20), [f"model.layer{stage}.2" for stage in (1, 2, 3)]),
-        ("CifarResNet-8", partial(CifarResNet, 8), ["model.layer1.0"]),
+        ("CifarResNet-14", partial(CifarResNet, 14), [f"model.layer{stage}.1" for stage in (1, 2, 3)]),
     )
     batch, steps = effort.pick(128, 64, 4), effort.pick(20, 4, 2)
     case = Case(
