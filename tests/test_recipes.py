@@ -57,10 +57,11 @@ def test_a_part_goes_to_the_option_that_its_file_is_for(given, taken, tmp_path, 
 
 
 def test_parts_that_tell_the_model_something_come_after_it(capsys):
-    cli = EasierCLI(["--config=model/cifar_resnet56", "--config=data/pacs", "--trainer.accelerator=cpu"], run=False)
+    composed = ["--config=model/cifar_resnet56", "--config=data/pacs"]
+    cli = EasierCLI(args=[*composed, "--trainer.accelerator=cpu"], run=False)
     assert cli.model.hparams["num_classes"] == 7
     with pytest.raises(SystemExit):
-        EasierCLI(["--config=data/pacs", "--config=model/cifar_resnet56"], run=False)
+        EasierCLI(args=["--config=data/pacs", "--config=model/cifar_resnet56"], run=False)
     assert "'num_classes' is not accepted" in capsys.readouterr().err
 
 

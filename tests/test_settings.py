@@ -57,7 +57,7 @@ def composed(setting, root, *options):
     """Compose a setting on the command line; its steps are small, its last checkpoint is not written."""
     parts = [f"--config={setting[part]}" for part in ("model", "data", "recipe")]
     sizes = SIZES.get(setting["dataset"], ["--data.image_size=32"])
-    cli = EasierCLI([*parts, *SMALL, *sizes, f"--data.root={root}", *options], run=False)
+    cli = EasierCLI(args=[*parts, *SMALL, *sizes, f"--data.root={root}", *options], run=False)
     cli.trainer.checkpoint_callback.save_last = False
     return cli
 
@@ -108,7 +108,7 @@ def test_the_settings_are_those_of_the_paper():
 def test_what_is_shown_is_what_is_run(setting, root):
     parts = [setting[part] for part in ("model", "data", "recipe")]
     given = [f"--config={part}" for part in parts]
-    cli = EasierCLI([*given, "--model.weights=null", "--trainer.accelerator=cpu"], run=False)
+    cli = EasierCLI(args=[*given, "--model.weights=null", "--trainer.accelerator=cpu"], run=False)
 
     def check(shown, run):
         for key, value in shown.items():
