@@ -105,7 +105,9 @@ def test_states_are_integers_whatever_dtype_is_set():
     metric.update(torch.randn(4, 2))
     assert metric.on.dtype == metric.off.dtype == torch.int64
     assert metric.compute().dtype == torch.float64
-    assert ActivationEntropy().dtype == torch.float32
+    unset = ActivationEntropy()
+    unset.update(torch.randn(4, 2))
+    assert unset.compute().dtype == torch.float32
 
 
 def test_can_be_updated_inside_and_outside_of_inference_mode():
