@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_easier import candidates, isolate_activations
 from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.sites.blocks import find_blocks
+from lightning_easier.structure.norms import with_split_norms
 from lightning_easier.support.batches import as_arguments
 from lightning_easier.support.calls import call
 from lightning_easier.support.costs import count_macs
@@ -66,7 +67,7 @@ def share(names: Collection[str], counts: dict[str, int], total: int) -> str:
 
 def row(name: str, model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
     """Return the row of one network."""
-    model.eval()
+    model = with_split_norms(model.eval())
     total = count_macs(model, as_arguments(inputs, model))
     sites = isolate_activations(model)
     merging = [this for this in candidates(model).candidates if this.merges]

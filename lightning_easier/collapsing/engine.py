@@ -29,6 +29,7 @@ from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, Price
 from lightning_easier.collapsing.fit.replacing import replace_chains
 from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, OperatorTime, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
+from lightning_easier.structure.norms import split_norms
 from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn
 from lightning_easier.structure.substitution import Absorbed
 from lightning_easier.support.arguments import check_choice, check_non_negative
@@ -268,6 +269,7 @@ def _fit(
         raise ValueError("Expected argument `calibration` to hold batches, which mode='fit' fits to, but got None")
     if sites is None or isinstance(sites, str) or not all(isinstance(name, str) for name in sites):
         raise TypeError(f"Expected argument `sites` to be a sequence of names of activations, but got {sites!r}")
+    split_norms(fitted)
     known = isolate_activations(fitted, gates=True)
     for name in sites:
         if name not in known:

@@ -14,6 +14,7 @@ from lightning_easier.sites.adjacency import Adjacency
 from lightning_easier.sites.discovery import ActivationSite, Discovery, IsolationPlan
 from lightning_easier.sites.neighbourhood import Meeting, Neighbourhood
 from lightning_easier.sites.rectifiers import as_gates
+from lightning_easier.structure.norms import with_split_norms
 from lightning_easier.structure.padding import possible_shift
 from lightning_easier.support.arguments import check_bool
 from lightning_easier.support.inference import evaluation_mode
@@ -53,7 +54,7 @@ def candidates(
         [('1', (('0', '2'),)), ('3', ())]
     """
     check_bool("shift_padding", shift_padding)
-    inner = unwrap(model)
+    inner = with_split_norms(unwrap(model))
     with evaluation_mode(inner):
         plan = Discovery(as_gates(gates)).plan(inner)
         sites = plan.sites

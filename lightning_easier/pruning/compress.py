@@ -33,6 +33,7 @@ from lightning_easier.pruning.unneeded import Unneeded
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.norms import split_norms
 from lightning_easier.support.arguments import (
     as_globs,
     check_bool,
@@ -194,6 +195,7 @@ def compress(
         check_trainable(model)
     source = without_masks(model).eval()
     remove_hooks_of_one_model(source)
+    split_norms(source)
     activations = list(isolate_activations(source))
     found = find_blocks(source)
     sites, blocks = _wanted(activations, found, as_globs("include", include), as_globs("exclude", exclude))
