@@ -1,7 +1,8 @@
 """The command line of the package: any LightningModule and data, and configs that come with it."""
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -11,6 +12,7 @@ import lightning_easier.zoo  # makes its classes known by their short names
 from lightning_easier import recipes
 from lightning_easier.cli.errors import WRONG_VALUE, in_one_line
 from lightning_easier.cli.subcommands import EasierSubcommands
+from lightning_easier.support.arguments import check_choice
 
 _ABOUT = (
     "Train, prune, compress, collapse and export. Recipes, configs that come with the package, are taken by name: "
@@ -18,6 +20,7 @@ _ABOUT = (
     "error, `--print_shtab bash` what completes commands in a shell."
 )
 _SHELLS = "--print_shtab"
+_FILES = ("config", "ckpt_path", "output", "report", "fitted")
 
 
 class EasierArgumentParser(LightningArgumentParser):
@@ -83,23 +86,50 @@ class EasierCLI(EasierSubcommands, LightningCLI):
         words = recipes.with_paths([word for word in given if word != "--debug"])
         for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
             each.exit_on_error = "--debug" not in given
-        _print_completion(parser, words)
+        _print_completion(getattr(self, "_subcommand_parsers", {}), words)
         self.config = parser.parse_args(words)
 
 
-def _print_completion(parser: LightningArgumentParser, words: Sequence[str]) -> None:
-    """Print what has a shell complete commands, and leave, where that is asked for.
+def _print_completion(parsers: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Print what has a shell complete commands and options, and leave, where that is asked for.
 
-    jsonargparse has an option for it, of a name that changes from version to version.
+    jsonargparse would offer what every known class takes, too, which takes minutes to write and seconds to load.
+
+    Args:
+        parsers: Name of a subcommand -> its parser.
+        words: The words of the command line.
     """
     asked = [number for number, word in enumerate(words) if word.split("=")[0] == _SHELLS]
-    if not asked or not hasattr(parser, "get_completion_script"):
+    if not asked:
         return
     _, sign, shell = words[asked[0]].partition("=")
     shell = shell if sign else next(iter(words[asked[0] + 1 :]), "")
     try:
-        script = parser.get_completion_script(f"shtab-{shell}")
-    except ValueError as error:
-        parser.error(f"Expected argument `{_SHELLS}` to be bash, zsh or tcsh, and shtab to be installed: {error}")
-    sys.stdout.write(script)
+        import shtab
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"`{_SHELLS}` needs shtab: `pip install 'lightning-easier[cli]'`") from error
+    check_choice(_SHELLS, shell, tuple(shtab.SUPPORTED_SHELLS))
+    sys.stdout.write(shtab.complete(_plain(parsers, shtab.FILE), shell))
     raise SystemExit(0)
+
+
+def _plain(parsers: Mapping[str, Any], file: Any) -> argparse.ArgumentParser:
+    """Return a parser of names alone: those of the subcommands and their options, and which of these take a file."""
+    whole = argparse.ArgumentParser("lightning-easier")
+    subcommands = whole.add_subparsers()
+    for name, parser in parsers.items():
+        each = subcommands.add_parser(name, help=name)  # shtab leaves out what has no help
+        for action in parser._actions:
+            options = [option for option in action.option_strings if not option.endswith("+")]
+            if not options or "-h" in options:
+                continue
+            takes_value = action.nargs != 0
+            added = each.add_argument(*options) if takes_value else each.add_argument(*options, action="store_true")
+            if takes_value and options[-1].lstrip("-") in _FILES:
+                added.complete = file  # type: ignore[attr-defined]
+    tasks = subcommands.add_parser("recipes", help="recipes").add_subparsers()
+    for task in ("list", "show", "copy"):
+        named = tasks.add_parser(task, help=task)
+        if task != "list":
+            named.add_argument("name", choices=[*recipes.recipes()])
+    return whole

@@ -28,7 +28,8 @@ SHORTER = {
     "predict": ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"],
     "collapse": ["--trainer.accelerator=cpu", "--objective=macs"],
     "export": ["--trainer.accelerator=cpu", "--objective=macs"],
-    "report": ["--trainer.accelerator=cpu"],
+    "candidates": ["--trainer.accelerator=cpu"],
+    "compress": ["--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64"],
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -371,12 +372,26 @@ def test_the_help_of_a_subcommand_is_one_screen_of_what_it_uses(command, capsys)
             assert re.search(rf"^ .*{option}\b", shown, re.MULTILINE)
 
 
-def test_a_shell_completes_subcommands_and_options(capsys):
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("com", "compress"), ("compress --target_s", "--target_speedup"), ("export --no-c", "--no-collapse"),
+     ("fit --trainer.max_ep", "--trainer.max_epochs"), ("recipes copy dig", "digits")],
+)  # fmt: skip
+def test_a_shell_completes_subcommands_and_options(typed, offered, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["--print_shtab=bash"])
     assert ended.value.code == 0
-    script = capsys.readouterr().out
-    assert all(name in script for name in ("compress", "--target_speedup", "--no-collapse", "recipes"))
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    words = ["lightning-easier", *typed.split()]
+    asks = f"""
+        source {tmp_path / "script"}
+        COMP_WORDS=({" ".join(words)}) COMP_CWORD={len(words) - 1}
+        _shtab_lightning_easier
+        echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", asks], capture_output=True, text=True)
+    assert offered in done.stdout.split(), done.stderr
 
 
 OWN = """
