@@ -13,20 +13,9 @@ import onnxruntime
 import pytest
 
 import lightning_easier
+from tests.integration.blocks import SHORTER
 
 ROOT = Path(__file__).parents[1]
-# Fewer epochs of fewer batches, none of which is judged
-SHORTER = {
-    "fit": [
-        "--trainer.max_epochs=4", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
-        "--trainer.callbacks.rounds.warmup_epochs=0", "--trainer.callbacks.rounds.epochs=1",
-        "--trainer.callbacks.tolerance=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    ],
-    "export": ["--trainer.accelerator=cpu", "--objective=macs"],
-    "candidates": ["--trainer.accelerator=cpu"],
-    "compress": ["--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64"],
-    "report": [],
-}  # fmt: skip
 # The installed script runs them, one after the other in one process: what takes long is to import torch
 RUN = """
 import json, runpy, sys

@@ -80,8 +80,7 @@ def collapse(
     _check_reports(report)
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
-    inputs = session.example_inputs(batch_size)
-    export_to.check(session.network, inputs)
+    inputs = export_to.checked(session, batch_size)
     fitting: dict[str, Any] = {}
     if mode == "fit":
         fitting = {"mode": "fit", "sites": sites, "calibration": session.calibration(samples), "inputs_of": inputs_of}
@@ -112,8 +111,7 @@ def export(
     _check_reports(report)
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
-    inputs = session.example_inputs(batch_size)
-    export_to.check(session.network, inputs)
+    inputs = export_to.checked(session, batch_size)
     shipped = session.network
     if collapse:
         result = collapse_network(shipped, inputs, objective=objective)
@@ -156,8 +154,7 @@ def compress(
     _check_reports(report)
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
-    inputs = session.example_inputs(batch_size)
-    export_to.check(session.network, inputs)
+    inputs = export_to.checked(session, batch_size)
     told = Monitor(monitor, mode)
     if score:
         rank_zero_info("Validating the network as it is ...")
@@ -201,10 +198,12 @@ class _Exporting:
         elif self._names:
             raise ValueError(f"Expected argument `--output` with {', '.join(f'`--{name}`' for name in self._names)}")
 
-    def check(self, network: nn.Module, inputs: Arguments) -> None:
-        """Refuse now what the export would refuse at the end."""
+    def checked(self, session: Session, batch_size: int | None) -> Arguments:
+        """Return example inputs, and refuse now what the export of the network would refuse at the end."""
+        inputs = session.example_inputs(batch_size)
         if self._output is not None:
-            check_export(network, self._output, inputs, **self._names)
+            check_export(session.network, self._output, inputs, **self._names)
+        return inputs
 
     def __call__(self, network: nn.Module, inputs: Arguments) -> None:
         if self._output is not None:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What of a config is of training alone. One device: a network is timed, merged and exported in one place.
+# What of a config is of training alone. One device: a network is timed, merged and exported in one place. Not in
+# inference mode: what a module keeps of a validation may be needed for gradients, when it is fine-tuned.
 _NOT_USED: dict[str, Any] = {
     "callbacks": None, "logger": False, "profiler": None, "plugins": None, "strategy": "auto", "num_nodes": 1,
     "fast_dev_run": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "sync_batchnorm": False, "barebones": False,
+    "sync_batchnorm": False, "barebones": False, "inference_mode": False,
 }  # fmt: skip
 
 
@@ -85,7 +86,8 @@ class EasierSubcommands(_Base):
         settings = self.config[self.subcommand]["trainer"]
         self._monitor = _monitored(settings.get("callbacks"))
         for name, value in _NOT_USED.items():
-            settings[name] = value
+            if name in settings:  # a Trainer of one's own may take less
+                settings[name] = value
         settings["devices"] = _one_of(settings.get("devices"))
         self.save_config_callback = None
         super().instantiate_classes()

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from torchvision.utils import save_image
 
 from lightning_easier import (
@@ -232,6 +233,21 @@ def test_the_candidates_of_a_checkpoint_are_measured_on_request(run, tmp_path, c
     assert all(0 < float(row.split("│")[3]) < 1 for row in rows)
     written = json.loads((tmp_path / "c.json").read_text())["candidates"]
     assert [f"{each['entropy']:.4f}" for each in written] == [row.split("│")[3].strip() for row in rows]
+
+
+def test_nothing_of_training_is_made_of_a_config(run, capsys, monkeypatch):
+    made = {}
+
+    def keep(cli):
+        made.update(cli.config_init["candidates"]["trainer"].as_dict())
+        return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+
+    monkeypatch.setattr(EasierCLI, "instantiate_trainer", keep)
+    profiler = "--trainer.profiler=lightning.pytorch.profilers.SimpleProfiler"
+    strategy = "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"
+    main(["candidates", f"--config={run / 'config.yaml'}", profiler, strategy, "--trainer.devices=[1, 2]"])
+    assert (made["profiler"], made["strategy"], made["devices"], made["callbacks"]) == (None, "auto", [1], None)
+    assert made["inference_mode"] is False
 
 
 class TestCompress:
