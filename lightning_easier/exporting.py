@@ -27,6 +27,7 @@ from lightning_easier.support.inference import (
     without_masks,
 )
 from lightning_easier.support.programs import export_program, quiet, remedy_for
+from lightning_easier.support.progress import Steps
 from lightning_easier.support.storage import first_line
 
 Format = Literal["onnx", "pt2"]
@@ -87,26 +88,26 @@ def export(
     """
     options = _Options(format, dynamic_batch, dynamic_axes, input_names, output_names, opset_version, tolerance)
     order = _ordered(model, Path(path), example_inputs, options)
-    path, format, free = Path(path), order.format, order.free
-    program = _capture(order.model, order.inputs, free)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            written = Path(folder) / f"model.{format}"
-            run = _write_onnx(program, written, order.names) if format == "onnx" else _write_pt2(program, written)
-            checks = [order.inputs, _larger(order.inputs, free)] if any(free) else [order.inputs]
-            parity = [_compare(order.model, run, inputs, path) for inputs in checks]
-            for result in parity:
-                if not result.relative_difference <= order.tolerance:
-                    raise ExportError(
-                        f"The {format} file differs from {type(model).__name__} by {result.relative_difference:.1e} "
-                        f"(relative) at batch size {result.batch_size}, more than `tolerance` {order.tolerance:.0e}; "
-                        f"{path} was not written"
-                    )
-            storage.put_in_place(written, path)
-    except OSError as error:
-        raise storage.not_written(path, error, "Make room there, or export to another folder.") from error
-    return ExportReport(str(path), format, path.stat().st_size, parity, order.tolerance)
+    path = Path(path)
+    with Steps("Exporting", 3) as steps:
+        steps.begin("capture")
+        program = _capture(order.model, order.inputs, order.free)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+                written = Path(folder) / f"model.{order.format}"
+                steps.begin("write")
+                run = (
+                    _write_onnx(program, written, order.names)
+                    if order.format == "onnx"
+                    else _write_pt2(program, written)
+                )
+                steps.begin("check")
+                parity = _checked(order, run, path, type(model).__name__)
+                storage.put_in_place(written, path)
+        except OSError as error:
+            raise storage.not_written(path, error, "Make room there, or export to another folder.") from error
+    return ExportReport(str(path), order.format, path.stat().st_size, parity, order.tolerance)
 
 
 @dataclass(frozen=True)
@@ -398,6 +399,23 @@ def _larger(arguments: Arguments, free: Sequence[_Axes]) -> Arguments:
         return value
 
     return Arguments((larger(value, axes) for value, axes in zip(arguments, free, strict=True)), arguments.names)
+
+
+def _checked(order: _Order, run: _Run, path: Path, name: str) -> list[Parity]:
+    """Compare a file with the model, on the example inputs and on larger ones.
+
+    Raises:
+        ExportError: If it does not compute the same.
+    """
+    checks = [order.inputs, _larger(order.inputs, order.free)] if any(order.free) else [order.inputs]
+    parity = [_compare(order.model, run, inputs, path) for inputs in checks]
+    for result in parity:
+        if not result.relative_difference <= order.tolerance:
+            raise ExportError(
+                f"The {order.format} file differs from {name} by {result.relative_difference:.1e} (relative) at batch "
+                f"size {result.batch_size}, more than `tolerance` {order.tolerance:.0e}; {path} was not written"
+            )
+    return parity
 
 
 def _compare(model: nn.Module, run: _Run, inputs: Arguments, path: Path) -> Parity:

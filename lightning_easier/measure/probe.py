@@ -35,6 +35,7 @@ from lightning_easier.support.finite import finite_samples
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import gather_from_processes
+from lightning_easier.support.progress import over
 
 _T = TypeVar("_T")
 
@@ -528,6 +529,7 @@ def _measured(
     _check_any(sites, inner)
     device = device_of(inner)
     with EntropyProbe(sites, neuron_dim, affines=affines) as probe, evaluation_mode(inner):
-        for arguments in usable_batches(reader, batches, max_batches):
+        usable = usable_batches(reader, batches, max_batches)
+        for arguments in over(usable, "Measuring", batches, max_batches):
             reader.call(inner, mapped(lambda x: x.to(device), arguments))
     return probe

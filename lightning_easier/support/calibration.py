@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_easier.support.batches import BatchReader
 from lightning_easier.support.calls import Arguments, copies, mapped
 from lightning_easier.support.inference import describe, device_of, evaluation_mode, tensors_in
+from lightning_easier.support.progress import over
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module)
     devices = None if reader.example is None else [x.device for x in reader.example]
     first = None
     read, empty, samples, strange = [], 0, 0, 0
-    for number, batch in enumerate(data):
+    for number, batch in enumerate(over(data, "Reading")):
         first = batch if number == 0 else first
         given = reader(batch)
         if any(_is_empty(x) for x in given):

@@ -1,12 +1,60 @@
-"""One progress bar for work in several stages, with a time left from the first to the last."""
+"""Progress bars, on a terminal alone: over batches, over named steps, and over stages with one time left for all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 from tqdm import tqdm
+
+_Item = TypeVar("_Item")
 
 _TOTAL = 100.0
 # The stages count in other units each: what is told is their share.
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def over(items: Iterable[_Item], description: str, of: object = None, most: int | None = None) -> Iterator[_Item]:
+    """Yield items, and show a bar when they take more than a second.
+
+    Args:
+        items: The items.
+        description: What to call it.
+        of: What they are made of, one by one, if that is not what they are in themselves: its length is their number.
+        most: How many of it are made at most.
+    """
+    total = None
+    with suppress(Exception):  # a loader over a stream has a length that raises
+        total = len(items if of is None else of)  # type: ignore[arg-type]
+    if most is not None:
+        total = most if total is None else min(total, most)
+    with tqdm(iter(items), desc=description, total=total, leave=False, delay=1, disable=None) as bar:
+        yield from bar
+
+
+class Steps:
+    """A bar over a few steps that may take seconds each; it shows the name of the one that has begun.
+
+    Args:
+        description: What to call it.
+        count: How many steps there are.
+    """
+
+    def __init__(self, description: str, count: int) -> None:
+        self._bar = tqdm(total=count, desc=description, leave=False, disable=None)
+        self._has_begun = False
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, name: str) -> None:
+        """Begin a step; the one before it is over."""
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.update(int(self._has_begun))
+        self._bar.refresh()
+        self._has_begun = True
 
 
 class Stages:

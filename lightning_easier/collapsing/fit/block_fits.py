@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, Sums, fits
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, priced
@@ -26,6 +25,7 @@ from lightning_easier.support.finite import finite_samples, zeroed
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor, input_of
 from lightning_easier.support.inference import device_of
 from lightning_easier.support.processes import gather_from_processes, sum_over_processes
+from lightning_easier.support.progress import over
 
 # Of the sums of all blocks together, to which operators are fitted.
 _MOST_BYTES = 2**31
@@ -363,7 +363,7 @@ class BlockProbe:
 
     def choices(self) -> Iterator[BlockChoices]:
         """Fit operators to the blocks that were called; yields what may take the place of each."""
-        for place, left, shape in tqdm([*self.measured()], desc="Fitting blocks", leave=False, delay=1, disable=None):
+        for place, left, shape in over([*self.measured()], "Fitting blocks"):
             seen = self._seen[place.name]
             whole = seen.sums if seen.total_sums is None else seen.total_sums
             found = [self._nothing(place, left)]

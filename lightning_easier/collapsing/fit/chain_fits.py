@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_easier.collapsing.algebra.least_squares import NOT_FINITE, Fit, Moments, Sums, fits
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
@@ -30,6 +29,7 @@ from lightning_easier.support.calibration import check_batches, tell_left_out, u
 from lightning_easier.support.calls import mapped
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import sum_over_processes
+from lightning_easier.support.progress import over
 
 # Of the sums of all chains together.
 _MOST_BYTES = 2**32
@@ -141,7 +141,7 @@ class ChainProbe:
     def fitted(self) -> Iterator[tuple[FittableChain, list[Fit], torch.Size | None]]:
         """Fit operators to the chains that were called; yields chain, what was fitted, and the shape of the input."""
         both = list(zip(self.chains, self._seen, strict=True))
-        for chain, seen in tqdm(both, desc="Fitting", leave=False, delay=1, disable=None):
+        for chain, seen in over(both, "Fitting"):
             reason = seen.moments.why_no_fit() if seen.calls else "it was not called"
             found = [] if reason else list(fits(seen.moments))
             reason = reason or (None if found else NOT_FINITE)
@@ -228,10 +228,10 @@ def fit_chains(
     check_weights(inner)
     reader = BatchReader(inner, "batches", inputs_of)
     sites = match_names(list(isolate_activations(inner)), as_globs("include", include), as_globs("exclude", exclude))
-    taken = list(usable_batches(reader, batches))
+    taken = list(over(usable_batches(reader, batches), "Reading", batches))
     device = device_of(inner)
     with ChainProbe(inner, sites, len(taken)) as probe, evaluation_mode(inner):
-        for arguments in taken:
+        for arguments in over(taken, "Gathering"):
             reader.call(inner, mapped(lambda x: x.to(device), arguments))
     tell_left_out(*probe.left_out, "`batches`")
     best: dict[str, ChainFit] = {}
