@@ -30,11 +30,12 @@ command that differs in its methods alone adds rows to the table.
 
 import argparse
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -160,7 +161,7 @@ class Comparison:
     def __init__(self, network: Network, train: Images, test: Images, seed: int, options: Any) -> None:
         self._network, self._train, self._test, self._seed, self._options = network, train, test, seed, options
         self._subset = drawn(train, options.images, seed)
-        self._example = test.batch(torch.arange(64))
+        self._example = test.batch(torch.arange(options.size))
         self._dense = kept(options.keep, f"before-{seed}", self._trained)
         self._teacher = self._dense if options.distill else None
         self._speed = Speed(
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="training images an epoch goes over")
     parser.add_argument("--removed", type=int, default=12, help="activations that identity, affine and fitted remove")
     parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
+    parser.add_argument("--size", type=int, default=64, help="batch size that speed is asked for at")
     parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks of a ResNet, too")
     parser.add_argument("--finetune", type=int, default=0, help="steps without labels that compress ends with")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), help="by default all but the peers")
     parser.add_argument("--distill", action="store_true", help="from the dense network, while tuning after")
     parser.add_argument("--keep", type=Path, help="folder of what is done; what is there is taken from it")
+    parser.add_argument("--json", type=Path, help="file for what the table says; `tradeoff.py` draws it")
     options = parser.parse_args()
     network = chosen(options)
     if options.methods is None:
@@ -238,11 +241,39 @@ def main() -> None:
         comparison = Comparison(network, train, test, seed, options)
         for method in options.methods:
             rows[method].append(comparison.row(method))
-    print_table(rows, network, test, options)
+    lines = timed(rows, network, test, options)
+    name = title(network, options)
+    print(as_table(lines, name).to_markdown())
+    if options.json is not None:
+        found = {"title": name, "speedup": options.speedup, "lines": [asdict(line) for line in lines]}
+        options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def print_table(rows: dict[str, list[Row]], network: Network, test: Images, options: Any) -> None:
-    """Time the last seed's networks interleaved, and print."""
+@dataclass(frozen=True)
+class Line:
+    """What the table says of a method, over all seeds.
+
+    Attributes:
+        method: Its name.
+        untuned: Top-1 before the last epochs, in per cent, of each seed.
+        top1: Top-1 after them, of each seed.
+        macs: Multiply-accumulates of one image; those of the last seed's network, as all that follows.
+        faster: Batch size -> quartiles of how many times faster it is than the dense network, batch norms folded.
+        than_given: Batch size -> quartiles of how many times faster it is than the network as given.
+        seconds: What the method itself took, of each seed.
+    """
+
+    method: str
+    untuned: list[float]
+    top1: list[float]
+    macs: int
+    faster: dict[int, tuple[float, float, float]]
+    than_given: dict[int, tuple[float, float, float]]
+    seconds: list[float]
+
+
+def timed(rows: dict[str, list[Row]], network: Network, test: Images, options: Any) -> list[Line]:
+    """Time the last seed's networks interleaved."""
     shipped = {method: each[-1].shipped for method, each in rows.items()}
     given = network.load(options.weights)
     latencies: dict[int, dict[str, Latency]] = {}
@@ -250,25 +281,33 @@ def print_table(rows: dict[str, list[Row]], network: Network, test: Images, opti
         values = test.batch(torch.arange(size))
         calls: dict[str, Callable[..., Any]] = {**shipped, "as given": given, "folded": collapse(given, values).model}
         latencies[size] = measure_latency(calls, (values,), samples=25)
-    lines = []
-    for method, each in rows.items():
-        top1 = [row.top1 for row in each]
-        faster = [speed_up(times["folded"], times[method]).quartiles for times in latencies.values()]
-        whole = speed_up(latencies[64]["as given"], latencies[64][method]).median
-        spread = f" ({min(top1):.2f}–{max(top1):.2f})" if len(top1) > 1 else ""
-        macs = count_macs(shipped[method], (test.batch(torch.arange(1)),)) / 1e6
-        untuned = "–" if method == "scratch" else f"{mean(row.untuned for row in each):.2f}"
-        lines.append(
-            (
-                method,
-                untuned,
-                f"{mean(top1):.2f}{spread}",
-                f"{macs:.1f}",
-                *(f"{middle:.2f} ({low:.2f}–{high:.2f})" for low, middle, high in faster),
-                f"{whole:.2f}",
-                "–" if method in ("dense", "scratch") else f"{mean(row.seconds for row in each):.0f}",
-            )
+    return [
+        Line(
+            method,
+            [row.untuned for row in each],
+            [row.top1 for row in each],
+            count_macs(shipped[method], (test.batch(torch.arange(1)),)),
+            {size: speed_up(times["folded"], times[method]).quartiles for size, times in latencies.items()},
+            {size: speed_up(times["as given"], times[method]).quartiles for size, times in latencies.items()},
+            [row.seconds for row in each],
         )
+        for method, each in rows.items()
+    ]
+
+
+def title(network: Network, options: Any) -> str:
+    """Say what was done."""
+    precision = str(network.dtype).removeprefix("torch.")
+    return (
+        f"{network.name}, {options.before:g} + {options.after:g} epochs of {options.images:,} images, "
+        f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {precision}, "
+        f"{torch.get_num_threads()} threads; faster than the dense network with its batch norms folded (quartiles), "
+        f"and than as given"
+    )
+
+
+def as_table(lines: Sequence[Line], name: str) -> Table:
+    """Return the table of what was measured."""
     columns = (
         "method",
         "before tuning",
@@ -279,14 +318,22 @@ def print_table(rows: dict[str, list[Row]], network: Network, test: Images, opti
         "as given, batch 64",
         "made in [s]",
     )
-    precision = str(network.dtype).removeprefix("torch.")
-    title = (
-        f"{network.name}, {options.before:g} + {options.after:g} epochs of {options.images:,} images, "
-        f"{'distilled, ' if options.distill else ''}{options.seeds} seeds, {precision}, "
-        f"{torch.get_num_threads()} threads; faster than the dense network with its batch norms folded (quartiles), "
-        f"and than as given"
-    )
-    print(Table(title, columns, lines).to_markdown())
+    rows = []
+    for line in lines:
+        spread = f" ({min(line.top1):.2f}–{max(line.top1):.2f})" if len(line.top1) > 1 else ""
+        untuned = "–" if line.method == "scratch" else f"{mean(line.untuned):.2f}"
+        rows.append(
+            (
+                line.method,
+                untuned,
+                f"{mean(line.top1):.2f}{spread}",
+                f"{line.macs / 1e6:.1f}",
+                *(f"{middle:.2f} ({low:.2f}–{high:.2f})" for low, middle, high in line.faster.values()),
+                f"{line.than_given[64][1]:.2f}",
+                "–" if line.method in ("dense", "scratch") else f"{mean(line.seconds):.0f}",
+            )
+        )
+    return Table(name, columns, rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import curve
 import networks
 import results
 import shipped
+import tradeoff
 import tuned
 import tuning
 from questions import Bar, Measurement, Quartiles, Variant, compared, in_turn
@@ -122,6 +123,25 @@ def test_tuning_goes_on_where_it_was_cut_short(run, tmp_path):
         assert again[method][:3] == first[method][:3]
     assert (folder / "dense-0.pt").stat().st_mtime_ns == written["dense-0.pt"]
     assert (folder / "magnitude-0.pt").stat().st_mtime_ns != written["magnitude-0.pt"]
+
+
+def test_the_picture_of_accuracy_against_time_shows_what_the_table_says(run, tmp_path, monkeypatch):
+    files = [tmp_path / f"{number}.json" for number in (1, 2)]
+    compare = partial(run, tuning, Tiny, "--weights", str(tmp_path / "tiny.th"), "--before", "1", "--after", "0.1")
+    printed = [rows_of(compare("--methods", "dense", "magnitude", "--json", str(file))) for file in files]
+    read = [json.loads(file.read_text()) for file in files]
+    for table, file in zip(printed, read, strict=True):
+        for line in file["lines"]:
+            assert table[line["method"]][1] == f"{line['top1'][0]:.2f}"
+            assert table[line["method"]][4].startswith(f"{line['faster']['64'][1]:.2f} (")
+    read[0]["lines"][1]["faster"]["64"][1], read[1]["lines"][1]["faster"]["64"][1] = 2.0, 1.5
+    drawn = tradeoff.curves(read, 64)
+    assert [faster for faster, _ in drawn["magnitude"]] == [1.5, 2.0]  # in the order of speed
+    assert drawn["magnitude"][1][1] == read[0]["lines"][1]["top1"][0]
+    picture = tmp_path / "picture.svg"
+    monkeypatch.setattr(sys, "argv", ["tradeoff", *map(str, files), "--output", str(picture)])
+    tradeoff.main()
+    assert picture.read_text().count("magnitude") >= 2  # a legend in each panel
 
 
 def test_tuning_refuses_what_can_not_be_made_of_a_network(run, tmp_path, capsys):
