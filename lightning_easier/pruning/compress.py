@@ -55,8 +55,8 @@ from lightning_easier.support.inference import (
 from lightning_easier.support.progress import Stages
 from lightning_easier.support.timing import LatencyTable, Pace
 
-# As many timings does any other step take as one of prices: of whole models.
-_TIMINGS = 2
+# As many timings does any other step take as one of prices: of the dense network, of two models, and of all.
+_TIMINGS = 3
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
-from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speedup, compare, speed_up
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
-# A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next.
-_WORTH_A_LOOK = 0.75
+# A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
+# so much of the dense network's time. Before all models are timed, two are, for so many seconds at most.
+_WORTH_A_LOOK, _LEAST_SAVING, _SECONDS_OF_A_GLANCE = 0.75, 0.02, 4.0
 # So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
 # computed, or something else decides them.
 _IMPOSSIBLE = 3.0
@@ -165,7 +166,10 @@ class TargetWatch:
         if self._speedup is None:
             prepared = self._prepared(model, saved)
             return self._look(prepared, saved) if self._depth is not None and prepared.depth <= self._depth else None
-        return self.look(model, saved) if self._is_due(model, saved, self._speedup) else None
+        if not self._is_due(model, saved, self._speedup):
+            return None
+        prepared = self._prepared(model, saved)
+        return self._look(prepared, saved) if self._glance(prepared, saved, self._speedup) is None else None
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._merges_exactly:  # what that saves is not estimated
@@ -180,7 +184,8 @@ class TargetWatch:
         if self._last is None:
             return min(by_price / _NEARLY, by_macs) <= 1 / speedup
         price_then, macs_then, then = self._last
-        return max(price_then - by_price, macs_then - by_macs) >= _WORTH_A_LOOK * (1 / then - 1 / speedup)
+        missing = 1 / then - 1 / speedup
+        return max(price_then - by_price, macs_then - by_macs) >= max(_WORTH_A_LOOK * missing, _LEAST_SAVING)
 
     def _is_impossible(self, macs: float | None, speedup: float) -> bool:
         """Tell whether so little work is left that it is no use to go on, by its share of the dense network's."""
@@ -240,15 +245,45 @@ class TargetWatch:
         result = with_operators(look.result, self._dense, self._arguments, self._table.pace)
         return dataclasses.replace(look, result=result)
 
-    def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
-        """Look at a model; None, before anything is timed, for one that is deeper than it should be.
+    def look_if_enough(self, model: nn.Module, saved: float) -> Look | str:
+        """Look at a model; or say why it is not enough, before all is timed, of one that is too deep or too slow.
 
         Args:
             model: The model.
             saved: As for :meth:`look_if_due`.
         """
         prepared = self._prepared(model, saved)
-        return None if self._depth is not None and prepared.depth > self._depth else self._look(prepared, saved)
+        if self._depth is not None and prepared.depth > self._depth:
+            return f"a depth of {prepared.depth}, where {self._depth} was asked for"
+        if self._speedup is not None:
+            short = self._glance(prepared, saved, self._speedup)
+            if short is not None:
+                return f"{short} of the {self._speedup:g}×"
+        return self._look(prepared, saved)
+
+    def _glance(self, prepared: Prepared, saved: float, bar: float) -> Speedup | None:
+        """Return how fast a model is that is clearly too slow, by timings of two models alone.
+
+        It is None, too, where so little work is left that the search should end, if that is not enough.
+        """
+        macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
+        if self._is_impossible(macs, bar):
+            return None
+        names: list[str] = [name for name in ("after", "unmerged") if name in prepared.models]
+        models: dict[str, nn.Module] = {"dense": self._dense, **{name: prepared.models[name] for name in names}}
+        bars: dict[tuple[str, str], float] = {("dense", name): bar for name in names}
+        latency = compare(models, copies(self._arguments), bars, self._table.pace, _SECONDS_OF_A_GLANCE)
+        best = max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
+        if not best.is_below(bar * (1 - MARGIN)):
+            return None
+        self._note(saved, macs, best.median)
+        return best
+
+    def _note(self, saved: float, macs: float | None, speedup: float) -> None:
+        """Note what was left at a look, and how fast that was."""
+        known = 1.0 if macs is None else macs
+        by_price = 1 - saved / self._dense_price() if self._objective == "latency" else known
+        self._last = by_price, known, speedup
 
     def is_passed(self, look: Look) -> bool:
         """Tell whether a model is so much faster than it should be, or shallower, that less may be enough."""
@@ -298,9 +333,7 @@ class TargetWatch:
         by_macs = self._share(report.after.macs)
         is_impossible = False
         if self._speedup is not None:
-            known = 1.0 if by_macs is None else by_macs
-            by_price = 1 - saved / self._dense_price() if self._objective == "latency" else known
-            self._last = by_price, known, report.speedup.median
+            self._note(saved, by_macs, report.speedup.median)
             is_impossible = not attained.is_reached and self._is_impossible(by_macs, self._speedup)
         timed = {name: each for (whose, name), each in latency.items() if whose == "fitted"}
         return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, timed)

@@ -32,8 +32,11 @@ _SECONDS_IN_ALL = 1.5
 _FEWEST_SAMPLES = 5
 # Of a comparison: how many at first, at most where they leave it open, and how long all calls may take in all then.
 _SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 8.0
-# Of the table of operators: as many at first, and more where they differ from each other by more than this share.
-_SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD = 7, 28, 0.05
+# Of the table of operators: as many at first, and more where they differ from each other by more than this share, while
+# a group of them has not taken so many seconds: there may be hundreds, and a search compares prices that are far apart.
+_SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD, _SECONDS_OF_A_GROUP = 7, 28, 0.05, 2.0
+# What is timed along with all that is timed later should take no shorter, nor much longer.
+_YARDSTICK_SECONDS = 1e-3
 # Quartiles that are so many times apart, with 1 between them, tell nothing.
 _WIDE = 1.5
 # So many operators are timed in turn with one yardstick.
@@ -164,6 +167,7 @@ class _Turns:
         most: How many at most; fewer where they would take longer still.
         pace: How long it may take.
         progress: What to call it in a progress bar; none by default.
+        seconds: How long all rounds may take together, when there are more than at first.
 
     Attributes:
         samples: Name -> seconds, one a round.
@@ -176,6 +180,7 @@ class _Turns:
         most: int,
         pace: Pace | None = None,
         progress: str | None = None,
+        seconds: float = _MORE_SECONDS,
     ) -> None:
         self.samples: dict[Any, list[float]] = {name: [] for name in calls}
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
@@ -191,7 +196,7 @@ class _Turns:
         slowest = max([_SECONDS_A_SAMPLE, *each.values()])
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
         self._seconds_a_round = sum(self._runs[name] * seconds for name, seconds in each.items())
-        self._most = max(self._first, min(most, int(_MORE_SECONDS / max(self._seconds_a_round, 1e-9))))
+        self._most = max(self._first, min(most, int(seconds / max(self._seconds_a_round, 1e-9))))
         self._step = 1 / (len(calls) * self._most) if calls else 0.0
         self._share_told = 0.0
         self._bar = tqdm(
@@ -285,6 +290,7 @@ def compare(
     arguments: Sequence[Tensor],
     bars: Mapping[tuple[Name, Name], float],
     pace: Pace | None = None,
+    seconds: float = _MORE_SECONDS,
 ) -> dict[Name, Latency]:
     """Time several callables in turn until it is clear of some of them whether one is so many times faster.
 
@@ -294,12 +300,14 @@ def compare(
         bars: Names of two of them -> how many times faster than the first the second is to be. More samples are taken
             while :meth:`Speedup.leaves_open` that, up to a limit.
         pace: How long it may take; no limit by default.
+        seconds: How long all may be timed together, where the first samples leave it open.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
     turns = _Turns(
-        {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace
-    )
+        {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
+        "Timing" if pace is None else None, seconds,
+    )  # fmt: skip
 
     def is_clear() -> bool:
         return not any(turns.speedup(*(numbers[name] for name in pair)).leaves_open(bar) for pair, bar in bars.items())
@@ -366,16 +374,20 @@ class LatencyTable:
         if where in self._yardsticks:
             calls = {_YARDSTICK: self._yardsticks[where][0], **calls}
         progress = "Timing operators" if self.pace is None else None  # else there is one already
-        turns = _Turns(calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress)
+        turns = _Turns(
+            calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress, _SECONDS_OF_A_GROUP
+        )
 
         def is_clear() -> bool:
             compared = [turns.speedup(name, yardstick) for name in turns.samples if name != yardstick]
             return all(high - low <= 2 * _SPREAD * each.median for each in compared for low, high in [each.bounds])
 
-        if where not in self._yardsticks:  # the slowest of those that come first
+        if where not in self._yardsticks:
             turns.take_first()
             latencies = turns.latencies
-            yardstick = max(latencies, key=lambda name: latencies[name].median)
+            medians = {name: latency.median for name, latency in latencies.items()}
+            slow = [name for name in medians if medians[name] >= _YARDSTICK_SECONDS]
+            yardstick = min(slow, key=medians.__getitem__) if slow else max(medians, key=medians.__getitem__)
             self._yardsticks[where] = calls[yardstick], latencies[yardstick].median
             turns.take_first()  # all that is timed later is a multiple of it
         turns.take_until(is_clear)
