@@ -33,6 +33,7 @@ from lightning_easier.pruning.unneeded import Unneeded
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
+from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.norms import split_norms
 from lightning_easier.support.arguments import (
     as_globs,
@@ -299,7 +300,7 @@ def compress(
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
-        drift, look.result.report, ended, notes, score, mode,
+        drift, look.result.report, ended, notes, score, mode, None if stand_ins(source) else judge.dense_score,
     )  # fmt: skip
     warn_of_lost_arguments(source, look.result.report)
     return CompressResult(look.result.model, search.model, report)

@@ -64,6 +64,7 @@ class CompressReport(Report):
         notes: What else there is to know, of the calibration data for example.
         score_after: Of the result; None if it was not evaluated.
         mode: Whether a higher score is better (``"max"``) or a lower one (``"min"``).
+        dense_score: Of the dense network; None if it was not evaluated, as where activations of the model were linear.
     """
 
     trials: list[Trial]
@@ -79,6 +80,7 @@ class CompressReport(Report):
     notes: list[str] = field(default_factory=list)
     score_after: float | None = None
     mode: Literal["min", "max"] = "max"
+    dense_score: float | None = None
 
     @property
     def speedup(self) -> Speedup:
@@ -89,10 +91,14 @@ class CompressReport(Report):
         """Return the score against the measured time, if there is one, and a bar an operator."""
         panels = {}
         if self.score is not None and self.score_after is not None:
-            scores = {"dense": self.score, "as given": self.score, "collapsed exactly": self.score}
-            costs = {"dense": self.dense, "as given": self.before, "collapsed exactly": self.exact}
-            points = {name: (costs[name].latency.median * 1e3, score) for name, score in scores.items()}
-            points["compressed"] = (self.after.latency.median * 1e3, self.score_after)
+            costs = {
+                "dense": self.dense, "as given": self.before, "collapsed exactly": self.exact, "compressed": self.after,
+            }  # fmt: skip
+            points = {
+                name: (costs[name].latency.median * 1e3, score)
+                for name, score in self._scores().items()
+                if score is not None
+            }
             panels["score_by_time"] = scores_by_time(
                 points, "score", "latency of one call [ms]", higher_is_better=self.mode == "max"
             )
@@ -101,13 +107,8 @@ class CompressReport(Report):
     def tables(self) -> Iterator[Table]:
         """Yield the costs, and what was tried."""
         costs = {"as given": self.before, "collapsed exactly": self.exact, "compressed": self.after}
-        scores = {
-            "dense": self.score,
-            "as given": self.score,
-            "collapsed exactly": self.score,
-            "compressed": self.score_after,
-        }
-        yield costs_table(f"Compression: {self.ended}" if self.ended else "Compression", costs, self.dense, scores)
+        title = f"Compression: {self.ended}" if self.ended else "Compression"
+        yield costs_table(title, costs, self.dense, self._scores())
         if self.trials:
             yield Table(
                 "Tried", ("chain or block", "by", "variance explained", "drift", "price", "score", "verdict"),
@@ -119,3 +120,10 @@ class CompressReport(Report):
             yield Table("Not tried", ("activation or block", "reason"), list(self.reasons.items()))
         drift = f"{self.drift:.2%} of the variance of the outputs has changed on the calibration data"
         yield from notes_table([drift, *self.notes, _MODES])
+
+    def _scores(self) -> dict[str, float | None]:
+        """Return the score of each model whose cost is known; a collapse alone computes what it is of."""
+        return {
+            "dense": self.dense_score, "as given": self.score, "collapsed exactly": self.score,
+            "compressed": self.score_after,
+        }  # fmt: skip

@@ -194,7 +194,7 @@ class _Folder:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         with replacing(self._file(f"{tag}.md")) as new:
-            new.write_text(text)
+            new.write_text(text, encoding="utf-8")
 
     def write_picture(self, tag: str, figure: "Figure", step: int) -> None:
         save_figure(figure, self._file(f"{tag}.png"))

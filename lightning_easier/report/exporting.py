@@ -11,7 +11,7 @@ class Parity:
     """How an exported file's output compares with the model's at one batch size.
 
     Attributes:
-        batch_size: The batch size.
+        batch_size: The batch size; 1 where the first input has no axes.
         max_difference: Largest absolute difference.
         relative_difference: ``‖y - y₀‖ / ‖y₀‖``.
     """

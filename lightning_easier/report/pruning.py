@@ -114,9 +114,9 @@ class PruningReport(Report):
     def _with_costs(self) -> list[Round]:
         """The rounds; the dense one with the costs that others were measured beside."""
         found = next((this.costs for this in self.rounds if "dense_latency" in this.costs), None)
-        dense, *others = self.rounds
-        if found is None or dense.costs:
+        if found is None or self.rounds[0].costs:
             return self.rounds
+        dense, *others = self.rounds
         return [replace(dense, costs={"latency": found["dense_latency"], "depth": found["dense_depth"]}), *others]
 
     def _names(self) -> list[str]:

@@ -5,31 +5,33 @@ from pathlib import Path
 
 from lightning_easier.report.figures import can_draw, save_figure
 from lightning_easier.report.tables import Report
-from lightning_easier.support.storage import replacing
+from lightning_easier.support.storage import check_writable, replacing
 
 _TEXTS = (".md", ".json", ".txt")
 _PICTURES = (".png", ".svg", ".pdf")
 _WIDTH = 160  # letters of a table in a text file
 
 
-def check_report_path(argument: str, path: str | Path) -> None:
+def check_report_path(argument: str, path: str | Path, *, pictures: bool = True) -> None:
     """Refuse a file that a report can't be written to, before there is one.
 
     Args:
         argument: What the path was given as, for errors.
         path: The file.
+        pictures: Whether the report can be drawn.
 
     Raises:
-        ValueError: If its suffix is none that is known, or it is a folder.
+        ValueError: If its suffix is none that is known, or of a picture of a report that has none, or it is a folder.
         ModuleNotFoundError: If what writes such files is not installed.
+        OSError: If the file can't be written.
     """
-    path = Path(path)
-    if path.suffix not in _TEXTS + _PICTURES:
+    path, suffixes = Path(path), _TEXTS + _PICTURES if pictures else _TEXTS
+    if path.suffix not in suffixes:
+        why = ": the report has nothing to draw" if path.suffix in _PICTURES else ""
         raise ValueError(
-            f"Expected argument `{argument}` to end in one of {', '.join(_TEXTS + _PICTURES)}, but got {str(path)!r}"
+            f"Expected argument `{argument}` to end in one of {', '.join(suffixes)}, but got {str(path)!r}{why}"
         )
-    if path.is_dir():
-        raise ValueError(f"Expected argument `{argument}` to be a file, but {path} is a folder")
+    check_writable(argument, path)
     if path.suffix in _PICTURES and not can_draw():
         raise ModuleNotFoundError(
             "Figures need matplotlib: `pip install 'lightning-easier[figures]'`, or take a file ending in .md",

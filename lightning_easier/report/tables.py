@@ -1,6 +1,7 @@
 """Tables of text, and what can be shown as some: as Markdown, a dict, JSON, or with rich."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ class Report:
         return asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
 
     def to_json(self) -> str:
-        """Return JSON."""
-        return json.dumps(self.to_dict(), indent=2, default=str)
+        """Return JSON; a number that is not finite is ``null`` in it."""
+        return json.dumps(_without_infinities(self.to_dict()), indent=2, default=str, allow_nan=False)
 
     def to_markdown(self) -> str:
         """Render every table as Markdown."""
@@ -73,7 +74,7 @@ class Report:
         """
         panels = list(self.panels().values())
         if not panels:
-            raise ValueError(f"{type(self).__name__} has nothing to draw yet: print it, or wait for its first figures")
+            raise ValueError(f"{type(self).__name__} has nothing to draw: print it, or save it to a file ending in .md")
         return new_figure(panels)
 
     def panels(self) -> dict[str, tuple[Draw, float]]:
@@ -97,6 +98,15 @@ def notes_table(notes: Sequence[str]) -> Iterator[Table]:
 def number(value: float | None) -> str:
     """Write a score or an entropy; a dash where there is none."""
     return "-" if value is None else f"{value:.4f}"
+
+
+def _without_infinities(value: Any) -> Any:
+    """Put None in the place of numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -50,6 +50,33 @@ def replacing(path: str | Path, remedy: str = "Make room there, or write elsewhe
             remove(new)
 
 
+def check_writable(argument: str, path: Path) -> None:
+    """Refuse a file that can't be written, for who has long work to do first; nothing is made.
+
+    Args:
+        argument: What the path was given as, for errors.
+        path: The file; its folder need not be there.
+
+    Raises:
+        ValueError: If it is a folder.
+        NotADirectoryError: If a file is where its folder would be.
+        PermissionError: If nothing may be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"Expected argument `{argument}` to be a file, but {path} is a folder")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"Expected argument `{argument}` to be a file in a folder, but got {str(path)!r}, and {folder} is a file: "
+            f"write to another folder"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"Expected argument `{argument}` to be a file that may be written, but got {str(path)!r}, and {folder} "
+            f"may not be written to: write to another folder"
+        )
+
+
 def not_written(path: Path, error: BaseException, remedy: str) -> OSError:
     """Say that a file could not be written; the error keeps the number of an OSError, and so its class."""
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO

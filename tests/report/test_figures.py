@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_easier import collapse, compress, linearize
-from lightning_easier.report import OperatorTime, PruningReport, Round, figures
+from lightning_easier.report import OperatorTime, PruningReport, Round, check_report_path, figures
 from lightning_easier.report.figures import new_figure, pareto_front, save_figure, scores_by_time
 
 NAMES = [f"net.layer{place}.relu" for place in range(12)]
@@ -126,6 +126,31 @@ def test_figures_without_matplotlib_name_the_remedy(monkeypatch):
         report().figure()
 
 
-def test_a_report_without_figures_says_so():
-    with pytest.raises(ValueError, match="PruningReport has nothing to draw yet"):
-        PruningReport("val_acc", [Round([], {}, None, None, None, 0)]).figure()
+@pytest.mark.parametrize("rounds", [[], [Round([], {}, None, None, None, 0)]], ids=["no round", "a round"])
+def test_a_report_without_figures_says_so(rounds):
+    with pytest.raises(ValueError, match="PruningReport has nothing to draw"):
+        PruningReport("val_acc", rounds).figure()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_picture_of_what_has_none_is_refused_before(suffix, tmp_path):
+    check_report_path("--report", tmp_path / f"a{suffix}")
+    check_report_path("--report", tmp_path / "a.md", pictures=False)
+    with pytest.raises(ValueError, match=r"`--report` to end in one of \.md, \.json, \.txt, but got .*nothing to draw"):
+        check_report_path("--report", tmp_path / f"a{suffix}", pictures=False)
+
+
+@pytest.mark.parametrize("linear", [[], ["1"]])
+def test_the_dense_network_has_a_score_only_where_it_was_evaluated(linear):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+    if linear:
+        linearize(model, linear)
+    found = compress(model, [torch.randn(16, 4)], evaluate=lambda _: 0.75, objective="macs").report
+    assert found.score == 0.75
+    assert found.dense_score == (None if linear else 0.75)
+    costs = next(found.tables())
+    scores = {row[0]: row[-1] for row in costs.rows}
+    assert scores.pop("dense, batch norms folded") == ("-" if linear else "0.7500")
+    assert scores == dict.fromkeys(["as given", "collapsed exactly", "compressed"], "0.7500")
+    drawn = {text.get_text() for text in axes_of(found.figure(), "score against").texts}
+    assert drawn == {"as given", "collapsed exactly", "compressed", *([] if linear else ["dense"])}

@@ -104,3 +104,14 @@ def test_any_table_fits_and_has_all_of_its_numbers(pairs, width):
     text = printed(Table("Any", ("name", "count", "share", "why"), rows), width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert all(f" {row[1]} " in text and f" {row[2]} " in text for row in rows)
+
+
+def test_json_has_null_for_what_is_not_finite():
+    rounds = [Round([], {"a": float("nan")}, None, float("-inf"), None, 0, measured={0: {"a": float("inf"), "b": 0.5}})]
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    (found,) = json.loads(PruningReport("val_acc", rounds).to_json(), parse_constant=refuse)["rounds"]
+    assert (found["entropies"], found["score_after"]) == ({"a": None}, None)
+    assert found["measured"] == {"0": {"a": None, "b": 0.5}}

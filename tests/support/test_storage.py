@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lightning_easier.support.storage import clean_up, replacing, temporary
+from lightning_easier.support.storage import check_writable, clean_up, replacing, temporary
 
 
 def fill(path, text, is_folder):
@@ -94,3 +94,18 @@ def test_what_others_have_left_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "env", ".env.old", ".notes.part", ".bashrc.old", "a.part", ".a", ".a.part.part", ".aa.old", ".old"
     }  # fmt: skip
+
+
+def test_what_can_not_be_written_is_told_before_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    check_writable("output", tmp_path / "file")
+    check_writable("output", tmp_path / "new" / "folder" / "file")
+    with pytest.raises(ValueError, match="Expected argument `output` to be a file, but .* is a folder"):
+        check_writable("output", tmp_path)
+    for path in (tmp_path / "file" / "it", tmp_path / "file" / "folder" / "it"):
+        with pytest.raises(NotADirectoryError, match=rf"Expected argument `output` .*{tmp_path}/file is a file: "):
+            check_writable("output", path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    with pytest.raises(PermissionError, match=rf"Expected argument `output` .*{tmp_path} may not be written to: "):
+        check_writable("output", tmp_path / "new" / "it")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
