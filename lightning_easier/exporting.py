@@ -149,6 +149,7 @@ def check_export(
         TypeError: As :func:`export`.
         ValueError: As there.
         ModuleNotFoundError: As there.
+        OSError: As there, if the file can't be written.
     """
     _ordered(model, Path(path), example_inputs, _Options(**options))
 
@@ -187,9 +188,13 @@ def _ordered(
         expected = forward(source, arguments, "example_inputs")
     outputs = len(tensors_in(expected))
     inputs = _checked_names("input_names", options.input_names, len(names)) or names
-    wanted = _Onnx(
-        inputs, _checked_names("output_names", options.output_names, outputs) or _keys(expected), options.opset_version
-    )
+    given = _checked_names("output_names", options.output_names, outputs)
+    if shared := set(inputs) & set(given or ()):
+        raise ValueError(
+            f"Expected argument `output_names` to hold other names than the inputs have, {list(inputs)}, but got "
+            f"{given}: take another name for {sorted(shared)}, or other `input_names`"
+        )
+    wanted = _Onnx(inputs, given or _keys(expected, inputs), options.opset_version)
     if format == "onnx":
         _check_not_bfloat16(source, arguments)
     tolerance = tolerance_for(expected) if options.tolerance is None else options.tolerance
@@ -207,13 +212,13 @@ def check_file(argument: str, path: Path, format: str | None = None) -> Format:
     Raises:
         ValueError: If the format is not known, or the path is a folder.
         ModuleNotFoundError: If ONNX is asked for and its packages are not installed.
+        OSError: If the file can't be written.
     """
     wanted = format if format is not None else path.suffix.removeprefix(".")
     if wanted not in FORMATS:
         given = f"`format` {format!r}" if format is not None else f"`{argument}` {str(path)!r}"
         raise ValueError(f"Expected the format to be one of {FORMATS} (or a path to end so), but got {given}")
-    if path.is_dir():
-        raise ValueError(f"Expected argument `{argument}` to be a file, but {path} is a folder")
+    storage.check_writable(argument, path)
     if wanted == "onnx":
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
@@ -320,12 +325,22 @@ def _checked_names(argument: str, names: Sequence[str] | None, count: int) -> li
     return list(names)
 
 
-def _keys(output: Any) -> list[str] | None:
-    """Return the names of the tensors in what a model returns; None where they have none."""
+def _keys(output: Any, inputs: Sequence[str]) -> list[str] | None:
+    """Return the names of the tensors in what a model returns; None where they have none.
+
+    A file has no two tensors of one name: what is called as an input gets ``_out`` at its end.
+    """
     if not isinstance(output, Mapping):
         return None
     values = {str(name): value for name, value in output.items() if value is not None}
-    return list(values) if all(isinstance(value, Tensor) for value in values.values()) else None
+    if not all(isinstance(value, Tensor) for value in values.values()):
+        return None
+    names: list[str] = []
+    for name in values:
+        while name in inputs or name in names:
+            name += "_out"
+        names.append(name)
+    return names
 
 
 def _check_not_bfloat16(model: nn.Module, arguments: Arguments) -> None:
@@ -419,14 +434,15 @@ def _checked(order: _Order, run: _Run, path: Path, name: str) -> list[Parity]:
 
 
 def _compare(model: nn.Module, run: _Run, inputs: Arguments, path: Path) -> Parity:
+    samples = len(inputs[0]) if inputs[0].ndim else 1
     with torch.no_grad():
         expected = tensors_in(call(model, inputs))
         try:
             output = run(inputs)
         except Exception as error:
             raise ExportError(
-                f"The exported file does not run at batch size {len(inputs[0])}: {error}; {path} was not written"
+                f"The exported file does not run at batch size {samples}: {error}; {path} was not written"
             ) from error
     pairs = [(a, b) for a, b in zip(output, expected, strict=False) if a.shape == b.shape and b.numel()]
     largest = max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)
-    return Parity(len(inputs[0]), largest, relative_difference(output, expected))
+    return Parity(samples, largest, relative_difference(output, expected))

@@ -311,3 +311,49 @@ def test_bfloat16_is_refused_for_onnx_in_plain_words_and_goes_to_pt2(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert export(model, tmp_path / "m.pt2", x).parity[0].relative_difference == 0
     export(model.float(), tmp_path / "m.onnx", x.float())
+
+
+class Echo(nn.Module):
+    """Returns by the name of its input what it makes of it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x + 1, "x_out": x * 2}
+
+
+def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own(tmp_path):
+    x = torch.randn(2, 3)
+    export(Echo(), tmp_path / "m.onnx", x)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    names = [each.name for each in (*session.get_inputs(), *session.get_outputs())]
+    assert len(set(names)) == 3
+    assert names[0] == "x"
+    for found, expected in zip(run_onnx(tmp_path / "m.onnx", x), Echo()(x).values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("names", [{"output_names": ["x", "y"]}, {"input_names": ["a"], "output_names": ["b", "a"]}])
+def test_names_of_outputs_that_inputs_have_are_refused(tmp_path, names):
+    with pytest.raises(ValueError, match=r"`output_names` to hold other names than the inputs have, \['[xa]'\]"):
+        export(Echo(), tmp_path / "m.onnx", torch.randn(2, 3), **names)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Scaled(nn.Module):
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+        return scale * x
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_first_input_without_axes(tmp_path, suffix):
+    inputs = (torch.tensor(2.0), torch.randn(3, 2))
+    report = export(Scaled(), tmp_path / f"m.{suffix}", inputs, dynamic_batch=False)
+    assert [(each.batch_size, each.max_difference) for each in report.parity] == [(1, 0.0)]
+    (output,) = RUN[suffix](tmp_path / f"m.{suffix}", *inputs)
+    assert torch.equal(output, 2 * inputs[1])
+
+
+def test_a_file_in_the_place_of_its_folder_is_named_before_any_work(tmp_path):
+    (tmp_path / "taken").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="Expected argument `path` to be a file in a folder"):
+        export(nn.Linear(3, 3), tmp_path / "taken" / "m.pt2", torch.randn(2, 3))
+    assert (tmp_path / "taken").read_text() == "precious"
