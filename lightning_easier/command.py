@@ -1,10 +1,12 @@
-"""Where ``lightning-easier`` begins: what needs no network is done before torch is imported."""
+"""Where ``lightning-easier`` begins: what needs no network is done without the packages of its command line."""
 
 import os
 import sys
 from collections.abc import Sequence
 
 from lightning_easier import __version__
+
+_PROGRAM, _DEBUG = "lightning-easier", "--debug"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -17,18 +19,25 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With 2 if what was given is wrong, with 1 if something failed, and with 0 after a help.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if words[:1] == ["--version"]:
-        sys.stdout.write(f"lightning-easier {__version__}\n")
+    asked = [word for word in words if word != _DEBUG]
+    if asked[:1] == ["--version"]:
+        sys.stdout.write(f"{_PROGRAM} {__version__}\n")
         raise SystemExit(0)
-    if words[:1] == ["recipes"]:
+    if asked[:1] == ["recipes"]:
         from lightning_easier import recipes
 
-        sys.stdout.write(f"{recipes.command(words[1:])}\n")
+        sys.stdout.write(f"{recipes.command(asked[1:], _PROGRAM)}\n")
         return
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)  # so that `class_path: own.Mine` is found in ./own.py, as `python` finds it
-    from lightning_easier.cli import EasierCLI, one_line_errors
+    try:
+        from lightning_easier.cli import EasierCLI, one_line_errors
+    except ModuleNotFoundError as error:
+        if _DEBUG in words:
+            raise
+        sys.stderr.write(f"{_PROGRAM}: error: {error} (`{_DEBUG}` shows the traceback)\n")
+        raise SystemExit(1) from error
 
-    named = [word for word in words[:1] if not word.startswith("-")]
-    with one_line_errors(" ".join(["lightning-easier", *named]), debug="--debug" in words):
-        EasierCLI(args=None if args is None else words)
+    named = [word for word in asked[:1] if not word.startswith("-")]
+    with one_line_errors(" ".join([_PROGRAM, *named]), debug=_DEBUG in words):
+        EasierCLI(args=None if args is None else words, parser_kwargs={"prog": _PROGRAM})

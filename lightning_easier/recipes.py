@@ -10,12 +10,16 @@ import argparse
 import csv
 import io
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+
+from lightning_easier.report import Table
 
 _SECTIONS = {"model": "model", "data": "data", "recipe": "trainer"}  # folder -> what a part of it is in a config
 _WHOLE = ("-c", "--config")
@@ -133,11 +137,12 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     return named
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(arguments: Sequence[str], program: str = "lightning-easier") -> str:
     """Run ``lightning-easier recipes``.
 
     Args:
         arguments: Those after ``recipes``.
+        program: Whose subcommand it is.
 
     Returns:
         What to show.
@@ -146,9 +151,7 @@ def command(arguments: Sequence[str]) -> str:
         SystemExit: If the arguments are not understood, or a recipe can't be copied or shown; with code 2, and one line
             on why.
     """
-    parser = argparse.ArgumentParser(
-        "lightning-easier recipes", description="Configs that come with the package, to run by name or to copy."
-    )
+    parser = _Parser(f"{program} recipes", description="Configs that come with the package, to run by name or to copy.")
     tasks = parser.add_subparsers(dest="task", required=True)
     tasks.add_parser("list", help="list what there is")
     showing = tasks.add_parser("show", help="show a recipe, or what several are composed to, and the published curve")
@@ -170,6 +173,15 @@ def command(arguments: Sequence[str]) -> str:
     except (ValueError, OSError) as error:
         copying.error(str(error))
     return "\n".join(map(str, copied))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line; the parsers of its tasks do, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write the line, and leave with 2."""
+        sys.stderr.write(f"{self.prog}: error: {message} (`{self.prog} --help` lists what there is)\n")
+        self.exit(2)
 
 
 def _folder() -> Path:
@@ -194,13 +206,13 @@ def _found(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return content
 
 
 def _rows(name: str) -> list[dict[str, str]]:
     """Read a table."""
-    with (_folder() / name).open(newline="") as file:
+    with (_folder() / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -252,34 +264,47 @@ def _listed() -> str:
 
 def _about(path: Path) -> str:
     """Return the title of a file, its first line."""
-    return path.read_text().partition("\n")[0].removeprefix("# ")
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def _shown(names: Sequence[str]) -> str:
     """Show the file of one recipe, or what several are composed to, and the published curves."""
     paths = [part for name in names for part in _with_parts(_found(name))]
-    text = paths[0].read_text() if len(paths) == 1 else yaml.safe_dump(composed(names), sort_keys=False)
+    text = paths[0].read_text(encoding="utf-8") if len(paths) == 1 else yaml.safe_dump(composed(names), sort_keys=False)
     curves = published(names)
     return f"{text.rstrip()}\n\n{_table(curves)}" if curves else text.rstrip()
 
 
 def _table(curves: Mapping[tuple[str, str], Mapping[int, float]]) -> str:
-    """Render curves of one network, or on one data set, side by side, wide enough for all of their numbers."""
-    from rich import get_console
-    from rich.console import Console
-    from rich.table import Table
-
+    """Render curves of one network, or on one data set, side by side."""
     datasets, networks = {dataset for dataset, _ in curves}, {network for _, network in curves}
     of = f" of {min(networks)}" if len(networks) == 1 else ""
     on = f" on {min(datasets)}" if len(datasets) == 1 else ""
-    table = Table()
+    title = f"Published top-1 [%]{of}{on} (EASIER, arXiv 2404.18949)"
+    columns = [
+        dataset if len(datasets) > 1 else network if len(networks) > 1 else "top-1" for dataset, network in curves
+    ]
+    rows = [
+        [str(removed), *(f"{curve[removed]:.2f}" if removed in curve else "" for curve in curves.values())]
+        for removed in sorted({removed for curve in curves.values() for removed in curve})
+    ]
+    if find_spec("rich") is None:
+        return Table(title, ["removed", *columns], rows).to_markdown()
+    return f"{title}\n{_with_rich(columns, rows)}"
+
+
+def _with_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Render the curves wide enough for all of their numbers."""
+    from rich import get_console
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable()
     table.add_column("removed", justify="right", no_wrap=True)
-    for dataset, network in curves:
-        title = dataset if len(datasets) > 1 else network if len(networks) > 1 else "top-1"
+    for title in columns:
         table.add_column(title.replace("-", "-\n") if len(title) > 10 else title, justify="right", no_wrap=True)
-    for removed in sorted({removed for curve in curves.values() for removed in curve}):
-        cells = (f"{curve[removed]:.2f}" if removed in curve else "" for curve in curves.values())
-        table.add_row(str(removed), *cells)
+    for row in rows:
+        table.add_row(*row)
     text = io.StringIO()
     Console(file=text, width=max(get_console().width, 80), color_system=None).print(table)
-    return f"Published top-1 [%]{of}{on} (EASIER, arXiv 2404.18949)\n{text.getvalue().rstrip()}"
+    return text.getvalue().rstrip()

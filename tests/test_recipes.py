@@ -127,6 +127,31 @@ def test_a_curve_that_is_shorter_ends_earlier(capsys):
     ][34]  # fmt: skip
 
 
+def test_the_published_curve_is_shown_without_rich_too(capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "find_spec", lambda name: None)
+    main(["recipes", "show", "model/vgg16_bn", "data/dtd"])
+    *_, table = capsys.readouterr().out.partition("\n\n")
+    assert table.startswith("**Published top-1 [%] of VGG-16 on DTD (EASIER, arXiv 2404.18949)**")
+    assert "| 14 | 41.54 |" in table
+
+
+def test_the_words_of_a_command_of_ones_own_may_be_recipes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    main(["recipes", "list"])
+    listed = capsys.readouterr().out
+    for run in (lambda: EasierCLI(args=["recipes", "list"]), lambda: EasierCLI(args=["--debug", "recipes", "list"])):
+        with pytest.raises(SystemExit) as ended:
+            run()
+        assert ended.value.code == 0
+        assert capsys.readouterr().out == listed
+    main(["--debug", "recipes", "list"])
+    assert capsys.readouterr().out == listed
+    with pytest.raises(SystemExit) as ended:
+        EasierCLI(args=["recipes", "show", "digit"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("train.py recipes show: error: Expected argument `name`")
+
+
 def test_a_copy_has_all_its_parts_and_composes_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["recipes", "copy", "digits"])
@@ -160,7 +185,9 @@ def test_bad_recipes_end_with_two_and_say_why(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["recipes", *arguments])
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1
 
 
 def test_recipes_are_listed_with_what_they_are(capsys):

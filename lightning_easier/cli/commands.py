@@ -1,6 +1,10 @@
 """What each subcommand does. How it is asked for is in :mod:`lightning_easier.cli.options`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_easier.cli.reading import read_pruning_report
-from lightning_easier.cli.session import Mode, Monitor, Session, first
+from lightning_easier.cli.reading import named_as_options, read_pruning_report
+from lightning_easier.cli.session import Mode, Monitor, Session
 from lightning_easier.collapsing import collapse as collapse_network
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.exporting import check_export, check_file
@@ -18,13 +22,13 @@ from lightning_easier.exporting import export as export_network
 from lightning_easier.measure.probe import measure_entropy
 from lightning_easier.pruning.candidates import candidates as list_candidates
 from lightning_easier.pruning.compress import compress as compress_network
+from lightning_easier.pruning.targets import check_target
 from lightning_easier.report import Report, check_report_path, save_report
-from lightning_easier.support.arguments import check_integer
+from lightning_easier.support.arguments import check_integer, check_non_negative, check_positive
 from lightning_easier.support.calls import Arguments
-from lightning_easier.support.storage import replacing
+from lightning_easier.support.storage import check_writable, replacing
 
 Files = Sequence[str] | None
-_MODEL_SUFFIXES = (".onnx", ".pt2")
 
 MakeSession = Callable[..., Session]
 """Makes a session, of ``network`` and ``inputs_of``."""
@@ -43,12 +47,12 @@ def candidates(
 ) -> None:
     """List the activations, the linear operators around each, and what would merge if it were linear."""
     check_integer("--max_batches", max_batches, 0)
-    _check_reports(report)
+    _check_reports(report, pictures=False)
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
     entropies = None
     if max_batches > 0:
-        batches = first(session.validation_batches(), max_batches)
+        batches = islice(session.validation_batches(), max_batches)
         entropies = measure_entropy(session.network, batches, inputs_of=inputs_of)
     _show(list_candidates(session.network, entropies, gates=gates), report)
 
@@ -85,8 +89,8 @@ def collapse(
     if mode == "fit":
         fitting = {"mode": "fit", "sites": sites, "calibration": session.calibration(samples), "inputs_of": inputs_of}
     result = collapse_network(session.network, inputs, objective=objective, **fitting)
-    _show(result.report, report)
-    export_to(result.model, inputs)
+    with _shown_at_last(result.report, report):
+        export_to(result.model, inputs)
 
 
 def export(
@@ -112,12 +116,12 @@ def export(
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
     inputs = export_to.checked(session, batch_size)
-    shipped = session.network
-    if collapse:
-        result = collapse_network(shipped, inputs, objective=objective)
-        _show(result.report, report)
-        shipped = result.model
-    export_to(shipped, inputs)
+    if not collapse:
+        export_to(session.network, inputs)
+        return
+    result = collapse_network(session.network, inputs, objective=objective)
+    with _shown_at_last(result.report, report):
+        export_to(result.model, inputs)
 
 
 def compress(
@@ -144,8 +148,11 @@ def compress(
 ) -> None:
     """Make a trained network shallower and faster in minutes, without training."""
     _check_sizes(batch_size, samples)
-    if fitted is not None and Path(fitted).suffix != ".pt":
-        raise ValueError(f"Expected argument `--fitted` to end in .pt, but got {fitted!r}")
+    _check_limits(tolerance, options)
+    if fitted is not None:
+        if Path(fitted).suffix != ".pt":
+            raise ValueError(f"Expected argument `--fitted` to end in .pt, but got {fitted!r}")
+        check_writable("--fitted", Path(fitted))
     names = {
         "input_names": input_names, "output_names": output_names, "opset_version": opset_version,
         "dynamic_axes": dynamic_axes,
@@ -155,28 +162,35 @@ def compress(
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
     inputs = export_to.checked(session, batch_size)
+    calibration = session.calibration(samples)
     told = Monitor(monitor, mode)
+    scores: list[float] = []
     if score:
         rank_zero_info("Validating the network as it is ...")
-        session.score(session.network, told)
+        scores.append(session.score(session.network, told))
         session.module.to(session.device)
+
+    def evaluate(network: nn.Module) -> float:
+        return scores.pop() if scores else session.score(network, told)  # first of the network as it is
+
     result = compress_network(
-        session.network, session.calibration(samples), example_inputs=inputs, inputs_of=inputs_of,
-        evaluate=(lambda network: session.score(network, told)) if score else None, mode=told.mode,
-        tolerance=tolerance, **options,
+        session.network, calibration, example_inputs=inputs, inputs_of=inputs_of,
+        evaluate=evaluate if score else None, mode=told.mode, tolerance=tolerance, **options,
     )  # fmt: skip
-    _show(result.report, report)
-    if fitted is not None:
-        with replacing(fitted) as new:
-            torch.save(result.fitted, new)
-        rich.print(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
-    export_to(result.model, inputs)
+    with _shown_at_last(result.report, report):
+        if fitted is not None:
+            with replacing(fitted) as new:
+                torch.save(result.fitted, new)
+            _say(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
+        export_to(result.model, inputs)
 
 
 def report(*, ckpt_path: str, output: Files, weights_only: bool | None) -> None:
     """Report what a pruning run did, round by round, from one of its checkpoints."""
     _check_reports(output, "--output")
-    _show(read_pruning_report(ckpt_path, weights_only=weights_only is not False), output)
+    with named_as_options("CKPT"):
+        found = read_pruning_report(ckpt_path, weights_only=weights_only is not False)
+    _show(found, output)
 
 
 class _Exporting:
@@ -200,6 +214,11 @@ class _Exporting:
 
     def checked(self, session: Session, batch_size: int | None) -> Arguments:
         """Return example inputs, and refuse now what the export of the network would refuse at the end."""
+        if self._output is not None and Path(self._output).suffix == ".onnx" and session.precision == "bf16-true":
+            raise ValueError(
+                f"Expected argument `--trainer.precision` to be 32-true or 16-true for an ONNX file, since ONNX "
+                f"Runtime has hardly an operator for bfloat16, but got {session.precision!r}; a .pt2 file may be so"
+            )
         inputs = session.example_inputs(batch_size)
         if self._output is not None:
             check_export(session.network, self._output, inputs, **self._names)
@@ -216,13 +235,39 @@ def _check_sizes(batch_size: int | None, samples: int = 1) -> None:
     check_integer("--samples", samples, 1)
 
 
-def _check_reports(files: Files, argument: str = "--report") -> None:
+def _check_limits(tolerance: float, options: Mapping[str, Any]) -> None:
+    """Refuse at once what :func:`~lightning_easier.compress` refuses once the network is validated."""
+    check_non_negative("--tolerance", tolerance)
+    check_target(options["target_speedup"], options["target_depth"], "--target_")
+    for name, check in (("max_drift", check_non_negative), ("max_minutes", check_positive)):
+        value = options[name]
+        if value is not None and value != math.inf:
+            check(f"--{name}", value)
+    if options["finetune"] is not None:
+        check_integer("--finetune", options["finetune"], 1)
+
+
+def _check_reports(files: Files, argument: str = "--report", *, pictures: bool = True) -> None:
     for file in files or ():
-        check_report_path(argument, file)
+        check_report_path(argument, file, pictures=pictures)
+
+
+@contextmanager
+def _shown_at_last(report: Report, files: Files) -> Iterator[None]:
+    """Show a report after the block, which writes what took the longest to make, whether it fails or not."""
+    try:
+        yield
+    finally:
+        _show(report, files)
 
 
 def _show(report: Report, files: Files) -> None:
     rich.print(report)
     for file in files or ():
         save_report(report, file)
-        rich.print(f"{file} was written.")
+        _say(f"{file} was written.")
+
+
+def _say(text: str) -> None:
+    """Write a line with a path in it, in which rich would take brackets for markup."""
+    sys.stdout.write(f"{text}\n")

@@ -10,13 +10,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_easier.zoo  # makes its classes known by their short names
 from lightning_easier import recipes
-from lightning_easier.cli.errors import WRONG_VALUE, in_one_line
+from lightning_easier.cli.errors import DEBUG, WRONG_VALUE, in_one_line
 from lightning_easier.cli.subcommands import EasierSubcommands
 from lightning_easier.support.arguments import check_choice
 
 _ABOUT = (
     "Train, prune, compress, collapse and export. Recipes, configs that come with the package, are taken by name: "
-    "`lightning-easier recipes list`, and `recipes copy NAME` makes one your own. `--debug` shows the traceback of an "
+    "`%(prog)s recipes list`, and `recipes copy NAME` makes one your own. `--debug` shows the traceback of an "
     "error, `--print_shtab bash` what completes commands in a shell."
 )
 _SHELLS = "--print_shtab"
@@ -56,7 +56,6 @@ class EasierCLI(EasierSubcommands, LightningCLI):
         **kwargs: Any,
     ) -> None:
         parser = {
-            "prog": "lightning-easier",
             "version": lightning_easier.__version__,
             "description": _ABOUT,
             **kwargs.pop("parser_kwargs", {}),
@@ -72,30 +71,34 @@ class EasierCLI(EasierSubcommands, LightningCLI):
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """List the recipes beside the others; they are done before there is a parser."""
+        """List the recipes beside the others; they need no parser of ours."""
         super()._add_subcommands(parser, **kwargs)
         listed: Any = parser._subcommands_action
         listed.add_subcommand("recipes", LightningArgumentParser(), help="List, show and copy configs of the package.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Take the recipes that come with the package by name, too."""
+        """Take the recipes that come with the package by name, too, and do what needs no model."""
         given = sys.argv[1:] if args is None else args
         if not isinstance(given, list):
             super().parse_arguments(parser, given)
             return
-        words = recipes.with_paths([word for word in given if word != "--debug"])
-        for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
-            each.exit_on_error = "--debug" not in given
-        _print_completion(getattr(self, "_subcommand_parsers", {}), words)
-        self.config = parser.parse_args(words)
+        parsers = getattr(self, "_subcommand_parsers", {})
+        words = recipes.with_paths(given)
+        asked = [word for word in words if word != DEBUG]
+        if parsers and asked[:1] == ["recipes"]:
+            sys.stdout.write(f"{recipes.command(asked[1:], parser.prog)}\n")
+            raise SystemExit(0)
+        _print_completion(parser.prog, parsers, asked)
+        self._parse(parser, words)
 
 
-def _print_completion(parsers: Mapping[str, Any], words: Sequence[str]) -> None:
+def _print_completion(program: str, parsers: Mapping[str, Any], words: Sequence[str]) -> None:
     """Print what has a shell complete commands and options, and leave, where that is asked for.
 
     jsonargparse would offer what every known class takes, too, which takes minutes to write and seconds to load.
 
     Args:
+        program: What is called.
         parsers: Name of a subcommand -> its parser.
         words: The words of the command line.
     """
@@ -109,13 +112,13 @@ def _print_completion(parsers: Mapping[str, Any], words: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"`{_SHELLS}` needs shtab: `pip install 'lightning-easier[cli]'`") from error
     check_choice(_SHELLS, shell, tuple(shtab.SUPPORTED_SHELLS))
-    sys.stdout.write(shtab.complete(_plain(parsers, shtab.FILE), shell))
+    sys.stdout.write(shtab.complete(_plain(program, parsers, shtab.FILE), shell))
     raise SystemExit(0)
 
 
-def _plain(parsers: Mapping[str, Any], file: Any) -> argparse.ArgumentParser:
+def _plain(program: str, parsers: Mapping[str, Any], file: Any) -> argparse.ArgumentParser:
     """Return a parser of names alone: those of the subcommands and their options, and which of these take a file."""
-    whole = argparse.ArgumentParser("lightning-easier")
+    whole = argparse.ArgumentParser(program)
     subcommands = whole.add_subparsers()
     for name, parser in parsers.items():
         each = subcommands.add_parser(name, help=name)  # shtab leaves out what has no help

@@ -1,31 +1,34 @@
 """Errors as a command line tells them: one line, and an exit code."""
 
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 WRONG_VALUE, FAILURE = 2, 1
+DEBUG = "--debug"
 
 _MOST, _SHORT = 600, 60  # letters of a line, and of a value in it
 _NEVER_MEANT = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
 
 
 @contextmanager
-def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
+def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None]:
     """Write an error as one line, and leave: with 2 if what was given is wrong, with 1 if something failed.
 
     Args:
         program: What the line begins with.
-        debug: Whether errors pass with their traceback.
+        debug: Whether errors pass with their traceback; by default, if ``--debug`` is among the words of the process.
     """
+    debug = DEBUG in sys.argv if debug is None else debug
     try:
         yield
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"{program}: error: {in_one_line(_told(error))} (`--debug` shows the traceback)\n")
+        sys.stderr.write(f"{program}: error: {in_one_line(_told(error))} (`{DEBUG}` shows the traceback)\n")
         raise SystemExit(WRONG_VALUE if _is_wrong_value(error) else FAILURE) from error
 
 
@@ -72,9 +75,18 @@ def _told(error: Exception) -> str:
 
 
 def _is_wrong_value(error: Exception) -> bool:
-    """Tell whether it is the user who has to change something: our errors of arguments say what they expected."""
+    """Tell whether it is the user who has to change something: our errors of arguments say what they expected.
+
+    So do some of torch, about what a model does. Those of classes that jsonargparse makes are told inside of its own.
+    """
     if isinstance(error, MisconfigurationException):
         return True
     message = str(error)
-    is_ours = message.startswith("Expected ") or "- Expected argument `" in message
+    is_ours = (message.startswith("Expected ") and _is_of_the_package(error)) or "- Expected argument `" in message
     return isinstance(error, ValueError | TypeError | OSError) and is_ours
+
+
+def _is_of_the_package(error: Exception) -> bool:
+    """Tell whether it was raised by a module of ours."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]

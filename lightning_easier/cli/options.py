@@ -9,6 +9,7 @@ from typing import Any, Literal
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from lightning_easier.cli import commands
+from lightning_easier.cli.errors import DEBUG
 
 _WIDTH = 100
 
@@ -28,7 +29,7 @@ class Command:
         name: Its name.
         run: What it does.
         add_options: Adds its own options to a group of a parser, which has model, data and Trainer besides.
-        examples: Three command lines.
+        examples: Three command lines, without the program and the name.
         needs_model: Whether it works on a model; else it takes none, and no config.
     """
 
@@ -51,7 +52,7 @@ def _add_candidates(group: "_Added") -> None:
         help="measure the entropies on so many validation batches (none by default)",
     )  # fmt: skip
     _add_flag(group, "--gates", False, "list bounded activations, such as sigmoids, too")
-    _add_report(group)
+    _add_report(group, kinds=".md, .json or .txt")
     _add_reading(group)
 
 
@@ -124,35 +125,33 @@ COMMANDS = {
     for command in (
         Command(
             "candidates", commands.candidates, _add_candidates,
-            ("lightning-easier candidates --config digits",
-             "lightning-easier candidates --config digits --max_batches 6 --report candidates.md",
-             "lightning-easier candidates --config config.yaml --ckpt_path last.ckpt --gates"),
+            ("--config config.yaml",
+             "--config config.yaml --max_batches 6 --report candidates.md",
+             "--config config.yaml --ckpt_path last.ckpt --gates"),
         ),
         Command(
             "compress", commands.compress, _add_compress,
-            ("lightning-easier compress --config config.yaml --ckpt_path last.ckpt --output model.onnx",
-             "lightning-easier compress --config config.yaml --ckpt_path last.ckpt --target_speedup 1.5 --finetune 300",
-             "lightning-easier compress --config config.yaml --no-score --max_drift 0.05 --report compress.png"),
+            ("--config config.yaml --ckpt_path last.ckpt --output model.onnx",
+             "--config config.yaml --ckpt_path last.ckpt --target_speedup 1.5 --finetune 300",
+             "--config config.yaml --no-score --max_drift 0.05 --report compress.png"),
         ),
         Command(
             "collapse", commands.collapse, _add_collapse,
-            ("lightning-easier collapse --config config.yaml --ckpt_path round_3.ckpt",
-             "lightning-easier collapse --config config.yaml --ckpt_path round_3.ckpt --output model.pt2 --report "
-             "collapse.svg",
-             "lightning-easier collapse --config config.yaml --ckpt_path last.ckpt --mode fit --sites model.relu"),
+            ("--config config.yaml --ckpt_path round_3.ckpt",
+             "--config config.yaml --ckpt_path round_3.ckpt --output model.pt2 --report collapse.svg",
+             "--config config.yaml --ckpt_path last.ckpt --mode fit --sites model.relu"),
         ),
         Command(
             "export", commands.export, _add_export,
-            ("lightning-easier export --config config.yaml --ckpt_path round_3.ckpt --output model.onnx",
-             "lightning-easier export --config config.yaml --ckpt_path round_3.ckpt --no-collapse",
-             "lightning-easier export --config config.yaml --ckpt_path round_3.ckpt --input_names image "
-             "--output_names scores"),
+            ("--config config.yaml --ckpt_path round_3.ckpt --output model.onnx",
+             "--config config.yaml --ckpt_path round_3.ckpt --no-collapse",
+             "--config config.yaml --ckpt_path round_3.ckpt --input_names image --output_names scores"),
         ),
         Command(
             "report", commands.report, _add_report_of_a_run,
-            ("lightning-easier report lightning_logs/version_0/entropy_pruning/round_3.ckpt",
-             "lightning-easier report round_3.ckpt --output report.md report.json",
-             "lightning-easier report round_3.ckpt --output report.png"),
+            ("lightning_logs/version_0/entropy_pruning/round_3.ckpt",
+             "round_3.ckpt --output report.md report.json",
+             "round_3.ckpt --output report.png"),
             needs_model=False,
         ),
     )
@@ -214,9 +213,9 @@ class _ShortHelp(argparse.Action):
                 formatter.add_argument(argparse.Action([option], "config", nargs=0, help=about))
         for action in [*positional, *(action for action in self._own if action.option_strings)]:
             formatter.add_argument(_plain(action))
-        formatter.add_argument(argparse.Action(["--debug"], "debug", nargs=0, help="show the traceback of an error"))
+        formatter.add_argument(argparse.Action([DEBUG], "debug", nargs=0, help="show the traceback of an error"))
         formatter.end_section()
-        examples = "\n".join(f"  {example}" for example in self._command.examples)
+        examples = "\n".join(f"  {prog} {example}" for example in self._command.examples)
         return f"{formatter.format_help()}\nexamples:\n{examples}\n"
 
 
@@ -260,17 +259,17 @@ def _add_samples(group: "_Added", what: str) -> None:
     )
 
 
-def _add_report(group: "_Added", option: str = "--report") -> None:
+def _add_report(group: "_Added", option: str = "--report", kinds: str = ".md, .json, .txt, .png, .svg or .pdf") -> None:
     group.add_argument(
         option, type=str, default=None, nargs="+", metavar="FILE",
-        help="write the report to files, too: .md, .json, .txt, .png, .svg or .pdf",
+        help=f"write the report to files, too: {kinds}",
     )  # fmt: skip
 
 
 def _add_batch_size(group: "_Added") -> None:
     group.add_argument(
         "--batch_size", type=int | None, default=None, metavar="N",
-        help="of the example that is timed and exported; that of the data by default",
+        help="of the example that is timed and exported, samples are repeated; that of the data by default",
     )  # fmt: skip
 
 

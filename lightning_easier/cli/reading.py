@@ -1,5 +1,7 @@
 """What a pruning run did, read from one of its checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_easier.report import PruningReport, Round
@@ -36,3 +38,22 @@ def read_pruning_report(checkpoint_path: str | Path, *, weights_only: bool = Tru
         f"Expected argument `checkpoint_path` to be a checkpoint of a pruning run with its callbacks' states, but "
         f"{checkpoint_path} has none (saved with weights only?). Its weights mark {linear or 'nothing'} as linear."
     )
+
+
+@contextmanager
+def named_as_options(checkpoint: str = "--ckpt_path") -> Iterator[None]:
+    """Have errors of what reads checkpoints name its arguments as the command line does.
+
+    Args:
+        checkpoint: What it calls the checkpoint.
+    """
+    names = {"checkpoint_path": checkpoint, "weights_only=False": "--weights_only false"}
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        told = str(error)
+        for name, option in names.items():
+            told = told.replace(f"`{name}`", f"`{option}`")
+        if told == str(error) or len(error.args) != 1:
+            raise
+        raise type(error)(told) from error.__cause__

@@ -1,15 +1,17 @@
 """What the subcommands work on: a module with the weights of a checkpoint, its data, and a Trainer for validation."""
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
-from torch import nn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 
+from lightning_easier.cli.reading import named_as_options
 from lightning_easier.pruning.rules import mode_in_name
 from lightning_easier.structure.checkpoint import load_pruned, read_checkpoint
 from lightning_easier.structure.linearize import read_marks
@@ -25,9 +27,9 @@ class Session:
     """A module, its data and a Trainer.
 
     Args:
-        module: The module, as it was trained.
+        module: The module, as it was trained; it is attached to the Trainer.
         datamodule: Its data; the loaders of the module if there is none.
-        trainer: Says on which device, and validates.
+        trainer: Says on which device and in which precision, and validates.
         network: Name of the submodule that is worked on. By default the module itself; if it has no ``forward``, the
             one submodule that has parameters.
         inputs_of: Returns the inputs in a batch, where they are found elsewhere than usual.
@@ -51,6 +53,9 @@ class Session:
         self._datamodule = datamodule
         self._trainer = trainer
         self._inputs_of = inputs_of
+        module.trainer = trainer
+        if datamodule is not None:
+            datamodule.trainer = trainer
         module.configure_model()
         self._place = _place_of_network(module, network)
 
@@ -64,6 +69,11 @@ class Session:
         """Where it is worked on."""
         return self._trainer.strategy.root_device
 
+    @property
+    def precision(self) -> str:
+        """What is computed in, as the Trainer calls it."""
+        return str(self._trainer.precision)
+
     def load(self, ckpt_path: str | None, weights_only: bool | None) -> None:
         """Load a checkpoint of any number of removals, none included, and move the module to the device.
 
@@ -76,45 +86,54 @@ class Session:
             ValueError: If it can't be read, or does not fit the module.
         """
         if ckpt_path is not None:
-            safely = weights_only is not False
-            checkpoint = read_checkpoint(ckpt_path, argument="--ckpt_path", weights_only=safely)
-            state_dict = checkpoint.get("state_dict", checkpoint)
-            if read_marks(state_dict):
-                load_pruned(self.module, ckpt_path, weights_only=safely)
-            else:
-                rank_zero_info(f"No activation is linear in {ckpt_path}.")
-                try:
-                    self.module.load_state_dict(state_dict)
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"Expected argument `--ckpt_path` to fit {type(self.module).__name__}, but {ckpt_path} does "
-                        f"not: {' '.join(str(error).split())[:300]}"
-                    ) from error
+            with named_as_options():
+                self._load(ckpt_path, safely=weights_only is not False)
+        self._trainer.precision_plugin.convert_module(self.module)
         self.module.to(self.device)
+
+    def _load(self, ckpt_path: str, *, safely: bool) -> None:
+        checkpoint = read_checkpoint(ckpt_path, argument="--ckpt_path", weights_only=safely)
+        if read_marks(checkpoint.get("state_dict", checkpoint)):
+            load_pruned(self.module, ckpt_path, weights_only=safely)
+            return
+        if "state_dict" in checkpoint:  # as Lightning, which has the module change what it loads
+            self.module.on_load_checkpoint(checkpoint)
+        try:
+            self.module.load_state_dict(checkpoint.get("state_dict", checkpoint))
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected argument `--ckpt_path` to fit {type(self.module).__name__}, but {ckpt_path} does not: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
     def example_inputs(self, batch_size: int | None) -> Arguments:
         """Return what the network is called with: of a validation batch, or the module's ``example_input_array``.
 
         Args:
-            batch_size: How many samples; as many as the batch has by default.
+            batch_size: How many samples; as many as the batch has by default. Samples are repeated where it has fewer.
 
         Raises:
-            ValueError: If there is no sample.
+            ValueError: If there is no sample, or the first input has no axis of samples and a batch size is given.
         """
-        network, inputs = self.network, None
-        if self._has_loader("val_dataloader"):
-            read = BatchReader(network, "data", self._inputs_of)
-            inputs = next((read(batch) for batch in self.validation_batches()), None)
-        elif (example := self.module.example_input_array) is not None:
-            inputs = as_arguments(example, network)
-        if inputs is None or any(len(value) == 0 for value in inputs if value.ndim):
+        inputs = next(self._inputs_of_validation(), None)
+        if inputs is None and (example := self.module.example_input_array) is not None:
+            inputs = as_arguments(self._trainer.precision_plugin.convert_input(example), self.network)
+        if inputs is None:
             raise ValueError(
                 "Expected `data` to yield a validation batch, or the model to have an `example_input_array`, for an "
-                "example input; but there is none"
+                "example input; but there is neither"
             )
-        samples = len(inputs[0]) if inputs[0].ndim else 0
-        some = mapped(lambda value: value[:batch_size] if value.ndim and len(value) == samples else value, inputs)
-        return mapped(lambda value: value.to(self.device), some)
+        if batch_size is not None:
+            inputs = _resized(inputs, batch_size)
+        return mapped(lambda value: value.to(self.device), inputs)
+
+    def _inputs_of_validation(self) -> Iterator[Arguments]:
+        """Yield the inputs in the validation batches that have samples; none where there is no loader."""
+        if self._has_loader("val_dataloader"):
+            read = BatchReader(self.network, "data", self._inputs_of)
+            for inputs in map(read, self.validation_batches()):
+                if all(len(value) for value in inputs if value.ndim):
+                    yield inputs
 
     def validation_batches(self) -> Iterator[Any]:
         """Yield the batches of the validation loader, the first of several, on the device."""
@@ -159,24 +178,28 @@ class Session:
                 _put(module, self._place, before)
         return monitor.of({name: value for each in logged for name, value in each.items()})
 
+    @property
+    def _source(self) -> Any:
+        """What has the loaders."""
+        return self.module if self._datamodule is None else self._datamodule
+
     def _has_loader(self, name: str) -> bool:
-        return self._datamodule is not None or _is_overridden(name, self.module, LightningModule)
+        return is_overridden(name, self._source, DataHooks)
 
     def _batches(self, name: str, stage: str) -> Iterator[Any]:
-        source = self.module if self._datamodule is None else self._datamodule
+        source = self._source
         if not self._has_loader(name):
-            raise ValueError(f"Expected `data`, or the module to have a `{name}`, but there is neither")
-        if isinstance(source, LightningDataModule):
-            source.trainer = self._trainer
+            raise ValueError(f"Expected `data`, or the module where there is none, to have a `{name}`, but it has none")
         source.prepare_data()
         source.setup(stage)
         yield from (self._transferred(batch) for batch in _first_of(getattr(source, name)()))
 
     def _transferred(self, batch: Any) -> Any:
-        """Move a batch as a Trainer would: with the hooks of the data, or else of the module."""
+        """Convert and move a batch as a Trainer would: with the hooks of the data, or else of the module."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
         for name in _TRANSFERS:
             owner: Any = self.module
-            if self._datamodule is not None and _is_overridden(name, self._datamodule, DataHooks):
+            if self._datamodule is not None and is_overridden(name, self._datamodule, DataHooks):
                 owner = self._datamodule
             given = (batch, self.device, 0) if name == "transfer_batch_to_device" else (batch, 0)
             batch = getattr(owner, name)(*given)
@@ -245,7 +268,7 @@ def _place_of_network(module: LightningModule, name: str | None) -> str:
                 f"has {known}"
             ) from error
         return name
-    if _is_overridden("forward", module, LightningModule):
+    if type(module).forward is not LightningModule.forward:
         return ""
     trained = [each for each, child in module.named_children() if any(True for _ in child.parameters())]
     if len(trained) != 1:
@@ -261,17 +284,29 @@ def _put(module: nn.Module, place: str, part: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, part)
 
 
-def _is_overridden(name: str, instance: Any, base: type) -> bool:
-    return getattr(type(instance), name, None) is not getattr(base, name, None)
+def _resized(inputs: Arguments, batch_size: int) -> Arguments:
+    """Return as many samples as asked for; they are repeated where there are fewer."""
+    if inputs[0].ndim == 0:
+        raise ValueError(
+            f"Expected argument `--batch_size` to be left out, since the first input has no axis of samples, but got "
+            f"{batch_size}"
+        )
+    samples = len(inputs[0])
+
+    def resized(value: Tensor) -> Tensor:
+        if value.ndim == 0 or len(value) != samples:
+            return value
+        return value[torch.arange(batch_size, device=value.device) % samples]
+
+    return mapped(resized, inputs)
 
 
 def _first_of(loaders: Any) -> Iterable[Any]:
-    """Return the first of several loaders, however they are held."""
-    if isinstance(loaders, dict):
+    """Return the first of several loaders, however they are held; nothing where there is none."""
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.flattened
+    elif isinstance(loaders, Mapping):
         loaders = list(loaders.values())
-    return loaders[0] if isinstance(loaders, list | tuple) else loaders
-
-
-def first(batches: Iterable[Any], count: int) -> list[Any]:
-    """Return the first batches."""
-    return list(islice(batches, count))
+    if isinstance(loaders, list | tuple):
+        return _first_of(loaders[0]) if loaders else ()
+    return () if loaders is None else loaders

@@ -4,18 +4,22 @@ Lightning takes its subcommands from methods of the Trainer, with all of the Tra
 the same keys, so that every config of a run is read, and a help of their own.
 """
 
+import sys
+from argparse import ArgumentError
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from lightning_easier.cli.errors import DEBUG, in_one_line
 from lightning_easier.cli.options import COMMANDS, Command, add_options
+from lightning_easier.cli.reading import named_as_options
 from lightning_easier.cli.session import Session
 from lightning_easier.structure.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
     _Base = LightningCLI
 else:
@@ -41,6 +45,13 @@ class EasierSubcommands(_Base):
         OwnCLI(OwnModule, OwnDataModule)
     """
 
+    def _setup_parser_kwargs(self, parser_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Give the parsers of ours what is meant for them, as Lightning does with its own."""
+        ours = {name: value for name, value in parser_kwargs.items() if name in COMMANDS}
+        others = {name: value for name, value in parser_kwargs.items() if name not in COMMANDS}
+        main, subcommands = super()._setup_parser_kwargs(others)
+        return main, {**subcommands, **ours}
+
     def _add_subcommands(self, parser: "LightningArgumentParser", **kwargs: Any) -> None:
         super()._add_subcommands(parser, **{k: v for k, v in kwargs.items() if k not in COMMANDS})
         subcommands: Any = parser._subcommands_action
@@ -54,21 +65,65 @@ class EasierSubcommands(_Base):
             self._subcommand_parsers[name] = own
             subcommands.add_subcommand(name, own, help=command.about)
 
+    def parse_arguments(self, parser: "LightningArgumentParser", args: "ArgsType") -> None:
+        """Take ``--debug``, unless the parsers have an option of that name: what is wrong is raised then."""
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list) and self._is_debugged(parser, given):
+            self._parse(parser, given)
+        else:
+            super().parse_arguments(parser, args)
+
+    def _parse(self, parser: "LightningArgumentParser", words: list[str]) -> None:
+        """Parse the words of a command line."""
+        if self._is_debugged(parser, words):
+            words = [word for word in words if word != DEBUG]
+            for each in self._parsers(parser):
+                each.exit_on_error = False
+        self.config = parser.parse_args(words)
+
+    def _parsers(self, parser: "LightningArgumentParser") -> list[Any]:
+        return [parser, *getattr(self, "_subcommand_parsers", {}).values()]
+
+    def _is_debugged(self, parser: "LightningArgumentParser", words: list[str]) -> bool:
+        is_theirs = any(DEBUG in each._option_string_actions for each in self._parsers(parser))
+        return DEBUG in words and not is_theirs
+
     def _parse_ckpt_path(self) -> None:
         """Take the model's hyperparameters from the checkpoint, as Lightning does; the file as it was asked for."""
         given = self.config.get(self.config.get("subcommand") or "", {})
         path = given.get("ckpt_path")
         if not path or not Path(path).is_file() or not given.get("model"):
             return
-        safely = given.get("weights_only") is not False
-        checkpoint = read_checkpoint(path, argument="--ckpt_path", weights_only=safely)
+        with named_as_options():
+            safely = given.get("weights_only") is not False
+            checkpoint = read_checkpoint(path, argument="--ckpt_path", weights_only=safely)
         of_model = dict(checkpoint.get("hyper_parameters") or {})
         of_model.pop("_instantiator", None)
         class_path = of_model.pop("_class_path", None)
         if class_path is not None:
             of_model = {"class_path": class_path, "dict_kwargs": of_model}
         if of_model:
+            self._take_hyperparameters(of_model, path)
+
+    def _take_hyperparameters(self, of_model: dict[str, Any], path: str) -> None:
+        parsers = self._parsers(self.parser)
+        exits = [each.exit_on_error for each in parsers]
+        try:
+            for each in parsers:
+                each.exit_on_error = False
             self.config = self.parser.parse_object({self.config.subcommand: {"model": of_model}}, self.config)
+        except ArgumentError as error:
+            reason = error
+        else:
+            return
+        finally:
+            for each, was in zip(parsers, exits, strict=True):
+                each.exit_on_error = was
+        self.parser.error(
+            f"Expected argument `--ckpt_path` to be a checkpoint of the model that is given, but the hyperparameters "
+            f"in {path} do not fit it: {in_one_line(str(reason))}",
+            reason,
+        )
 
     @property
     def _command(self) -> Command | None:

@@ -16,7 +16,8 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
 from torchvision.utils import save_image
 
 from lightning_easier import (
@@ -29,7 +30,7 @@ from lightning_easier import (
     Target,
     load_pruned,
 )
-from lightning_easier.cli import EasierCLI, read_pruning_report
+from lightning_easier.cli import EasierCLI, EasierSubcommands, one_line_errors, read_pruning_report
 from lightning_easier.cli.options import COMMANDS
 from lightning_easier.command import main
 from lightning_easier.pruning.rules import Rules, Tolerance
@@ -288,6 +289,30 @@ class TestCompress:
         assert report["mode"] == "min"
         assert report["score"] > 1  # a network that is hardly trained: of an accuracy it would be below
 
+    def test_the_network_as_it_is_is_validated_once(self, run, monkeypatch):
+        networks, scores = [], []
+
+        def score(session, network, monitor):
+            networks.append(network)
+            monitor.name = "val_acc"
+            return 0.5 / len(networks)
+
+        def compress(network, batches, *, evaluate, **options):
+            scores.extend([evaluate(network), evaluate(network)])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("lightning_easier.cli.session.Session.score", score)
+        monkeypatch.setattr("lightning_easier.cli.commands.compress_network", compress)
+        with pytest.raises(KeyboardInterrupt):
+            main(self.arguments(run))
+        assert scores == [0.5, 0.25]
+        assert len(networks) == 2
+
+    def test_it_goes_in_double_precision(self, run, tmp_path, capsys):
+        main(self.arguments(run, "--trainer.precision=64-true", "--tolerance=1", f"--output={tmp_path / 'm.pt2'}"))
+        scores = torch.export.load(tmp_path / "m.pt2").module()(torch.rand(3, 1, 8, 8, dtype=torch.float64))
+        assert (scores.shape, scores.dtype) == ((3, 10), torch.float64)
+
     def test_it_goes_without_a_score(self, run, tmp_path, capsys):
         main(self.arguments(run, "--no-score", "--exclude", "model.stages.1.*", f"--report={tmp_path / 'r.json'}"))
         report = json.loads((tmp_path / "r.json").read_text())
@@ -319,6 +344,15 @@ def failed(capsys, arguments) -> tuple[int, str]:
         (["compress", "--fitted=f.bin"], "`--fitted` to end in .pt"),
         (["compress", "--tolerance=fast"], "key \"tolerance\": Expected a <class 'float'>. Got value: fast"),
         (["compress", "--trget=1"], "unrecognized arguments: --trget=1"),
+        (["compress", "--tolerance=-1"], "`--tolerance` to be finite and at least 0, but got -1"),
+        (["compress", "--max_drift=-1"], "`--max_drift` to be finite and at least 0, but got -1"),
+        (["compress", "--max_minutes=0"], "`--max_minutes` to be above 0, but got 0"),
+        (["compress", "--target_speedup=0.5"], "`--target_speedup` to be above 1"),
+        (["compress", "--target_depth=0"], "`--target_depth` to be at least 1, but got 0"),
+        (["compress", "--finetune=0"], "`--finetune` to be at least 1, but got 0"),
+        (["candidates", "--report", "a.png"], "`--report` to end in one of .md, .json, .txt, but got 'a.png'"),
+        (["export", "--output=m.onnx", "--trainer.precision=bf16-true"], "`--trainer.precision` to be 32-true or"),
+        (["collapse", "--output=m.onnx", "--input_names", "a", "--output_names", "a"], "other names than the inputs"),
         (["candidates", "--network=nothing"], "`--network` to name a submodule of ImageClassifier, but got 'nothing'"),
         (["candidates", "--max_batches=-1"], "`--max_batches` to be at least 0"),
     ],
@@ -327,6 +361,8 @@ def test_a_wrong_value_is_one_line_and_two_before_any_work(run, arguments, messa
     monkeypatch.chdir(tmp_path)
     for name in ("collapse_network", "compress_network", "export_network"):
         monkeypatch.setattr(f"lightning_easier.cli.commands.{name}", None)
+    if "--monitor=val_ac" not in arguments:
+        monkeypatch.setattr("lightning_easier.cli.session.Session.score", None)
     own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
     code, told = failed(capsys, [arguments[0], *own, *arguments[1:]])
     assert code == 2
@@ -343,16 +379,69 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
     torch.save({**checkpoint, "odd": Odd}, tmp_path / "odd.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "odd.ckpt").read_bytes()[:3000])
     own = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}", "--objective=macs"]
-    for name, message in (("odd", "can't be read safely"), ("cut", "can't be read"), ("none", "checkpoint file, but")):
+    reasons = {"odd": "`--weights_only false`", "cut": "can't be read", "none": "checkpoint file, but"}
+    for name, message in reasons.items():
         code, told = failed(capsys, [*own, f"--ckpt_path={tmp_path / f'{name}.ckpt'}"])
         assert code == 2
         assert message in told
     main([*own, f"--ckpt_path={tmp_path / 'odd.ckpt'}", "--weights_only=false"])
     assert (tmp_path / "m.pt2").is_file()
     code, told = failed(capsys, ["report", str(tmp_path / "odd.ckpt")])
+    assert "`CKPT` to be a checkpoint file, but" in told
     assert "can't be read safely" in told
+    assert "pass `--weights_only false`" in told
     main(["report", str(tmp_path / "odd.ckpt"), "--weights_only=false"])
     assert "kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("export", "--output"), ("collapse", "--report"), ("compress", "--fitted"), ("report", "--output")],
+)
+def test_a_file_that_can_not_be_written_is_named_before_any_work(run, command, option, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_easier.cli.session.Session.load", None)
+    Path("taken").write_text("precious")
+    file = "taken/it" + {"export": ".onnx", "compress": ".pt"}.get(command, ".md")
+    checkpoint = str(run / "entropy_pruning" / "round_2.ckpt")
+    given = [checkpoint] if command == "report" else [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    code, told = failed(capsys, [command, *given, option, file])
+    assert code == 2
+    assert f"`{option}` to be a file in a folder, but got '{file}'" in told
+    assert Path("taken").read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["collapse", "export", "compress"])
+def test_the_network_is_there_when_the_report_can_not_be_saved(run, command, capsys, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError("the folder went away")
+
+    monkeypatch.setattr("lightning_easier.cli.commands.save_report", fail)
+    files = [f"--output={tmp_path / 'm.pt2'}", f"--report={tmp_path / 'r.md'}"]
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
+    if command == "compress":
+        own += ["--no-score", "--max_drift=10", "--samples=64", f"--fitted={tmp_path / 'f.pt'}"]
+    code, told = failed(capsys, [command, *own, *files, "--objective=macs"])
+    assert code == 1
+    assert "the folder went away" in told
+    assert (tmp_path / "m.pt2").is_file()
+    assert (tmp_path / "f.pt").is_file() == (command == "compress")
+
+
+def test_the_report_is_shown_when_the_network_can_not_be_exported(run, capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("lightning_easier.cli.commands.export_network", fail)
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
+    files = [f"--output={tmp_path / 'm.pt2'}", f"--report={tmp_path / 'r[bold].md'}"]
+    with pytest.raises(SystemExit):
+        main(["collapse", *own, "--objective=macs", *files])
+    shown = capsys.readouterr()
+    assert "Collapse" in shown.out
+    assert f"{tmp_path / 'r[bold].md'} was written." in shown.out
+    assert "no room" in shown.err
+    assert (tmp_path / "r[bold].md").is_file()
 
 
 def test_what_fails_is_one_line_and_one_and_debug_shows_where(run, tmp_path, capsys, monkeypatch):
@@ -460,6 +549,104 @@ def test_a_cli_of_ones_own_takes_the_subcommands_and_finds_what_lies_beside_it(t
     assert report["after"]["macs"] < report["before"]["macs"]
     assert (report["score"], report["mode"]) == (pytest.approx(report["score"]), "min")
     assert torch.export.load(tmp_path / "m.pt2").module()(torch.randn(3, 4)).shape == (3, 2)
+
+
+class OwnNet(LightningModule):
+    """Needs no data to be looked at."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+
+
+class OwnCLI(EasierSubcommands, LightningCLI):
+    """As a user writes it."""
+
+
+@pytest.mark.parametrize("cli", [OwnCLI, EasierCLI])
+def test_a_cli_of_ones_own_takes_debug_and_is_called_by_its_name(cli, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["own.py"])
+    with pytest.raises(SystemExit):
+        cli(OwnNet, None, args=["compress", "--help"])
+    *_, examples = capsys.readouterr().out.partition("examples:\n")
+    assert [line.split()[:2] for line in examples.splitlines()] == [["own.py", "compress"]] * 3
+    monkeypatch.setattr(sys, "argv", ["own.py", "compress", "--debug", "--trget=1"])
+    with pytest.raises(ArgumentError, match="trget"):
+        cli(OwnNet, None)
+    with pytest.raises(ArgumentError, match="trget"):
+        cli(OwnNet, None, args=["--debug", "fit", "--trget=1"])
+    with pytest.raises(SystemExit):
+        cli(OwnNet, None, args=["compress", "--trget=1"])
+    assert "own.py" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["own.py", "candidates", "--debug"])
+    cli(OwnNet, None)
+    assert "ReLU" in capsys.readouterr().out
+
+
+class WithDebug(OwnCLI):
+    """Has an option of that name already."""
+
+    def add_arguments_to_parser(self, parser):
+        parser.add_argument("--debug", action="store_true")
+
+
+def test_an_option_of_ones_own_that_is_called_debug_is_left_alone(capsys):
+    cli = WithDebug(OwnNet, args=["candidates", "--debug"])
+    assert cli.config["candidates"]["debug"] is True
+
+
+def test_what_is_meant_for_the_parser_of_a_subcommand_gets_there(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(OwnCLI, "parse_arguments", lambda cli, *_: seen.update(cli._subcommand_parsers) or sys.exit())
+    own = {"compress": {"description": "Compress."}, "fit": {"description": "Train."}, "description": "Mine."}
+    with pytest.raises(SystemExit):
+        OwnCLI(OwnNet, args=[], parser_kwargs=own)
+    descriptions = [seen[name].description for name in ("compress", "fit", "export")]
+    assert descriptions == ["Compress.", "Train.", COMMANDS["export"].about]
+
+
+def test_hyperparameters_that_do_not_fit_are_those_of_the_checkpoint(tmp_path, capsys):
+    checkpoint = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"breadth": 3}}, checkpoint)
+    for debug in ([], ["--debug"]):
+        with pytest.raises(ArgumentError if debug else SystemExit) as ended:
+            EasierCLI(OwnNet, None, args=["candidates", f"--ckpt_path={checkpoint}", *debug])
+    told = str(ended.value)
+    assert "`--ckpt_path` to be a checkpoint of the model that is given" in told
+    assert "breadth" in told
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_error_of_torch_is_a_failure_even_if_it_expects_something(capsys):
+    for fail, code, told in (
+        (lambda: torch.nn.BatchNorm1d(2)(torch.randn(1, 2)), 1, "own: error: ValueError: Expected more than 1 value"),
+        (lambda: Rounds(epochs=-1), 2, "own: error: Expected argument `epochs` to be at least 0, but got -1"),
+    ):
+        with pytest.raises(SystemExit) as ended, one_line_errors("own"):
+            fail()
+        assert ended.value.code == code
+        assert capsys.readouterr().err.startswith(told)
+
+
+def test_own_errors_show_their_traceback_where_the_process_was_asked_to(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["own.py", "--debug"])
+    with pytest.raises(RuntimeError, match="on fire"), one_line_errors("own"):
+        raise RuntimeError("on fire")
+
+
+def test_without_the_packages_of_the_command_line_it_says_so_in_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "lightning_easier.cli")
+    with pytest.raises(SystemExit) as ended:
+        main(["candidates"])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "needs jsonargparse: `pip install 'lightning-easier[cli]'`" in told
+    assert len(told.splitlines()) == 1
+    with pytest.raises(ModuleNotFoundError, match="needs jsonargparse"):
+        main(["candidates", "--debug"])
+    main(["recipes", "list"])
+    assert "digits" in capsys.readouterr().out
 
 
 def test_a_class_in_the_working_folder_is_found(tmp_path, capsys, monkeypatch):
