@@ -1,22 +1,38 @@
 """The data of the published settings: what is read, how it is split, and what is said where it is missing."""
 
 import pickle
+import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torchvision.datasets import ImageFolder
 
 from lightning_easier.zoo import (
     CIFAR10DataModule,
+    DigitsDataModule,
     DTDDataModule,
     FGVCAircraftDataModule,
     Flowers102DataModule,
+    ImageClassifier,
+    ImageFolderDataModule,
     PACSDataModule,
     TinyImageNetDataModule,
     VLCSDataModule,
 )
 from lightning_easier.zoo.datamodules.mixing import MixedBatches
-from tests.tiny_data import DOMAINS, write_aircraft, write_domains, write_dtd, write_flowers102, write_tiny_imagenet
+from tests.tiny_data import (
+    DOMAINS,
+    write_aircraft,
+    write_cifar10,
+    write_domains,
+    write_dtd,
+    write_flowers102,
+    write_image,
+    write_tiny_imagenet,
+)
 
 
 def opened(data):
@@ -28,6 +44,8 @@ def opened(data):
 def unchecked(monkeypatch):
     """Small files are not those whose digests torchvision knows."""
     monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *args: True)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
 
 
 def test_tiny_imagenet_has_the_labels_of_its_annotations(tmp_path):
@@ -142,3 +160,122 @@ def test_downloads_are_made_on_request_only(kind, tmp_path, monkeypatch):
     assert asked == []
     kind(str(tmp_path), download=True).prepare_data()
     assert set(asked) == {(str(tmp_path), True)}
+
+
+def write_image_folder(root, **splits):
+    """Write an image a class, of the classes of each split."""
+    for split, classes in splits.items():
+        for each in classes:
+            write_image(root / split / each / "pic_001.jpg", 40)
+
+
+def digits(root):
+    return DigitsDataModule()
+
+
+def image_folder(root):
+    write_image_folder(root, train="abc", val="abc")
+    return ImageFolderDataModule(str(root), num_workers=0)
+
+
+def written(kind, write, **options):
+    def data(root):
+        write(root)
+        return kind(str(root), num_workers=0, **options)
+
+    return data
+
+
+EVERY_KIND = {
+    "digits": digits,
+    "image folder": image_folder,
+    "CIFAR-10": written(CIFAR10DataModule, write_cifar10, val_size=3),
+    "Tiny-ImageNet": written(TinyImageNetDataModule, write_tiny_imagenet),
+    "PACS": written(PACSDataModule, partial(write_domains, name="PACS")),
+    "VLCS": written(VLCSDataModule, partial(write_domains, name="VLCS")),
+    "Flowers-102": written(Flowers102DataModule, write_flowers102),
+    "DTD": written(DTDDataModule, write_dtd),
+    "Aircraft": written(FGVCAircraftDataModule, write_aircraft),
+}
+
+
+@pytest.mark.parametrize("make", EVERY_KIND.values(), ids=EVERY_KIND)
+def test_data_are_opened_once_whatever_the_stage(make, tmp_path, unchecked):
+    data = make(tmp_path)
+    data.setup("validate")
+    loaders = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
+    for stage in ("validate", "fit", "test", "predict"):
+        data.setup(stage)
+        again = [data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
+        assert all(loader.dataset is first.dataset for loader, first in zip(again, loaders, strict=True))
+    assert all(len(next(iter(loader))) == 2 for loader in loaders)
+
+
+def test_a_trainer_that_validates_again_and_then_fits_and_tests_opens_them_once(tmp_path, monkeypatch):
+    write_tiny_imagenet(tmp_path)
+    folders = []
+
+    class Counted(ImageFolder):
+        def __init__(self, root, *args, **options):
+            folders.append(root)
+            super().__init__(root, *args, **options)
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", Counted)
+    data = TinyImageNetDataModule(str(tmp_path), batch_size=2, num_workers=0)
+    model = ImageClassifier("cifar_resnet20", num_classes=200)
+    trainer = Trainer(barebones=True, max_epochs=1, accelerator="cpu")
+    for run in (trainer.validate, trainer.validate, trainer.fit, trainer.test):
+        run(model, datamodule=data)
+    assert folders == [tmp_path / "tiny-imagenet-200" / "train"]
+
+
+def test_data_that_could_not_be_opened_are_opened_when_they_are_there(tmp_path):
+    data = DTDDataModule(str(tmp_path), image_size=32, num_workers=0)
+    with pytest.raises(FileNotFoundError):
+        data.setup("fit")
+    write_dtd(tmp_path)
+    data.setup("fit")
+    assert len(data.val_set) == 2
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("classes", ["ac", "abcd"])
+def test_folders_with_other_classes_are_refused_since_labels_would_be_others(split, classes, tmp_path):
+    write_image_folder(tmp_path, train="abc", **{"val": "abc", "test": "abc"} | {split: classes})
+    lists = re.escape(str(["a", "b", "c"])), re.escape(str(list(classes)))
+    with pytest.raises(ValueError, match=f"the same classes, but .*train are {lists[0]}, and in .*{split} {lists[1]};"):
+        ImageFolderDataModule(str(tmp_path)).setup("fit")
+
+
+def test_folders_have_the_labels_of_their_classes(tmp_path):
+    write_image_folder(tmp_path, train="abc", val="abc")
+    data = opened(ImageFolderDataModule(str(tmp_path), num_workers=0))
+    assert [[label for _, label in part] for part in (data.train_set, data.val_set)] == [[0, 1, 2]] * 2
+    assert data.test_set is data.val_set
+    write_image_folder(tmp_path, test="abc")
+    data = opened(ImageFolderDataModule(str(tmp_path), num_workers=0))
+    assert [label for _, label in data.test_set] == [0, 1, 2]
+    assert data.test_set is not data.val_set
+
+
+def test_domains_of_too_few_images_are_refused(tmp_path):
+    write_domains(tmp_path, "PACS")
+    with pytest.raises(ValueError, match=r"at least ten images in \['photo'\], .*but there are 7"):
+        PACSDataModule(str(tmp_path), domains=["photo"]).setup("fit")
+    with pytest.raises(ValueError, match=r"`domains` to be some of \['art_painting', .*, but got \[\]; leave it out"):
+        PACSDataModule(str(tmp_path), domains=[])
+
+
+def test_what_is_downloaded_is_looked_at_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchvision.datasets.DTD", lambda root, **options: asked.append(options))
+    data = DTDDataModule(str(tmp_path), download=True)
+    for _ in range(3):
+        data.prepare_data()
+    assert asked == [{"download": True}]
+
+
+def test_the_number_of_classes_is_told():
+    kinds = (CIFAR10DataModule, TinyImageNetDataModule, PACSDataModule, VLCSDataModule, Flowers102DataModule,
+             DTDDataModule, FGVCAircraftDataModule)  # fmt: skip
+    assert [kind.num_classes for kind in kinds] == [10, 200, 7, 5, 102, 47, 100]

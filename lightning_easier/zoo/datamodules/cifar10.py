@@ -1,16 +1,14 @@
 """CIFAR-10."""
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from lightning_easier.zoo.datamodules.base import ImageDataModule
-from lightning_easier.zoo.datamodules.images import hold_out, normalized, opened, vision
-from lightning_easier.zoo.optional import needed
+from lightning_easier.zoo.datamodules.base import Splits
+from lightning_easier.zoo.datamodules.downloaded import DownloadedDataModule
+from lightning_easier.zoo.datamodules.images import hold_out
 
 
-class CIFAR10DataModule(ImageDataModule):
+class CIFAR10DataModule(DownloadedDataModule):
     """CIFAR-10, with random flips and shifts in training, as in the EASIER paper.
 
     Args:
@@ -27,10 +25,15 @@ class CIFAR10DataModule(ImageDataModule):
         Batches ``(N, 3, 32, 32)``, and labels ``(N,)``.
 
     Raises:
-        ValueError: If ``batch_size`` is not positive, or more images are to be held out than there are.
+        ValueError: If ``batch_size`` is not positive; in ``setup``, if more images are to be held out than there are.
         FileNotFoundError: In ``setup``, if the data set is missing; it says where it goes.
         ModuleNotFoundError: In ``setup``, if torchvision is not installed.
     """
+
+    dataset = "CIFAR10"
+    folder = "cifar-10-batches-py"
+    source = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    num_classes = 10
 
     def __init__(
         self,
@@ -43,28 +46,14 @@ class CIFAR10DataModule(ImageDataModule):
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root, self.val_size, self.download, self.seed = root, val_size, download, seed
-        self.mean, self.std = list(mean), list(std)
+        super().__init__(root, 32, batch_size, num_workers, download, mean, std)
+        self.val_size, self.seed = val_size, seed
 
-    def prepare_data(self) -> None:
-        """Download the data set, if that is wanted."""
-        if self.download:
-            datasets = needed("torchvision.datasets", type(self).__name__)
-            for train in (True, False):
-                datasets.CIFAR10(self.root, train=train, download=True)
+    def augmentation(self, v2: Any) -> Sequence[Any]:
+        """Shift and flip."""
+        return [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
 
-    def setup(self, stage: str) -> None:
-        """Open and split the data set."""
-        datasets, v2 = vision(self)
-        augment = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
-        plain = normalized(v2, [], self.mean, self.std)
-        train = self._open(datasets, True, normalized(v2, augment, self.mean, self.std))
-        held_out = self._open(datasets, True, plain)
-        self.train_set, self.val_set = hold_out(train, held_out, self.val_size, self.seed)
-        self.test_set = self._open(datasets, False, plain)
-
-    def _open(self, datasets: Any, train: bool, transform: Any) -> Any:
-        source = "https://www.cs.toronto.edu/~kriz/cifar.html"
-        opening = partial(datasets.CIFAR10, self.root, train=train, transform=transform)
-        return opened(opening, "CIFAR-10", Path(self.root) / "cifar-10-batches-py", source)
+    def transformed(self, datasets: Any, augmented: Any, plain: Any) -> Splits:
+        """Open the data set, and hold out training images."""
+        train, held_out = (self.opened(datasets, transform, train=True) for transform in (augmented, plain))
+        return *hold_out(train, held_out, self.val_size, self.seed), self.opened(datasets, plain, train=False)

@@ -3,7 +3,8 @@
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_easier.zoo.datamodules.base import ImageDataModule
+from lightning_easier.zoo.datamodules.base import ImageDataModule, Splits
+from lightning_easier.zoo.optional import needed
 
 
 class DigitsDataModule(ImageDataModule):
@@ -28,21 +29,17 @@ class DigitsDataModule(ImageDataModule):
         super().__init__(batch_size, num_workers)
         self.seed = seed
 
-    def setup(self, stage: str) -> None:
+    def splits(self) -> Splits:
         """Read and split the images."""
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "The digits need scikit-learn: `pip install scikit-learn`", name="sklearn"
-            ) from error
-        digits = load_digits()
+        data, selection = (
+            needed(f"sklearn.{module}", type(self).__name__, "scikit-learn")
+            for module in ("datasets", "model_selection")
+        )
+        digits = data.load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
         labels = torch.tensor(digits.target)
         everything = list(range(len(labels)))
-        train, rest = train_test_split(everything, test_size=0.4, random_state=self.seed, stratify=labels)
-        val, test = train_test_split(rest, test_size=0.5, random_state=self.seed, stratify=labels[rest])
-        self.train_set, self.val_set, self.test_set = (
-            TensorDataset(images[part], labels[part]) for part in (train, val, test)
-        )
+        train, rest = selection.train_test_split(everything, test_size=0.4, random_state=self.seed, stratify=labels)
+        val, test = selection.train_test_split(rest, test_size=0.5, random_state=self.seed, stratify=labels[rest])
+        train_set, val_set, test_set = (TensorDataset(images[part], labels[part]) for part in (train, val, test))
+        return train_set, val_set, test_set

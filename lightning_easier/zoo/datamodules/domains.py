@@ -6,21 +6,14 @@ from typing import Any, ClassVar
 
 from torch.utils.data import ConcatDataset, Subset
 
-from lightning_easier.zoo.datamodules.base import ImageDataModule
-from lightning_easier.zoo.datamodules.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    missing,
-    normalized,
-    shuffled,
-    vision,
-)
+from lightning_easier.zoo.datamodules.base import PhotosDataModule, Splits
+from lightning_easier.zoo.datamodules.images import check_classes, missing, shuffled
 
 # Both are fetched by it, as folders of this layout
 _SOURCE = "DomainBed (https://github.com/facebookresearch/DomainBed, `python -m domainbed.scripts.download`)"
 
 
-class DomainsDataModule(ImageDataModule):
+class DomainsDataModule(PhotosDataModule):
     """Images in ``root/<dataset>/<domain>/<class>``, all domains pooled and split 80 / 10 / 10 at random.
 
     Training images are cropped to at least 80 % of their area, flipped, and their colours jittered by up to 0.4; others
@@ -43,7 +36,8 @@ class DomainsDataModule(ImageDataModule):
         Batches ``(N, 3, image_size, image_size)``, and labels ``(N,)``.
 
     Raises:
-        ValueError: If ``batch_size`` is not positive; in ``setup``, if the domains have not the same classes.
+        ValueError: If ``batch_size`` is not positive, or there are no ``domains``; in ``setup``, if the domains have
+            not the same classes, or fewer than ten images.
         FileNotFoundError: In ``setup``, if a domain is missing; it says what to download and where it goes.
         ModuleNotFoundError: In ``setup``, if torchvision is not installed.
     """
@@ -61,38 +55,46 @@ class DomainsDataModule(ImageDataModule):
         domains: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root, self.image_size, self.seed = root, image_size, seed
-        self.domains = list(self.usual_domains if domains is None else domains)
+        super().__init__(root, image_size, batch_size, num_workers)
+        self.domains, self.seed = list(self.usual_domains if domains is None else domains), seed
+        if not self.domains:
+            raise ValueError(
+                f"Expected argument `domains` to be some of {list(self.usual_domains)}, but got {domains!r}; leave it "
+                "out for all of them"
+            )
 
-    def setup(self, stage: str) -> None:
+    def augmentation(self, v2: Any) -> Sequence[Any]:
+        """Crop, flip, and jitter the colours."""
+        return [
+            v2.RandomResizedCrop(self.image_size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.4, 0.4, 0.4, 0.4),
+        ]  # fmt: skip
+
+    def resizing(self, v2: Any) -> Sequence[Any]:
+        """Resize both sides."""
+        return [v2.Resize((self.image_size, self.image_size))]
+
+    def transformed(self, datasets: Any, augmented: Any, plain: Any) -> Splits:
         """Open, pool and split the domains."""
-        datasets, v2 = vision(self)
-        folder, size = Path(self.root) / self.dataset, self.image_size
+        folder = Path(self.root) / self.dataset
         for domain in self.domains:
             if not (folder / domain).is_dir():
                 remedy = f"download {self.dataset} with {_SOURCE}, so that images are {folder}/<domain>/<class>/<image>"
                 raise missing(f"{self.dataset} with its domain {domain!r}", folder / domain, remedy)
-        augment = [
-            v2.RandomResizedCrop(size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.4),
-        ]  # fmt: skip
-        augmented, plain = (
+        training, others = (
             [datasets.ImageFolder(folder / domain, transform) for domain in self.domains]
-            for transform in (
-                normalized(v2, augment, IMAGENET_MEAN, IMAGENET_STD),
-                normalized(v2, [v2.Resize((size, size))], IMAGENET_MEAN, IMAGENET_STD),
-            )
+            for transform in (augmented, plain)
         )
-        for domain, images in zip(self.domains, plain, strict=True):
-            if images.classes != plain[0].classes:
-                raise ValueError(
-                    f"Expected the domains of {self.dataset} to have the same classes, but those in "
-                    f"{folder / self.domains[0]} are {plain[0].classes}, and in {folder / domain} {images.classes}"
-                )
-        pooled: ConcatDataset[Any] = ConcatDataset(plain)
+        check_classes(f"the domains of {self.dataset}", others, "`domains` says which of them are taken")
+        pooled: ConcatDataset[Any] = ConcatDataset(others)
         order, tenth = shuffled(len(pooled), self.seed), len(pooled) // 10
-        self.train_set = Subset(ConcatDataset(augmented), order[2 * tenth :])
-        self.val_set, self.test_set = Subset(pooled, order[:tenth]), Subset(pooled, order[tenth : 2 * tenth])
+        if not tenth:
+            raise ValueError(
+                f"Expected {folder} to hold at least ten images in {self.domains}, of which a tenth are to validate "
+                f"and a tenth to test with, but there are {len(pooled)}"
+            )
+        train = Subset(ConcatDataset(training), order[2 * tenth :])
+        return train, Subset(pooled, order[:tenth]), Subset(pooled, order[tenth : 2 * tenth])
 
 
 class PACSDataModule(DomainsDataModule):

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_easier.zoo.datamodules.base import ImageDataModule
-from lightning_easier.zoo.datamodules.images import IMAGENET_MEAN, IMAGENET_STD, hold_out, normalized, vision
+from lightning_easier.zoo.datamodules.base import PhotosDataModule, Splits
+from lightning_easier.zoo.datamodules.images import IMAGENET_MEAN, IMAGENET_STD, check_classes, hold_out, missing
 
 
-class ImageFolderDataModule(ImageDataModule):
+class ImageFolderDataModule(PhotosDataModule):
     """Any data set of images laid out as ``root/<split>/<class>/<image>``.
 
     Args:
@@ -28,7 +29,8 @@ class ImageFolderDataModule(ImageDataModule):
         Batches ``(N, 3, image_size, image_size)``, and labels ``(N,)``.
 
     Raises:
-        ValueError: If ``batch_size`` is not positive, or more images are to be held out than there are.
+        ValueError: If ``batch_size`` is not positive; in ``setup``, if more images are to be held out than there are,
+            or the folders have not the same classes.
         FileNotFoundError: In ``setup``, if there is no training folder.
         ModuleNotFoundError: In ``setup``, if torchvision is not installed.
     """
@@ -48,30 +50,35 @@ class ImageFolderDataModule(ImageDataModule):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root, self.image_size, self.val_size, self.padding, self.seed = root, image_size, val_size, padding, seed
+        super().__init__(root, image_size, batch_size, num_workers, mean, std)
+        self.val_size, self.padding, self.seed = val_size, padding, seed
         self.train_folder, self.val_folder, self.test_folder = train_folder, val_folder, test_folder
-        self.mean, self.std = list(mean), list(std)
 
-    def setup(self, stage: str) -> None:
-        """Open the folders."""
-        datasets, v2 = vision(self)
-        size, mean, std = self.image_size, self.mean, self.std
-        augment = [v2.Resize(size), v2.RandomCrop(size, padding=self.padding), v2.RandomHorizontalFlip()]
-        augmented = normalized(v2, augment, mean, std)
-        plain = normalized(v2, [v2.Resize(size), v2.CenterCrop(size)], mean, std)
-        root = Path(self.root)
-        if not (root / self.train_folder).is_dir():
-            raise FileNotFoundError(
-                f"Expected argument `root` to hold a folder {self.train_folder!r} with a folder of images a class, but "
-                f"{root / self.train_folder} is none"
-            )
-        train = datasets.ImageFolder(root / self.train_folder, augmented)
-        if (root / self.val_folder).is_dir():
-            self.train_set = train
-            self.val_set = datasets.ImageFolder(root / self.val_folder, plain)
-        else:
-            held_out = datasets.ImageFolder(root / self.train_folder, plain)
-            self.train_set, self.val_set = hold_out(train, held_out, self.val_size, self.seed)
-        has_test = (root / self.test_folder).is_dir()
-        self.test_set = datasets.ImageFolder(root / self.test_folder, plain) if has_test else self.val_set
+    def augmentation(self, v2: Any) -> Sequence[Any]:
+        """Resize, shift and flip."""
+        size = self.image_size
+        return [v2.Resize(size), v2.RandomCrop(size, padding=self.padding), v2.RandomHorizontalFlip()]
+
+    def resizing(self, v2: Any) -> Sequence[Any]:
+        """Resize, and crop the middle."""
+        return [v2.Resize(self.image_size), v2.CenterCrop(self.image_size)]
+
+    def transformed(self, datasets: Any, augmented: Any, plain: Any) -> Splits:
+        """Open the folders, and hold out training images where there is none for validation."""
+        training, validation, testing = (
+            Path(self.root) / folder for folder in (self.train_folder, self.val_folder, self.test_folder)
+        )
+        if not training.is_dir():
+            remedy = f"images go to {training}/<class>/<image>; `train_folder` says where else they are in `root`"
+            raise missing(f"a folder {self.train_folder!r} with a folder of images a class", training, remedy)
+        train = datasets.ImageFolder(training, augmented)
+        val, test = (
+            datasets.ImageFolder(folder, plain) if folder.is_dir() else None for folder in (validation, testing)
+        )
+        there = [images for images in (train, val, test) if images is not None]
+        check_classes(
+            f"the folders in {self.root}", there, "`train_folder`, `val_folder` and `test_folder` say which are taken"
+        )
+        if val is None:
+            train, val = hold_out(train, datasets.ImageFolder(training, plain), self.val_size, self.seed)
+        return train, val, val if test is None else test

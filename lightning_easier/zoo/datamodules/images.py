@@ -64,23 +64,24 @@ def missing(what: str, folder: Path, remedy: str) -> FileNotFoundError:
     )
 
 
-def opened(dataset: Callable[[], Any], what: str, folder: Path, source: str) -> Any:
-    """Open a data set that torchvision can download.
+def check_classes(what: str, folders: Sequence[Any], remedy: str) -> None:
+    """Require folders of images to have the same classes: a label is the place of its class among those of its folder.
 
     Args:
-        dataset: Opens it.
-        what: Its name.
-        folder: Where it is.
-        source: Where it comes from.
+        what: What they are.
+        folders: Of ``torchvision.datasets.ImageFolder``.
+        remedy: What to do about it.
 
     Raises:
-        FileNotFoundError: If it is missing or incomplete.
+        ValueError: If one has other classes than the first.
     """
-    try:
-        return dataset()
-    except (RuntimeError, FileNotFoundError) as error:
-        remedy = f"`download=True` (`--data.download true` on the command line) downloads it from {source} to there"
-        raise missing(what, folder, remedy) from error
+    first = folders[0]
+    for images in folders[1:]:
+        if images.classes != first.classes:
+            raise ValueError(
+                f"Expected {what} to have the same classes, but those in {first.root} are {first.classes}, and in "
+                f"{images.root} {images.classes}; {remedy}"
+            )
 
 
 class Listed(Dataset[Any]):

@@ -1,15 +1,16 @@
 """Tiny-ImageNet-200."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lightning_easier.zoo.datamodules.base import ImageDataModule
-from lightning_easier.zoo.datamodules.images import IMAGENET_MEAN, IMAGENET_STD, Listed, missing, normalized, vision
+from lightning_easier.zoo.datamodules.base import PhotosDataModule, Splits
+from lightning_easier.zoo.datamodules.images import Listed, missing
 
 _SOURCE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
-class TinyImageNetDataModule(ImageDataModule):
+class TinyImageNetDataModule(PhotosDataModule):
     """Tiny-ImageNet-200 in its own splits, as it is distributed; its validation images are the test images, too.
 
     Training images are flipped and shifted by up to four pixels. (What is distributed for testing has no labels.)
@@ -31,19 +32,20 @@ class TinyImageNetDataModule(ImageDataModule):
     num_classes: ClassVar[int] = 200
 
     def __init__(self, root: str = "data", batch_size: int = 128, num_workers: int = 2) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root = root
+        super().__init__(root, 64, batch_size, num_workers)
 
-    def setup(self, stage: str) -> None:
-        """Open the folders."""
-        datasets, v2 = vision(self)
+    def augmentation(self, v2: Any) -> Sequence[Any]:
+        """Shift and flip."""
+        return [v2.RandomCrop(64, padding=4), v2.RandomHorizontalFlip()]
+
+    def transformed(self, datasets: Any, augmented: Any, plain: Any) -> Splits:
+        """Open the folder of the training images, and the others by their annotations."""
         folder = Path(self.root) / "tiny-imagenet-200"
         annotations = folder / "val" / "val_annotations.txt"
         if not (folder / "train").is_dir() or not annotations.is_file():
             raise missing("Tiny-ImageNet-200", folder, f"download {_SOURCE} and unzip it in {self.root}")
-        augment = [v2.RandomCrop(64, padding=4), v2.RandomHorizontalFlip()]
-        train = datasets.ImageFolder(folder / "train", normalized(v2, augment, IMAGENET_MEAN, IMAGENET_STD))
+        train = datasets.ImageFolder(folder / "train", augmented)
         lines = [line.split("\t") for line in annotations.read_text().splitlines()]
         samples = [(folder / "val" / "images" / name, train.class_to_idx[wnid]) for name, wnid, *_ in lines]
-        self.train_set = train
-        self.val_set = self.test_set = Listed(samples, normalized(v2, [], IMAGENET_MEAN, IMAGENET_STD))
+        val = Listed(samples, plain)
+        return train, val, val
