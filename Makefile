@@ -68,5 +68,5 @@ networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real
 bench: $(VENV)/.dev  ## Measure what it costs and what it saves: one table in bench_results; BENCH='--quick' for five minutes.
 	$(BIN)/python -m benchmarks $(BENCH) --output bench_results
 
-clean:  ## Remove the environment and what the demo made.
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) demo_output site
+clean:  ## Remove the environments, and what the demo, the site and the benchmarks made.
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-gpu demo_output site bench_results gpu_results

@@ -1,6 +1,7 @@
 """The command line of the benchmarks: ``python -m benchmarks [part ...]``; see docs/benchmarks.md."""
 
 import argparse
+import math
 import signal
 import sys
 import time
@@ -136,10 +137,11 @@ def tune(setting: Setting, arguments: list[str], tell: Tell) -> None:
 
 
 def follow(setting: Setting, _: str, tell: Tell) -> None:
-    """Tell EASIER's curve as it grows."""
+    """Tell EASIER's curve as it grows, as far as it comes before it would be stopped."""
     from curve import run
 
-    run(EFFORTS[setting.effort], setting.prepare(), lambda table: tell(table.to_markdown()))
+    seconds = math.inf if setting.seconds is None else 0.8 * setting.seconds  # the images are made before
+    run(EFFORTS[setting.effort], setting.prepare(), lambda table: tell(table.to_markdown()), seconds)
 
 
 def profile(setting: Setting, what: str, tell: Tell) -> None:

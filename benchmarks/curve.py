@@ -7,11 +7,12 @@ end. What is told after every round is the accuracy on images that were held out
 moment. These images are not CIFAR-10, so the accuracies are not those of the paper.
 """
 
-import time
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -123,24 +124,31 @@ class _Learner(LightningModule):
 
 
 class _Told(Callback):
-    """Tells the rounds that are over.
+    """Tells the rounds that are over, and ends the run where another round would take too long.
 
     Args:
         pruning: The callback that prunes.
         tell: Is given a table whenever there is another round.
         title: Of the table.
+        seconds: How long the run may take.
     """
 
-    def __init__(self, pruning: EntropyPruningCallback, tell: Callable[[Table], None], title: str) -> None:
-        self._pruning, self._tell, self._title = pruning, tell, title
-        self._began, self._ends = time.perf_counter(), list[float]()
+    def __init__(
+        self, pruning: EntropyPruningCallback, tell: Callable[[Table], None], title: str, seconds: float
+    ) -> None:
+        self._pruning, self._tell, self._title, self._seconds = pruning, tell, title, seconds
+        self._began, self._ends = perf_counter(), list[float]()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell all rounds so far, if there is one more."""
         scores = [this.score_after for this in self._pruning.rounds if this.score_after is not None]
         if len(scores) == len(self._ends):
             return
-        self._ends.append(time.perf_counter() - self._began)
+        self._ends.append(perf_counter() - self._began)
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if not is_last and self._ends[-1] * (1 + 1 / len(self._ends)) > self._seconds:
+            trainer.should_stop = True
+            self._title += f"; ended since another round would have ended after {self._seconds:.0f} s"
         rows = [
             (str(number), f"{100 * score:.2f}", f"{end:.1f}")
             for number, (score, end) in enumerate(zip(scores, self._ends, strict=True))
@@ -148,13 +156,14 @@ class _Told(Callback):
         self._tell(Table(self._title, ("removed", "held-out top-1 [%]", "seconds since the start"), rows))
 
 
-def run(effort: Effort, device: torch.device, tell: Callable[[Table], None]) -> None:
+def run(effort: Effort, device: torch.device, tell: Callable[[Table], None], seconds: float = math.inf) -> None:
     """Train, remove, train, ...; tell a table after every round.
 
     Args:
         effort: How much is done.
         device: Where.
         tell: Is given the table.
+        seconds: No round is begun that would end after so many.
     """
     size = sizes(effort)
     torch.manual_seed(0)
@@ -170,7 +179,7 @@ def run(effort: Effort, device: torch.device, tell: Callable[[Table], None]) -> 
         title = f"EASIER, {size.train:,} made images, {size.epochs} epochs a round, {precision}"
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, precision=precision,
-            max_epochs=size.epochs * (size.rounds + 1), callbacks=[pruning, _Told(pruning, tell, title)],
+            max_epochs=size.epochs * (size.rounds + 1), callbacks=[pruning, _Told(pruning, tell, title, seconds)],
             num_sanity_val_steps=0, **SILENT,
         )  # fmt: skip
         trainer.fit(_Learner(size.make(), size.epochs), *loaders)

@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -79,10 +79,7 @@ def _fits(channels: int, device: torch.device) -> dict[str, Variant]:
     there = [(value.to(device), target.to(device)) for value, target in batches]
 
     def fit() -> None:
-        moments = Moments.of(geometry, channels, device)
-        for value, target in there:
-            moments.add(value, target, IMAGES * SIZE**2)
-        list(fits(moments))
+        list(fits(summed(there, geometry)))
 
     return {"fit": Variant(elapsed(torch.no_grad()(fit), device))}
 
@@ -113,14 +110,22 @@ def batches_of(channels: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], 
 
 
 @torch.no_grad()
+def summed(batches: Sequence[tuple[torch.Tensor, torch.Tensor]], geometry: Geometry) -> Moments:
+    """Return the sums of batches, of what goes in and what comes out, over all of their positions."""
+    _, first = batches[0]
+    moments = Moments.of(geometry, first.shape[1], first.device)
+    for value, target in batches:
+        moments.add(value, target, IMAGES * SIZE**2)
+    return moments
+
+
+@torch.no_grad()
 def measure(channels: int) -> tuple[str, ...]:
     """Fit to a 3×3 convolution, a ReLU and another 3×3 convolution, on all positions of four batches of maps."""
     batches, geometry = batches_of(channels)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    moments = Moments.of(geometry, channels, torch.device("cpu"))
-    for value, target in batches:
-        moments.add(value, target, IMAGES * SIZE**2)
+    moments = summed(batches, geometry)
     middle = time.perf_counter()
     best = max(fit.explained for fit in fits(moments))
     end = time.perf_counter()

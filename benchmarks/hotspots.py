@@ -6,7 +6,7 @@ Part ``profile`` of ``python -m benchmarks``: ``python -m benchmarks profile mea
 from functools import partial
 
 import torch
-from fitting import compressions
+from fitting import compressions, tiny
 from measuring import cifar_resnet18, validations
 from questions import Effort
 from torch.profiler import ProfilerActivity, profile
@@ -31,8 +31,8 @@ def hot_spots(what: str, effort: Effort, device: torch.device, rows: int = 25) -
         sample = validations(make, (effort.pick(128, 32, 4), 3, 32, 32), effort.pick(12, 3, 2), device)["all"].sample
         sample()  # warm-up
     else:
-        depth, images = effort.pick(56, 20, 8), effort.pick(1000, 64, 16)
-        make, size = partial(CifarResNet, depth), effort.pick(32, 32, 16)
+        make = effort.pick(partial(CifarResNet, 56), partial(CifarResNet, 20), tiny)
+        images, size = effort.pick(1000, 64, 16), effort.pick(32, 32, 8)
         objective: Objective = effort.pick("latency", "latency", "macs")
         sample = compressions(make, images, size, device, objective)["compress"].sample
     on_gpu = device.type == "cuda"

@@ -64,10 +64,11 @@ class Results:
         self.machine, self.versions, self._folder = dict(machine), dict(versions), folder
         self._cases: dict[tuple[str, ...], list[Measurement]] = {}
         self.tables: dict[str, str] = {}
-        if folder is not None and (folder / "results.json").exists():
-            there = read(folder / "results.json")
-            if (there.machine, there.versions) == (self.machine, self.versions):
-                self._cases, self.tables = there._cases, there.tables
+        if folder is not None and (file := folder / "results.json").exists():
+            plain = json.loads(file.read_text())
+            # Compared first: what others have written may have other fields
+            if (plain.get("machine"), plain.get("versions")) == (self.machine, self.versions):
+                self._take(plain)
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -76,16 +77,24 @@ class Results:
 
     def add(self, measurements: Iterable[Measurement]) -> None:
         """Note measurements, in the place of earlier ones of the same cases."""
-        cases: dict[tuple[str, ...], list[Measurement]] = {}
-        for each in measurements:
-            cases.setdefault(each.case_key, []).append(each)
-        self._cases |= cases
+        self._note(measurements)
         self._write()
 
     def add_table(self, name: str, markdown: str) -> None:
         """Note a table that another program has written."""
         self.tables[name] = markdown
         self._write()
+
+    def _take(self, plain: Mapping[str, Any]) -> None:
+        """Take what was written as plain data."""
+        self._note(Measurement.of(each) for each in plain["measurements"])
+        self.tables = plain["tables"]
+
+    def _note(self, measurements: Iterable[Measurement]) -> None:
+        cases: dict[tuple[str, ...], list[Measurement]] = {}
+        for each in measurements:
+            cases.setdefault(each.case_key, []).append(each)
+        self._cases |= cases
 
     def _write(self) -> None:
         if self._folder is None:
@@ -133,8 +142,7 @@ def read(path: Path) -> Results:
     """Read what was written as JSON."""
     plain = json.loads(path.read_text())
     results = Results(None, plain["machine"], plain["versions"])
-    results.add(Measurement.of(each) for each in plain["measurements"])
-    results.tables = plain["tables"]
+    results._take(plain)
     return results
 
 

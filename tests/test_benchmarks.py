@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -25,13 +26,14 @@ import answers
 import children
 import command
 import curve
+import fitting
 import networks
 import results
 import shipped
 import tradeoff
 import tuned
 import tuning
-from questions import Bar, Measurement, Quartiles, Variant, compared, in_turn
+from questions import EFFORTS, Bar, Measurement, Quartiles, Variant, compared, in_turn
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -394,13 +396,14 @@ def test_the_script_for_a_gpu_does_one_part_after_the_other_whatever_becomes_of_
     folder.mkdir(parents=True)
     script, python = folder / "gpu.sh", tmp_path / "python"
     text = (CHECKOUT / "benchmarks" / "gpu.sh").read_text()
-    script.write_text(text.replace("bench 60 measuring", "bench 1 measuring"))
+    script.write_text(text.replace("bench 60 24 measuring", "bench 1 1 measuring"))
     assert script.read_text() != text
     python.write_text(PYTHON)
     for each in (script, python):
         each.chmod(0o755)
     done = subprocess.run([script, "--dry"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1
+    assert "== of seven parts 2 failed: measuring curve;" in done.stdout
     calls = (folder.parent / "calls.txt").read_text().splitlines()
     parts = [call.split()[2] for call in calls if call.startswith("-m benchmarks")]
     assert sorted(parts) == sorted(command.ON_A_GPU)
@@ -416,3 +419,95 @@ def test_the_part_that_calls_tuning_returns_its_table_alone():
     assert table.startswith("**Tiny, ")
     assert set(rows_of(table)) == {"method", "---", "dense", "identity"}
     assert "tiny" not in networks.NETWORKS
+
+
+def test_the_script_for_a_gpu_leaves_every_case_less_time_than_its_part_has():
+    text = (CHECKOUT / "benchmarks" / "gpu.sh").read_text()
+    limits = {
+        part: (int(whole), int(case)) for whole, case, part in re.findall(r"^bench (\d+) (\d+) (\w+)", text, re.M)
+    }
+    assert sorted(limits) == sorted(command.ON_A_GPU)
+    assert all(case + 10 <= whole for whole, case in limits.values())
+    assert all(2 * case < whole for part, (whole, case) in limits.items() if part != "curve")
+
+
+PYTHON_THAT_LACKS_SOMETHING = """#!/bin/bash
+echo "$@" >> calls.txt
+case "$*" in -c*|"-m $FAILS "*) exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize("fails", ["venv", "pip", "nothing"])
+def test_the_script_for_a_gpu_stops_where_what_is_needed_can_not_be_installed(fails, tmp_path):
+    benchmarks, made = tmp_path / "checkout" / "benchmarks", tmp_path / "made" / "bin"
+    for folder in (benchmarks, made):
+        folder.mkdir(parents=True)
+    script, python = benchmarks / "gpu.sh", made / "python"
+    script.write_text((CHECKOUT / "benchmarks" / "gpu.sh").read_text())
+    python.write_text(PYTHON_THAT_LACKS_SOMETHING)
+    for each in (script, python):
+        each.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "VENV": str(made.parent), "FAILS": fails}
+    done = subprocess.run([script, "--dry"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "lacks some of torch, lightning, " in done.stdout
+    assert "could not be installed" in done.stdout.splitlines()[-1]
+    calls = (benchmarks.parent / "calls.txt").read_text()
+    assert ("-m pip install" in calls) == (fails != "venv")
+    assert "-m benchmarks" not in calls
+    assert "-m pytest" not in calls
+
+
+@pytest.mark.parametrize("what", ["measuring", "compress"])
+def test_what_takes_the_most_time_is_listed(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if torch.cuda.is_available():
+        monkeypatch.setattr(children, "_start_method", "spawn")
+    assert command.main(["profile", what, "--dry", "--threads", "1", "--output", str(tmp_path)]) == 0
+    table = results.read(tmp_path / "results.json").tables[f"profile {what}"]
+    assert table in capsys.readouterr().out
+    title, *_ = table.splitlines()
+    assert title.startswith(f"**{what}: ")
+    rows = {name: cells for name, cells in rows_of(table).items() if name not in ("operator", "---")}
+    assert 10 < len(rows) <= 25
+    assert any("conv" in name for name in rows)
+    seconds, shares, calls = (list(map(float, column)) for column in zip(*rows.values(), strict=True))
+    assert seconds == sorted(seconds, reverse=True)
+    assert 50 < sum(shares) <= 101  # the rest is in operators that take less
+    assert min(calls) >= 1
+
+
+def test_results_of_other_versions_may_have_other_fields(tmp_path):
+    machine = {"processor": "x", "cores": 2}
+    results.Results(tmp_path, machine, {"torch": "2"}).add([measured("first", 1.0, 1.1, 1.2)])
+    file = tmp_path / "results.json"
+    written = json.loads(file.read_text())
+    for each in written["measurements"]:
+        each["another field"] = each.pop("samples")
+    file.write_text(json.dumps(written))
+    later = results.Results(tmp_path, machine, {"torch": "3"})
+    assert not later.measurements
+    second = measured("second", 1.0, 1.1, 1.2)
+    later.add([second])
+    assert results.read(file).measurements == [second]
+    del written["machine"]
+    file.write_text(json.dumps(written))
+    assert not results.Results(tmp_path, machine, {"torch": "2"}).measurements
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ends"), [(math.inf, [10.0, 20.0, 30.0]), (35.0, [10.0, 20.0, 30.0]), (29.0, [10.0, 20.0])]
+)
+def test_a_curve_begins_no_round_that_it_has_no_time_for(seconds, ends, monkeypatch):
+    clock, told = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(curve, "perf_counter", lambda: float(next(clock)))
+    curve.run(EFFORTS["dry"], torch.device("cpu"), told.append, seconds)
+    assert [float(row[-1]) for row in told[-1].rows] == ends
+    assert ("another round would have ended after 29 s" in told[-1].title) == (seconds == 29.0)
+
+
+def test_a_fit_is_told_with_its_size_and_what_it_explains():
+    channels, unknowns, positions, *_, explained = fitting.measure(4)
+    assert (channels, unknowns) == ("4", "37")  # the last is a constant
+    assert positions == f"{fitting.BATCHES * fitting.IMAGES * fitting.SIZE**2:,}"
+    assert 0 < float(explained) < 1
