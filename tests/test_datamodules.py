@@ -279,3 +279,20 @@ def test_the_number_of_classes_is_told():
     kinds = (CIFAR10DataModule, TinyImageNetDataModule, PACSDataModule, VLCSDataModule, Flowers102DataModule,
              DTDDataModule, FGVCAircraftDataModule)  # fmt: skip
     assert [kind.num_classes for kind in kinds] == [10, 200, 7, 5, 102, 47, 100]
+
+
+@pytest.mark.parametrize("kind", [CIFAR10DataModule, PACSDataModule, ImageFolderDataModule])
+def test_splits_are_at_random_and_the_seed_tells_them(kind, tmp_path, unchecked):
+    if kind is PACSDataModule:
+        write_domains(tmp_path, "PACS")
+        options = {}
+    else:
+        write_cifar10(tmp_path)
+        write_image_folder(tmp_path, train="abcdefghij")
+        options = {"val_size": 3}
+    seeds = [opened(kind(str(tmp_path), num_workers=0, seed=seed, **options)) for seed in (0, 0, 1)]
+    parts = [(data.train_set.indices, data.val_set.indices) for data in seeds]
+    assert parts[0] == parts[1] != parts[2]
+    for train, val in parts:
+        assert train != sorted(train)
+        assert not set(train) & set(val)
