@@ -93,7 +93,7 @@ class DomainsDataModule(PhotosDataModule):
                 f"Expected {folder} to hold at least ten images in {self.domains}, of which a tenth are to validate "
                 f"and a tenth to test with, but there are {len(pooled)}"
             )
-        train = Subset(ConcatDataset(training), order[2 * tenth :])
+        train: Subset[Any] = Subset(ConcatDataset(training), order[2 * tenth :])
         return train, Subset(pooled, order[:tenth]), Subset(pooled, order[tenth : 2 * tenth])
 
 
