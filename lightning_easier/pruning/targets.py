@@ -15,13 +15,13 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
-from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speedup, compare, speed_up
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
 # A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
 # so much of the dense network's time. Before all models are timed, two are, for so many seconds at most.
-_WORTH_A_LOOK, _LEAST_SAVING, _SECONDS_OF_A_GLANCE = 0.75, 0.02, 4.0
+_WORTH_A_LOOK, _LEAST_SAVING, _SECONDS_FOR_TWO = 0.75, 0.02, 4.0
 # So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
 # computed, or something else decides them.
 _IMPOSSIBLE = 3.0
@@ -169,7 +169,7 @@ class TargetWatch:
         if not self._is_due(model, saved, self._speedup):
             return None
         prepared = self._prepared(model, saved)
-        return self._look(prepared, saved) if self._glance(prepared, saved, self._speedup) is None else None
+        return None if self._is_clearly_slower(prepared, saved, self._speedup) else self._look(prepared, saved)
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._merges_exactly:  # what that saves is not estimated
@@ -245,39 +245,33 @@ class TargetWatch:
         result = with_operators(look.result, self._dense, self._arguments, self._table.pace)
         return dataclasses.replace(look, result=result)
 
-    def look_if_enough(self, model: nn.Module, saved: float) -> Look | str:
-        """Look at a model; or say why it is not enough, before all is timed, of one that is too deep or too slow.
+    def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
+        """Look at a model; None, before anything is timed, for one that is deeper than it should be.
 
         Args:
             model: The model.
             saved: As for :meth:`look_if_due`.
         """
         prepared = self._prepared(model, saved)
-        if self._depth is not None and prepared.depth > self._depth:
-            return f"a depth of {prepared.depth}, where {self._depth} was asked for"
-        if self._speedup is not None:
-            short = self._glance(prepared, saved, self._speedup)
-            if short is not None:
-                return f"{short} of the {self._speedup:g}×"
-        return self._look(prepared, saved)
+        return None if self._depth is not None and prepared.depth > self._depth else self._look(prepared, saved)
 
-    def _glance(self, prepared: Prepared, saved: float, bar: float) -> Speedup | None:
-        """Return how fast a model is that is clearly too slow, by timings of two models alone.
+    def _is_clearly_slower(self, prepared: Prepared, saved: float, speedup: float) -> bool:
+        """Tell whether a model is clearly slower than it should be, by timings of two models alone.
 
-        It is None, too, where so little work is left that the search should end, if that is not enough.
+        It is not where so little work is left that the search should end, if that is not enough.
         """
         macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
-        if self._is_impossible(macs, bar):
-            return None
+        if self._is_impossible(macs, speedup):
+            return False
         names: list[str] = [name for name in ("after", "unmerged") if name in prepared.models]
         models: dict[str, nn.Module] = {"dense": self._dense, **{name: prepared.models[name] for name in names}}
-        bars: dict[tuple[str, str], float] = {("dense", name): bar for name in names}
-        latency = compare(models, copies(self._arguments), bars, self._table.pace, _SECONDS_OF_A_GLANCE)
+        bars: dict[tuple[str, str], float] = {("dense", name): speedup for name in names}
+        latency = compare(models, copies(self._arguments), bars, self._table.pace, _SECONDS_FOR_TWO)
         best = max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
-        if not best.is_below(bar * (1 - MARGIN)):
-            return None
+        if not best.is_below(speedup * (1 - MARGIN)):
+            return False
         self._note(saved, macs, best.median)
-        return best
+        return True
 
     def _note(self, saved: float, macs: float | None, speedup: float) -> None:
         """Note what was left at a look, and how fast that was."""

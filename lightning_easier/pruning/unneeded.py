@@ -84,17 +84,15 @@ class Unneeded:
             return False
         score = self._judge.score(search.model)
         reason = self._judge.why_not(score, search.drift)
-        look: Look | None = None
+        look = None
         if reason is None:
-            found = self._watch.look_if_enough(search.model, search.saved)
-            words = found if isinstance(found, str) else found.attained.words
-            if not isinstance(found, str) and self._watch.is_surely_reached(found):
-                look = found
-            else:
+            look = self._watch.look_if_shallow(search.model, search.saved)
+            if look is None or not self._watch.is_surely_reached(look):
+                words = "it is too deep" if look is None else look.attained.words
                 reason = f"it changes less, but is not enough for the target: {words}"
         if trial is not None:
             trial.score = score
-        if look is None:
+        if look is None or reason is not None:
             if trial is not None:
                 search.undo(str(reason))
             search.put_back(step, number)
