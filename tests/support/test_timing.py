@@ -87,15 +87,18 @@ def test_compress_chooses_alike_under_a_clock_that_lies(monkeypatch, liar, hones
     assert found.report.speedup.median == pytest.approx(expected.report.speedup.median, rel=0.2)
 
 
-def test_compress_takes_as_many_channels_under_a_clock_that_lies(monkeypatch, liar):
+def test_compress_takes_as_many_channels_under_a_clock_that_lies(monkeypatch, liar, request):
     """Widths lie near to each other: which is chosen may differ, not that a target is reached and what is needed."""
+    is_jittering = "jittering" in request.node.name
     found = {}
     for clock in (honest, liar):
         under(monkeypatch, clock)
         found[clock] = compress(Residual(), batches(), target_speedup=1.42, max_drift=math.inf).report
         assert found[clock].ended.startswith("the target is reached")
     one, other = found[honest].speedup.median, found[liar].speedup.median
-    assert other == pytest.approx(one, rel=0.2)
+    # what is just fast enough, 1.43 where 1.42 is asked for, is not surely so where each sample is off by a sixth
+    assert other >= 1.42 * (1 - timing.MARGIN)
+    assert other == pytest.approx(one, rel=0.3 if is_jittering else 0.2)
 
 
 def test_a_collapse_merges_alike_under_a_clock_that_lies(monkeypatch, liar):
