@@ -357,3 +357,28 @@ def test_a_file_in_the_place_of_its_folder_is_named_before_any_work(tmp_path):
     with pytest.raises(NotADirectoryError, match="Expected argument `path` to be a file in a folder"):
         export(nn.Linear(3, 3), tmp_path / "taken" / "m.pt2", torch.randn(2, 3))
     assert (tmp_path / "taken").read_text() == "precious"
+
+
+class Positions(nn.Module):
+    """Has so many positions, as language models do, and no more."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.words, self.positions, self.head = nn.Embedding(9, 4), nn.Embedding(most, 4), nn.Linear(4, 2)
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self.head(self.words(ids) + self.positions(places)).mean(1)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_model_at_its_longest_text_is_checked_on_a_shorter_one(tmp_path, suffix):
+    torch.manual_seed(0)
+    model, ids = Positions(6).eval(), torch.randint(0, 9, (3, 6))
+    report = export(model, tmp_path / f"model.{suffix}", ids, dynamic_axes={"ids": {1: "length"}})
+    assert [parity.batch_size for parity in report.parity] == [3, 4]
+    if suffix == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        short = ids[:2, :3]
+        (found,) = session.run(None, {session.get_inputs()[0].name: short.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(short).detach(), rtol=1e-4, atol=1e-5)

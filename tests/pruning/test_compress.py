@@ -468,14 +468,14 @@ def test_what_is_the_same_is_timed_once(monkeypatch, target):
 
 
 class Bars:
-    """Every progress bar that is shown, what it says, and when by the counting clock."""
+    """Every progress bar that is shown once the data are read, what it says, and when by the counting clock."""
 
     def __init__(self, monkeypatch, clock) -> None:
         self.shown, self.seen = [], []
         begin, update = tqdm.__init__, tqdm.update
 
         def init(bar, *args, **options):
-            is_shown = not options.get("disable")
+            is_shown = not options.get("disable") and options.get("desc") != "Reading"
             options.update(disable=not is_shown, file=io.StringIO(), delay=0)
             begin(bar, *args, **options)
             if is_shown:
@@ -512,10 +512,11 @@ def test_what_it_will_take_is_known_from_the_start(monkeypatch):
     """The bar knows its total before the first chain, and is shown at once."""
     bars = []
     monkeypatch.setattr(
-        progress, "tqdm", lambda *_, **options: bars.append(options) or tqdm(total=options["total"], disable=True)
+        progress, "tqdm", lambda *given, **options: bars.append(options) or tqdm(*given, **options | {"disable": True})
     )
     compress(mlps(3), BATCHES, **OPTIONS)
-    (bar,) = bars
+    reading, bar = bars
+    assert (reading["desc"], reading["total"]) == ("Reading", len(BATCHES))
     assert bar["total"] > 0
     assert bar.get("delay", 0) == 0
 
