@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_easier import ExportError, collapse, export, linearize
+from lightning_easier import ExportError, collapse, export, exporting, linearize
 from lightning_easier import export as export_function
 from tests.models import Functional, Residual, randomize_batch_norms
 from tests.versions import needs_later_operators, needs_sizes
@@ -372,11 +372,14 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_a_model_at_its_longest_text_is_checked_on_a_shorter_one(tmp_path, suffix):
+def test_a_model_at_its_longest_text_is_checked_on_a_shorter_one(monkeypatch, tmp_path, suffix):
     torch.manual_seed(0)
+    shapes, compare = [], exporting._compare
+    monkeypatch.setattr(exporting, "_compare", lambda *given: shapes.append(given[2][0].shape) or compare(*given))
     model, ids = Positions(6).eval(), torch.randint(0, 9, (3, 6))
     report = export(model, tmp_path / f"model.{suffix}", ids, dynamic_axes={"ids": {1: "length"}})
     assert [parity.batch_size for parity in report.parity] == [3, 4]
+    assert shapes == [(3, 6), (4, 5)]
     if suffix == "onnx":
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
         short = ids[:2, :3]

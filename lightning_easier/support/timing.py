@@ -35,7 +35,7 @@ _SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 8.0
 # Of the table of operators: as many at first, and more where they differ from each other by more than this share, while
 # a group of them has not taken so many seconds: there may be hundreds, and a search compares prices that are far apart.
 _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD, _SECONDS_OF_A_GROUP = 7, 28, 0.05, 2.0
-# What is timed along with all that is timed later should take no shorter, nor much longer.
+# Of those that are timed first, the quickest that takes so long is the yardstick: all others are timed along with it.
 _YARDSTICK_SECONDS = 1e-3
 # Quartiles that are so many times apart, with 1 between them, tell nothing.
 _WIDE = 1.5

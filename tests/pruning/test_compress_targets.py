@@ -150,3 +150,28 @@ def test_it_stops_to_look_for_what_is_not_needed_where_it_looks_in_vain(monkeypa
     report = compress(model, BATCHES, target_speedup=1.8, max_drift=math.inf, max_rejections=2, narrow=False).report
     assert sum(trial.kept for trial in report.trials) > 3
     assert len(looks) == 2 * 2
+
+
+def test_what_is_clearly_too_slow_is_timed_beside_the_dense_network_alone(monkeypatch):
+    """All models are timed once it is as fast as it should be."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    monkeypatch.setattr(targets, "_NEARLY", 2.0)  # of which the prices tell too early
+    timed, compare = [], targets.compare
+
+    def noted(models, *given):
+        latency = compare(models, *given)
+        timed.append((len(models), {name: each.median for name, each in latency.items()}))
+        return latency
+
+    monkeypatch.setattr(targets, "compare", noted)
+    report = compress(
+        Sum([256] * 6, [0.02, 0.03, 0.04, 0.05, 0.06, 0.07]).eval(), BATCHES, target_speedup=1.8,
+        max_drift=math.inf, narrow=False,
+    ).report  # fmt: skip
+    assert report.ended.startswith("the target is reached")
+    few = [times for count, times in timed if count <= 3]
+    speedups = [times["dense"] / times["after"] for times in few]
+    assert min(speedups) < 1.8 * (1 - timing.MARGIN)
+    whole = [times for count, times in timed if count > 3]
+    assert all(times["exact", "dense"] / times["fitted", "after"] >= 1.8 * (1 - timing.MARGIN) for times in whole[:1])
+    assert sum(speedup < 1.8 * (1 - timing.MARGIN) for speedup in speedups) == len(few) - 1

@@ -129,6 +129,50 @@ def test_a_table_holds_times_that_can_be_compared_whenever_they_were_measured(mo
         assert table.seconds[width] / table.seconds[16] == pytest.approx(true[width] / true[16], rel=0.12)
 
 
+class Taking:
+    """Stands in for a stopwatch whose calls say how long they take; counts the samples of each."""
+
+    def __init__(self, jitter: float = 0.0) -> None:
+        self.samples: dict[float, int] = {}
+        self._numbers, self._jitter = random.Random(0), jitter
+
+    def __call__(self, call):
+        def seconds_of(runs: int) -> float:
+            seconds = call()
+            self.samples[seconds] = self.samples.get(seconds, 0) + 1
+            return seconds * math.exp(self._numbers.gauss(0, self._jitter))
+
+        return seconds_of
+
+
+def measured(table: LatencyTable, *seconds: float) -> None:
+    table.measure({each: lambda each=each: lambda: each for each in seconds}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("first", "yardstick"), [((0.0004, 0.002, 0.03), 0.002), ((0.0001, 0.0004), 0.0004)])
+def test_what_all_is_timed_along_with_is_the_quickest_that_is_more_than_noise(monkeypatch, first, yardstick):
+    watch = Taking()
+    monkeypatch.setattr(timing, "stopwatch", watch)
+    table = LatencyTable()
+    measured(table, *first)
+    before = dict(watch.samples)
+    measured(table, 0.5)
+    assert {each for each in first if watch.samples[each] > before[each]} == {yardstick}
+    assert table.seconds == pytest.approx({each: each for each in (*first, 0.5)})
+
+
+def test_slow_operators_are_timed_no_more_often_where_they_jitter(monkeypatch):
+    """Seven samples each take longer than a group may; of quick ones there are more."""
+    samples = {}
+    for seconds in (0.06, 0.0001):
+        watch = Taking(jitter=0.5)
+        monkeypatch.setattr(timing, "stopwatch", watch)
+        calls = {number: lambda s=seconds + number * 1e-9: lambda: s for number in range(8)}
+        LatencyTable().measure(calls, torch.device("cpu"))
+        samples[seconds] = max(watch.samples.values())
+    assert samples[0.06] < 20 < samples[0.0001]
+
+
 def test_a_table_can_be_pickled_once_it_has_measured():
     table = LatencyTable()
     collapse(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)), torch.randn(4, 8), latencies=table)
