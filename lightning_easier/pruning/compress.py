@@ -102,7 +102,8 @@ def compress(
     Around every activation between two operators, and every two in a row, and in the place of every residual block and
     every branch that an addition adds, every kind of operator is fitted (see :func:`~lightning_easier.collapse` with
     ``mode="fit"``) and tried alone; a block may leave nothing, too, the identity or zeros. The *drift* is the share of
-    the variance of the model's outputs on the calibration batches that changes. The one that adds least to it per
+    the variance of the model's outputs on the calibration batches that changes, once the batch norms that are left have
+    the mean and the deviation that they had. The one that adds least to it per
     second that it saves is next, by what it changes alone and what has changed by then. It is fitted again to what the
     model has become, and to correct the errors of what is in place already; it is put in place, and the model is
     evaluated; where the score has fallen by more than the tolerance, it is taken back. A chain may go in several steps:
@@ -253,7 +254,7 @@ def compress(
             trial = search.take(candidate)
             if trial is not None:
                 trial.score = judge.score(search.model)
-                trial.reason = judge.why_not(trial.score, search.drift)
+                trial.reason = judge.why_not(trial.score, search.drift_seen)
                 if trial.reason is not None and finetuner is not None:
                     finetuner.rescue(trial, search, judge)
                 if trial.reason is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lightning_easier.collapsing.fit.fittable import (
 from lightning_easier.collapsing.fit.fittable_blocks import FittableBlock
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, Gathered, fit_to, gather
 from lightning_easier.collapsing.fit.narrowing import NarrowableChain, NarrowFit, narrowable
+from lightning_easier.collapsing.fit.norms import MatchedNorms
 from lightning_easier.collapsing.fit.placing import put, replace, try_out
 from lightning_easier.pruning.stages import SEARCHING, Clock
 from lightning_easier.report import Trial
@@ -116,6 +118,13 @@ class FittedPlace(NamedTuple):
     beside: dict[str, nn.Module]
 
 
+def _kept_by(place: Place, fit: Fit) -> dict[str, Tensor]:
+    """Return which channels an operator leaves of what lies in a place, by name; nothing where none are gone."""
+    if isinstance(place, NarrowableChain) and isinstance(fit, NarrowFit):
+        return dict.fromkeys(place.between, fit.channels)
+    return {}
+
+
 def _is_covered(model: nn.Module, block: FittableBlock, chains: Sequence[FittableChain]) -> bool:
     """Tell whether a block is a chain, its skip and an activation after both.
 
@@ -168,13 +177,14 @@ class Search:
         self._slack = slack
         self._narrows = narrows
         self._dense_outputs = self._outputs()
+        self._norms = MatchedNorms(self.model, source, first_samples(batches))
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedPlace] = {}
         self._only_what_they_leave: set[tuple[str, ...]] = set()  # keys of blocks that no operator takes the place of
         self._steps: list[Taken] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Taken] = []
-        self._seen: tuple[list[Taken], list[Tensor]] = ([], self._dense_outputs)  # what was in place, and the outputs
+        self._seen = self._dense_outputs  # what the model has returned when it was looked at last
         self._undone: list[
             tuple[int, Taken]
         ] = []  # those that the last one has taken the place of, and where they were
@@ -187,19 +197,18 @@ class Search:
     @property
     def kept_channels(self) -> dict[str, Tensor]:
         """Name of what lies in a narrower chain -> which of its channels are left."""
-        narrower = ((step.place, step.fit) for step in self._steps)
-        return {
-            name: fit.channels
-            for place, fit in narrower
-            if isinstance(place, NarrowableChain) and isinstance(fit, NarrowFit)
-            for name in place.between
-        }
+        return {name: channels for step in self._steps for name, channels in _kept_by(step.place, step.fit).items()}
 
     @property
     def drift(self) -> float:
         """Share of the variance of the outputs that all that is in place has changed."""
-        self._seen = list(self._steps), self._outputs()
-        return drift_of(self._seen[1], self._dense_outputs)
+        self._seen = self._outputs()
+        return self.drift_seen
+
+    @property
+    def drift_seen(self) -> float:
+        """The same as it was when a step was taken or undone last: what is trained or refitted since is not in it."""
+        return drift_of(self._seen, self._dense_outputs)
 
     def candidates(
         self, sites: Sequence[str], blocks: Sequence[FittableBlock], clock: Clock, progress: Stages
@@ -279,7 +288,8 @@ class Search:
         run = beginnings.running_from(place.parts)
         for choice in choices:
             try:
-                outputs = as_matrices(try_out(self.model, choice, run))
+                matched = partial(self._norms.run, run, _kept_by(place, choice.fit))
+                outputs = as_matrices(try_out(self.model, choice, matched))
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
                 reasons.update(dict.fromkeys(place.told, str(error)))
                 continue
@@ -312,9 +322,7 @@ class Search:
         To first order, changes of the outputs add up: one that goes against what is in place already adds little. What
         is in place is measured, of the candidate it is known what it changes alone.
         """
-        there, seen = self._seen
-        is_as_seen = len(there) == len(self._steps) and all(a is b for a, b in zip(there, self._steps, strict=True))
-        now = change_of(seen if is_as_seen else self._outputs(), self._dense_outputs)
+        now = change_of(self._seen, self._dense_outputs)
 
         def rank(candidate: FittedCandidate) -> float:
             begun = [step for step in self._steps if candidate.choice.place.meets(step.place)]
@@ -334,6 +342,8 @@ class Search:
         for step in reversed(begun):
             put(self.model, step.old)
             self._steps.remove(step)
+        if begun:
+            self._match_norms()
         try:
             place = self._found_again(place)
             choices = [choice for choice in self._fit(place) if choice.fit.kind == wanted.kind]
@@ -343,7 +353,9 @@ class Search:
             old = replace(self.model, choice, self._arguments)
         except CannotFitError as error:
             self._redo()
-            if not begun:
+            if begun:
+                self._match_norms()
+            else:
                 self.reasons.update(dict.fromkeys(place.told, str(error)))
             return None
         trial = Trial(place.sites, place.operators, wanted.kind, choice.fit.explained, candidate.drift,
@@ -353,6 +365,7 @@ class Search:
         new = {name: self.model.get_submodule(name) for name in old}
         self._steps.append(Taken(trial, place, choice.fit, choice.saving, choice.worth, candidate.change, old, new))
         self.trials.append(trial)
+        self._match_norms()
         for name in (*place.sites, *place.told):
             self.reasons.pop(name, None)
         return trial
@@ -407,6 +420,7 @@ class Search:
         put(self.model, step.old)
         step.trial.kept, step.trial.reason = False, reason
         self._redo()
+        self._match_norms()
 
     @property
     def steps(self) -> list[Taken]:
@@ -421,16 +435,19 @@ class Search:
         """Undo a step, whichever it is; return its number, for :meth:`put_back`."""
         number = self._steps.index(step)
         put(self.model, self._steps.pop(number).old)
+        self._match_norms()
         return number
 
     def put_back(self, step: Taken, number: int) -> None:
         """Put a step back that was left out."""
         put(self.model, step.new)
         self._steps.insert(number, step)
+        self._match_norms()
 
     def forget_fits(self) -> None:
         """Forget what was fitted, since all values of the model may have changed."""
         self._fitted.clear()
+        self._norms.forget()
 
     def _redo(self) -> None:
         for place, step in self._undone:
@@ -475,6 +492,12 @@ class Search:
     def _in_place(self, names: Container[str]) -> dict[str, nn.Module]:
         """Return what has taken the place of modules of these names."""
         return {name: module for step in self._steps for name, module in step.new.items() if name in names}
+
+    def _match_norms(self) -> None:
+        """Have the norms that are left make up for what is in place by now, as far as they can."""
+        self._norms.restore()
+        outputs = self._norms.match(self._dense_outputs, self.kept_channels) if self._steps else self._dense_outputs
+        self._seen = outputs
 
     def _outputs(self) -> list[Tensor]:
         return outputs_of(self.model, self._batches)

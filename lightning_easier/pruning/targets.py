@@ -15,13 +15,13 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
-from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, compare, speed_up
+from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speedup, compare, speed_up
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
 # A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
-# so much of the dense network's time. Before all models are timed, two are, for so many seconds at most.
-_WORTH_A_LOOK, _LEAST_SAVING, _SECONDS_FOR_TWO = 0.75, 0.02, 4.0
+# so much of the dense network's time.
+_WORTH_A_LOOK, _LEAST_SAVING = 0.75, 0.02
 # So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
 # computed, or something else decides them.
 _IMPOSSIBLE = 3.0
@@ -169,7 +169,9 @@ class TargetWatch:
         if not self._is_due(model, saved, self._speedup):
             return None
         prepared = self._prepared(model, saved)
-        return None if self._is_clearly_slower(prepared, saved, self._speedup) else self._look(prepared, saved)
+        macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
+        is_over = self._is_impossible(macs, self._speedup)  # whether it is enough or not
+        return self._look(prepared, saved) if is_over or self._is_fast_enough(prepared, saved, self._speedup) else None
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._merges_exactly:  # what that saves is not estimated
@@ -245,33 +247,39 @@ class TargetWatch:
         result = with_operators(look.result, self._dense, self._arguments, self._table.pace)
         return dataclasses.replace(look, result=result)
 
-    def look_if_shallow(self, model: nn.Module, saved: float) -> Look | None:
-        """Look at a model; None, before anything is timed, for one that is deeper than it should be.
+    def look_if_enough(self, model: nn.Module, saved: float) -> Look | str:
+        """Look at a model that is surely as fast and as shallow as it should be; say of another what it is instead.
 
         Args:
             model: The model.
             saved: As for :meth:`look_if_due`.
         """
         prepared = self._prepared(model, saved)
-        return None if self._depth is not None and prepared.depth > self._depth else self._look(prepared, saved)
+        if self._depth is not None and prepared.depth > self._depth:
+            return "it is too deep"
+        if self._speedup is not None:
+            speedup = self._beside_the_dense(prepared, self._speedup)
+            if not speedup.is_above(self._speedup):
+                return _of_wanted(speedup, self._speedup)
+        look = self._look(prepared, saved)
+        is_sure = self._speedup is None or look.result.report.speedup.is_above(self._speedup)
+        return look if look.attained.is_reached and is_sure else look.attained.words
 
-    def _is_clearly_slower(self, prepared: Prepared, saved: float, speedup: float) -> bool:
-        """Tell whether a model is clearly slower than it should be, by timings of two models alone.
+    def _is_fast_enough(self, prepared: Prepared, saved: float, speedup: float) -> bool:
+        """Tell whether a model is as fast as it should be, by timings of it and of the dense network alone."""
+        enough = speedup * (1 - MARGIN)
+        found = self._beside_the_dense(prepared, enough)
+        if not found.is_above(enough):
+            self._note(saved, self._share(counted(count_macs, prepared.models["after"], self._arguments)), found.median)
+        return found.is_above(enough)
 
-        It is not where so little work is left that the search should end, if that is not enough.
-        """
-        macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
-        if self._is_impossible(macs, speedup):
-            return False
+    def _beside_the_dense(self, prepared: Prepared, bar: float) -> Speedup:
+        """Time a model and the dense network in turn, until it is clear whether it is so many times faster."""
         names: list[str] = [name for name in ("after", "unmerged") if name in prepared.models]
         models: dict[str, nn.Module] = {"dense": self._dense, **{name: prepared.models[name] for name in names}}
-        bars: dict[tuple[str, str], float] = {("dense", name): speedup for name in names}
-        latency = compare(models, copies(self._arguments), bars, self._table.pace, _SECONDS_FOR_TWO)
-        best = max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
-        if not best.is_below(speedup * (1 - MARGIN)):
-            return False
-        self._note(saved, macs, best.median)
-        return True
+        bars: dict[tuple[str, str], float] = {("dense", name): bar for name in names}
+        latency = compare(models, copies(self._arguments), bars, self._table.pace)
+        return max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
 
     def _note(self, saved: float, macs: float | None, speedup: float) -> None:
         """Note what was left at a look, and how fast that was."""
@@ -287,11 +295,6 @@ class TargetWatch:
         if self._speedup is not None:
             return report.speedup.median > self._speedup * _NEARLY
         return self._depth is not None and report.after.depth < self._depth
-
-    def is_surely_reached(self, look: Look) -> bool:
-        """Tell whether a model is as fast and as shallow as it should be, and the timings leave no doubt about it."""
-        report = look.result.report
-        return look.attained.is_reached and (self._speedup is None or report.speedup.is_above(self._speedup))
 
     def may_do_with(self, look: Look, saved: float, less: float) -> bool:
         """Tell whether a model may still be fast enough that saves less; if a depth alone is asked for, it may.
@@ -333,12 +336,17 @@ class TargetWatch:
         return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, timed)
 
 
+def _of_wanted(speedup: Speedup, wanted: float) -> str:
+    """Say in words how fast something is, beside what was asked for."""
+    doubt = _DOUBT if speedup.leaves_open(wanted) else ""
+    return f"{speedup} of the {wanted:g}× that was asked for{doubt}"
+
+
 def _attained(report: CollapseReport, speedup: float | None, depth: int | None) -> Attained:
     words, are_reached = [], []
     if speedup is not None:
         are_reached.append(report.speedup.is_above(speedup * (1 - MARGIN)))
-        doubt = "" if not report.speedup.leaves_open(speedup) else _DOUBT
-        words.append(f"{report.speedup} of the {speedup:g}× that was asked for{doubt}")
+        words.append(_of_wanted(report.speedup, speedup))
     if depth is not None:
         are_reached.append(report.after.depth <= depth)
         words.append(f"a depth of {report.after.depth}, where {depth} was asked for")

@@ -83,16 +83,17 @@ class Unneeded:
             search.put_back(step, number)
             return False
         score = self._judge.score(search.model)
-        reason = self._judge.why_not(score, search.drift)
+        reason = self._judge.why_not(score, search.drift_seen)
         look = None
         if reason is None:
-            look = self._watch.look_if_shallow(search.model, search.saved)
-            if look is None or not self._watch.is_surely_reached(look):
-                words = "it is too deep" if look is None else look.attained.words
-                reason = f"it changes less, but is not enough for the target: {words}"
+            found = self._watch.look_if_enough(search.model, search.saved)
+            if isinstance(found, str):
+                reason = f"it changes less, but is not enough for the target: {found}"
+            else:
+                look = found
         if trial is not None:
             trial.score = score
-        if look is None or reason is not None:
+        if look is None:
             if trial is not None:
                 search.undo(str(reason))
             search.put_back(step, number)

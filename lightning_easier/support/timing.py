@@ -30,7 +30,7 @@ _MAX_RUNS_A_SAMPLE = 200
 # What many samples may take in all, and the fewest that tell anything.
 _SECONDS_IN_ALL = 1.5
 _FEWEST_SAMPLES = 5
-# Of a comparison: how many at first, at most where they leave it open, and how long all calls may take in all then.
+# Of a comparison: how many at first, at most where they leave it open, and how long two calls may take in all then.
 _SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 8.0
 # Of the table of operators: as many at first, and more where they differ from each other by more than this share, while
 # a group of them has not taken so many seconds: there may be hundreds, and a search compares prices that are far apart.
@@ -290,7 +290,6 @@ def compare(
     arguments: Sequence[Tensor],
     bars: Mapping[tuple[Name, Name], float],
     pace: Pace | None = None,
-    seconds: float = _MORE_SECONDS,
 ) -> dict[Name, Latency]:
     """Time several callables in turn until it is clear of some of them whether one is so many times faster.
 
@@ -300,13 +299,12 @@ def compare(
         bars: Names of two of them -> how many times faster than the first the second is to be. More samples are taken
             while :meth:`Speedup.leaves_open` that, up to a limit.
         pace: How long it may take; no limit by default.
-        seconds: How long all may be timed together, where the first samples leave it open.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
     turns = _Turns(
         {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
-        "Timing" if pace is None else None, seconds,
+        "Timing" if pace is None else None, _MORE_SECONDS * max(len(distinct), 2) / 2,
     )  # fmt: skip
 
     def is_clear() -> bool:

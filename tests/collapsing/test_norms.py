@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier.collapsing.fit.norms import NormsBefore, match_norms
+from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
+from lightning_easier.collapsing.fit.norms import MatchedNorms, NormsBefore, match_norms
 
 WIDTHS = (3, 8, 6)
 
@@ -164,3 +165,44 @@ def test_what_brings_the_outputs_no_nearer_is_undone():
     with torch.no_grad():
         other[3].weight /= 2
     assert match_norms(other, model, data) is not None
+
+
+@pytest.mark.parametrize("sizes", [(32,), (16, 16)])
+def test_norms_are_kept_matched_while_other_things_come_and_go(sizes):
+    model, data = network(), batches(*sizes)
+    other = deepcopy(model)
+    norms, wanted = MatchedNorms(other, model, data), outputs_of(model, data)
+    for name, value in changed(model).state_dict().items():
+        if name in ("0.weight", "3.weight"):
+            other.state_dict()[name].copy_(value)
+    before, raw = deepcopy(other.state_dict()), outputs_of(other, data)
+    on_the_way = as_matrices(norms.run(lambda: [other(value) for (value,) in data], {}))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    outputs = norms.match(wanted, {})
+    assert drift_of(outputs, wanted) < drift_of(raw, wanted) / 2
+    torch.testing.assert_close(outputs, outputs_of(other, data))
+    if len(data) == 1:
+        torch.testing.assert_close(on_the_way, outputs)
+    once = deepcopy(other.state_dict())
+    norms.match(wanted, {})
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, once[name])
+    norms.restore()
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    norms.match(wanted, {})
+    norms.forget()
+    norms.restore()
+    assert not torch.equal(other[1].weight, before["1.weight"])
+
+
+def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():
+    model, data = network(), batches(16)
+    other = deepcopy(model)
+    norms, wanted = MatchedNorms(other, model, data), outputs_of(model, data)
+    with torch.no_grad():
+        for tensor in (other[0].weight, other[0].bias, other[1].running_mean, other[1].bias):
+            tensor *= 0.5
+        other[3].weight *= 2  # what the first convolution lacks it makes up for
+    before = deepcopy(other.state_dict())
+    torch.testing.assert_close(norms.match(wanted, {}), outputs_of(other, data))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

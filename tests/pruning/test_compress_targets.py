@@ -138,14 +138,8 @@ def test_it_stops_to_look_for_what_is_not_needed_where_it_looks_in_vain(monkeypa
     monkeypatch.setattr(timing, "stopwatch", Clock(honest))
     monkeypatch.setattr(targets.TargetWatch, "is_passed", lambda *_: True)
     monkeypatch.setattr(targets.TargetWatch, "may_do_with", lambda *_: True)
-    monkeypatch.setattr(targets.TargetWatch, "is_surely_reached", lambda *_: False)
-    looks, look = [], targets.TargetWatch.look_if_shallow
-
-    def counted(watch, *given):
-        looks.append(given)
-        return look(watch, *given)
-
-    monkeypatch.setattr(targets.TargetWatch, "look_if_shallow", counted)
+    looks = []
+    monkeypatch.setattr(targets.TargetWatch, "look_if_enough", lambda *given: looks.append(given) or "it is not enough")
     model = Sum([256] * 8, [0.02] * 8).eval()
     report = compress(model, BATCHES, target_speedup=1.8, max_drift=math.inf, max_rejections=2, narrow=False).report
     assert sum(trial.kept for trial in report.trials) > 3

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_easier import compress
+from lightning_easier import compress, isolate_activations
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
+from lightning_easier.collapsing.fit.fit_prices import ChainPrices
+from lightning_easier.collapsing.fit.norms import MatchedNorms
 from lightning_easier.pruning import mending, search, targets
 from lightning_easier.pruning.search import Search
-from lightning_easier.pruning.stages import REFITTING, Clock
+from lightning_easier.pruning.stages import REFITTING, STAGES, Clock
+from lightning_easier.support.progress import Stages
+from lightning_easier.support.timing import LatencyTable
 from lightning_easier.zoo import CifarResNet
 
 
@@ -93,9 +97,16 @@ def images(*sizes):
 OPTIONS = {"objective": "macs", "max_drift": math.inf, "include": "*.relu1"}
 
 
+def without_matching_on_the_way(monkeypatch):
+    """Have the search leave the batch norms as they are."""
+    monkeypatch.setattr(MatchedNorms, "run", lambda self, run, kept: run())
+    monkeypatch.setattr(MatchedNorms, "match", lambda self, wanted, kept: outputs_of(self._model, self._batches))
+
+
 def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkeypatch):
     torch.manual_seed(0)
     model, batches, looks = randomized(CifarResNet(14)), images(64, 64, 64), []
+    without_matching_on_the_way(monkeypatch)
     monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
     compare = targets.compare
     monkeypatch.setattr(targets, "compare", lambda *args, **options: looks.append(1) or compare(*args, **options))
@@ -118,28 +129,114 @@ def test_batch_norms_are_matched_at_last_and_what_is_returned_computes_so(monkey
     assert not any("batch norm" in note for note in plain.report.notes)
 
 
-def test_batch_norms_stay_as_they_were_where_the_score_falls_with_others(monkeypatch):
+def test_batch_norms_stay_as_the_search_left_them_where_the_score_falls_with_others(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
+    without_matching_on_the_way(monkeypatch)
+    model, batches, left = randomized(CifarResNet(14)), images(64, 64, 64), []
+    match = mending.match_norms
+
+    def matching(candidate, *others):
+        left.append(deepcopy(candidate.state_dict()))
+        return match(candidate, *others)
+
+    monkeypatch.setattr(mending, "match_norms", matching)
+    only = {**OPTIONS, "include": "layer1.*.relu1"}
+    result = compress(model, batches, evaluate=lambda _: 0.9 if left else 1.0, tolerance=0.5, **only)
+    assert result.report.score_after == 1.0
+    assert any(trial.kept for trial in result.report.trials)
+    assert all(torch.equal(value, left[0][name]) for name, value in result.fitted.state_dict().items())
+    assert not any("batch norm" in note for note in result.report.notes)
+    left.clear()
+    moved = compress(model, batches, evaluate=lambda _: 1.0, tolerance=0.5, **only)
+    assert any(not torch.equal(value, left[0][name]) for name, value in moved.fitted.state_dict().items())
+
+
+def test_a_trial_that_is_taken_back_leaves_the_batch_norms_bit_for_bit():
+    torch.manual_seed(0)
     model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
-    last = model.layer3[1].bn2.bias.detach().clone()
+    before, seen = deepcopy(model.state_dict()), []
 
     def evaluate(candidate):
-        (norm,) = [module for name, module in candidate.named_modules() if name == "layer3.1.bn2"]
-        return float(torch.equal(norm.bias, last))
+        seen.append(candidate.get_submodule("layer3.1.bn2").bias.detach().clone())
+        return float(len(seen) == 1)
 
-    only = {**OPTIONS, "include": "layer1.*.relu1"}
-    result = compress(model, batches, evaluate=evaluate, tolerance=0.5, **only)
-    assert result.report.score_after == 1.0
-    assert torch.equal(result.fitted.layer3[1].bn2.bias, last)
-    assert not any("batch norm" in note for note in result.report.notes)
-    moved = compress(model, batches, evaluate=lambda _: 1.0, tolerance=0.5, **only)
-    assert not torch.equal(moved.fitted.layer3[1].bn2.bias, last)
+    result = compress(model, batches, evaluate=evaluate, max_rejections=2, **OPTIONS)
+    assert len(result.report.trials) >= 2
+    assert not any(torch.equal(each, seen[0]) for each in seen[1:3])  # they were matched while it was tried
+    assert not any(trial.kept for trial in result.report.trials)
+    assert all(torch.equal(value, before[name]) for name, value in result.fitted.state_dict().items())
+
+
+def test_a_step_is_left_out_and_put_back_with_the_batch_norms_that_belong_to_it():
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(14)), [(each,) for each in images(64, 64, 64)]
+    dense = model
+    isolate_activations(dense)
+    found = Search(dense, batches, batches[0], ChainPrices("macs", LatencyTable()), math.inf)
+    with Stages(STAGES) as progress:
+        candidates = found.candidates(["layer1.0.relu1", "layer2.1.relu1"], [], Clock(None, STAGES), progress)
+    for name in ("layer1.0.relu1", "layer2.1.relu1"):
+        assert found.take(next(each for each in candidates if each.choice.place.sites == (name,))) is not None
+    both, drift = deepcopy(found.model.state_dict()), found.drift
+    assert found.drift_seen == pytest.approx(drift, rel=1e-5)
+    first, second = found.steps
+    number = found.leave_out(first)
+    alone = deepcopy(found.model.state_dict())
+    given = dense.layer1[1].bn2.state_dict()
+    assert all(torch.equal(alone[f"layer1.1.bn2.{each}"], value) for each, value in given.items())
+    assert not torch.equal(alone["layer3.1.bn2.running_mean"], both["layer3.1.bn2.running_mean"])
+    found.put_back(first, number)
+    for name, value in found.model.state_dict().items():
+        torch.testing.assert_close(value, both[name], rtol=1e-4, atol=1e-4)
+    for step in (second, first):
+        found.leave_out(step)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in found.model.state_dict().items())
+    assert found.drift_seen == found.drift == 0
+
+
+class Moved(nn.Module):
+    """Two blocks and a norm between: what the first adds the norm can make up for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)) for _ in range(2))
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4 * 7 * 5, 3)
+        with torch.no_grad():
+            for conv in (self.first[0], self.first[2]):
+                conv.weight.copy_(torch.eye(4)[:, :, None, None])
+                conv.bias.zero_()
+            self.first[0].bias.fill_(20.0)  # never off
+            self.second[2].weight *= 0.8
+
+    def forward(self, value):
+        value = self.norm(value + self.first(value))
+        return self.head((value + self.second(value)).flatten(1))
+
+
+def test_what_batch_norms_make_up_for_is_not_held_against_a_candidate(monkeypatch):
+    torch.manual_seed(0)
+    model, batches = Moved(), [torch.randn(256, 4, 7, 5)]
+    with torch.no_grad():
+        for _ in range(100):
+            model(batches[0])
+    model.eval()
+
+    def trials():
+        report = compress(model, batches, objective="macs", evaluate=lambda _: 1.0).report
+        return [trial for trial in report.trials if trial.operators == ("first",) and trial.kind == "zeros"]
+
+    (gone,) = trials()
+    assert gone.kept
+    assert gone.drift < 1e-6
+    monkeypatch.setattr(MatchedNorms, "run", lambda self, run, kept: run())
+    assert all(trial.drift > 0.05 for trial in trials())
 
 
 def test_errors_that_are_corrected_leave_less_drift(monkeypatch):
     torch.manual_seed(0)
     model, batches = randomized(CifarResNet(14)), images(64, 64, 64)
+    without_matching_on_the_way(monkeypatch)
     monkeypatch.setattr(mending, "refit_kept", lambda *_: None)
     corrected = compress(model, batches, **OPTIONS).report
     monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)

@@ -61,12 +61,15 @@ class CorrectedMoments:
         geometry: What an output position reads.
         outputs: Channels of the output.
         device: Where the sums are.
+
+    Attributes:
+        moments: Those for the targets as they are, with all of the correction, and for that alone, beside each other.
     """
 
     def __init__(self, geometry: Geometry, outputs: int, device: torch.device) -> None:
         self._outputs = outputs
         self._axis = 1 if geometry.kernel else -1
-        self._moments = Moments.of(geometry, 3 * outputs, device)
+        self.moments = Moments.of(geometry, 3 * outputs, device)
 
     def add(self, value: Tensor, target: Tensor, error: Tensor, positions: int) -> None:
         """Add one batch.
@@ -77,13 +80,13 @@ class CorrectedMoments:
             error: What is missing to what should, of its shape.
             positions: How many positions are used at most.
         """
-        self._moments.add(value, torch.cat([target, target + error, error], self._axis), positions)
+        self.moments.add(value, torch.cat([target, target + error, error], self._axis), positions)
 
     def mixed(self) -> tuple[Moments, float]:
         """Return the sums for the targets that are corrected as far as that generalizes, and how far that is."""
-        fitted, held_out = self._moments.fitted, self._moments.held_out
-        share = self._share(fitted, held_out) if self._moments.why_no_fit() is None else 0.0
-        mixed = replace(self._moments, fitted=self._mix(fitted, share), held_out=self._mix(held_out, share))
+        fitted, held_out = self.moments.fitted, self.moments.held_out
+        share = self._share(fitted, held_out) if self.moments.why_no_fit() is None else 0.0
+        mixed = replace(self.moments, fitted=self._mix(fitted, share), held_out=self._mix(held_out, share))
         return mixed, share
 
     def _share(self, fitted: Sums, held_out: Sums) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
+from lightning_easier.collapsing.algebra.least_squares import Moments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChain, Place
 from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted, shapes_of_inputs
@@ -23,6 +24,9 @@ from lightning_easier.support.inference import evaluation_mode
 
 # Channels that a norm multiplies with so much less than another are not corrected: what they would need is large.
 _LEAST_SCALE = 1e-2
+# Half as many images give nearly as much as a thousand, for half of the runs of both models; where each has but one
+# position, as before a classifier, more are used if there are.
+_SAMPLES, _POSITIONS_FOR_EACH_UNKNOWN = 500, 14
 
 
 def _nothing() -> None: ...
@@ -74,8 +78,10 @@ def gather_corrected(
             if sums is None:
                 sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
             is_off = is_off or bool(error.any())
-            sums.add(value, output, error.to(output), -(-positions_wanted(place) // len(batches)))
+            sums.add(value, output, error.to(output), positions_of(place, batch, batches))
             advance()
+            if is_enough(sums.moments, place):
+                break
     shape = shapes_of_inputs(model, [place.whole], arguments).get(place.whole)
     if sums is None or not is_off or shape is None:
         return None
@@ -112,6 +118,18 @@ def gather_alone(
             return corrected
     ((_, gathered),) = gather(model, [place], batches, arguments, watched, advance)
     return gathered
+
+
+def positions_of(place: Place, batch: Sequence[Tensor], batches: Sequence[Sequence[Tensor]]) -> int:
+    """Return how many positions of one batch are used, so that all that are looked at have as many as are wanted."""
+    samples = min(sum(len(each[0]) for each in batches), _SAMPLES)
+    return -(-positions_wanted(place) * len(batch[0]) // samples)
+
+
+def is_enough(moments: Moments, place: Place) -> bool:
+    """Tell whether so many samples have been compared that more would hardly tell more of a place."""
+    is_known = moments.positions >= _POSITIONS_FOR_EACH_UNKNOWN * place.geometry.unknowns
+    return moments.samples >= _SAMPLES and is_known
 
 
 class Compared(NamedTuple):

@@ -12,8 +12,8 @@ and :math:`v'` that of what it reads now. A model that was not changed stays as 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
-from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
+from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.hooks import HookOfOneModel
@@ -55,12 +55,19 @@ class _Statistics(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor) -> "_Statistics":
-        """Measure a batch ``(N, C, *)``."""
-        axes = [axis for axis in range(value.ndim) if axis != 1]
+        """Measure a batch ``(N, C, *)``.
+
+        Sums of rows and their norms take a tenth of the time of ``torch.var_mean`` over several axes.
+        """
         value = value.detach()
         value = value if value.dtype == torch.float64 else value.float()
-        variance, mean = torch.var_mean(value, axes, correction=0)
-        return cls(_wide(mean), _wide(variance), len(value))
+        rows = value.reshape(*value.shape[:2], -1)
+        center = rows[0].mean(1)  # of what is far from zero the squares would tell little
+        rows = rows - center[:, None]
+        count = rows.shape[0] * rows.shape[2]
+        mean = _wide(rows.sum(2)).sum(0) / count
+        square = _wide(torch.linalg.vector_norm(rows, dim=2)).square().sum(0) / count
+        return cls(mean + _wide(center), (square - mean.square()).clamp(min=0), len(value))
 
 
 def _pooled(parts: Sequence[_Statistics]) -> _Statistics:
@@ -163,19 +170,18 @@ class NormsBefore:
                 self._wanted[name] = _Computed.by(norms[name], _pooled(parts))
         self.names = tuple(self._computed)
 
-    @torch.no_grad()
-    def match(self, model: nn.Module, kept: Mapping[str, Tensor] = MappingProxyType({})) -> "Matched":
-        """Have the norms that are left in a changed model compute what they computed, in place, in one pass.
-
-        What a norm computes on a batch is corrected before the next reads it, by what it computed on the same batch as
-        given: so all are matched at once.
+    @contextmanager
+    def matching(
+        self, model: nn.Module, kept: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[dict[str, list[_Statistics]]]:
+        """Have what the norms of a changed model compute corrected while it runs on the same batches, once, in order.
 
         Args:
-            model: The changed model.
+            model: The changed model, in eval mode; it is not changed itself.
             kept: Name of a norm -> which of its channels are left, where some are gone.
 
-        Returns:
-            What can undo it.
+        Yields:
+            Name of a norm -> what it has read of each batch, which is filled by the runs.
         """
         norms = {
             name: norm
@@ -197,11 +203,27 @@ class NormsBefore:
             return hook
 
         with ExitStack() as stack:
-            stack.enter_context(evaluation_mode(model))
             for name, norm in norms.items():
                 stack.callback(norm.register_forward_hook(correct(name)).remove)
-            for arguments in self._batches:
-                call(model, copies(arguments))
+            yield read
+
+    @torch.no_grad()
+    def match(self, model: nn.Module, kept: Mapping[str, Tensor] = MappingProxyType({})) -> "Matched":
+        """Have the norms that are left in a changed model compute what they computed, in place, in one pass.
+
+        What a norm computes on a batch is corrected before the next reads it, by what it computed on the same batch as
+        given: so all are matched at once.
+
+        Args:
+            model: The changed model.
+            kept: Name of a norm -> which of its channels are left, where some are gone.
+
+        Returns:
+            What can undo it.
+        """
+        with evaluation_mode(model), self.matching(model, kept) as read:
+            returned = [call(model, copies(arguments)) for arguments in self._batches]
+        norms = _norms(model)
         before = []
         for name, parts in read.items():
             norm = norms[name]
@@ -218,11 +240,11 @@ class NormsBefore:
             weight *= ((now.variance + norm.eps) / (_wide(norm.running_var) + norm.eps)).sqrt()
             new = weight, wanted.mean, now.mean, now.variance
             if is_finite(*new):
-                tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                tensors = _tensors_of(norm)
                 before.append((tensors, [tensor.clone() for tensor in tensors]))
                 for tensor, value in zip(tensors, new, strict=True):
                     tensor.copy_(value)
-        return Matched(before)
+        return Matched(before, returned)
 
 
 class Matched(NamedTuple):
@@ -230,9 +252,11 @@ class Matched(NamedTuple):
 
     Attributes:
         before: The tensors, and the values that they had.
+        returned: What the model has returned for each batch, as its norms were corrected on the way.
     """
 
     before: list[tuple[list[Tensor], list[Tensor]]]
+    returned: list[Any]
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -240,6 +264,74 @@ class Matched(NamedTuple):
         for tensors, values in self.before:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
+
+
+class MatchedNorms:
+    """Keeps the batch norms of a model matched to what they computed before, while other things in it come and go.
+
+    Args:
+        model: The model, in eval mode, as it is before it is changed.
+        dense: The model as given.
+        batches: The forward's positional arguments, for each batch.
+    """
+
+    def __init__(self, model: nn.Module, dense: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self._model, self._batches = model, batches
+        self._before = NormsBefore(dense, batches)
+        self._given = self._values()
+
+    def run(self, runs: Callable[[], list[Any]], kept: Mapping[str, Tensor]) -> list[Any]:
+        """Return what a run of the changed model on all batches returns if its norms are matched on the way.
+
+        Args:
+            runs: Runs it.
+            kept: As in :meth:`NormsBefore.match`.
+        """
+        if not self._before.names:
+            return runs()
+        with self._before.matching(self._model, kept):
+            return runs()
+
+    def match(self, wanted: Sequence[Tensor], kept: Mapping[str, Tensor]) -> list[Tensor]:
+        """Match the norms of the changed model in place, if its outputs come nearer by it.
+
+        Args:
+            wanted: What the model as given returns, see :func:`~lightning_easier.collapsing.fit.drift.outputs_of`.
+            kept: As in :meth:`NormsBefore.match`.
+
+        Returns:
+            What it returns then.
+        """
+        outputs = outputs_of(self._model, self._batches)
+        if not self._before.names:
+            return outputs
+        matched = self._before.match(self._model, kept)
+        # Of one batch, what was returned on the way is what is returned now
+        is_one = len(self._batches) == 1
+        nearer = as_matrices(matched.returned) if is_one else outputs_of(self._model, self._batches)
+        if drift_of(nearer, wanted) < drift_of(outputs, wanted):
+            return nearer
+        matched.undo()
+        return outputs
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the norms the values that they had before the model was changed."""
+        for tensor, value in self._given:
+            tensor.copy_(value)
+
+    def forget(self) -> None:
+        """Take the values that the norms have now for those before, since something else has changed them."""
+        self._given = self._values()
+
+    def _values(self) -> list[tuple[Tensor, Tensor]]:
+        norms = _norms(self._model)
+        tensors = [tensor for name in self._before.names if name in norms for tensor in _tensors_of(norms[name])]
+        return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+def _tensors_of(norm: Any) -> list[Tensor]:
+    return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
 
 def _norms(model: nn.Module) -> dict[str, Any]:

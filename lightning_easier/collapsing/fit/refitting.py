@@ -20,18 +20,14 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.corrected import step_against
 from lightning_easier.collapsing.algebra.least_squares import Moments
-from lightning_easier.collapsing.fit.correcting import SideBySide, on_shown
+from lightning_easier.collapsing.fit.correcting import SideBySide, is_enough, on_shown, positions_of
 from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
-from lightning_easier.collapsing.fit.fitting import positions_wanted
 from lightning_easier.collapsing.fit.kept import KeptOperator, kept_operators
 from lightning_easier.collapsing.fit.placing import with_statistics
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.inference import evaluation_mode
 
-# Half as many images give nearly as much as a thousand, for half of the runs; where each has but one position, as
-# before a classifier, more are used if there are.
-_SAMPLES, _POSITIONS_FOR_EACH_UNKNOWN = 500, 14
 MOST_REFITS = 16
 """So many operators are refitted at most: those at which most of the variance is error."""
 # A share of the variance: what is less is not worth two runs.
@@ -149,17 +145,13 @@ def _errors(
 ) -> Moments | None:
     """Sum up what goes into an operator, and what is missing to what should come out; None if that is not known."""
     moments = Moments.of(place.geometry, place.outputs(model), place.like(model).device)
-    positions = positions_wanted(place)
     with SideBySide(model, dense, place) as side_by_side:
         for batch in batches:
             compared = side_by_side.run(batch)
             if compared is None:
                 return None
-            moments.add(compared.value, compared.error, -(-positions * len(batch[0]) // _SAMPLES))
-            if (
-                moments.samples >= _SAMPLES
-                and moments.positions >= _POSITIONS_FOR_EACH_UNKNOWN * place.geometry.unknowns
-            ):
+            moments.add(compared.value, compared.error, positions_of(place, batch, batches))
+            if is_enough(moments, place):
                 break
     return moments if moments.why_no_fit() is None else None
 
