@@ -10,7 +10,7 @@ LOWEST_PYTHON ?= python3.11
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
 
-.PHONY: help demo test matrix prove lint format docs notebooks networks tensorboard bench clean
+.PHONY: help demo test matrix prove lint format docs notebooks networks index tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -64,6 +64,9 @@ tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/
 
 networks: $(VENV)/.dev  ## Write docs/networks.md: which rectifier calls of real networks become sites.
 	$(BIN)/python -m tests.network_table
+
+index:  ## Write docs/maintainers/tests.md: all tests by folder and file.
+	$(PYTHON) docs/maintainers/index_of_tests.py
 
 bench: $(VENV)/.dev  ## Measure what it costs and what it saves: one table in bench_results; BENCH='--quick' for five minutes.
 	$(BIN)/python -m benchmarks $(BENCH) --output bench_results
