@@ -19,8 +19,8 @@ search:
 
 # All tests
 
-For maintainers: every test by folder and file, its name as words; one that has parameters stands here once. `make index` writes
-this page. What they show, sorted by what users ask: [which test shows what](shown-by.md).
+For maintainers: every test by folder and file, its name as words; one that has parameters stands here once.
+`make index` writes this page. What they show, sorted by what users ask: [which test shows what](shown-by.md).
 """
 
 
@@ -42,11 +42,11 @@ def section(path: Path) -> str:
     """Return what is said of one file: the first line of its docstring, and its tests in their order."""
     module = ast.parse(path.read_text(encoding="utf-8"))
     told = (ast.get_docstring(module) or "").partition("\n")[0]
-    listed = "".join(f"- {words}\n" for words in tests_in(module.body))
+    listed = "".join(f"- {words}\n" for words in names_in(module.body))
     return "\n".join((f"### {path.name}\n", *([f"{told}\n"] if told else ()), listed))
 
 
-def tests_in(body: Sequence[ast.stmt], group: str = "") -> Iterator[str]:
+def names_in(body: Sequence[ast.stmt], group: str = "") -> Iterator[str]:
     """Yield the names of tests as words, those in classes after the name of their class.
 
     Args:
@@ -57,7 +57,7 @@ def tests_in(body: Sequence[ast.stmt], group: str = "") -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
             yield group + node.name.removeprefix("test_").replace("_", " ")
         elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            yield from tests_in(node.body, f"{group}{node.name.removeprefix('Test')}: ")
+            yield from names_in(node.body, f"{group}{node.name.removeprefix('Test')}: ")
 
 
 def main() -> None:
