@@ -131,13 +131,14 @@ def test_labels_tell_how_much_of_each_image_is_in_a_mixture():
     ("kind", "folder", "remedy"),
     [(CIFAR10DataModule, "cifar-10-batches-py", "--data.download true.*cs.toronto.edu"),
      (TinyImageNetDataModule, "tiny-imagenet-200", "download http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
-     (PACSDataModule, "PACS/art_painting", "download PACS with DomainBed.*PACS/<domain>/<class>/<image>"),
-     (VLCSDataModule, "VLCS/Caltech101", "download VLCS with DomainBed.*VLCS/<domain>/<class>/<image>"),
+     (PACSDataModule, "PACS/art_painting", "install gdown wilds`.*--data_dir {root}`.*PACS/<domain>/<class>/<image>"),
+     (VLCSDataModule, "VLCS/Caltech101", "install gdown wilds`.*--data_dir {root}`.*VLCS/<domain>/<class>/<image>"),
      (Flowers102DataModule, "flowers-102", "--data.download true.*robots.ox.ac.uk/~vgg/data/flowers/102"),
      (DTDDataModule, "dtd", "--data.download true.*robots.ox.ac.uk/~vgg/data/dtd"),
      (FGVCAircraftDataModule, "fgvc-aircraft-2013b", "--data.download true.*vgg/data/fgvc-aircraft")],
 )  # fmt: skip
 def test_missing_data_say_what_to_download_and_where_it_goes(kind, folder, remedy, tmp_path):
+    remedy = remedy.replace("{root}", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"`root` to hold .*, but {tmp_path / folder} is missing.*{remedy}"):
         kind(str(tmp_path)).setup("fit")
 

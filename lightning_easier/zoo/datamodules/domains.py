@@ -9,8 +9,8 @@ from torch.utils.data import ConcatDataset, Subset
 from lightning_easier.zoo.datamodules.base import PhotosDataModule, Splits
 from lightning_easier.zoo.datamodules.images import check_classes, missing, shuffled
 
-# Both are fetched by it, as folders of this layout
-_SOURCE = "DomainBed (https://github.com/facebookresearch/DomainBed, `python -m domainbed.scripts.download`)"
+# Its script fetches both, as folders of this layout
+_SOURCE = "https://github.com/facebookresearch/DomainBed"
 
 
 class DomainsDataModule(PhotosDataModule):
@@ -79,7 +79,11 @@ class DomainsDataModule(PhotosDataModule):
         folder = Path(self.root) / self.dataset
         for domain in self.domains:
             if not (folder / domain).is_dir():
-                remedy = f"download {self.dataset} with {_SOURCE}, so that images are {folder}/<domain>/<class>/<image>"
+                remedy = (
+                    f"download {self.dataset} from a clone of DomainBed ({_SOURCE}): `pip install gdown wilds`, then "
+                    f"`python -m domainbed.scripts.download --data_dir {Path(self.root).absolute()}`, so that images "
+                    f"are {folder}/<domain>/<class>/<image>"
+                )
                 raise missing(f"{self.dataset} with its domain {domain!r}", folder / domain, remedy)
         training, others = (
             [datasets.ImageFolder(folder / domain, transform) for domain in self.domains]
