@@ -1,4 +1,6 @@
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,67 @@ def test_pretrained_weights_that_there_are_not_or_that_do_not_fit_are_named(monk
     )
     with pytest.raises(ValueError, match=r"they differ in \['bn1\.weight', 'more'\]"):
         build_backbone("resnet18", 7, weights="IMAGENET1K_V1")
+
+
+class Malicious:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """torch's folder of downloaded weights, an empty one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "weights", "file"),
+    [("squeezenet1_1", 1000, "IMAGENET1K_V1", models.SqueezeNet1_1_Weights.IMAGENET1K_V1),
+     ("squeezenet1_1", 7, "IMAGENET1K_V1", models.SqueezeNet1_1_Weights.IMAGENET1K_V1),
+     # torchvision takes these for the backbone where it is told nothing
+     ("lraspp_mobilenet_v3_large", 21, None, models.MobileNet_V3_Large_Weights.IMAGENET1K_V1)],
+)  # fmt: skip
+def test_what_was_put_in_the_place_of_pretrained_weights_runs_nothing(name, num_classes, weights, file, downloads):
+    made = downloads / "made"
+    planted = downloads / Path(file.url).name
+    torch.save({"features.0.weight": Malicious(made)}, planted)
+    torch.load(planted, weights_only=False)
+    assert made.exists()
+    made.unlink()
+    with pytest.raises(ValueError, match=rf"weights of '{name}' to be tensors and plain data(.|\n)*{downloads.parent}"):
+        build_backbone(name, num_classes, weights=weights)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}])
+def test_pretrained_weights_of_the_same_classes_are_all_taken(given, downloads, monkeypatch):
+    for key in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    pretrained = models.squeezenet1_1().state_dict()
+    torch.save(pretrained, downloads / Path(models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url).name)
+    state = build_backbone("squeezenet1_1", 1000, weights="IMAGENET1K_V1").state_dict()
+    assert state.keys() == pretrained.keys()
+    assert all(torch.equal(state[key], pretrained[key]) for key in state)
+    assert {key: value for key, value in os.environ.items() if key.endswith("WEIGHTS_ONLY_LOAD")} == given
+
+
+def test_a_network_is_built_as_its_pretrained_weights_need_it(downloads):
+    pretrained = models.googlenet(init_weights=False, aux_logits=True).state_dict()
+    torch.save(pretrained, downloads / Path(models.GoogLeNet_Weights.IMAGENET1K_V1.url).name)
+    model = build_backbone("googlenet", 1000, weights="IMAGENET1K_V1")
+    assert model.transform_input
+    assert torch.equal(model.fc.weight, pretrained["fc.weight"])
+
 
 
 def test_a_checkpoint_of_a_pretrained_network_loads_without_a_download(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from lightning_easier.zoo.fused_resnet import FusedResNet
 from lightning_easier.zoo.optional import needed
+from lightning_easier.zoo.plain_weights import plain_weights
 from lightning_easier.zoo.small_images import mobilenet_v2_small_strides, resnet18_small_stem
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
@@ -29,12 +30,13 @@ def build_backbone(name: str, num_classes: int, *, weights: str | None = None, *
             (``"timm/convnext_atto"``, or without the prefix where torchvision has none of that name).
         num_classes: Number of classes.
         weights: Name of pretrained weights of torchvision (``"DEFAULT"``, ``"IMAGENET1K_V1"``), which are downloaded
-            where they are not in torch's cache. The last layer is new if these are of other classes. timm's are asked
-            for by ``pretrained=True``.
+            where they are not in torch's cache, and read as plain data. The last layer is new if these are of other
+            classes. timm's are asked for by ``pretrained=True``.
         **kwargs: Further arguments of the network, such as ``in_channels``.
 
     Raises:
-        ValueError: If there is no network of this name, or it has no such weights.
+        ValueError: If there is no network of this name, it has no such weights, or their file holds more than tensors
+            and plain data.
         ModuleNotFoundError: If timm is asked for and not installed, or torchvision for a network that is made of its.
     """
     torchvisions: list[str] = []
@@ -43,7 +45,8 @@ def build_backbone(name: str, num_classes: int, *, weights: str | None = None, *
 
         torchvisions = models.list_models()
         if name in torchvisions:
-            return _torchvisions(models, name, num_classes, weights, kwargs)
+            with plain_weights(name):
+                return _torchvisions(models, name, num_classes, weights, kwargs)
     if weights is not None:
         raise ValueError(
             f"Expected argument `weights` to be left out with {name!r}, which is none of torchvision's, but got "
@@ -55,7 +58,8 @@ def build_backbone(name: str, num_classes: int, *, weights: str | None = None, *
     if name.startswith("timm/") or find_spec("timm") is not None:
         timm = needed("timm", f"The network {name!r}")
         if timm.is_model(wanted):
-            return timm.create_model(wanted, num_classes=num_classes, **kwargs)
+            with plain_weights(name):
+                return timm.create_model(wanted, num_classes=num_classes, **kwargs)
     known = [*_OWN, *torchvisions]
     raise ValueError(
         f"Expected argument `name` to be a network of lightning_easier {list(_OWN)}, torchvision or timm, but got "
@@ -74,9 +78,10 @@ def _torchvisions(models: Any, name: str, num_classes: int, weights: str | None,
             f"Expected argument `weights` to be one of {list(known.__members__)} for {name!r}, but got {weights!r}"
         )
     if len(known[weights].meta["categories"]) == num_classes:
+        # Its own function does more than load: GoogLeNet's has the input transformed, DenseNet's renames keys
         return models.get_model(name, weights=known[weights], **kwargs)
     model: nn.Module = models.get_model(name, num_classes=num_classes, **kwargs)
-    pretrained = known[weights].get_state_dict(progress=True, check_hash=True)
+    pretrained = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
     head = list(model.state_dict())[-1].rpartition(".")[0]
     for key in [key for key in pretrained if key.startswith(f"{head}.")]:
         del pretrained[key]
