@@ -138,7 +138,6 @@ def test_a_network_is_built_as_its_pretrained_weights_need_it(downloads):
     assert torch.equal(model.fc.weight, pretrained["fc.weight"])
 
 
-
 def test_a_checkpoint_of_a_pretrained_network_loads_without_a_download(monkeypatch, tmp_path):
     pretrained(monkeypatch, models.mobilenet_v2(width_mult=0.25).state_dict())
     module = ImageClassifier("mobilenet_v2", 7, {"width_mult": 0.25}, weights="IMAGENET1K_V1", optimizer="adam")
