@@ -2,10 +2,11 @@
 
 import re
 import shlex
+import sys
 import textwrap
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import torch
 
 from lightning_easier.command import main
 from lightning_easier.zoo import DigitsDataModule, ImageClassifier
+from tests.tiny_data import write_domains
 
 ROOT = Path(__file__).parents[2]
+NOT_RUN = 'title="not run here: '
 _FENCE = re.compile(r"^( *)```([\w-]*)[ \t]*([^\n]*)\n(.*?)^\1```[ \t]*$", re.MULTILINE | re.DOTALL)
 # Fewer epochs of fewer batches, none of which is judged
 SHORTER = {
@@ -31,6 +34,13 @@ SHORTER = {
     "candidates": ["--trainer.accelerator=cpu"],
     "compress": ["--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64"],
 }  # fmt: skip
+# Page -> what makes the data that its commands read, and what else makes them short
+ON_DATA: dict[str, tuple[Callable[[], None], Sequence[str]]] = {
+    "settings.md": (
+        lambda: write_domains(Path("data"), "PACS"),
+        ["--trainer.fast_dev_run=true", "--data.num_workers=0", "--data.batch_size=2", "--data.image_size=32"],
+    ),
+}
 
 
 class Block(NamedTuple):
@@ -92,6 +102,9 @@ def run(
     Returns:
         How many blocks ran.
     """
+    write, options = ON_DATA.get(page.name, (None, ()))
+    if write is not None:
+        write()
     unused = set(replaced or {})
     ran = 0
     for block in blocks(page):
@@ -103,7 +116,7 @@ def run(
             text = text.replace(old, new)
         if block.language == "bash":
             for command in commands(text):
-                _run_command(command)
+                _run_command(command, options)
         else:
             _run_python(text, block.line, page, given)
         ran += 1
@@ -128,11 +141,19 @@ def _run_python(text: str, line: int, page: Path, given: dict[str, Any]) -> None
         given["pruning"] = before["pruning"]
 
 
-def _run_command(words: list[str]) -> None:
+def _run_command(words: Sequence[str], options: Sequence[str]) -> None:
     """Run what is ours; of an installation, look whether there is the extra, of `make` whether there is the target."""
+    place = words.index(">") if ">" in words else len(words)
+    words, file = words[:place], words[place + 1 :]
     if words[0] == "lightning-easier":
-        with suppress(SystemExit) if "--version" in words else nullcontext():
-            main([*words[1:], *SHORTER.get(words[1], [])])
+        shorter = [each for each in (*SHORTER.get(words[1], ()), *options) if each.partition("=")[0] not in words]
+        written = [Path(Path(each).name) for each in file]  # in the folder that the process is in
+        with written[0].open("w") if written else nullcontext(sys.stdout) as output, redirect_stdout(output):
+            try:
+                main([*words[1:], *shorter])
+            except SystemExit as ended:  # as after `--version`
+                assert not ended.code, words
+        assert all(each.stat().st_size for each in written), words
     elif words[:2] == ["pip", "install"]:
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         wanted = re.findall(r"\[([\w,]+)\]", " ".join(words))
