@@ -56,8 +56,8 @@ format: $(VENV)/.dev  ## Format the code.
 docs: $(VENV)/.dev  ## Build the site into the folder `site`, strictly; `python -m http.server -d site` shows it.
 	$(BIN)/mkdocs build --strict
 
-notebooks: $(VENV)/.dev  ## Execute the notebooks in place.
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+notebooks: $(VENV)/.dev  ## Execute the notebooks in place, and keep how long each took.
+	$(BIN)/python notebooks/run.py
 
 tensorboard: $(VENV)/.demo  ## Serve the demo's curves on http://localhost:6006/#images.
 	$(BIN)/tensorboard --logdir demo_output
