@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
-import rich
 import torch
 from cifar import Images, accuracy, add_arguments, keep_freed_memory, load
 from torch import Tensor, nn
@@ -88,7 +87,8 @@ def main() -> None:
         cells = [f"{accuracy(make(sites[:count]), test):.1f}" for count in counts]
         rows.append((way, order, f"{dense:.1f}", *cells))
     title = f"ResNet-{options.depth}, top-1 [%] on {len(test):,} test images, no training after removals"
-    rich.print(Table(title, ("removed activations become", "in the order of", "0", *map(str, counts)), rows))
+    columns = ("removed activations become", "in the order of", "0", *map(str, counts))
+    print(Table(title, columns, rows).to_markdown())
 
 
 if __name__ == "__main__":

@@ -16,19 +16,29 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
+from lightning_easier import fit_chains, measure_affines, measure_entropy
+from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.inference import relative_difference
+from lightning_easier.zoo import CifarResNet
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import answers
+import blocks
 import children
+import cifar
 import command
 import curve
+import drifting
+import emptying
 import fitting
 import networks
+import removing
 import results
+import rounds
 import shipped
 import tradeoff
 import tuned
@@ -90,9 +100,13 @@ def run(monkeypatch, root, capsys):
     return run
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def rows_of(printed):
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    return {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in lines)}
+    rows = [cells_of(line) for line in printed.splitlines() if line.startswith("|")]
+    return {name: cells for name, *cells in rows}
 
 
 def test_tuning_trains_a_network_without_weights_once_and_compares_what_is_made_of_it(run, tmp_path):
@@ -137,13 +151,54 @@ def test_the_picture_of_accuracy_against_time_shows_what_the_table_says(run, tmp
             assert table[line["method"]][1] == f"{line['top1'][0]:.2f}"
             assert table[line["method"]][4].startswith(f"{line['faster']['64'][1]:.2f} (")
     read[0]["lines"][1]["faster"]["64"][1], read[1]["lines"][1]["faster"]["64"][1] = 2.0, 1.5
-    drawn = tradeoff.curves(read, 64)
-    assert [faster for faster, _ in drawn["magnitude"]] == [1.5, 2.0]  # in the order of speed
-    assert drawn["magnitude"][1][1] == read[0]["lines"][1]["top1"][0]
+    drawn = tradeoff.points_of(read, 64)
+    assert [point.median for point in drawn["magnitude"]] == [1.5, 2.0]  # in the order of speed
+    assert drawn["magnitude"][1].top1 == read[0]["lines"][1]["top1"][0]
     picture = tmp_path / "picture.svg"
     monkeypatch.setattr(sys, "argv", ["tradeoff", *map(str, files), "--output", str(picture)])
     tradeoff.main()
     assert picture.read_text().count("magnitude") >= 2  # a legend in each panel
+
+
+def line_of(method, quartiles, *top1):
+    return {"method": method, "top1": list(top1), "faster": {"64": quartiles}}
+
+
+def drawn_of(files):
+    """Return what the panel of batch 64 shows: label -> places of the points, ends of their bars, style of the line."""
+    axes = Figure().subplots()
+    draw, _ = tradeoff.panel(tradeoff.points_of(files, 64), 64)
+    draw(axes)
+    shown = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
+        shown[container.get_label()] = line.get_xydata().tolist(), ends, line.get_linestyle()
+    joined = [line for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
+    return shown, [line.get_xdata()[0] for line in joined]
+
+
+def test_a_point_of_one_file_is_joined_to_nothing_and_has_its_quartiles():
+    lines = [line_of("dense", [0.9, 1.125, 1.5], 86.0), line_of("compress", [1.5, 1.625, 2.0], 85.0, 86.0)]
+    shown, joined = drawn_of([{"lines": lines}])
+    assert shown == {
+        tradeoff.NAMES["dense"]: ([[1.125, 86.0]], [pytest.approx([0.9, 1.5])], "None"),
+        tradeoff.NAMES["compress"]: ([[1.625, 85.5]], [pytest.approx([1.5, 2.0])], "None"),
+    }
+    assert joined == [1.0]  # the line of what all are compared with
+
+
+def test_points_of_one_method_in_several_files_are_joined_and_those_of_the_dense_network_are_not():
+    files = [
+        {"lines": [line_of("dense", [1.0, dense, 1.25], 86.0), line_of("taylor", [speed, speed, speed + 0.25], top1)]}
+        for dense, speed, top1 in ((1.125, 2.0, 80.0), (1.0, 1.5, 84.0))
+    ]
+    shown, joined = drawn_of(files)
+    assert shown == {
+        tradeoff.NAMES["dense"]: ([[1.0, 86.0], [1.125, 86.0]], [[1.0, 1.25], [1.0, 1.25]], "None"),
+        tradeoff.NAMES["taylor"]: ([[1.5, 84.0], [2.0, 80.0]], [[1.5, 1.75], [2.0, 2.25]], "-"),
+    }
+    assert joined == [1.0, 1.5]
 
 
 def test_tuning_refuses_what_can_not_be_made_of_a_network(run, tmp_path, capsys):
@@ -511,3 +566,117 @@ def test_a_fit_is_told_with_its_size_and_what_it_explains():
     assert (channels, unknowns) == ("4", "37")  # the last is a constant
     assert positions == f"{fitting.BATCHES * fitting.IMAGES * fitting.SIZE**2:,}"
     assert 0 < float(explained) < 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Return a file with the weights of a small network."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "resnet8.th"
+    torch.save({"state_dict": CifarResNet(8).state_dict()}, file)
+    return file
+
+
+@pytest.fixture
+def tables(monkeypatch, root, weights, tmp_path, capsys):
+    """Return what runs a benchmark with that network, and returns the tables that it prints: title -> rows of cells."""
+
+    def run(benchmark, *arguments):
+        monkeypatch.chdir(tmp_path)
+        given = ["--data.root", str(root), "--weights", str(weights), "--depth", "8"]
+        monkeypatch.setattr(sys, "argv", ["benchmark", *given, *arguments])
+        benchmark.main()
+        printed = capsys.readouterr().out
+        found = re.findall(r"^\*\*(.+)\*\*\n\n(\|.*\n)\|[ |-]+\n((?:\|.*\n)+)", printed, re.MULTILINE)
+        return {title: [*map(cells_of, (head + rows).splitlines())] for title, head, rows in found}
+
+    return run
+
+
+@pytest.fixture
+def dense_accuracy(root, weights):
+    return f"{cifar.accuracy(cifar.load(str(weights), 8), cifar.Images(str(root / 'test'))):.1f}"
+
+
+INNER = [f"layer{stage}.0.relu1" for stage in (1, 2, 3)]
+
+
+def test_drifting_tells_the_drift_after_each_operator(tables, dense_accuracy):
+    ((title, (head, *rows)),) = tables(drifting, "--images", "32").items()
+    assert title.startswith("ResNet-8, 32 training images")
+    assert head == ["tried", "drift", "top-1 [%]"]
+    assert [row[0] for row in rows] == [str(number) for number in range(len(rows))]
+    assert rows[0][1:] == ["0.000", dense_accuracy]
+    drifts = [float(row[1]) for row in rows]
+    assert len(rows) > 3
+    assert max(drifts) > 0
+    assert all(0 <= float(row[2]) <= 100 for row in rows)
+
+
+def test_removing_compares_ways_and_orders(tables, dense_accuracy):
+    ((title, (head, *rows)),) = tables(removing, "--images", "32").items()
+    assert title == "ResNet-8, top-1 [%] on 64 test images, no training after removals"
+    assert head[2:] == ["0", "1", "2", "3"]
+    orders = {"identity": 2, "affine": 3, "fitted": 3}
+    assert [row[0] for row in rows] == [way for way, count in orders.items() for _ in range(count)]
+    assert {row[2] for row in rows} == {dense_accuracy}
+    for way in ("identity", "affine"):  # with all of them gone, the order says nothing
+        assert len({row[-1] for row in rows if row[0] == way}) == 1
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[2:])
+
+
+def test_rounds_prune_and_tune_in_turn(tables):
+    ((title, (head, *rows)),) = tables(rounds, "--rounds", "2", "--removed", "1", "--images", "128").items()
+    assert title.startswith("ResNet-8, top-1 [%] after 128 images a round, 1 seeds, from ")
+    assert head[2:] == ["1", "2"]
+    assert [row[:2] for row in rows] == [
+        ["dense", ""], *([way, order] for way in rounds.WAYS for order in ("entropy", "linearity"))
+    ]  # fmt: skip
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[2:])
+
+
+@pytest.mark.parametrize("way", rounds.WAYS)
+def test_a_round_makes_those_linear_that_are_lowest_in_its_order(way, root, weights):
+    images = [cifar.Images(str(root / "train")).batch(torch.arange(32))]
+    model = cifar.load(str(weights), 8)
+    explained = fit_chains(model, images) if way == "fitted" else measure_affines(model, images)
+    lowest = {
+        "entropy": sorted(INNER, key=measure_entropy(model, images).__getitem__),
+        "linearity": sorted(INNER, key=lambda name: -explained[name].explained),
+    }
+    for order, expected in lowest.items():
+        model = cifar.load(str(weights), 8)
+        assert list(rounds.WAYS[way](order)(model, INNER, images, 2)) == expected[:2]
+        assert sorted(stand_ins(model)) == sorted(expected[:2])
+
+
+def test_emptying_prunes_by_every_method_and_trains_none_again(tables, tmp_path):
+    few = ["--output", str(tmp_path), "--rounds", "1", "--images", "100", "--held_out", "32", "--batch", "50"]
+    first, last = tables(emptying, *few, "--within", "100").values()
+    rows = {(row[0], row[1]): row[2:] for row in first[1:]}
+    assert list(rows) == [("dense", "0"), *((method, number) for method in emptying.METHODS[1:] for number in "01")]
+    zeros = {key: float(row[2].removesuffix("%")) for key, row in rows.items()}
+    for method in emptying.METHODS[1:]:
+        assert zeros[method, "0"] == 0
+        assert (zeros[method, "1"] > 0) == (method not in ("tlc", "easier"))
+    assert int(rows["easier", "1"][1]) > int(rows["easier", "0"][1])
+    assert [row[0] for row in last[1:]] == [method for method in emptying.METHODS for _ in ("64", "1")]
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.ckpt")}
+    again, _ = tables(emptying, *few, "--within", "100").values()
+    assert again == first
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.ckpt")} == written
+
+
+def test_blocks_are_taken_out_and_compared_with_other_ways_of_as_many(tables, tmp_path):
+    few = ["--images", "128", "--held_out", "32", "--batch", "50", "--epochs", "1", "--directions", "4", "--tuned", "1"]
+    ((title, (_, *rows)),) = tables(blocks, *few, "--output", str(tmp_path)).items()
+    assert title == "ResNet-8, 1 epochs of 128 images, then 1 of tuning"
+    names = [re.sub(r"[\d.]+× wanted", "as fast", row[0]) for row in rows]
+    assert names == [
+        "dense", "0, 0 taken out", "0, 1 taken out", "1, 0 taken out", "1, 1 taken out", "dense, tuned",
+        "0, 1 taken out, tuned", "1, 1 taken out, tuned", "compress, as fast, tuned", "easier, 1 linear, tuned",
+    ]  # fmt: skip
+    faster = {name: float(row[-1].split()[0]) for name, row in zip(names, rows, strict=True)}
+    assert faster["dense"] == 1
+    assert faster["0, 1 taken out"] > 1.1  # by a clock that counts work
+    assert [row[3] == "–" for row in rows] == ["tuned" not in name for name in names]
