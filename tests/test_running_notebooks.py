@@ -8,10 +8,12 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 
 RUN = runpy.run_path(str(Path(__file__).parents[1] / "notebooks" / "run.py"))
-FOLDERS = "\n".join([
-    "import pathlib, sys, torch",
-    "print(pathlib.Path.cwd() / 'x', torch.__file__, sys.prefix, pathlib.Path.home() / 'y')",
-])
+FOLDERS = "\n".join(
+    [
+        "import pathlib, sys, torch",
+        "print(pathlib.Path.cwd() / 'x', torch.__file__, sys.prefix, pathlib.Path.home() / 'y')",
+    ]
+)
 
 
 def written(path, *sources):
