@@ -27,13 +27,11 @@ from lightning_easier.zoo import CifarResNet
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import answers
-import blocks
 import children
 import cifar
 import command
 import curve
 import drifting
-import emptying
 import fitting
 import networks
 import removing
@@ -648,35 +646,3 @@ def test_a_round_makes_those_linear_that_are_lowest_in_its_order(way, root, weig
         model = cifar.load(str(weights), 8)
         assert list(rounds.WAYS[way](order)(model, INNER, images, 2)) == expected[:2]
         assert sorted(stand_ins(model)) == sorted(expected[:2])
-
-
-def test_emptying_prunes_by_every_method_and_trains_none_again(tables, tmp_path):
-    few = ["--output", str(tmp_path), "--rounds", "1", "--images", "100", "--held_out", "32", "--batch", "50"]
-    first, last = tables(emptying, *few, "--within", "100").values()
-    rows = {(row[0], row[1]): row[2:] for row in first[1:]}
-    assert list(rows) == [("dense", "0"), *((method, number) for method in emptying.METHODS[1:] for number in "01")]
-    zeros = {key: float(row[2].removesuffix("%")) for key, row in rows.items()}
-    for method in emptying.METHODS[1:]:
-        assert zeros[method, "0"] == 0
-        assert (zeros[method, "1"] > 0) == (method not in ("tlc", "easier"))
-    assert int(rows["easier", "1"][1]) > int(rows["easier", "0"][1])
-    assert [row[0] for row in last[1:]] == [method for method in emptying.METHODS for _ in ("64", "1")]
-    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.ckpt")}
-    again, _ = tables(emptying, *few, "--within", "100").values()
-    assert again == first
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.ckpt")} == written
-
-
-def test_blocks_are_taken_out_and_compared_with_other_ways_of_as_many(tables, tmp_path):
-    few = ["--images", "128", "--held_out", "32", "--batch", "50", "--epochs", "1", "--directions", "4", "--tuned", "1"]
-    ((title, (_, *rows)),) = tables(blocks, *few, "--output", str(tmp_path)).items()
-    assert title == "ResNet-8, 1 epochs of 128 images, then 1 of tuning"
-    names = [re.sub(r"[\d.]+× wanted", "as fast", row[0]) for row in rows]
-    assert names == [
-        "dense", "0, 0 taken out", "0, 1 taken out", "1, 0 taken out", "1, 1 taken out", "dense, tuned",
-        "0, 1 taken out, tuned", "1, 1 taken out, tuned", "compress, as fast, tuned", "easier, 1 linear, tuned",
-    ]  # fmt: skip
-    faster = {name: float(row[-1].split()[0]) for name, row in zip(names, rows, strict=True)}
-    assert faster["dense"] == 1
-    assert faster["0, 1 taken out"] > 1.1  # by a clock that counts work
-    assert [row[3] == "–" for row in rows] == ["tuned" not in name for name in names]
