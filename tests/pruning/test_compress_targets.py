@@ -146,6 +146,21 @@ def test_it_stops_to_look_for_what_is_not_needed_where_it_looks_in_vain(monkeypa
     assert len(looks) == 2 * 2
 
 
+def test_what_is_not_enough_without_a_step_is_timed_beside_the_dense_network_alone(monkeypatch):
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    looks, look = [], targets.TargetWatch._look
+    monkeypatch.setattr(targets.TargetWatch, "_look", lambda *given: looks.append(given) or look(*given))
+    model = Sum([64, 64], [0.1, 0.1]).eval()
+    watch = targets.TargetWatch(model, (BATCHES[0],), "latency", timing.LatencyTable(), targets.Target(speedup=1.5))
+    smaller = Sum([64, 48], [0.1, 0.1]).eval()
+    assert "of the 1.5× that was asked for" in str(watch.look_if_enough(smaller, 1.0))
+    assert not looks
+    enough = watch.look_if_enough(Sum([16, 16], [0.1, 0.1]).eval(), 1.0)
+    assert isinstance(enough, targets.Look)
+    assert enough.attained.is_reached
+    assert len(looks) == 1
+
+
 def test_what_is_clearly_too_slow_is_timed_beside_the_dense_network_alone(monkeypatch):
     """All models are timed once it is as fast as it should be."""
     monkeypatch.setattr(timing, "stopwatch", Clock(honest))

@@ -12,6 +12,7 @@ from lightning_easier import compress, isolate_activations
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices
+from lightning_easier.collapsing.fit.narrowing import NarrowFit
 from lightning_easier.collapsing.fit.norms import MatchedNorms
 from lightning_easier.pruning import mending, search, targets
 from lightning_easier.pruning.search import Search
@@ -193,6 +194,21 @@ def test_a_step_is_left_out_and_put_back_with_the_batch_norms_that_belong_to_it(
         found.leave_out(step)
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in found.model.state_dict().items())
     assert found.drift_seen == found.drift == 0
+
+
+def test_the_norms_of_a_narrower_chain_are_matched_while_it_is_tried():
+    torch.manual_seed(0)
+    model, batches = randomized(CifarResNet(8)), [(each,) for each in images(250)]
+    isolate_activations(model)
+    found = Search(model, batches, batches[0], ChainPrices("macs", LatencyTable()), math.inf, narrows=True)
+    with Stages(STAGES) as progress:
+        candidates = found.candidates(["layer1.0.relu1"], [], Clock(None, STAGES), progress)
+    narrower = [each for each in candidates if isinstance(each.choice.fit, NarrowFit)]
+    assert narrower
+    for candidate in narrower:
+        assert found.take(candidate) is not None
+        assert found.drift_seen == pytest.approx(candidate.drift, rel=1e-3)  # as it was when it was tried
+        found.undo("it was tried")
 
 
 class Moved(nn.Module):
