@@ -118,13 +118,6 @@ class FittedPlace(NamedTuple):
     beside: dict[str, nn.Module]
 
 
-def _kept_by(place: Place, fit: Fit) -> dict[str, Tensor]:
-    """Return which channels an operator leaves of what lies in a place, by name; nothing where none are gone."""
-    if isinstance(place, NarrowableChain) and isinstance(fit, NarrowFit):
-        return dict.fromkeys(place.between, fit.channels)
-    return {}
-
-
 def _is_covered(model: nn.Module, block: FittableBlock, chains: Sequence[FittableChain]) -> bool:
     """Tell whether a block is a chain, its skip and an activation after both.
 
@@ -197,7 +190,13 @@ class Search:
     @property
     def kept_channels(self) -> dict[str, Tensor]:
         """Name of what lies in a narrower chain -> which of its channels are left."""
-        return {name: channels for step in self._steps for name, channels in _kept_by(step.place, step.fit).items()}
+        narrower = ((step.place, step.fit) for step in self._steps)
+        return {
+            name: fit.channels
+            for place, fit in narrower
+            if isinstance(place, NarrowableChain) and isinstance(fit, NarrowFit)
+            for name in place.between
+        }
 
     @property
     def drift(self) -> float:
@@ -288,8 +287,7 @@ class Search:
         run = beginnings.running_from(place.parts)
         for choice in choices:
             try:
-                matched = partial(self._norms.run, run, _kept_by(place, choice.fit))
-                outputs = as_matrices(try_out(self.model, choice, matched))
+                outputs = as_matrices(try_out(self.model, choice, partial(self._norms.run, run)))
             except CannotFitError as error:  # the forward reads what only an operator of another kind has
                 reasons.update(dict.fromkeys(place.told, str(error)))
                 continue

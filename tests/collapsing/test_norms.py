@@ -176,7 +176,7 @@ def test_norms_are_kept_matched_while_other_things_come_and_go(sizes):
         if name in ("0.weight", "3.weight"):
             other.state_dict()[name].copy_(value)
     before, raw = deepcopy(other.state_dict()), outputs_of(other, data)
-    on_the_way = as_matrices(norms.run(lambda: [other(value) for (value,) in data], {}))
+    on_the_way = as_matrices(norms.run(lambda: [other(value) for (value,) in data]))
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     outputs = norms.match(wanted, {})
     assert drift_of(outputs, wanted) < drift_of(raw, wanted) / 2
