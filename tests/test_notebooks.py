@@ -54,6 +54,9 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
 def test_what_is_kept_of_a_notebook_is_whole_and_names_no_machine(path):
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
+    run = book.metadata["lightning_easier"]  # as `make notebooks` has noted it
+    assert run["seconds"] < 120
+    assert run["cores"] <= 2
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # in one go, from the top
     kinds = {kind for output in outputs(book) for kind in output.get("data", {})}
