@@ -1,9 +1,10 @@
-"""Draw accuracy against measured time, ours and the peers, from what ``tuning.py --json`` has written.
+r"""Draw accuracy against measured time, ours and the peers, from what ``tuning.py --json`` has written.
 
 Each method is a point in each file: how many times faster it was, with a bar from the first quartile to the third, and
 its top-1. Where there is a file for each of several speeds that were asked for, the points of one method are joined:
 
-    python benchmarks/tradeoff.py docs/results/resnet56-*.json --output docs/tradeoff.png
+    python benchmarks/tradeoff.py docs/results/resnet56-1.5.json docs/results/resnet56-2.0.json \
+        --output docs/tradeoff.png
 """
 
 import argparse

@@ -494,8 +494,8 @@ class Search:
     def _match_norms(self) -> None:
         """Have the norms that are left make up for what is in place by now, as far as they can."""
         self._norms.restore()
-        outputs = self._norms.match(self._dense_outputs, self.kept_channels) if self._steps else self._dense_outputs
-        self._seen = outputs
+        is_changed = bool(self._steps)
+        self._seen = self._norms.match(self._dense_outputs, self.kept_channels) if is_changed else self._dense_outputs
 
     def _outputs(self) -> list[Tensor]:
         return outputs_of(self.model, self._batches)

@@ -170,8 +170,14 @@ class TargetWatch:
             return None
         prepared = self._prepared(model, saved)
         macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
-        is_over = self._is_impossible(macs, self._speedup)  # whether it is enough or not
-        return self._look(prepared, saved) if is_over or self._is_fast_enough(prepared, saved, self._speedup) else None
+        if self._is_impossible(macs, self._speedup):  # the search is over, whether it is enough or not
+            return self._look(prepared, saved)
+        enough = self._speedup * (1 - MARGIN)
+        found = self._beside_the_dense(prepared, enough)
+        if found.is_above(enough):
+            return self._look(prepared, saved)
+        self._note(saved, macs, found.median)
+        return None
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._merges_exactly:  # what that saves is not estimated
@@ -264,14 +270,6 @@ class TargetWatch:
         look = self._look(prepared, saved)
         is_sure = self._speedup is None or look.result.report.speedup.is_above(self._speedup)
         return look if look.attained.is_reached and is_sure else look.attained.words
-
-    def _is_fast_enough(self, prepared: Prepared, saved: float, speedup: float) -> bool:
-        """Tell whether a model is as fast as it should be, by timings of it and of the dense network alone."""
-        enough = speedup * (1 - MARGIN)
-        found = self._beside_the_dense(prepared, enough)
-        if not found.is_above(enough):
-            self._note(saved, self._share(counted(count_macs, prepared.models["after"], self._arguments)), found.median)
-        return found.is_above(enough)
 
     def _beside_the_dense(self, prepared: Prepared, bar: float) -> Speedup:
         """Time a model and the dense network in turn, until it is clear whether it is so many times faster."""

@@ -206,3 +206,14 @@ def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():
     before = deepcopy(other.state_dict())
     torch.testing.assert_close(norms.match(wanted, {}), outputs_of(other, data))
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_statistics_of_what_is_far_from_zero_are_as_exact():
+    norm, value = nn.Sequential(nn.BatchNorm2d(3)).eval(), 1e4 + torch.randn(16, 3, 9, 7)
+    before = NormsBefore(norm, [(value,)])
+    with before.matching(norm) as read:
+        norm(value)
+    ((seen,),) = read.values()
+    variance, mean = torch.var_mean(value.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(seen.variance, variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(seen.mean, mean, rtol=1e-7, atol=0)

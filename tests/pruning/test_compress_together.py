@@ -12,11 +12,13 @@ from lightning_easier import compress, isolate_activations
 from lightning_easier.collapsing.fit import correcting
 from lightning_easier.collapsing.fit.drift import change_of, drift_of, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices
+from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.narrowing import NarrowFit
 from lightning_easier.collapsing.fit.norms import MatchedNorms
 from lightning_easier.pruning import mending, search, targets
 from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import REFITTING, STAGES, Clock
+from lightning_easier.sites.discovery import KnownForwards
 from lightning_easier.support.progress import Stages
 from lightning_easier.support.timing import LatencyTable
 from lightning_easier.zoo import CifarResNet
@@ -258,6 +260,21 @@ def test_errors_that_are_corrected_leave_less_drift(monkeypatch):
     monkeypatch.setattr(correcting, "gather_corrected", lambda *_: None)
     plain = compress(deepcopy(model), batches, **OPTIONS).report
     assert corrected.drift < 0.9 * plain.drift
+
+
+@pytest.mark.parametrize(("sizes", "looked_at"), [((300, 300, 300), 2), ((300, 100), 2), ((600, 300), 1)])
+def test_errors_are_looked_at_in_as_many_samples_as_tell_enough(sizes, looked_at):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model, batches, seen = deepcopy(dense), [(torch.randn(size, 2, 6, 5),) for size in sizes], []
+    with torch.no_grad():
+        model[0].weight *= 0.9
+    place = FittableChains(model, ["2"], KnownForwards()).around(["2"])
+    gathered = correcting.gather_corrected(model, dense, place, batches, batches[0], advance=lambda: seen.append(1))
+    assert gathered is not None
+    assert len(seen) == looked_at
+    assert gathered.moments.samples == sum(sizes[:looked_at])
+    assert gathered.moments.positions == 30 * sum(sizes[:looked_at])  # all that there are
 
 
 FIRST = {**OPTIONS, "include": "layer1.0.relu1"}
