@@ -6,11 +6,12 @@ All that decides anything here is such a ratio.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from statistics import quantiles
+from timeit import Timer
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +29,13 @@ _SECONDS_A_SAMPLE = 0.01
 _SLOW = 0.05  # seconds
 _MAX_RUNS_A_SAMPLE = 200
 # What many samples may take in all, and the fewest that tell anything.
-_SECONDS_IN_ALL = 1.5
+_SECONDS_IN_ALL = 2.5
 _FEWEST_SAMPLES = 5
-# Of a comparison: how many at first, at most where they leave it open, and how long two calls may take in all then.
-_SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 60, 8.0
-# Of the table of operators: as many at first, and more where they differ from each other by more than this share, while
-# a group of them has not taken so many seconds: there may be hundreds, and a search compares prices that are far apart.
-_SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD, _SECONDS_OF_A_GROUP = 7, 28, 0.05, 2.0
+# Of a comparison: how many at first, at most where they leave it open, and how many seconds those after the first take.
+_SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 120, 16.0
+# Of the table of operators: as many at first, and more where they differ from each other by more than this share, but
+# not for more seconds a group: there may be hundreds, and a search compares prices that are far apart.
+_SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD, _SECONDS_OF_A_GROUP = 7, 28, 0.05, 1.0
 # Of those that are timed first, the quickest that takes so long is the yardstick: all others are timed along with it.
 _YARDSTICK_SECONDS = 1e-3
 # Quartiles that are so many times apart, with 1 between them, tell nothing.
@@ -46,12 +47,23 @@ _GROUP = 8
 def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
     """Return what times a call: a number of runs -> seconds a run. It waits until an accelerator is done.
 
-    Every time that is measured in this package comes from here.
+    What is quick is run once before each sample, since what ran before it has left other values in the caches; what is
+    slow is not. (Torch's own ``Timer`` runs everything twice before each sample, which takes two thirds of the time of
+    a slow one.) Every time that is measured in this package comes from here.
     """
-    from torch.utils.benchmark import Timer  # looks for compilers when it is imported
+    from torch.utils.benchmark import timer  # looks for compilers when it is imported
 
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return lambda runs: timer.timeit(runs).mean
+    timed = Timer(call, timer=timer)
+    last = 0.0  # seconds
+
+    def seconds_of(runs: int) -> float:
+        nonlocal last
+        if last < _SLOW:
+            call()
+        last = timed.timeit(runs) / runs
+        return last
+
+    return seconds_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Latency:
     Attributes:
         median: Median over the samples.
         spread: Interquartile range over the samples.
-        samples: The samples, in the order they were taken.
+        samples: The samples, in the order they were taken: one a round, in which others took theirs.
     """
 
     median: float
@@ -131,8 +143,8 @@ class Speedup:
 
 
 def speed_up(before: Latency, after: Latency) -> Speedup:
-    """Compare two latencies that were measured in turn."""
-    return Speedup(tuple(b / a for b, a in zip(before.samples, after.samples, strict=True)))
+    """Compare two latencies that were measured in turn, by the rounds in which both were."""
+    return Speedup(tuple(b / a for b, a in zip(before.samples, after.samples, strict=False)))
 
 
 def _forever() -> float:
@@ -164,13 +176,13 @@ class _Turns:
     Args:
         calls: The calls by name.
         first: How many rounds at first; fewer where they would take seconds.
-        most: How many at most; fewer where they would take longer still.
+        most: How many at most.
         pace: How long it may take.
         progress: What to call it in a progress bar; none by default.
-        seconds: How long all rounds may take together, when there are more than at first.
+        seconds: How long the rounds after the first may take together.
 
     Attributes:
-        samples: Name -> seconds, one a round.
+        samples: Name -> seconds, one for each round that it took part in: the first of all.
     """
 
     def __init__(
@@ -186,39 +198,45 @@ class _Turns:
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
         self._runs: dict[Any, int] = {}
         self._pace = Pace() if pace is None else pace
-        each: dict[Any, float] = {}
+        self._seconds: dict[Any, float] = {}  # that one sample takes, about
+        slowest = _SECONDS_A_SAMPLE
         with torch.no_grad():
             for name, seconds_of in self._timers.items():
-                runs = 2 if seconds_of(1) < _SLOW else 1  # warm-up; what takes so long has little else to warm up
-                each[name] = seconds_of(runs)
-                self._runs[name] = int(min(max(_SECONDS_A_SAMPLE / max(each[name], 1e-9), 1), _MAX_RUNS_A_SAMPLE))
+                seconds_a_run = seconds_of(1)  # a warm-up; what takes long has little else to warm up
+                if seconds_a_run < _SLOW:
+                    seconds_a_run = seconds_of(2)
+                runs = int(min(max(_SECONDS_A_SAMPLE / max(seconds_a_run, 1e-9), 1), _MAX_RUNS_A_SAMPLE))
+                self._runs[name], self._seconds[name] = runs, runs * seconds_a_run
+                slowest = max(slowest, seconds_a_run)
                 self._pace.tell(0.0)
-        slowest = max([_SECONDS_A_SAMPLE, *each.values()])
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
-        self._seconds_a_round = sum(self._runs[name] * seconds for name, seconds in each.items())
-        self._most = max(self._first, min(most, int(seconds / max(self._seconds_a_round, 1e-9))))
-        self._step = 1 / (len(calls) * self._most) if calls else 0.0
+        self._most = max(self._first, most)
+        self._more_seconds = seconds
+        planned = len(calls) * self._most
+        if self._most > self._first:
+            planned = min(planned, len(calls) * (self._first + int(seconds / max(sum(self._seconds.values()), 1e-9))))
+        self._step = 1 / max(planned, 1)
         self._share_told = 0.0
-        self._bar = tqdm(
-            total=len(calls) * self._most, desc=progress, leave=False, delay=1, disable=None if progress else True
-        )
+        self._bar = tqdm(total=planned, desc=progress, leave=False, delay=1, disable=None if progress else True)
 
     @property
     def _rounds(self) -> int:
-        return len(next(iter(self.samples.values()), ()))
+        return max(map(len, self.samples.values()), default=0)
 
-    def _allowed(self) -> int:
-        """Return how many more rounds the time allows, of those that are left."""
+    def _allowed(self, names: Collection[Any], seconds: float = math.inf) -> int:
+        """Return how many more rounds of some calls the time allows, of those that are left."""
         wanted = self._most - self._rounds
-        return wanted if self._seconds_a_round == 0 else int(min(wanted, self._pace.left() / self._seconds_a_round))
+        a_round = sum(self._seconds[name] for name in names)
+        return wanted if a_round == 0 else int(min(wanted, min(seconds, self._pace.left()) / a_round))
 
-    def _take(self, rounds: int) -> None:
+    def _take(self, rounds: int, names: Collection[Any]) -> None:
         with torch.no_grad():
             for _ in range(rounds):
                 forwards = self._rounds % 2 == 0
                 for name in self._timers if forwards else reversed(self._timers):
-                    self.samples[name].append(self._timers[name](self._runs[name]))
-                    self._tell(self._step)
+                    if name in names:
+                        self.samples[name].append(self._timers[name](self._runs[name]))
+                        self._tell(self._step)
 
     def _tell(self, share: float) -> None:
         share = min(share, 1 - self._share_told)
@@ -229,20 +247,26 @@ class _Turns:
     def take_first(self) -> None:
         """Take as many samples as at first; as many again where there are some, if time allows."""
         fewest = 0 if self._rounds else _FEWEST_SAMPLES
-        rounds = min(self._first, max(fewest, self._allowed()))
+        rounds = min(self._first, max(fewest, self._allowed(self.samples)))
         self._pace.was_short |= rounds < self._first
-        self._take(rounds)
+        self._take(rounds, self.samples)
 
-    def take_until(self, is_enough: Callable[[], bool]) -> None:
-        """Take samples until they are enough, or there are as many as there may be."""
+    def take_while(self, still_open: Callable[[], Collection[Any]]) -> None:
+        """Take samples of what is open still, until nothing is or there are as many as there may be.
+
+        Args:
+            still_open: Returns the names of the calls; one that is none of them once is left out from then on.
+        """
         if not self._rounds:
             self.take_first()
-        while self._rounds < self._most and not is_enough():
-            rounds = min(self._rounds, self._allowed())
+        names, seconds = set(self.samples), self._more_seconds
+        while self._rounds < self._most and (names := names & set(still_open())):
+            rounds = min(self._rounds, self._allowed(names, seconds))
             if rounds <= 0:
-                self._pace.was_short = True
+                self._pace.was_short |= self._allowed(names) <= 0
                 break
-            self._take(rounds)
+            self._take(rounds, names)
+            seconds -= rounds * sum(self._seconds[name] for name in names)
         self._tell(1.0)
         self._bar.close()
 
@@ -252,8 +276,8 @@ class _Turns:
         return {name: Latency.of(samples) for name, samples in self.samples.items()}
 
     def speedup(self, before: Hashable, after: Hashable) -> Speedup:
-        """Compare two of the calls."""
-        return Speedup(tuple(b / a for b, a in zip(self.samples[before], self.samples[after], strict=True)))
+        """Compare two of the calls, by the rounds in which both were timed."""
+        return Speedup(tuple(b / a for b, a in zip(self.samples[before], self.samples[after], strict=False)))
 
 
 def measure_latency(
@@ -281,7 +305,7 @@ def time_interleaved(
         progress: What to call it in a progress bar, on a terminal, when it takes more than a second; none by default.
     """
     turns = _Turns(calls, samples, samples, progress=progress)
-    turns.take_until(lambda: True)
+    turns.take_while(tuple)
     return turns.latencies
 
 
@@ -296,21 +320,22 @@ def compare(
     Args:
         calls: The callables by name; one that has several names is timed once.
         arguments: Positional arguments.
-        bars: Names of two of them -> how many times faster than the first the second is to be. More samples are taken
-            while :meth:`Speedup.leaves_open` that, up to a limit.
+        bars: Names of two of them -> how many times faster than the first the second is to be. More samples of both are
+            taken while :meth:`Speedup.leaves_open` that, up to a limit.
         pace: How long it may take; no limit by default.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
     turns = _Turns(
         {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
-        "Timing" if pace is None else None, _MORE_SECONDS * max(len(distinct), 2) / 2,
+        "Timing" if pace is None else None,
     )  # fmt: skip
+    pairs = {(numbers[before], numbers[after]): bar for (before, after), bar in bars.items()}
 
-    def is_clear() -> bool:
-        return not any(turns.speedup(*(numbers[name] for name in pair)).leaves_open(bar) for pair, bar in bars.items())
+    def still_open() -> set[int]:
+        return {each for pair, bar in pairs.items() if turns.speedup(*pair).leaves_open(bar) for each in pair}
 
-    turns.take_until(is_clear)
+    turns.take_while(still_open)
     latencies = turns.latencies
     return {name: latencies[number] for name, number in numbers.items()}
 
@@ -376,9 +401,10 @@ class LatencyTable:
             calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress, _SECONDS_OF_A_GROUP
         )
 
-        def is_clear() -> bool:
+        def still_open() -> Collection[Hashable]:
             compared = [turns.speedup(name, yardstick) for name in turns.samples if name != yardstick]
-            return all(high - low <= 2 * _SPREAD * each.median for each in compared for low, high in [each.bounds])
+            is_clear = all(high - low <= 2 * _SPREAD * each.median for each in compared for low, high in [each.bounds])
+            return () if is_clear else turns.samples
 
         if where not in self._yardsticks:
             turns.take_first()
@@ -388,7 +414,7 @@ class LatencyTable:
             yardstick = min(slow, key=medians.__getitem__) if slow else max(medians, key=medians.__getitem__)
             self._yardsticks[where] = calls[yardstick], latencies[yardstick].median
             turns.take_first()  # all that is timed later is a multiple of it
-        turns.take_until(is_clear)
+        turns.take_while(still_open)
         unit = self._yardsticks[where][1]
         self.seconds.update(
             (name, unit * turns.speedup(name, yardstick).median) for name in calls if name is not _YARDSTICK

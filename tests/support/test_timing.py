@@ -249,6 +249,31 @@ def test_a_comparison_goes_on_while_it_is_open(monkeypatch):
     assert samples_for(1.2) < samples_for(1.98)
 
 
+@pytest.mark.real_clock
+@pytest.mark.parametrize(("slow", "runs"), [(math.inf, [2, 6]), (1e-12, [2, 5])])
+def test_only_what_is_quick_is_run_once_more_before_each_sample(monkeypatch, slow, runs):
+    monkeypatch.setattr(timing, "_SLOW", slow)
+    called: list[int] = []
+    seconds_of = timing.stopwatch(lambda: called.append(1))
+    for number, expected in zip((1, 5), runs, strict=True):  # of the first sample nothing is known yet
+        called.clear()
+        assert seconds_of(number) > 0
+        assert len(called) == expected
+
+
+def test_of_a_comparison_only_what_is_open_is_timed_on(monkeypatch):
+    """One pair is clear at once, and one never is: what it says is still of the rounds in which both were timed."""
+    under(monkeypatch, jittering(0.1))
+    calls = {name: nn.Linear(64, width) for name, width in (("slow", 2048), ("quick", 64), ("one", 512), ("two", 512))}
+    latency = compare(calls, (torch.randn(512, 64),), {("slow", "quick"): 2.0, ("one", "two"): 1.0})
+    counts = {name: len(each.samples) for name, each in latency.items()}
+    assert counts["slow"] == counts["quick"] == 15 < counts["one"] == counts["two"]
+    true = work_of(lambda: calls["slow"](torch.randn(512, 64))) / work_of(lambda: calls["one"](torch.randn(512, 64)))
+    across = speed_up(latency["slow"], latency["one"])
+    assert len(across.ratios) == 15
+    assert across.median == pytest.approx(true, rel=0.15)
+
+
 def test_calls_are_timed_in_turn_and_in_both_orders(monkeypatch):
     order = []
 
@@ -258,7 +283,7 @@ def test_calls_are_timed_in_turn_and_in_both_orders(monkeypatch):
     monkeypatch.setattr(timing, "stopwatch", stopwatch)
     calls = {"a": min, "b": max}
     measure_latency(calls, (), samples=4)
-    assert [function.__name__ for function in order[4:]] == ["min", "max", "max", "min", "min", "max", "max", "min"]
+    assert [function.__name__ for function in order[2:]] == ["min", "max", "max", "min", "min", "max", "max", "min"]
 
 
 def test_a_ratio_does_not_notice_what_slows_both(monkeypatch, liar):
