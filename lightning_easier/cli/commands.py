@@ -21,6 +21,7 @@ from lightning_easier.exporting import check_export, check_file
 from lightning_easier.exporting import export as export_network
 from lightning_easier.measure.probe import measure_entropy
 from lightning_easier.pruning.candidates import candidates as list_candidates
+from lightning_easier.pruning.compress import check_globs
 from lightning_easier.pruning.compress import compress as compress_network
 from lightning_easier.pruning.targets import check_target
 from lightning_easier.report import Report, check_report_path, save_report
@@ -161,6 +162,7 @@ def compress(
     _check_reports(report)
     session = start(network, inputs_of)
     session.load(ckpt_path, weights_only)
+    check_globs(session.network, options["include"], options["exclude"])
     inputs = export_to.checked(session, batch_size)
     calibration = session.calibration(samples)
     told = Monitor(monitor, mode)

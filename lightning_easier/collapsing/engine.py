@@ -169,7 +169,7 @@ def collapse(
             reader = BatchReader(fitted, "calibration", inputs_of, arguments)
             fits = _fit(fitted, sites, calibration, reader, arguments, ChainPrices(objective, table), slack)
         prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
-        result = prepared.settle(compare(prepared.models, copies(arguments), prepared.bars, table.pace))
+        result = prepared.settle(compare(prepared.models, copies(arguments), prepared.bars.items(), table.pace))
         warn_of_lost_arguments(model, result.report)
         return with_operators(result, prepared.baseline.model, arguments, table.pace)
 

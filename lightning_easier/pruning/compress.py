@@ -195,10 +195,7 @@ def compress(
     check_weights(model)
     if settings is not None:
         check_trainable(model)
-    source = without_masks(model).eval()
-    remove_hooks_of_one_model(source)
-    split_norms(source)
-    activations = list(isolate_activations(source))
+    source, activations = _prepared(model)
     found = find_blocks(source)
     sites, blocks = _wanted(activations, found, as_globs("include", include), as_globs("exclude", exclude))
     given = None if example_inputs is None else as_arguments(example_inputs, source)
@@ -295,9 +292,10 @@ def compress(
             f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
         )
     if pace.was_short:
+        samples = len(look.result.report.speedup.ratios)
         notes.append(
-            f"`max_minutes` left time for few samples, {len(look.before.latency.samples)} of each model: the bounds of "
-            f"speed-ups are wider than without it, and so are those of prices"
+            f"`max_minutes` left time for few samples, {samples} of the compressed model: the bounds of speed-ups are "
+            f"wider than without it, and so are those of prices"
         )
     report = CompressReport(
         search.trials, search.reasons, judge.dense_score, look.before, look.dense, look.exact, look.result.report.after,
@@ -305,6 +303,31 @@ def compress(
     )  # fmt: skip
     warn_of_lost_arguments(source, look.result.report)
     return CompressResult(look.result.model, search.model, report)
+
+
+def check_globs(model: nn.Module, include: list[str] | str | None, exclude: list[str] | str | None) -> None:
+    """Refuse globs that :func:`compress` would refuse, before anything is run or read for it.
+
+    Args:
+        model: The model; it is not changed.
+        include: As for :func:`compress`.
+        exclude: As for :func:`compress`.
+
+    Raises:
+        ValueError: If a glob matches nothing.
+    """
+    if include is None and exclude is None:
+        return
+    source, activations = _prepared(unwrap(model))
+    _wanted(activations, find_blocks(source), as_globs("include", include), as_globs("exclude", exclude))
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Return a copy of a model in eval mode in which all may be replaced, and the names of its activations."""
+    source = without_masks(model).eval()
+    remove_hooks_of_one_model(source)
+    split_norms(source)
+    return source, list(isolate_activations(source))
 
 
 def _as_finetuning(finetune: int | Finetuning | None) -> Finetuning | None:

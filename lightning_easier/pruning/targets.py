@@ -19,6 +19,8 @@ from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speed
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
+# One that is surely so many times faster than it should be may do with less; as well do prices tell what that leaves.
+_PASSED = 1 + 2 * MARGIN
 # A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
 # so much of the dense network's time.
 _WORTH_A_LOOK, _LEAST_SAVING = 0.75, 0.02
@@ -275,7 +277,7 @@ class TargetWatch:
         """Time a model and the dense network in turn, until it is clear whether it is so many times faster."""
         names: list[str] = [name for name in ("after", "unmerged") if name in prepared.models]
         models: dict[str, nn.Module] = {"dense": self._dense, **{name: prepared.models[name] for name in names}}
-        bars: dict[tuple[str, str], float] = {("dense", name): bar for name in names}
+        bars = [(("dense", name), bar) for name in names]
         latency = compare(models, copies(self._arguments), bars, self._table.pace)
         return max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
 
@@ -291,7 +293,7 @@ class TargetWatch:
             return False
         report = look.result.report
         if self._speedup is not None:
-            return report.speedup.median > self._speedup * _NEARLY
+            return report.speedup.is_above(self._speedup * _PASSED)
         return self._depth is not None and report.after.depth < self._depth
 
     def may_do_with(self, look: Look, saved: float, less: float) -> bool:
@@ -307,14 +309,16 @@ class TargetWatch:
         if self._speedup is None:
             return True
         share = 1 / look.result.report.speedup.median
-        return share + (1 - share) * less / saved <= _NEARLY / self._speedup
+        return share + (1 - share) * less / saved <= _PASSED / self._speedup
 
     def _look(self, prepared: Prepared, saved: float) -> Look:
         both = {"exact": self._exact, "fitted": prepared}
         models = {(whose, name): model for whose, each in both.items() for name, model in each.models.items()}
-        bars = {((whose, a), (whose, b)): bar for whose, each in both.items() for (a, b), bar in each.bars.items()}
-        if self._speedup is not None:
-            bars[("exact", "dense"), ("fitted", "after")] = self._speedup
+        bars = [(((whose, a), (whose, b)), bar) for whose, each in both.items() for (a, b), bar in each.bars.items()]
+        if self._speedup is not None:  # which is the result is known at last; and whether less might do is asked next
+            names = [name for name in ("after", "unmerged") if name in prepared.models]
+            wanted = (self._speedup, self._speedup * _PASSED)
+            bars += [((("exact", "dense"), ("fitted", name)), bar) for name in names for bar in wanted]
         latency = compare(models, copies(self._arguments), bars, self._table.pace)
 
         def settled(whose: str) -> CollapseResult:

@@ -6,7 +6,7 @@ All that decides anything here is such a ratio.
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -26,7 +26,10 @@ MARGIN = 0.02
 """Two timings of one thing differ by about this much; less is not an improvement."""
 
 _SECONDS_A_SAMPLE = 0.01
-_SLOW = 0.05  # seconds
+# Calls that take so long have little to warm up; one that is off by so much for once is not timed as if it always were.
+_SLOW, _VERY_SLOW = 0.05, 1.0
+# What a clock that is too coarse tells of nothing is no zero.
+_LEAST = 1e-9
 _MAX_RUNS_A_SAMPLE = 200
 # What many samples may take in all, and the fewest that tell anything.
 _SECONDS_IN_ALL = 2.5
@@ -47,23 +50,13 @@ _GROUP = 8
 def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
     """Return what times a call: a number of runs -> seconds a run. It waits until an accelerator is done.
 
-    What is quick is run once before each sample, since what ran before it has left other values in the caches; what is
-    slow is not. (Torch's own ``Timer`` runs everything twice before each sample, which takes two thirds of the time of
-    a slow one.) Every time that is measured in this package comes from here.
+    It runs nothing besides: torch's own ``Timer`` runs a call twice before each sample, two thirds of the time of what
+    is slow. Every time of a whole call that is measured in this package comes from here.
     """
     from torch.utils.benchmark import timer  # looks for compilers when it is imported
 
     timed = Timer(call, timer=timer)
-    last = 0.0  # seconds
-
-    def seconds_of(runs: int) -> float:
-        nonlocal last
-        if last < _SLOW:
-            call()
-        last = timed.timeit(runs) / runs
-        return last
-
-    return seconds_of
+    return lambda runs: max(timed.timeit(runs) / runs, _LEAST)
 
 
 @dataclass(frozen=True)
@@ -71,9 +64,9 @@ class Latency:
     """Time of one call in seconds: the median of several samples, and their spread.
 
     Attributes:
-        median: Median over the samples.
-        spread: Interquartile range over the samples.
-        samples: The samples, in the order they were taken: one a round, in which others took theirs.
+        median: Median over the rounds in which all took part that were timed in turn.
+        spread: Interquartile range over the same.
+        samples: All samples, in the order they were taken: one a round, in which others took theirs.
     """
 
     median: float
@@ -81,9 +74,14 @@ class Latency:
     samples: tuple[float, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> "Latency":
-        """Sum up samples."""
-        first, middle, third = quantiles(samples, n=4)
+    def of(cls, samples: Sequence[float], common: int | None = None) -> "Latency":
+        """Sum up samples.
+
+        Args:
+            samples: The samples.
+            common: In how many rounds, the first, all took part; in all of them by default.
+        """
+        first, middle, third = quantiles(samples[:common], n=4)
         return cls(middle, third - first, tuple(samples))
 
 
@@ -196,19 +194,18 @@ class _Turns:
     ) -> None:
         self.samples: dict[Any, list[float]] = {name: [] for name in calls}
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
-        self._runs: dict[Any, int] = {}
         self._pace = Pace() if pace is None else pace
-        self._seconds: dict[Any, float] = {}  # that one sample takes, about
-        slowest = _SECONDS_A_SAMPLE
         with torch.no_grad():
-            for name, seconds_of in self._timers.items():
-                seconds_a_run = seconds_of(1)  # a warm-up; what takes long has little else to warm up
-                if seconds_a_run < _SLOW:
-                    seconds_a_run = seconds_of(2)
-                runs = int(min(max(_SECONDS_A_SAMPLE / max(seconds_a_run, 1e-9), 1), _MAX_RUNS_A_SAMPLE))
-                self._runs[name], self._seconds[name] = runs, runs * seconds_a_run
-                slowest = max(slowest, seconds_a_run)
-                self._pace.tell(0.0)
+            once = {name: self._estimate(seconds_of) for name, seconds_of in self._timers.items()}
+        slowest = max([_SECONDS_A_SAMPLE, *once.values()])
+        # all alike: what was run just before has its values in the caches. What ran before it has left others there
+        self._warm_ups = int(slowest < _SLOW)
+        self._runs = {
+            name: int(min(max(_SECONDS_A_SAMPLE / each, 1), _MAX_RUNS_A_SAMPLE)) for name, each in once.items()
+        }
+        self._seconds = {  # that one sample takes, about
+            name: (self._runs[name] + self._warm_ups) * each for name, each in once.items()
+        }
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
         self._most = max(self._first, most)
         self._more_seconds = seconds
@@ -218,6 +215,16 @@ class _Turns:
         self._step = 1 / max(planned, 1)
         self._share_told = 0.0
         self._bar = tqdm(total=planned, desc=progress, leave=False, delay=1, disable=None if progress else True)
+
+    def _estimate(self, seconds_of: Callable[[int], float]) -> float:
+        """Warm a call up, and return about how long it takes."""
+        seconds = seconds_of(1)
+        if seconds < _SLOW:
+            seconds = seconds_of(2)
+        elif seconds < _VERY_SLOW:
+            seconds = min(seconds, seconds_of(1))
+        self._pace.tell(0.0)
+        return seconds
 
     @property
     def _rounds(self) -> int:
@@ -229,14 +236,25 @@ class _Turns:
         a_round = sum(self._seconds[name] for name in names)
         return wanted if a_round == 0 else int(min(wanted, min(seconds, self._pace.left()) / a_round))
 
-    def _take(self, rounds: int, names: Collection[Any]) -> None:
+    def _take(self, rounds: int, names: Collection[Any]) -> float:
+        """Take samples of some calls, each round if time allows; return the seconds that it took."""
+        spent = 0.0
         with torch.no_grad():
             for _ in range(rounds):
+                if self._rounds >= _FEWEST_SAMPLES and self._allowed(names) <= 0:
+                    self._pace.was_short = True
+                    break
                 forwards = self._rounds % 2 == 0
                 for name in self._timers if forwards else reversed(self._timers):
                     if name in names:
-                        self.samples[name].append(self._timers[name](self._runs[name]))
+                        if self._warm_ups:
+                            self._timers[name](self._warm_ups)
+                        seconds = self._timers[name](self._runs[name])
+                        self.samples[name].append(seconds)
+                        self._seconds[name] = (self._runs[name] + self._warm_ups) * seconds
+                        spent += self._seconds[name]
                         self._tell(self._step)
+        return spent
 
     def _tell(self, share: float) -> None:
         share = min(share, 1 - self._share_told)
@@ -265,15 +283,15 @@ class _Turns:
             if rounds <= 0:
                 self._pace.was_short |= self._allowed(names) <= 0
                 break
-            self._take(rounds, names)
-            seconds -= rounds * sum(self._seconds[name] for name in names)
+            seconds -= self._take(rounds, names)
         self._tell(1.0)
         self._bar.close()
 
     @property
     def latencies(self) -> dict[Any, Latency]:
         """What was measured so far."""
-        return {name: Latency.of(samples) for name, samples in self.samples.items()}
+        common = min(map(len, self.samples.values()), default=0)
+        return {name: Latency.of(samples, common) for name, samples in self.samples.items()}
 
     def speedup(self, before: Hashable, after: Hashable) -> Speedup:
         """Compare two of the calls, by the rounds in which both were timed."""
@@ -312,7 +330,7 @@ def time_interleaved(
 def compare(
     calls: Mapping[Name, Callable[..., Any]],
     arguments: Sequence[Tensor],
-    bars: Mapping[tuple[Name, Name], float],
+    bars: Iterable[tuple[tuple[Name, Name], float]],
     pace: Pace | None = None,
 ) -> dict[Name, Latency]:
     """Time several callables in turn until it is clear of some of them whether one is so many times faster.
@@ -320,8 +338,8 @@ def compare(
     Args:
         calls: The callables by name; one that has several names is timed once.
         arguments: Positional arguments.
-        bars: Names of two of them -> how many times faster than the first the second is to be. More samples of both are
-            taken while :meth:`Speedup.leaves_open` that, up to a limit.
+        bars: Names of two of them, and how many times faster than the first the second is to be. More samples of both
+            are taken while :meth:`Speedup.leaves_open` that, up to a limit.
         pace: How long it may take; no limit by default.
     """
     distinct = {id(each): each for each in calls.values()}
@@ -330,10 +348,10 @@ def compare(
         {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
         "Timing" if pace is None else None,
     )  # fmt: skip
-    pairs = {(numbers[before], numbers[after]): bar for (before, after), bar in bars.items()}
+    pairs = [((numbers[before], numbers[after]), bar) for (before, after), bar in bars]
 
     def still_open() -> set[int]:
-        return {each for pair, bar in pairs.items() if turns.speedup(*pair).leaves_open(bar) for each in pair}
+        return {each for pair, bar in pairs if turns.speedup(*pair).leaves_open(bar) for each in pair}
 
     turns.take_while(still_open)
     latencies = turns.latencies
@@ -388,7 +406,7 @@ class LatencyTable:
             bar: How many times faster it is to be, see :func:`compare`.
         """
         if key not in self.speedups:
-            latency = compare({"before": before, "after": after}, arguments, {("before", "after"): bar}, self.pace)
+            latency = compare({"before": before, "after": after}, arguments, [(("before", "after"), bar)], self.pace)
             self.speedups[key] = speed_up(latency["before"], latency["after"])
         return self.speedups[key]
 

@@ -350,6 +350,8 @@ def failed(capsys, arguments) -> tuple[int, str]:
         (["compress", "--target_speedup=0.5"], "`--target_speedup` to be above 1"),
         (["compress", "--target_depth=0"], "`--target_depth` to be at least 1, but got 0"),
         (["compress", "--finetune=0"], "`--finetune` to be at least 1, but got 0"),
+        (["compress", "--include", "nothing.*"], "'nothing.*' matches none of"),
+        (["compress", "--exclude", "nothing.*"], "`exclude` to hold globs that match activations"),
         (["candidates", "--report", "a.png"], "`--report` to end in one of .md, .json, .txt, but got 'a.png'"),
         (["export", "--output=m.onnx", "--trainer.precision=bf16-true"], "`--trainer.precision` to be 32-true or"),
         (["collapse", "--output=m.onnx", "--input_names", "a", "--output_names", "a"], "other names than the inputs"),

@@ -439,7 +439,7 @@ def test_minutes_that_are_too_few_to_try_anything_are_named(monkeypatch, seconds
         report = at_a_pace(monkeypatch, seconds)
     assert report.ended == f"{ended} of `max_minutes`"
     assert report.trials == []
-    assert "few samples, 5 of each model" in report.notes[-1]
+    assert "few samples, 5 of the compressed model" in report.notes[-1]
     assert len(report.speedup.ratios) == 5
 
 

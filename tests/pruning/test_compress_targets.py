@@ -1,5 +1,6 @@
 """What a compression with a target leaves as it was: the least change that reaches it is wanted."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -8,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_easier import compress
+from lightning_easier import CollapseResult, compress
 from lightning_easier.pruning import targets
-from lightning_easier.report import CompressReport
+from lightning_easier.report import CompressReport, ModelCost
 from lightning_easier.support import timing
 from lightning_easier.support.inference import relative_difference
 from tests.clocks import Clock, honest, jittering
@@ -159,6 +160,41 @@ def test_what_is_not_enough_without_a_step_is_timed_beside_the_dense_network_alo
     assert isinstance(enough, targets.Look)
     assert enough.attained.is_reached
     assert len(looks) == 1
+
+
+def test_whichever_of_a_collapse_is_the_result_is_timed_until_the_target_is_clear(monkeypatch):
+    """With merges or without: which one it is, timings tell at last."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    asked, compare = [], targets.compare
+
+    def asking(models, x, bars, pace):
+        asked.extend(bars)
+        return compare(models, x, bars, pace)
+
+    monkeypatch.setattr(targets, "compare", asking)
+    torch.manual_seed(0)
+    layers = nn.Linear(32, 256), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 256), nn.Linear(256, 4)
+    model = nn.Sequential(*layers).eval()
+    watch = targets.TargetWatch(model, (BATCHES[0],), "latency", timing.LatencyTable(), targets.Target(speedup=1.5))
+    assert watch.look(model, 0.0).result.report.merges
+    of_target = {(after, bar) for (before, (_, after)), bar in asked if before == ("exact", "dense") and bar >= 1.5}
+    assert of_target == {(name, bar) for name in ("after", "unmerged") for bar in (1.5, 1.5 * targets._PASSED)}
+
+
+def test_what_passes_a_target_by_less_than_timings_tell_is_left(monkeypatch):
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    model = Sum([64, 64], [0.1, 0.1]).eval()
+    watch = targets.TargetWatch(model, (BATCHES[0],), "latency", timing.LatencyTable(), targets.Target(speedup=1.5))
+    look = watch.look(Sum([16, 16], [0.1, 0.1]).eval(), 1.0)
+    for beyond, spread, is_passed in ((1.02, 0.0, False), (1.06, 0.0, True), (1.06, 0.1, False)):
+        ratios = tuple(1.5 * beyond * (1 + spread * (-1) ** number) for number in range(20))
+        report = dataclasses.replace(look.result.report, dense=cost(look, ratios), after=cost(look, (1.0,) * 20))
+        assert watch.is_passed(dataclasses.replace(look, result=CollapseResult(look.result.model, report))) == is_passed
+
+
+def cost(look: targets.Look, samples: tuple[float, ...]) -> ModelCost:
+    """Return what a model costs that took so long."""
+    return dataclasses.replace(look.result.report.after, latency=timing.Latency.of(samples))
 
 
 def test_what_is_clearly_too_slow_is_timed_beside_the_dense_network_alone(monkeypatch):

@@ -243,35 +243,72 @@ def test_a_comparison_goes_on_while_it_is_open(monkeypatch):
     def samples_for(bar):
         under(monkeypatch, jittering(0.2))
         calls = {"before": nn.Linear(64, 512), "after": nn.Linear(64, 256)}
-        latency = compare(calls, (torch.randn(512, 64),), {("before", "after"): bar})
+        latency = compare(calls, (torch.randn(512, 64),), [(("before", "after"), bar)])
         return len(latency["before"].samples)
 
     assert samples_for(1.2) < samples_for(1.98)
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize(("slow", "runs"), [(math.inf, [2, 6]), (1e-12, [2, 5])])
-def test_only_what_is_quick_is_run_once_more_before_each_sample(monkeypatch, slow, runs):
-    monkeypatch.setattr(timing, "_SLOW", slow)
+def test_a_stopwatch_runs_what_it_times_as_often_as_it_says():
     called: list[int] = []
     seconds_of = timing.stopwatch(lambda: called.append(1))
-    for number, expected in zip((1, 5), runs, strict=True):  # of the first sample nothing is known yet
+    for runs in (1, 5):
         called.clear()
-        assert seconds_of(number) > 0
-        assert len(called) == expected
+        assert seconds_of(runs) > 0
+        assert len(called) == runs
+
+
+@pytest.mark.parametrize(("seconds", "warm_ups"), [((0.03, 0.04), 1), ((0.04, 0.06), 0)])
+def test_calls_of_one_comparison_are_warmed_up_alike(monkeypatch, seconds, warm_ups):
+    """Else the slower one would seem slower still: the other finds its own values in the caches."""
+    ran: list[float] = []
+    monkeypatch.setattr(timing, "stopwatch", lambda call: lambda runs: ran.append(call()) or call())
+    calls = {each: lambda each=each: each for each in seconds}
+    latencies = timing.time_interleaved(calls, samples=6)
+    assert {len(each.samples) for each in latencies.values()} == {6}
+    assert {ran.count(each) for each in seconds} == {2 + 6 * (1 + warm_ups)}
+
+
+def test_a_first_run_that_was_held_up_is_not_what_is_reckoned_with(monkeypatch):
+    calls, ran = iter([0.5, *[0.001] * 10**4]), []
+    monkeypatch.setattr(timing, "stopwatch", lambda call: lambda runs: ran.append(runs) or next(calls))
+    latencies = timing.time_interleaved({"it": print}, samples=12)
+    assert len(latencies["it"].samples) == 12
+    assert ran[-1] == 10
+
+
+def test_time_that_a_busy_machine_takes_is_counted_as_it_passes(monkeypatch):
+    """What takes ten times as long as at first would take ten times the seconds, if only estimated."""
+    ran = []
+    monkeypatch.setattr(timing, "stopwatch", lambda call: lambda runs: ran.append(1) or (0.2 if len(ran) < 5 else 2.0))
+    calls = {"one": nn.Identity(), "other": nn.Identity()}
+    latency = compare(calls, (torch.zeros(1),), [(("one", "other"), 1.0)])
+    assert len(latency["one"].samples) <= 12 + 16 / 4 + 1
+
+
+def test_several_bars_of_one_pair_are_all_asked_for(monkeypatch):
+    under(monkeypatch, jittering(0.1))
+    one, other = nn.Linear(64, 512), nn.Linear(64, 512)
+    calls, x = {"a": one, "same": one, "b": other}, torch.randn(512, 64)
+    clear, is_open = (("same", "b"), 3.0), (("a", "b"), 1.0)
+    counts = [len(compare(calls, (x,), bars)["a"].samples) for bars in ([clear], [is_open, clear], [clear, is_open])]
+    assert counts[0] == 15 < counts[1] == counts[2]
 
 
 def test_of_a_comparison_only_what_is_open_is_timed_on(monkeypatch):
     """One pair is clear at once, and one never is: what it says is still of the rounds in which both were timed."""
     under(monkeypatch, jittering(0.1))
     calls = {name: nn.Linear(64, width) for name, width in (("slow", 2048), ("quick", 64), ("one", 512), ("two", 512))}
-    latency = compare(calls, (torch.randn(512, 64),), {("slow", "quick"): 2.0, ("one", "two"): 1.0})
+    latency = compare(calls, (torch.randn(512, 64),), [(("slow", "quick"), 2.0), (("one", "two"), 1.0)])
     counts = {name: len(each.samples) for name, each in latency.items()}
     assert counts["slow"] == counts["quick"] == 15 < counts["one"] == counts["two"]
     true = work_of(lambda: calls["slow"](torch.randn(512, 64))) / work_of(lambda: calls["one"](torch.randn(512, 64)))
     across = speed_up(latency["slow"], latency["one"])
     assert len(across.ratios) == 15
     assert across.median == pytest.approx(true, rel=0.15)
+    for each in latency.values():  # seconds that stand side by side are of the same rounds
+        assert each.median == pytest.approx(median(each.samples[:15]))
 
 
 def test_calls_are_timed_in_turn_and_in_both_orders(monkeypatch):
@@ -358,7 +395,7 @@ def test_timings_keep_to_the_minutes(monkeypatch, options):
 def test_calls_that_are_one_are_timed_once_under_both_names(monkeypatch):
     under(monkeypatch, jittering(0.3))
     one, other = nn.Linear(64, 512), nn.Linear(64, 64)
-    latency = compare({"a": one, "b": other, "c": one}, (torch.randn(512, 64),), {("a", "c"): 1.0, ("a", "b"): 2.0})
+    latency = compare({"a": one, "b": other, "c": one}, (torch.randn(512, 64),), [(("a", "c"), 1.0), (("a", "b"), 2.0)])
     assert latency["a"] is latency["c"]
     assert speed_up(latency["a"], latency["b"]).is_above(2.0)
 
@@ -371,7 +408,7 @@ def test_a_pace_that_is_over_leaves_the_fewest_samples_and_says_so(monkeypatch):
     for left, samples in ((0.0, 5), (math.inf, 15)):
         told.clear()
         pace = timing.Pace(lambda left=left: left, told.append)
-        latency = compare(calls, (x,), {}, pace)
+        latency = compare(calls, (x,), [], pace)
         assert len(latency["before"].samples) == samples
         assert pace.was_short == (left == 0.0)
         assert sum(told) == pytest.approx(1.0)
