@@ -1,3 +1,5 @@
+"""An exported file computes what the model does at every size that is free; what can't be exported writes nothing."""
+
 from pathlib import Path
 
 import onnx

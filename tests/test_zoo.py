@@ -1,3 +1,5 @@
+"""Networks, classifiers and data of the zoo: as published, by name, and with pretrained weights that run no code."""
+
 import os
 import sys
 from pathlib import Path

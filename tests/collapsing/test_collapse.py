@@ -1,3 +1,5 @@
+"""A collapse computes the same with fewer operators, leaves its argument alone, and says why others did not merge."""
+
 import copy
 import dataclasses
 import re

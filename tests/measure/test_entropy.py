@@ -1,3 +1,5 @@
+"""The entropy of activations is that of its definition, over all batches and processes, in any shape and dtype."""
+
 import math
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Entropies of a whole model: what is counted, of how many samples, and that the model is left as it was."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""The sliced Wasserstein distance and its gradients are those of its definition; the metric is the mean of batches."""
+
 import math
 from pathlib import Path
 

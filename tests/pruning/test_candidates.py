@@ -1,3 +1,5 @@
+"""What is said to merge around an activation is what a collapse merges; where nothing would, the reason is given."""
+
 import json
 from functools import partial
 

@@ -1,3 +1,5 @@
+"""Every call of an activation becomes a module of its own with a readable name, and the model computes what it did."""
+
 import copy
 import inspect
 import io

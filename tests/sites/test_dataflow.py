@@ -1,3 +1,5 @@
+"""The neuron axis of an activation is told by the layers and the reshapes that its values went through."""
+
 import pytest
 import timm.layers
 import torch

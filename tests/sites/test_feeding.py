@@ -1,3 +1,5 @@
+"""Which weights feed an activation: those from which its neurons come, each weight for one activation only."""
+
 from functools import partial
 
 import pytest

@@ -1,3 +1,5 @@
+"""Real networks give the rows that docs/networks.md has of them."""
+
 import pytest
 
 from tests.network_table import COLUMNS, PATH, rendered, row

@@ -1,3 +1,5 @@
+"""Masked weights leave a way from the input to the output if and only if gradients flow there."""
+
 import dataclasses
 
 import pytest

@@ -1,3 +1,5 @@
+"""Activations are known by their class or their values; gates are among them only where they are asked for."""
+
 import copy
 import pickle
 import random

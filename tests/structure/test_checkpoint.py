@@ -1,3 +1,5 @@
+"""A pruned checkpoint brings its structure along; what does not fit is named and leaves the model as it was."""
+
 import copy
 import pickle
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Activations become linear and come back exactly, and the marks in a state dict say which ones are."""
+
 import copy
 from random import Random
 

@@ -1,3 +1,5 @@
+"""A padding moves to the operator before where that makes their merge exact, and comes back with the activation."""
+
 import copy
 import pickle
 from itertools import permutations
