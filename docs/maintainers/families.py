@@ -8,13 +8,14 @@ Random weights, one image of 224×224 pixels (CIFAR networks: 32×32), or one se
 
 import math
 from argparse import ArgumentParser
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import timm
 import torch
 import torchvision
 import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_easier import candidates, isolate_activations
 from lightning_easier.collapsing.fit.fittable import FittableChains
@@ -22,7 +23,6 @@ from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.structure.norms import with_split_norms
 from lightning_easier.support.batches import as_arguments
 from lightning_easier.support.calls import call
-from lightning_easier.support.costs import count_macs
 from lightning_easier.support.operators import time_inside
 from lightning_easier.zoo import CifarResNet
 
@@ -30,7 +30,6 @@ COLUMNS = ("network", "activations", "would merge", "in a chain", "of the MACs",
 IMAGE = (3, 224, 224)
 TIMED = ("network", "in a chain, batch 1", "batch 8", "blocks, batch 1", "batch 8")
 SIZES = 1, 8
-OPERATORS = (nn.Linear, nn.modules.conv._ConvNd, transformers.pytorch_utils.Conv1D)
 
 
 def networks() -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -49,26 +48,17 @@ def networks() -> Iterator[tuple[str, nn.Module, Tensor]]:
     yield "transformers GPT-2", transformers.GPT2Model(transformers.GPT2Config(use_cache=False)), tokens
 
 
-def macs_of_operators(model: nn.Module, inputs: Tensor) -> dict[str, int]:
-    """Count the multiply-accumulates of each operator with weights in one call: name -> MACs."""
-    counts: dict[str, int] = {}
-
-    def note(name: str, module: nn.Module, output: Tensor) -> None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
-        outputs = weight.shape[1 if transposed else 0]
-        counts[name] = counts.get(name, 0) + output.numel() * (weight.numel() // outputs)
-
-    for name, module in model.named_modules():
-        if isinstance(module, OPERATORS):
-            module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
-    with torch.no_grad():
+def macs_of_modules(model: nn.Module, inputs: Tensor) -> dict[str, int]:
+    """Count the multiply-accumulates of each module in one call, with those inside: name -> MACs; "" is the model."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(model, as_arguments(inputs, model))
-    return counts
+    root = type(model).__name__
+    counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
+    return {name.removeprefix(root).removeprefix("."): macs for name, macs in counts.items() if name.startswith(root)}
 
 
-def share(names: Collection[str], counts: dict[str, int], total: int) -> str:
-    """Return the share of the multiply-accumulates that some operators have, in words."""
+def share(names: Iterable[str], counts: Mapping[str, float], total: float) -> str:
+    """Return the share of the work, or of the time, that some modules have, in words."""
     return f"{sum(counts.get(name, 0) for name in names) / total:.0%}"
 
 
@@ -94,14 +84,13 @@ class Places:
 def row(name: str, model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
     """Return the row of one network in which all is counted."""
     model = with_split_norms(model.eval())
-    total = count_macs(model, as_arguments(inputs, model))
     places = Places(model)
     in_chains = {operator for chain in places.chains for operator in chain.operators}
-    counts = macs_of_operators(model, inputs)
+    counts = macs_of_modules(model, inputs)
     return (
         name, str(len(places.sites)), str(len(places.merging)),
-        str(len({site for chain in places.chains for site in chain.sites})), share(in_chains, counts, total),
-        str(len(places.blocks)), share(places.are_in_blocks(counts), counts, total),
+        str(len({site for chain in places.chains for site in chain.sites})), share(in_chains, counts, counts[""]),
+        str(len(places.blocks)), share(places.blocks, counts, counts[""]),
     )  # fmt: skip
 
 
@@ -119,7 +108,7 @@ def timed_row(name: str, model: nn.Module, inputs: Tensor) -> tuple[str, ...]:
             module = key.split(": ")[0]
             spent[module] = spent.get(module, 0.0) + each
         for which, names in (("chains", in_chains), ("blocks", {*places.are_in_blocks(spent)})):
-            shares[which].append(f"{sum(spent[each] for each in names & spent.keys()) / sum(spent.values()):.0%}")
+            shares[which].append(share(names, spent, sum(spent.values())))
     return (name, *shares["chains"], *shares["blocks"])
 
 
@@ -129,6 +118,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="how much of the time it is, and not of the work")
     is_timed = parser.parse_args().time
     torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention, which torch can't count
     columns, row_of = (TIMED, timed_row) if is_timed else (COLUMNS, row)
     print(f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", sep="\n")
     for network in networks():
