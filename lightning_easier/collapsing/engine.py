@@ -27,7 +27,7 @@ from lightning_easier.collapsing.exact.verification import (
 )
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices, PricedFit
 from lightning_easier.collapsing.fit.replacing import replace_chains
-from lightning_easier.report import CollapseReport, Fitted, Merge, ModelCost, OperatorTime, Refusal
+from lightning_easier.report import CollapseReport, Fitted, ModelCost, OperatorTime, Refusal
 from lightning_easier.sites.activations import isolate_activations, unwrap
 from lightning_easier.structure.norms import split_norms
 from lightning_easier.structure.stand_in import BlockStandIn, Bypass, OperatorStandIn
@@ -355,9 +355,9 @@ class Prepared:
         self._result: CollapseResult | None = None
 
     @property
-    def merges(self) -> list[Merge]:
-        """What has become one operator, unless it turned out to be slower."""
-        return self._done.steps.merges
+    def has_less(self) -> bool:
+        """Whether something has become one operator, unless it turned out to be slower, or dead channels are gone."""
+        return bool(self._done.steps.merges or self._done.steps.trimmed)
 
     @property
     def depth(self) -> int:

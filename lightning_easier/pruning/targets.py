@@ -163,7 +163,7 @@ class TargetWatch:
             model: The model.
             saved: Of its price, in the unit of the objective; 0 for the model as it was given.
         """
-        if not self.has_target or (saved == 0 and not self._merges_exactly):  # it is the dense network still
+        if not self.has_target or (saved == 0 and not self._gains_exactly):  # it is the dense network still
             return None
         if self._speedup is None:
             prepared = self._prepared(model, saved)
@@ -182,7 +182,7 @@ class TargetWatch:
         return None
 
     def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
-        if self._last is None and self._merges_exactly:  # what that saves is not estimated
+        if self._last is None and self._gains_exactly:  # what that saves is not estimated
             return True
         by_macs = self._share(counted(count_macs, model, self._arguments))
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
@@ -202,9 +202,9 @@ class TargetWatch:
         return macs is not None and macs * speedup * _IMPOSSIBLE <= 1
 
     @property
-    def _merges_exactly(self) -> bool:
-        """Whether there was something to merge from the start, or linear activations."""
-        return bool(self._exact.merges) or bool(stand_ins(self._source))
+    def _gains_exactly(self) -> bool:
+        """Whether something merges or is dead from the start, or there are linear activations."""
+        return self._exact.has_less or bool(stand_ins(self._source))
 
     def _share(self, macs: int | None) -> float | None:
         """Return what share multiply-accumulates are of the dense network's; None where they can't be counted."""

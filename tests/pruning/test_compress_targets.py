@@ -162,6 +162,34 @@ def test_what_is_not_enough_without_a_step_is_timed_beside_the_dense_network_alo
     assert len(looks) == 1
 
 
+class Branch(nn.Module):
+    """A residual branch that ends in a batch norm, as it is before it is trained: its scale is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.last = nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.last(self.relu(self.first(x))))
+
+
+def test_a_target_that_is_reached_without_what_is_dead_needs_no_trial(monkeypatch):
+    """As of a network of timm without pretrained weights: what is zero goes in the exact collapse."""
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    torch.manual_seed(0)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Branch(), Branch(), *head)
+    images = [torch.randn(8, 3, 9, 11) for _ in range(2)]
+    result = compress(model.eval(), images, target_speedup=1.3, max_drift=math.inf)
+    assert result.report.trials == []
+    assert result.report.ended.startswith("the target is reached")
+    assert result.report.speedup.median > 1.3
+    with torch.no_grad():
+        assert relative_difference(result.model(images[0]), model(images[0])) < 1e-5
+
+
 def test_whichever_of_a_collapse_is_the_result_is_timed_until_the_target_is_clear(monkeypatch):
     """With merges or without: which one it is, timings tell at last."""
     monkeypatch.setattr(timing, "stopwatch", Clock(honest))
