@@ -195,7 +195,7 @@ def compress(
     check_weights(model)
     if settings is not None:
         check_trainable(model)
-    source, activations = _prepared(model)
+    source, activations = _replaceable_copy(model)
     found = find_blocks(source)
     sites, blocks = _wanted(activations, found, as_globs("include", include), as_globs("exclude", exclude))
     given = None if example_inputs is None else as_arguments(example_inputs, source)
@@ -318,11 +318,11 @@ def check_globs(model: nn.Module, include: list[str] | str | None, exclude: list
     """
     if include is None and exclude is None:
         return
-    source, activations = _prepared(unwrap(model))
+    source, activations = _replaceable_copy(unwrap(model))
     _wanted(activations, find_blocks(source), as_globs("include", include), as_globs("exclude", exclude))
 
 
-def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
+def _replaceable_copy(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """Return a copy of a model in eval mode in which all may be replaced, and the names of its activations."""
     source = without_masks(model).eval()
     remove_hooks_of_one_model(source)

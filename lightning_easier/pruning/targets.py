@@ -19,7 +19,7 @@ from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speed
 
 # A model whose estimated time is so near to the target is collapsed and timed.
 _NEARLY = 1.1
-# One that is surely so many times faster than it should be may do with less; as well do prices tell what that leaves.
+# One that is surely so many times faster than it should be may do with less. Prices tell as exactly what is left.
 _PASSED = 1 + 2 * MARGIN
 # A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
 # so much of the dense network's time.

@@ -209,9 +209,8 @@ class _Turns:
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
         self._most = max(self._first, most)
         self._more_seconds = seconds
-        planned = len(calls) * self._most
-        if self._most > self._first:
-            planned = min(planned, len(calls) * (self._first + int(seconds / max(sum(self._seconds.values()), 1e-9))))
+        more = int(seconds / max(sum(self._seconds.values()), _LEAST))
+        planned = len(calls) * min(self._most, self._first + more)
         self._step = 1 / max(planned, 1)
         self._share_told = 0.0
         self._bar = tqdm(total=planned, desc=progress, leave=False, delay=1, disable=None if progress else True)
