@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_easier import collapse, compress, linearize, measure_affines, measure_entropy
 from lightning_easier.report import Table
 
-COUNTS = (1, 2, 4, 8, 12)
+COUNTS = (1, 2, 4, 8, 12, 16)
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ _NEARLY = 1.1
 # One that is surely so many times faster than it should be may do with less. Prices tell as exactly what is left.
 _PASSED = 1 + 2 * MARGIN
 # A look takes its time: of what was missing at the last one, so much has to be saved by estimate before the next, and
-# so much of the dense network's time.
-_WORTH_A_LOOK, _LEAST_SAVING = 0.75, 0.02
+# so much of the dense network's time. What an estimate was worth at the last look it is worth after it, within limits.
+_WORTH_A_LOOK, _LEAST_SAVING = 0.85, 0.02
+_LEAST_WORTH, _MOST_WORTH = 0.5, 1.5
 # So many times fewer multiply-accumulates than the target asks for, and not there: the times do not come from what is
 # computed, or something else decides them.
 _IMPOSSIBLE = 3.0
@@ -195,7 +196,11 @@ class TargetWatch:
             return min(by_price / _NEARLY, by_macs) <= 1 / speedup
         price_then, macs_then, then = self._last
         missing = 1 / then - 1 / speedup
-        return max(price_then - by_price, macs_then - by_macs) >= max(_WORTH_A_LOOK * missing, _LEAST_SAVING)
+        saved_since = max(
+            (before - now) * _worth(1 - before, 1 - 1 / then)
+            for before, now in ((price_then, by_price), (macs_then, by_macs))
+        )
+        return saved_since >= max(_WORTH_A_LOOK * missing, _LEAST_SAVING)
 
     def _is_impossible(self, macs: float | None, speedup: float) -> bool:
         """Tell whether so little work is left that it is no use to go on, by its share of the dense network's."""
@@ -336,6 +341,11 @@ class TargetWatch:
             is_impossible = not attained.is_reached and self._is_impossible(by_macs, self._speedup)
         timed = {name: each for (whose, name), each in latency.items() if whose == "fitted"}
         return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, timed)
+
+
+def _worth(estimated: float, measured: float) -> float:
+    """Return how much of what is saved by estimate is saved, by what was measured once; all of it if nothing tells."""
+    return min(max(measured / estimated, _LEAST_WORTH), _MOST_WORTH) if estimated > 0 else 1.0
 
 
 def _of_wanted(speedup: Speedup, wanted: float) -> str:

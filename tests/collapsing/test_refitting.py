@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from lightning_easier.collapsing.algebra import corrected
 from lightning_easier.collapsing.algebra.corrected import step_against
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.fit import refitting
@@ -322,3 +323,19 @@ def test_a_step_is_shortened_to_what_helps_on_what_is_held_out(noise):
     step = step_against(errors)
     assert step.left == pytest.approx(errors.held_out.residual(step.weight) / float(errors.held_out.squares.sum()))
     assert step.left < 0.2 if noise == 0.1 else 0.5 < step.left <= 1
+
+
+def test_a_step_leaves_the_weights_of_a_channel_that_is_nearly_always_zero(monkeypatch):
+    """Two positions tell nothing of what it is worth; training that brings it to life would multiply with it."""
+    torch.manual_seed(0)
+    errors, weight = Moments.of(Geometry(6), 4, torch.device("cpu")), torch.randn(6, 4).double()
+    for _ in range(2):
+        value = torch.randn(200, 6).double()
+        value[:, 5] = 0
+        value[:100:10, 5] = 1e-4
+        errors.add(value, value @ weight + 0.1 * torch.randn(200, 4).double(), 10**6)
+    step = step_against(errors)
+    torch.testing.assert_close(step.weight[:5], weight[:5], rtol=0, atol=0.05)
+    assert step.weight[5].abs().max() < 0.1
+    monkeypatch.setattr(corrected, "CALM", 0.0)
+    assert step_against(errors).weight[5].abs().max() > 100

@@ -50,6 +50,35 @@ def test_a_change_that_goes_against_what_is_in_place_comes_before_a_smaller_one(
     assert order == ["mlps.0.1", "mlps.1.1", "mlps.2.1"]
 
 
+class Saturated(nn.Module):
+    """MLPs that no linear map comes near to. Either of the first two is enough for a sign; the third is beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(3))
+        eye = torch.eye(6)
+        with torch.no_grad():
+            for first, _, second in self.mlps:
+                first.weight.copy_(torch.cat([eye, -eye]))
+                second.weight.copy_(torch.cat([eye, eye], 1))
+                first.bias.zero_()
+                second.bias.fill_(-0.8)  # the mean of what is before it
+
+    def forward(self, value):
+        first, second, third = (mlp(value) for mlp in self.mlps)
+        return torch.tanh(8 * (first + second)) + 0.8 * third
+
+
+def test_of_two_of_which_either_is_enough_the_second_comes_after_what_adds_less_than_it():
+    torch.manual_seed(0)
+    model, batches = Saturated().eval(), [torch.randn(64, 6) for _ in range(4)]
+    report = compress(model, batches, objective="macs", max_drift=math.inf, include="mlps.*.1").report
+    alone = {trial.sites[0]: trial.drift for trial in report.trials}
+    order = list(dict.fromkeys(trial.sites[0] for trial in report.trials))
+    assert 3 * max(alone["mlps.0.1"], alone["mlps.1.1"]) < alone["mlps.2.1"]
+    assert order.index("mlps.2.1") == 1
+
+
 def test_the_next_is_chosen_by_what_the_model_computes_by_then_after_a_step_was_taken_back_too(monkeypatch):
     torch.manual_seed(0)
     model, batches = Sum().eval(), [torch.randn(64, 6) for _ in range(4)]
@@ -102,7 +131,7 @@ OPTIONS = {"objective": "macs", "max_drift": math.inf, "include": "*.relu1"}
 
 def without_matching_on_the_way(monkeypatch):
     """Have the search leave the batch norms as they are."""
-    monkeypatch.setattr(MatchedNorms, "run", lambda self, run: run())
+    monkeypatch.setattr(MatchedNorms, "run", lambda self, run, kept=None: run())
     monkeypatch.setattr(MatchedNorms, "match", lambda self, wanted, kept: outputs_of(self._model, self._batches))
 
 
@@ -247,7 +276,7 @@ def test_what_batch_norms_make_up_for_is_not_held_against_a_candidate(monkeypatc
     (gone,) = trials()
     assert gone.kept
     assert gone.drift < 1e-6
-    monkeypatch.setattr(MatchedNorms, "run", lambda self, run: run())
+    monkeypatch.setattr(MatchedNorms, "run", lambda self, run, kept=None: run())
     assert all(trial.drift > 0.05 for trial in trials())
 
 

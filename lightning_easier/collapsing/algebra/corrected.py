@@ -12,10 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, Sums, regular_solution, solutions
+from lightning_easier.collapsing.algebra.least_squares import (
+    CALM,
+    Geometry,
+    Moments,
+    Sums,
+    regular_solution,
+    solutions,
+)
 
 RIDGES_OF_STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that are tried for what is added to an operator, as a share of the mean square of each column."""
+# Of the error.
+_AS_GOOD = 0.01
 
 
 class Step(NamedTuple):
@@ -36,15 +45,29 @@ def step_against(errors: Moments) -> Step:
     .. math:: \min_D \|U D - E\|^2 + \|\Lambda^{1/2} D\|^2
 
     The ridge draws towards the operator as it is, and what is found is shortened to what takes most of the error on the
-    positions held out: to nothing where it takes none.
+    positions held out: to nothing where it takes none. A channel that is zero but for a few positions tells nothing,
+    and may get a weight of thousands, with which training that brings it to life is lost: the weights of what hardly
+    varies stay as they are where that halves the largest step and leaves hardly more of the error.
 
     Args:
         errors: The sums over what goes into the operator, and over what is missing to what should come out.
     """
+    best, calm = (_best_step(errors, floor) for floor in (0.0, CALM))
+    halves = 2 * calm.weight[:-1].abs().max() <= best.weight[:-1].abs().max()
+    return calm if halves and calm.left <= best.left + _AS_GOOD else best
+
+
+def _best_step(errors: Moments, floor: float) -> Step:
+    """Return the step of the ridge that takes most of the error on the positions held out.
+
+    Args:
+        errors: As for :func:`step_against`.
+        floor: As for :func:`~lightning_easier.collapsing.algebra.least_squares.solutions`.
+    """
     fitted, held_out = errors.fitted, errors.held_out
     before = float(held_out.squares.sum())
     best = Step(torch.zeros_like(fitted.cross), 1.0)
-    for step in solutions(fitted, RIDGES_OF_STEPS):
+    for step in solutions(fitted, RIDGES_OF_STEPS, floor):
         size = float((step * (held_out.gram @ step)).sum())
         gain = float((step * held_out.cross).sum())
         share = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0

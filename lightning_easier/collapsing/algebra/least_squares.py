@@ -30,9 +30,11 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Where to look next after what is known to be too small a ridge. What a ridge leaves falls, then grows: four solutions
 # find the least of seven, where a walk from one end may take all.
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
-# What keeps weights small is taken where it halves the largest and leaves so little more: a channel that hardly varies
-# gets a weight of hundreds else, for nothing, and training after it diverges.
-_CALM, _AS_GOOD = 1e-3, 0.01
+CALM = 1e-3
+"""What keeps the weights of small columns from being large, as a share of the mean square of all columns."""
+# It is taken where it halves the largest weight and leaves so little more: a channel that hardly varies gets a weight
+# of hundreds else, for nothing, and training after it diverges.
+_AS_GOOD = 0.01
 HELD_OUT = 4
 """Every so-many-th position is held out."""
 NOT_FINITE = "what was fitted is not finite"
@@ -415,7 +417,7 @@ def best_solution(moments: Moments) -> Tensor:
             before += near
     least, weight = found[before + 1]
     assert weight is not None  # the largest ridge makes any sums regular
-    calm = normal.solved(RIDGES[before + 1], _CALM)
+    calm = normal.solved(RIDGES[before + 1], CALM)
     if calm is None or 2 * calm[:-1].abs().max() > weight[:-1].abs().max():  # no weight is large
         return weight
     return calm if moments.held_out.residual(calm) <= (1 + _AS_GOOD) * least else weight
@@ -553,7 +555,7 @@ def _separable(moments: Moments, dense: Tensor) -> Fit:
         kernels = _kernels_given(sums, pointwise, kernels)
     between = _after(geometry, channels)
     part = Moments(between, sums.through(kernels), moments.held_out.through(kernels))
-    pointwise = regular_solution(part.fitted)
+    pointwise = best_solution(part)
     first = _operator(geometry, kernels.reshape(channels, 1, *geometry.kernel), None, groups=channels)
     return _fit("separable", part, pointwise, nn.Sequential(first, _dense(between, pointwise)))
 
@@ -594,11 +596,17 @@ def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
     return solution
 
 
-def solutions(sums: Sums, ridges: Iterable[float]) -> Iterator[Tensor]:
-    """Yield the solutions ``(K, O)`` with some ridges, but for those with which the sums are singular."""
+def solutions(sums: Sums, ridges: Iterable[float], floor: float = 0.0) -> Iterator[Tensor]:
+    """Yield the solutions ``(K, O)`` with some ridges, but for those with which the sums are singular.
+
+    Args:
+        sums: The sums.
+        ridges: Each as a share of the mean square of each column.
+        floor: What is added to each, as a share of the mean square of all columns.
+    """
     normal = _Normal(sums)
     for ridge in ridges:
-        weight = normal.solved(ridge)
+        weight = normal.solved(ridge, floor)
         if weight is not None:
             yield weight
 

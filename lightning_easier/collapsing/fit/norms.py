@@ -280,17 +280,17 @@ class MatchedNorms:
         self._before = NormsBefore(dense, batches)
         self._given = self._values()
 
-    def run(self, runs: Callable[[], list[Any]]) -> list[Any]:
+    def run(self, runs: Callable[[], list[Any]], kept: Mapping[str, Tensor] = MappingProxyType({})) -> list[Any]:
         """Return what a run of the changed model on all batches returns if its norms are matched on the way.
-
-        Norms with fewer channels than before are left: they compute what they did, where one thing alone was changed.
 
         Args:
             runs: Runs it.
+            kept: As in :meth:`NormsBefore.match`. Other norms with fewer channels than before are left: they compute
+                what they did, where one thing alone was changed.
         """
         if not self._before.names:
             return runs()
-        with self._before.matching(self._model):
+        with self._before.matching(self._model, kept):
             return runs()
 
     def match(self, wanted: Sequence[Tensor], kept: Mapping[str, Tensor]) -> list[Tensor]:
