@@ -80,8 +80,9 @@ def shallower(
         target = {"target_speedup": options.speedup, "max_drift": math.inf}  # it is tuned afterwards
         include = inner if network.inner and not options.blocks else None
         return compress(
-            model, calibration, example_inputs=example, include=include, finetune=options.finetune or None, **target
-        ).fitted
+            model, calibration, example_inputs=example, include=include, finetune=options.finetune or None,
+            narrow=options.width, **target,
+        ).fitted  # fmt: skip
     if method == "magnitude":
         weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return zeroed(model, ModelPruning("l1_unstructured", weights, use_global_unstructured=True), 1 / 2)
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=1.6, help="of compress, and of peers without it")
     parser.add_argument("--size", type=int, default=64, help="batch size that speed is asked for at")
     parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks of a ResNet, too")
+    parser.add_argument("--no-width", dest="width", action="store_false", help="compress may not take inner channels")
     parser.add_argument("--finetune", type=int, default=0, help="steps without labels that compress ends with")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)

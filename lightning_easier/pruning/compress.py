@@ -245,7 +245,7 @@ def compress(
             if is_over := clock.is_over():
                 ended = f"the time for trials is over, 80 % of the {max_minutes:g} minutes of `max_minutes`"
                 break
-            candidate = search.next_of(left)
+            candidate = search.next_of(left, clock.is_over)
             left = [each for each in left if each is not candidate]
             progress.name(" + ".join(candidate.choice.place.operators))
             trial = search.take(candidate)

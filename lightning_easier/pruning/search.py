@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from lightning_easier.report import Trial
 from lightning_easier.sites.discovery import KnownForwards
 from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.calls import call, copies
+from lightning_easier.support.finite import is_finite
 from lightning_easier.support.progress import Stages
 
 # Of its price, an operator in the place of a chain has to save so much more than another.
@@ -105,6 +107,20 @@ class Taken(NamedTuple):
     new: dict[str, nn.Module]
 
 
+class _Anew(NamedTuple):
+    """What a candidate changes beside what is in place.
+
+    Attributes:
+        beside: The steps that were in place, in the order they were taken, by the identity of their trials.
+        instead: Those of them that it would take the place of.
+        change: What of the outputs changes; None if they are not finite, or the model does not run with it.
+    """
+
+    beside: tuple[int, ...]
+    instead: tuple[int, ...]
+    change: Tensor | None
+
+
 class FittedPlace(NamedTuple):
     """What was fitted to a chain or a block, and what that depends on.
 
@@ -131,6 +147,11 @@ def _is_covered(model: nn.Module, block: FittableBlock, chains: Sequence[Fittabl
         return False
     weighty = {name for name in block.parts if any(True for _ in model.get_submodule(name).parameters(recurse=False))}
     return any(weighty - {block.ends_in} <= chain.parts < block.parts for chain in chains)
+
+
+def _identities(steps: Sequence[Taken]) -> tuple[int, ...]:
+    """Return what tells steps apart, for good: their trials are kept."""
+    return tuple(id(step.trial) for step in steps)
 
 
 class Search:
@@ -181,9 +202,7 @@ class Search:
         self._steps: list[Taken] = []  # those that are in place, in the order they were taken
         self._taken_back: list[Taken] = []
         self._seen = self._dense_outputs  # what the model has returned when it was looked at last
-        self._changes = 0  # how often something was put in place or taken out
-        # Of a candidate that was measured anew: how often by then, and what it has changed besides
-        self._anew: dict[int, tuple[int, Tensor]] = {}
+        self._anew: dict[int, _Anew] = {}  # by the identity of the candidate
         self._undone: list[
             tuple[int, Taken]
         ] = []  # those that the last one has taken the place of, and where they were
@@ -320,59 +339,81 @@ class Search:
             and not any(o.worth >= choice.worth and o.fit.explained > choice.fit.explained for o in good)
         ]
 
-    def next_of(self, candidates: Sequence[FittedCandidate]) -> FittedCandidate:
+    def next_of(
+        self, candidates: Sequence[FittedCandidate], is_over: Callable[[], bool] = lambda: False
+    ) -> FittedCandidate:
         """Return the candidate that adds least to what has changed, per second it saves besides.
 
         To first order, changes of the outputs add up: one that goes against what is in place already adds little. But
         of blocks in a row each can be done without, and not all of them: together they change far more. So what
-        comes first is measured anew, in the model as it is, until what comes first was; what others add was less when
-        they were measured last, as a rule, so that few are (lazy evaluation: Minoux, 1978, there for gains that fall).
-        """
-        ranks = {id(candidate): self._rank(candidate) for candidate in candidates}
-        for _ in range(_MEASURED_ANEW):
-            first = min(candidates, key=lambda each: ranks[id(each)])
-            if not self._is_measured_anew(first):
-                return first
-            ranks[id(first)] = self._rank(first)
-        return min(candidates, key=lambda each: ranks[id(each)])
+        comes first is measured anew, in the model as it is, until what comes first was measured so. What others add
+        was less when they were measured last, as a rule, so that few are (lazy evaluation: Minoux, 1978, there for
+        gains that fall).
 
-    def _rank(self, candidate: FittedCandidate) -> float:
-        """Return what a candidate adds to what has changed, per second that it saves besides."""
+        Args:
+            candidates: What is left.
+            is_over: Tells whether the time is over: then nothing more is measured.
+        """
         now = change_of(self._seen, self._dense_outputs)
-        _, change = self._anew.get(id(candidate), (0, candidate.change))
+        ranks = {id(candidate): self._rank(candidate, now) for candidate in candidates}
+        left = list(candidates)
+        for _ in range(_MEASURED_ANEW):
+            first = min(left, key=lambda each: ranks[id(each)])
+            if is_over() or not self._measure_anew(first):
+                return first
+            ranks[id(first)] = self._rank(first, now)
+        known = [each for each in left if self._is_known(each)]
+        return min(known, key=lambda each: ranks[id(each)])
+
+    def _rank(self, candidate: FittedCandidate, now: Tensor) -> float:
+        """Return what a candidate adds to what has changed by now, per second that it saves besides."""
         begun = self._begun(candidate.choice.place)
-        step = sum((-each.change for each in begun), change)
         worth = candidate.choice.worth - sum(each.worth for each in begun)
-        return float((2 * now + step) @ step) / worth if worth > 0 else math.inf
+        anew = self._anew.get(id(candidate))
+        if anew is not None and anew.instead == _identities(begun):
+            step = anew.change
+        else:
+            step = sum((-each.change for each in begun), candidate.change)
+        return float((2 * now + step) @ step) / worth if worth > 0 and step is not None else math.inf
 
     def _begun(self, place: Place) -> list[Taken]:
         """Return the steps that are in place of parts of a place."""
         return [step for step in self._steps if place.meets(step.place)]
 
-    def _is_measured_anew(self, candidate: FittedCandidate) -> bool:
-        """Measure what a candidate changes beside what is in place, unless that is known; tell whether it was measured.
+    def _is_known(self, candidate: FittedCandidate) -> bool:
+        """Tell whether it was measured what a candidate changes in the model as it is."""
+        beside = _identities(self._steps)
+        return (not beside) if (anew := self._anew.get(id(candidate))) is None else anew.beside == beside
 
-        It is tried as it was fitted to the model as given. Where it would take the place of steps, it is not tried:
-        they would have to be undone.
+    def _measure_anew(self, candidate: FittedCandidate) -> bool:
+        """Measure what a candidate changes beside what is in place; return whether that was done.
+
+        It is tried as it was fitted to the model as given. What would be refused is not tried, nor what shares an
+        operator with a step: a chain beside it, or one of which less has gone. In the place of a block it does not
+        matter what has become of its parts.
         """
         place = candidate.choice.place
-        last, _ = self._anew.get(id(candidate), (0, None))
-        there = dict(self.model.named_modules(remove_duplicate=False))
-        if last == self._changes or self._begun(place) or not place.parts <= there.keys():
+        begun = self._begun(place)
+        if self._is_known(candidate) or self._was_rejected(candidate) or not self._may_follow(candidate, begun):
+            return False
+        is_block = isinstance(place, FittableBlock)
+        meant = [place.name] if isinstance(place, FittableBlock) else place.parts
+        there = {name for name, _ in self.model.named_modules(remove_duplicate=False)}
+        beside = [step for step in self._steps if not (is_block and step in begun)]
+        if not there.issuperset(meant) or not all(place.parts.isdisjoint(step.place.parts) for step in beside):
             return False
         batches = first_samples(self._batches)
 
         def run() -> list[Any]:
             return self._norms.run(lambda: [call(self.model, copies(batch)) for batch in batches], self.kept_channels)
 
-        try:
+        change: Tensor | None = None
+        with suppress(CannotFitError):
             outputs = as_matrices(try_out(self.model, candidate.choice, run))
-        except CannotFitError:  # what it would meet has gone; it is refused when it is taken
-            return False
-        change = change_of(outputs, self._seen)
-        if not change.isfinite().all():
-            return False
-        self._anew[id(candidate)] = self._changes, change
+            change = change_of(outputs, self._seen)
+        if change is not None and not is_finite(change):
+            change = None
+        self._anew[id(candidate)] = _Anew(_identities(self._steps), _identities(begun), change)
         return True
 
     def take(self, candidate: FittedCandidate) -> Trial | None:
@@ -490,6 +531,7 @@ class Search:
     def forget_fits(self) -> None:
         """Forget what was fitted, since all values of the model may have changed."""
         self._fitted.clear()
+        self._anew.clear()
         self._norms.forget()
 
     def _redo(self) -> None:
@@ -539,7 +581,6 @@ class Search:
     def _match_norms(self) -> None:
         """Have the norms that are left make up for what is in place by now, as far as they can."""
         self._norms.restore()
-        self._changes += 1
         is_changed = bool(self._steps)
         self._seen = self._norms.match(self._dense_outputs, self.kept_channels) if is_changed else self._dense_outputs
 

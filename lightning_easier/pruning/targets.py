@@ -195,12 +195,13 @@ class TargetWatch:
         if self._last is None:
             return min(by_price / _NEARLY, by_macs) <= 1 / speedup
         price_then, macs_then, then = self._last
-        missing = 1 / then - 1 / speedup
-        saved_since = max(
-            (before - now) * _worth(1 - before, 1 - 1 / then)
-            for before, now in ((price_then, by_price), (macs_then, by_macs))
-        )
-        return saved_since >= max(_WORTH_A_LOOK * missing, _LEAST_SAVING)
+        wanted = max(_WORTH_A_LOOK * (1 / then - 1 / speedup), _LEAST_SAVING)
+        for before, now in ((price_then, by_price), (macs_then, by_macs)):
+            worth = _worth(1 - before, 1 - 1 / then)
+            # where all that is left would not be enough, half of it has to be gone
+            if worth * (before - now) >= min(wanted, worth * before / 2):
+                return True
+        return False
 
     def _is_impossible(self, macs: float | None, speedup: float) -> bool:
         """Tell whether so little work is left that it is no use to go on, by its share of the dense network's."""
@@ -344,7 +345,7 @@ class TargetWatch:
 
 
 def _worth(estimated: float, measured: float) -> float:
-    """Return how much of what is saved by estimate is saved, by what was measured once; all of it if nothing tells."""
+    """Return how much was saved for each second that was estimated, within limits; 1 if nothing was estimated."""
     return min(max(measured / estimated, _LEAST_WORTH), _MOST_WORTH) if estimated > 0 else 1.0
 
 

@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 
 import pytest
 import torch
@@ -79,15 +79,53 @@ def test_of_two_of_which_either_is_enough_the_second_comes_after_what_adds_less_
     assert order.index("mlps.2.1") == 1
 
 
+@pytest.mark.parametrize("widths", [(6, 64, 48, 6), (6, 64, 64, 64, 6), (6, 32, 96, 32, 96, 6)])
+def test_chains_that_share_an_operator_are_not_tried_beside_each_other(widths):
+    """Of two activations in a row the operator between belongs to both chains: one takes it from the other."""
+    torch.manual_seed(0)
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())][:-1]
+    model, batches = nn.Sequential(*layers).eval(), [torch.randn(64, 6) for _ in range(4)]
+    result = compress(model, batches, objective="macs", max_drift=math.inf)
+    assert {site for trial in result.report.trials for site in trial.sites} <= {str(n) for n in range(1, 9, 2)}
+    assert result.report.after.macs < result.report.before.macs
+    with torch.no_grad():
+        assert drift_of([result.model(batches[0])], [model(batches[0])]) < 1
+
+
+class Residual(nn.Module):
+    """A bottleneck with its skip, and an activation after both."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(12, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 12, 1)
+        self.bn1, self.bn2, self.bn3 = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(12)
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+
+    def forward(self, value):
+        inner = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(value))))))
+        return self.relu3(value + self.bn3(self.conv3(inner)))
+
+
+def test_bottlenecks_whose_chains_share_their_convolution_go_down_to_nothing():
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12))
+    model = randomized(nn.Sequential(stem, *[Residual() for _ in range(3)], nn.Flatten(), nn.Linear(1440, 4)))
+    batches, options = images(16, 16), {"objective": "macs", "max_drift": math.inf, "target_speedup": 1e6}
+    with pytest.warns(UserWarning, match="is not reached"):
+        report = compress(model, batches, **options).report
+    assert len({trial.kind for trial in report.trials}) > 2
+    assert report.after.macs < 0.5 * report.before.macs
+
+
 def test_the_next_is_chosen_by_what_the_model_computes_by_then_after_a_step_was_taken_back_too(monkeypatch):
     torch.manual_seed(0)
     model, batches = Sum().eval(), [torch.randn(64, 6) for _ in range(4)]
     looked_at, in_place, choose = [], [], Search.next_of
     monkeypatch.setattr(search, "change_of", lambda after, before: looked_at.append(after) or change_of(after, before))
 
-    def next_of(self, candidates):
+    def next_of(self, candidates, is_over):
         looked_at.clear()
-        chosen = choose(self, candidates)
+        chosen = choose(self, candidates, is_over)
         assert all(map(torch.equal, looked_at[0], outputs_of(self.model, [(batch,) for batch in batches])))
         in_place.append(len(self.steps))
         return chosen

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_easier.collapsing.algebra.least_squares import (
+    AS_GOOD,
     CALM,
     Geometry,
     Moments,
@@ -23,8 +24,6 @@ from lightning_easier.collapsing.algebra.least_squares import (
 
 RIDGES_OF_STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges that are tried for what is added to an operator, as a share of the mean square of each column."""
-# Of the error.
-_AS_GOOD = 0.01
 
 
 class Step(NamedTuple):
@@ -52,29 +51,27 @@ def step_against(errors: Moments) -> Step:
     Args:
         errors: The sums over what goes into the operator, and over what is missing to what should come out.
     """
-    best, calm = (_best_step(errors, floor) for floor in (0.0, CALM))
-    halves = 2 * calm.weight[:-1].abs().max() <= best.weight[:-1].abs().max()
-    return calm if halves and calm.left <= best.left + _AS_GOOD else best
-
-
-def _best_step(errors: Moments, floor: float) -> Step:
-    """Return the step of the ridge that takes most of the error on the positions held out.
-
-    Args:
-        errors: As for :func:`step_against`.
-        floor: As for :func:`~lightning_easier.collapsing.algebra.least_squares.solutions`.
-    """
     fitted, held_out = errors.fitted, errors.held_out
-    before = float(held_out.squares.sum())
-    best = Step(torch.zeros_like(fitted.cross), 1.0)
-    for step in solutions(fitted, RIDGES_OF_STEPS, floor):
-        size = float((step * (held_out.gram @ step)).sum())
-        gain = float((step * held_out.cross).sum())
-        share = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
-        left = (before - 2 * share * gain + share**2 * size) / before if before > 0 else 1.0
-        if left < best.left:
-            best = Step(share * step, max(left, 0.0))
+    best, ridge_of_best = Step(torch.zeros_like(fitted.cross), 1.0), 0.0
+    for ridge, weight in solutions(fitted, RIDGES_OF_STEPS):
+        step = _shortened(weight, held_out)
+        if step.left < best.left:
+            best, ridge_of_best = step, ridge
+    for _, weight in solutions(fitted, (ridge_of_best,), CALM):
+        calm = _shortened(weight, held_out)
+        halves = 2 * calm.weight[:-1].abs().max() <= best.weight[:-1].abs().max()
+        return calm if halves and calm.left <= (1 + AS_GOOD) * best.left else best
     return best
+
+
+def _shortened(step: Tensor, held_out: Sums) -> Step:
+    """Return as much of a step as takes most of the error on the positions held out."""
+    before = float(held_out.squares.sum())
+    size = float((step * (held_out.gram @ step)).sum())
+    gain = float((step * held_out.cross).sum())
+    share = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
+    left = (before - 2 * share * gain + share**2 * size) / before if before > 0 else 1.0
+    return Step(share * step, max(left, 0.0))
 
 
 class CorrectedMoments:

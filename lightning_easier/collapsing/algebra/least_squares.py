@@ -32,9 +32,9 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _FIBONACCI = ((3, 5), (2, 3), (1, 2))
 CALM = 1e-3
 """What keeps the weights of small columns from being large, as a share of the mean square of all columns."""
-# It is taken where it halves the largest weight and leaves so little more: a channel that hardly varies gets a weight
-# of hundreds else, for nothing, and training after it diverges.
-_AS_GOOD = 0.01
+AS_GOOD = 0.01
+"""It is taken where it halves the largest weight and leaves so little more: a channel that hardly varies gets a weight
+of hundreds else, for nothing, and training after it diverges."""
 HELD_OUT = 4
 """Every so-many-th position is held out."""
 NOT_FINITE = "what was fitted is not finite"
@@ -420,7 +420,7 @@ def best_solution(moments: Moments) -> Tensor:
     calm = normal.solved(RIDGES[before + 1], CALM)
     if calm is None or 2 * calm[:-1].abs().max() > weight[:-1].abs().max():  # no weight is large
         return weight
-    return calm if moments.held_out.residual(calm) <= (1 + _AS_GOOD) * least else weight
+    return calm if moments.held_out.residual(calm) <= (1 + AS_GOOD) * least else weight
 
 
 class _Normal:
@@ -596,8 +596,8 @@ def _improved(gram: Tensor, right: Tensor, solution: Tensor) -> Tensor:
     return solution
 
 
-def solutions(sums: Sums, ridges: Iterable[float], floor: float = 0.0) -> Iterator[Tensor]:
-    """Yield the solutions ``(K, O)`` with some ridges, but for those with which the sums are singular.
+def solutions(sums: Sums, ridges: Iterable[float], floor: float = 0.0) -> Iterator[tuple[float, Tensor]]:
+    """Yield ridges, and the solutions ``(K, O)`` with them, but for those with which the sums are singular.
 
     Args:
         sums: The sums.
@@ -608,11 +608,10 @@ def solutions(sums: Sums, ridges: Iterable[float], floor: float = 0.0) -> Iterat
     for ridge in ridges:
         weight = normal.solved(ridge, floor)
         if weight is not None:
-            yield weight
+            yield ridge, weight
 
 
 def regular_solution(sums: Sums) -> Tensor:
     """Solve with as little ridge as the sums need."""
-    weight = next(solutions(sums, RIDGES[1:]), None)
-    assert weight is not None  # the largest ridge makes any sums regular
+    _, weight = next(solutions(sums, RIDGES[1:]))  # the largest ridge makes any sums regular
     return weight

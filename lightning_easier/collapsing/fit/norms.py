@@ -279,16 +279,20 @@ class MatchedNorms:
         self._model, self._batches = model, batches
         self._before = NormsBefore(dense, batches)
         self._given = self._values()
+        self._is_matched = True  # what is as it was is
 
     def run(self, runs: Callable[[], list[Any]], kept: Mapping[str, Tensor] = MappingProxyType({})) -> list[Any]:
         """Return what a run of the changed model on all batches returns if its norms are matched on the way.
+
+        They are not where they were left as they were at the last match, since the outputs were nearer so: what is
+        compared with what the model returned then has to be computed alike.
 
         Args:
             runs: Runs it.
             kept: As in :meth:`NormsBefore.match`. Other norms with fewer channels than before are left: they compute
                 what they did, where one thing alone was changed.
         """
-        if not self._before.names:
+        if not self._before.names or not self._is_matched:
             return runs()
         with self._before.matching(self._model, kept):
             return runs()
@@ -310,7 +314,8 @@ class MatchedNorms:
         # Of one batch, what was returned on the way is what is returned now
         is_one = len(self._batches) == 1
         nearer = as_matrices(matched.returned) if is_one else outputs_of(self._model, self._batches)
-        if drift_of(nearer, wanted) < drift_of(outputs, wanted):
+        self._is_matched = drift_of(nearer, wanted) < drift_of(outputs, wanted)
+        if self._is_matched:
             return nearer
         matched.undo()
         return outputs
@@ -320,6 +325,7 @@ class MatchedNorms:
         """Give the norms the values that they had before the model was changed."""
         for tensor, value in self._given:
             tensor.copy_(value)
+        self._is_matched = True
 
     def forget(self) -> None:
         """Take the values that the norms have now for those before, since something else has changed them."""

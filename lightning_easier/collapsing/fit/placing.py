@@ -66,8 +66,9 @@ def try_out(model: nn.Module, choice: PricedFit, run: Callable[[], _T]) -> _T:
     Raises:
         CannotFitError: As for :func:`replace`.
     """
-    old = _put_fitted(model, choice)
+    old: dict[str, nn.Module] = {}
     try:
+        old = _put_fitted(model, choice)
         with torch.no_grad():
             return run()
     except Exception as error:  # whatever the user's forward raises
