@@ -1,7 +1,7 @@
 """Every test is small: one thread each is the fastest, and leaves a busy machine its other cores.
 
 What decides by time gets its times from a clock that counts work, so that it decides alike in every run. The tests that
-are marked ``real_clock`` use the machine's.
+are marked ``real_clock`` use the machine's; the others look at operators one by one in one round only.
 """
 
 import gc
@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lightning_easier.support import timing
+from lightning_easier.support import operators, timing
 from tests.clocks import Clock, honest
 
 torch.set_num_threads(1)
@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 settings.register_profile("alike", derandomize="COLLAPSE_EXAMPLES" not in os.environ)
 settings.load_profile("alike")
 _REAL = timing.stopwatch
+_ROUNDS = operators._ROUNDS
 
 
 def pytest_collection_finish():
@@ -36,9 +37,11 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _told_times(request):
     """Time nothing, count instead."""
-    timing.stopwatch = _REAL if request.node.get_closest_marker("real_clock") else Clock(honest)
+    is_real = request.node.get_closest_marker("real_clock") is not None
+    timing.stopwatch = _REAL if is_real else Clock(honest)
+    operators._ROUNDS = _ROUNDS if is_real else 1
     yield
-    timing.stopwatch = _REAL
+    timing.stopwatch, operators._ROUNDS = _REAL, _ROUNDS
 
 
 @pytest.fixture(autouse=True)

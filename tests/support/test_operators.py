@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_easier.support.operators import time_inside
 
+pytestmark = pytest.mark.real_clock
+
 
 class Net(nn.Module):
     def __init__(self):
