@@ -328,5 +328,13 @@ def main_under_torchrun(world: int, folder: str, *names: str) -> None:
     elastic_launch(config, main)(folder, *names)
 
 
+def main_as_a_script(folder: str, *names: str) -> None:
+    """Run scenarios in a process that is as one whose command line this was, for Lightning to start it again."""
+    torch.set_num_threads(1)
+    os.environ |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    sys.argv = [__file__, folder, *names]
+    main(folder, *names)
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

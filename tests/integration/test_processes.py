@@ -1,9 +1,6 @@
 """Several real processes: counts are summed, decisions are one, and all hold the same model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,8 @@ from lightning_easier import restore_structure_on_load
 from lightning_easier.structure.linearize import stand_ins
 from tests.forks import run_together
 from tests.integration.interrupted import Small, run
-from tests.integration.processes import SLOPE, main_on_rank, main_under_torchrun
+from tests.integration.processes import SLOPE, main_as_a_script, main_on_rank, main_under_torchrun
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SCRIPT = "tests.integration.processes"
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
     "resumed", "resumed mid-epoch", "on training, resumed mid-epoch", "by hand", "slope, by hand, static graph",
@@ -55,14 +49,6 @@ REFUSED = {
 def noted(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
     """Read what each of the processes noted."""
     return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
-
-
-def launch(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
-    """Run scenarios in processes; returns what each of them noted."""
-    command = [sys.executable, "-m", SCRIPT, str(folder), *names]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return noted(folder, world, names)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +132,9 @@ def test_a_checkpoint_that_one_process_can_not_write_is_an_error_at_once_on_all_
     assert "another process has failed" in second["error"]
 
 
-def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path):
-    first, second = launch(tmp_path, 2, ["uneven scores"])["uneven scores"]
+def test_lightning_starts_the_processes_and_rank_0_decides(tmp_path, forked):
+    run_together([forked.Process(target=main_as_a_script, args=(str(tmp_path), "uneven scores"))], seconds=300)
+    first, second = noted(tmp_path, 2, ["uneven scores"])["uneven scores"]
     assert first == second
     assert len(first["linear"]) == 1
     # Rank 1 logged a fall in every epoch; rank 0, which decides, only in the last.
