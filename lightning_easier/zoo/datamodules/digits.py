@@ -1,6 +1,11 @@
 """Handwritten digits that come with scikit-learn."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_easier.zoo.datamodules.base import ImageDataModule, Splits
@@ -35,11 +40,18 @@ class DigitsDataModule(ImageDataModule):
             needed(f"sklearn.{module}", type(self).__name__, "scikit-learn")
             for module in ("datasets", "model_selection")
         )
-        digits = data.load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-        labels = torch.tensor(digits.target)
-        everything = list(range(len(labels)))
-        train, rest = selection.train_test_split(everything, test_size=0.4, random_state=self.seed, stratify=labels)
-        val, test = selection.train_test_split(rest, test_size=0.5, random_state=self.seed, stratify=labels[rest])
-        train_set, val_set, test_set = (TensorDataset(images[part], labels[part]) for part in (train, val, test))
+        parts = _read(data.load_digits, selection.train_test_split, self.seed)
+        train_set, val_set, test_set = (TensorDataset(images.clone(), labels.clone()) for images, labels in parts)
         return train_set, val_set, test_set
+
+
+@cache
+def _read(load: Callable[[], Any], split: Callable[..., Any], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Read the images, and split them; the file is text, and each stage of a Trainer asks for them anew."""
+    digits = load()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(digits.target)
+    everything = list(range(len(labels)))
+    train, rest = split(everything, test_size=0.4, random_state=seed, stratify=labels)
+    val, test = split(rest, test_size=0.5, random_state=seed, stratify=labels[rest])
+    return [(images[part], labels[part]) for part in (train, val, test)]
