@@ -22,7 +22,7 @@ SHORTER = {
     "start.md": {
         '"resnet10t"': '"test_resnet"',
         "epochs=5": "epochs=1",
-        "max_minutes=3": 'max_minutes=1, objective="macs", max_rejections=1',
+        "max_minutes=3": 'max_minutes=0.1, objective="macs", max_rejections=1',
         "images[:1400], labels[:1400]": "images[:256], labels[:256]",
     },
 }
