@@ -1,11 +1,15 @@
-"""Images, and what runs a benchmark with a tiny network; the programs of ``benchmarks`` are imported by their names."""
+"""Images, weights, and what runs a benchmark with a small network; programs of ``benchmarks`` are imported by name."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
+
+from lightning_easier.zoo import CifarResNet
+from tests.benchmarks.tiny import cells_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import networks
@@ -26,6 +30,15 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Return a file with the weights of a CIFAR ResNet of three blocks."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "resnet8.th"
+    torch.save({"state_dict": CifarResNet(8).state_dict()}, file)
+    return file
+
+
 @pytest.fixture
 def run(monkeypatch, root, capsys):
     """Return what runs a benchmark with a tiny network, and returns what it prints."""
@@ -36,5 +49,21 @@ def run(monkeypatch, root, capsys):
         monkeypatch.setattr(sys, "argv", ["benchmark", "--data.root", str(root), "--network", "vit", *arguments])
         benchmark.main()
         return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def tables(monkeypatch, root, weights, tmp_path, capsys):
+    """Return what runs a benchmark with that ResNet, and returns the tables that it prints: title -> rows of cells."""
+
+    def run(benchmark, *arguments):
+        monkeypatch.chdir(tmp_path)
+        given = ["--data.root", str(root), "--weights", str(weights), "--depth", "8"]
+        monkeypatch.setattr(sys, "argv", ["benchmark", *given, *arguments])
+        benchmark.main()
+        printed = capsys.readouterr().out
+        found = re.findall(r"^\*\*(.+)\*\*\n\n(\|.*\n)\|[ |-]+\n((?:\|.*\n)+)", printed, re.MULTILINE)
+        return {title: [*map(cells_of, (head + rows).splitlines())] for title, head, rows in found}
 
     return run

@@ -1,8 +1,5 @@
 """Activations of a trained ResNet are removed one after the other: in each way and order, with and without training."""
 
-import re
-import sys
-
 import cifar
 import drifting
 import pytest
@@ -12,33 +9,6 @@ import torch
 
 from lightning_easier import fit_chains, measure_affines, measure_entropy
 from lightning_easier.structure.linearize import stand_ins
-from lightning_easier.zoo import CifarResNet
-from tests.benchmarks.tiny import cells_of
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Return a file with the weights of a small network."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "resnet8.th"
-    torch.save({"state_dict": CifarResNet(8).state_dict()}, file)
-    return file
-
-
-@pytest.fixture
-def tables(monkeypatch, root, weights, tmp_path, capsys):
-    """Return what runs a benchmark with that network, and returns the tables that it prints: title -> rows of cells."""
-
-    def run(benchmark, *arguments):
-        monkeypatch.chdir(tmp_path)
-        given = ["--data.root", str(root), "--weights", str(weights), "--depth", "8"]
-        monkeypatch.setattr(sys, "argv", ["benchmark", *given, *arguments])
-        benchmark.main()
-        printed = capsys.readouterr().out
-        found = re.findall(r"^\*\*(.+)\*\*\n\n(\|.*\n)\|[ |-]+\n((?:\|.*\n)+)", printed, re.MULTILINE)
-        return {title: [*map(cells_of, (head + rows).splitlines())] for title, head, rows in found}
-
-    return run
 
 
 @pytest.fixture
