@@ -5,7 +5,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_easier.callbacks import optimizers, surgery, wiring
+from lightning_easier.callbacks import optimizers, surgery, telling, wiring
 from lightning_easier.callbacks.recipe import InitialRecipe
 from lightning_easier.callbacks.run import Run
 from lightning_easier.sites.activations import planned_sites
@@ -77,6 +77,8 @@ def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         if settings.prices_network or method.looks_at_operators:
             wiring.check_network_can_be_priced(trainer, settings.prices_network)
     if run.is_active:
+        if method.looks_at_operators and (is_fitting or settings.dry_run):
+            telling.warn_of_norms_to_split(pl_module)
         run.measurement.look(pl_module)
         if is_fitting:
             surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in found])

@@ -10,6 +10,19 @@ from lightning_easier.callbacks.run import Run
 from lightning_easier.pruning.methods import Proposal
 from lightning_easier.pruning.rules import Tolerance, mode_in_name
 from lightning_easier.structure.linearize import stand_ins
+from lightning_easier.structure.norms import norms_to_split
+
+
+def warn_of_norms_to_split(pl_module: LightningModule) -> None:
+    """Warn of batch norms that compute the activation after them, too: no chain is found through one of them."""
+    norms = norms_to_split(pl_module)
+    if norms:
+        rank_zero_warn(
+            f"{len(norms)} modules, such as {norms[0]!r}, are a batch norm and what follows it in one (as timm's "
+            f"BatchNormAct2d): nothing can be fitted or merged through them, and what is around their activations "
+            f"stays. Split them at the end of `__init__` of {type(pl_module).__name__}, when its weights are loaded: "
+            f"`from lightning_easier.structure.norms import split_norms`, `split_norms(self)`."
+        )
 
 
 def warn_of_a_mode(monitor: str, tolerance: Tolerance) -> None:

@@ -23,20 +23,34 @@ def split_norms(model: nn.Module) -> list[str]:
     its children do, in the order of their registration. The children keep their names, so that the activation of
     ``bn1`` is ``bn1.act`` still; parameters of the norm are those of ``bn1.norm`` then, and the same objects.
 
+    ``compress``, ``candidates`` and ``collapse(mode="fit")`` do that in a copy. A pruning callback does not, since the
+    keys of checkpoints change with the names: call it in the ``__init__`` of the LightningModule, when the network has
+    the weights that it starts with.
+
     Args:
         model: Any module.
 
     Returns:
         The names of what was split.
+
+    Example:
+        >>> from timm.layers import BatchNormAct2d
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4))
+        >>> split_norms(model)
+        ['1']
+        >>> list(model[1]._modules)
+        ['norm', 'drop', 'act']
     """
-    split = []
-    for name, module in list(model.named_modules()):
-        parts = _parts_of(module)
-        if parts is not None and name:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, parts)
-            split.append(name)
-    return split
+    parts = _parts_by_name(model)
+    for name, each in parts.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, each)
+    return list(parts)
+
+
+def norms_to_split(model: nn.Module) -> list[str]:
+    """Return the names of what :func:`split_norms` would split; the model is not changed."""
+    return list(_parts_by_name(model))
 
 
 def with_split_norms(model: nn.Module) -> nn.Module:
@@ -46,6 +60,11 @@ def with_split_norms(model: nn.Module) -> nn.Module:
     copy = deepcopy(model)
     split_norms(copy)
     return copy
+
+
+def _parts_by_name(model: nn.Module) -> dict[str, nn.Sequential]:
+    found = ((name, _parts_of(module)) for name, module in model.named_modules() if name)
+    return {name: parts for name, parts in found if parts is not None}
 
 
 def _has_more(module: nn.Module) -> bool:
@@ -77,6 +96,8 @@ def _is_watched(module: nn.Module) -> bool:
 def _compute_the_same(module: nn.Module, parts: nn.Sequential, axes: int) -> bool:
     one, other = (deepcopy(each).eval() for each in (module, parts))
     like = next(value for value in (*module.parameters(), *module.buffers()) if value.is_floating_point())
+    if like.is_meta:  # there are no values to tell it by
+        return False
     generator = torch.Generator().manual_seed(0)
     channels = int(module.num_features)  # type: ignore[arg-type]
     values = 3 * torch.randn(_SAMPLES, channels, *(_POSITIONS,) * axes, generator=generator).to(like)
