@@ -106,8 +106,8 @@ def test_wandb_has_the_same_values_pictures_and_texts_under_the_same_names(run):
     for name, values in scalars(events).items():
         assert_alike(history[name], values)
     kinds = {name.removesuffix("/_type"): {kind for _, kind in history[name]} for name in history if "/_type" in name}
-    pictures = dict.fromkeys(events.Tags()["images"], {"images/separated"})
-    assert kinds == pictures | dict.fromkeys(texts(events), {"table-file"})
+    pictures = dict.fromkeys(events.Tags()["images"], frozenset({"images/separated"}))
+    assert kinds == pictures | dict.fromkeys(texts(events), frozenset({"table-file"}))
     folder = next(root.glob("wandb/offline-run-*/files"))
     _, path = history["pruning/rounds/path"][-1]
     assert json.loads((folder / path).read_text())["data"][-1][1] == callback.report().to_markdown()
