@@ -288,9 +288,10 @@ def compress(
     if is_too_short and not look.attained.is_reached:
         rank_zero_warn(f"Compression ended since {ended}. Raise `max_minutes`.")
     elif watch.has_target and not look.attained.is_reached:
-        rank_zero_warn(
-            f"Compression ended since {ended}. Raise `tolerance` or `max_drift`, or include more activations."
-        )
+        remedy = "Raise `tolerance` or `max_drift`, or include more activations"
+        if is_over or search.was_cut:
+            remedy = "Raise `max_minutes`"
+        rank_zero_warn(f"Compression ended since {ended}. {remedy}.")
     if pace.was_short:
         samples = len(look.result.report.speedup.ratios)
         notes.append(
