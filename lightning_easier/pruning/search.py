@@ -359,7 +359,7 @@ class Search:
         left = list(candidates)
         for _ in range(_MEASURED_ANEW):
             first = min(left, key=lambda each: ranks[id(each)])
-            if is_over() or not self._measure_anew(first):
+            if self._is_known(first) or is_over() or not self._measure_anew(first):
                 return first
             ranks[id(first)] = self._rank(first, now)
         known = [each for each in left if self._is_known(each)]
@@ -386,7 +386,7 @@ class Search:
         return (not beside) if (anew := self._anew.get(id(candidate))) is None else anew.beside == beside
 
     def _measure_anew(self, candidate: FittedCandidate) -> bool:
-        """Measure what a candidate changes beside what is in place; return whether that was done.
+        """Measure what a candidate changes beside what is in place; return whether that can be told.
 
         It is tried as it was fitted to the model as given. What would be refused is not tried, nor what shares an
         operator with a step: a chain beside it, or one of which less has gone. In the place of a block it does not
@@ -394,7 +394,7 @@ class Search:
         """
         place = candidate.choice.place
         begun = self._begun(place)
-        if self._is_known(candidate) or self._was_rejected(candidate) or not self._may_follow(candidate, begun):
+        if self._was_rejected(candidate) or not self._may_follow(candidate, begun):
             return False
         is_block = isinstance(place, FittableBlock)
         meant = [place.name] if isinstance(place, FittableBlock) else place.parts

@@ -415,11 +415,11 @@ def test_drift_bounds_what_goes_beside_a_score_only_where_it_is_asked_to(monkeyp
     assert any(f"beyond the {bound:.2%} of `max_drift`" in str(trial.reason) for trial in both.trials)
 
 
-def at_a_pace(monkeypatch, seconds):
+def at_a_pace(monkeypatch, seconds, **target):
     """Compress within two minutes, where so many seconds pass between two looks at the clock."""
     moments = iter(range(0, 10**6, seconds))
     monkeypatch.setattr(stages, "monotonic", lambda: next(moments))
-    return compress(mlps(4), BATCHES, max_minutes=2.0, **OPTIONS).report
+    return compress(mlps(4), BATCHES, max_minutes=2.0, **target, **OPTIONS).report
 
 
 def test_it_ends_when_its_minutes_are_over(monkeypatch):
@@ -430,6 +430,12 @@ def test_it_ends_when_its_minutes_are_over(monkeypatch):
     assert "mlps.0" not in report.reasons  # a block does not wait for all chains
     assert report.ended == "the time for trials is over, 80 % of the 2 minutes of `max_minutes`"
     assert at_a_pace(monkeypatch, 1).ended == "nothing is left to try"
+
+
+def test_minutes_that_end_before_a_target_is_reached_are_what_to_raise(monkeypatch):
+    over = "the time for trials is over, 80 % of the 2 minutes of `max_minutes`, and the target is not reached"
+    with pytest.warns(UserWarning, match=f"Compression ended since {over}.*Raise `max_minutes`"):
+        at_a_pace(monkeypatch, 23, target_depth=1)
 
 
 @pytest.mark.parametrize(("seconds", "chains"), [(70, 0), (40, 1)])
