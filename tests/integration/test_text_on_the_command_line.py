@@ -1,4 +1,4 @@
-"""A text classifier of Hugging Face on the command line, with the `own.py` and the commands of the page."""
+"""A text classifier of Hugging Face on the command line, with the `./own.py` and the commands of the page."""
 
 import shutil
 import sys
