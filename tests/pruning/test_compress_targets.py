@@ -248,3 +248,22 @@ def test_what_is_clearly_too_slow_is_timed_beside_the_dense_network_alone(monkey
     whole = [times for count, times in timed if count > 3]
     assert all(times["exact", "dense"] / times["fitted", "after"] >= 1.8 * (1 - timing.MARGIN) for times in whole[:1])
     assert sum(speedup < 1.8 * (1 - timing.MARGIN) for speedup in speedups) == len(few) - 1
+
+
+@pytest.mark.parametrize(
+    ("left", "faster", "due", "not_yet"),
+    [
+        (0.6, 1 / 0.6, 0.51, 0.52),  # as estimated: 0.1 of the time is missing, 85 % of it has to be saved
+        (0.7, 1 / 0.6, 0.63, 0.64),  # more was saved than estimated, by a third
+        (0.6, 1 / 0.65, 0.45, 0.46),  # less
+        (0.45, 1 / 0.9, 0.225, 0.226),  # all that is left would not be enough by that: half of it
+        (0.6, 1 / 1.1, 0.3, 0.301),  # it has become slower
+    ],
+)
+def test_the_next_look_goes_by_what_an_estimate_was_worth_at_the_last(monkeypatch, left, faster, due, not_yet):
+    model = Sum([64], [1.0]).eval()
+    watch = targets.TargetWatch(model, (BATCHES[0],), "macs", timing.LatencyTable(), targets.Target(speedup=2.0))
+    watch._macs, watch._last = 10_000, (left, left, faster)
+    for share, expected in ((due, True), (not_yet, False)):
+        monkeypatch.setattr(targets, "counted", lambda *_, share=share: round(10_000 * share))
+        assert watch._is_due(model, 1.0, 2.0) is expected
