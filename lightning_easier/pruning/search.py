@@ -356,13 +356,12 @@ class Search:
         """
         now = change_of(self._seen, self._dense_outputs)
         ranks = {id(candidate): self._rank(candidate, now) for candidate in candidates}
-        left = list(candidates)
         for _ in range(_MEASURED_ANEW):
-            first = min(left, key=lambda each: ranks[id(each)])
+            first = min(candidates, key=lambda each: ranks[id(each)])
             if self._is_known(first) or is_over() or not self._measure_anew(first):
                 return first
             ranks[id(first)] = self._rank(first, now)
-        known = [each for each in left if self._is_known(each)]
+        known = [each for each in candidates if self._is_known(each)]
         return min(known, key=lambda each: ranks[id(each)])
 
     def _rank(self, candidate: FittedCandidate, now: Tensor) -> float:
