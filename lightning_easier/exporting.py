@@ -32,6 +32,8 @@ from lightning_easier.support.storage import first_line
 
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[str, ...] = get_args(Format)
+_LARGEST = 2**31 - 1
+"""Of sizes that are free: torch 2.6 asks whether one is the largest integer, where a slice has no end."""
 
 
 class ExportError(RuntimeError):
@@ -257,8 +259,8 @@ def _free_axes(
                     f"Expected argument `dynamic_axes` to hold axes from 1 to {value.ndim - 1} with a name of the size "
                     f"for `{name}` (the first axis is `dynamic_batch`), but got {axis!r}: {size!r}"
                 )
-    sizes = {size: Dim(size) for axes in dynamic_axes.values() for size in axes.values()}
-    batch = Dim("batch")
+    sizes = {size: Dim(size, max=_LARGEST) for axes in dynamic_axes.values() for size in axes.values()}
+    batch = Dim("batch", max=_LARGEST)
     free: list[_Axes] = []
     for name, value in zip(names, arguments, strict=True):
         has_batch = dynamic_batch and len(value) == len(arguments[0])

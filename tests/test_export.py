@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from lightning_easier import ExportError, collapse, export, exporting, linearize
 from lightning_easier import export as export_function
 from tests.models import Functional, Residual, randomize_batch_norms
-from tests.versions import needs_later_operators, needs_sizes
+from tests.versions import keeps_a_batch_of_attention, needs_later_operators
 
 
 def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
@@ -89,7 +89,7 @@ class ViewsAttention(nn.Module):
         return self.fc(self.attention(x, x, x, need_weights=False)[0].view(len(x), -1))
 
 
-@needs_sizes  # an earlier torch takes the batch for a constant there, and says so
+@keeps_a_batch_of_attention
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_a_view_of_what_attention_returns(tmp_path, format):
     model, path = ViewsAttention(), tmp_path / f"m.{format}"
@@ -99,6 +99,20 @@ def test_a_view_of_what_attention_returns(tmp_path, format):
     with torch.no_grad():
         assert torch.allclose(output, model.eval()(x), atol=1e-5)
     assert not model.attention._forward_hooks
+
+
+class SlicesWithoutEnd(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, None, :] * 2.0
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_slice_without_an_end_of_a_size_that_is_free(tmp_path, format):
+    path = tmp_path / f"m.{format}"
+    export(SlicesWithoutEnd(), path, torch.randn(2, 3))
+    x = torch.randn(5, 3)
+    (output,) = RUN[format](path, x)
+    assert torch.allclose(output, SlicesWithoutEnd()(x), atol=1e-6)
 
 
 class CountsSamples(nn.Module):

@@ -22,7 +22,6 @@ from lightning_easier.support import timing
 from lightning_easier.support.affine import ChannelAffine
 from lightning_easier.support.inference import relative_difference
 from tests.models import randomize_batch_norms
-from tests.versions import refused_without_sizes
 
 SUMS = ("add", "add_", "iadd", "sub")
 
@@ -276,7 +275,6 @@ class AsksForSamples(nn.Module):
         return self.model(x) if x.shape[2] < 100 else x
 
 
-@refused_without_sizes
 @pytest.mark.parametrize("style", ["skip first", "branch first", "in place", "difference"])
 def test_torch_export_loses_blocks_and_branches_exactly(style):
     torch.manual_seed(0)

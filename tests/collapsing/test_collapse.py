@@ -13,7 +13,6 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_easier import CollapseError, collapse, isolate_activations, linearize
 from lightning_easier.support.inference import relative_difference
 from tests.models import Residual, randomize_batch_norms
-from tests.versions import needs_sizes
 
 
 def assert_same_function(collapsed: nn.Module, source: nn.Module, *shapes: tuple[int, ...]) -> None:
@@ -250,7 +249,6 @@ class UntraceablePart(nn.Module):
         return self.head(self.fc(x)) if x.sum() > 1e9 else self.head(self.fc(x)) + 1
 
 
-@needs_sizes
 def test_a_part_that_does_not_trace_stays_whole():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), UntraceablePart())
     result = collapse(model, torch.randn(2, 3), objective="depth")

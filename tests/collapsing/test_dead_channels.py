@@ -24,7 +24,6 @@ from lightning_easier.support.inference import relative_difference
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from tests import clocks
 from tests.models import randomize_batch_norms
-from tests.versions import refused_without_sizes
 
 ASKED_FOR = os.environ.get("COLLAPSE_EXAMPLES")  # new ones, by `make prove`; the suite takes the same ones each time
 SETTINGS = settings(
@@ -594,7 +593,7 @@ class Twice(nn.Module):
         ("twice", "`first` is called 2 times"), ("tied", "`first` shares its parameters"), ("hooks", ""),
         ("forward", ""), ("size", "`size` reads them"), ("written", "something writes into a value of theirs"),
         ("watched", "`act` (ReLU) has hooks"), ("rolled", "`roll` reads them"),
-        pytest.param("split", "`chunk.default` reads them", marks=refused_without_sizes),
+        ("split", "`chunk.default` reads them"),
     ],
 )  # fmt: skip
 def test_they_stay_where_something_else_would_change(how, reason):
@@ -656,7 +655,6 @@ class Asking(nn.Module):
         return self.second(x.view(len(x), 120))
 
 
-@refused_without_sizes
 def test_they_leave_what_torch_export_captures():
     report, _ = checked(Asking(), 2, 3, 6, 7)
     assert gone(report) == {"first": (6, 4)}

@@ -13,7 +13,6 @@ from lightning_easier import CollapseError, collapse, isolate_activations, linea
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.zoo.cifar_resnet import CifarResNet
 from tests.models import randomize_batch_norms
-from tests.versions import refused_without_sizes
 
 
 class Net(nn.Module):
@@ -139,10 +138,9 @@ IMAGES = (2, 3, 8, 9)
         (Net(lambda s, x: torch.mm(torch.addmm(s.c, x, s.w), s.v), w=nn.Parameter(torch.randn(3, 4)),
              v=nn.Parameter(torch.randn(4, 2)), c=nn.Parameter(torch.randn(4))), (2, 3),
          {("addmm", "mm"): "Linear 3→2"}, [(5, 3)]),
-        pytest.param(
-            Net(lambda s, x: s.a(torch.addmm(s.c, x.view(-1, 3), s.w, beta=2, alpha=0.5).view(*x.shape[:-1], 4)),
-                a=nn.Linear(4, 2), w=nn.Parameter(torch.randn(3, 4)), c=nn.Parameter(torch.randn(4))), (2, 5, 3),
-            {("addmm", "a"): "Linear 3→2"}, [(3, 7, 3)], marks=refused_without_sizes),
+        (Net(lambda s, x: s.a(torch.addmm(s.c, x.view(-1, 3), s.w, beta=2, alpha=0.5).view(*x.shape[:-1], 4)),
+             a=nn.Linear(4, 2), w=nn.Parameter(torch.randn(3, 4)), c=nn.Parameter(torch.randn(4))), (2, 5, 3),
+         {("addmm", "a"): "Linear 3→2"}, [(3, 7, 3)]),
         # what leaves values as they are
         (Net(lambda s, x: s.b(s.a(x).clone().to(x.dtype).contiguous()), a=conv(3, 3), b=conv(3, 2)), IMAGES,
          {("a", "b"): "Conv2d 1×1 3→2"}, [(1, 3, 5, 6)]),
@@ -413,8 +411,7 @@ def test_what_holds_at_the_example_only_is_not_used():
         (Net(lambda s, x: torch.relu(s.a(s.c(x).permute(0, 2, 3, 1))).view(-1, 6), c=conv(3, 8), a=nn.Linear(8, 6)),
          (2, 3, 4, 5), (3, 3, 4, 5)),
         # a factor that is a size
-        pytest.param(Net(lambda s, x: torch.add(s.a(x), x, alpha=x.size(0)), a=nn.Linear(3, 3)), (2, 3), (5, 3),
-                     marks=refused_without_sizes),
+        (Net(lambda s, x: torch.add(s.a(x), x, alpha=x.size(0)), a=nn.Linear(3, 3)), (2, 3), (5, 3)),
         # pools of maps without samples
         (Net(lambda s, x: F.adaptive_avg_pool2d(s.a(x), (2, 1)), a=nn.Conv1d(8, 4, 1)), (3, 8, 6), (2, 8, 5)),
         # keywords in another order

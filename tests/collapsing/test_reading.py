@@ -18,7 +18,7 @@ from lightning_easier.structure.stand_in import AffineStandIn
 from lightning_easier.support.inference import relative_difference
 from tests.collapsing.test_linear_steps import conv, numbers
 from tests.models import randomize_batch_norms
-from tests.versions import needs_symbolic_strides, refused_without_sizes
+from tests.versions import needs_symbolic_strides
 
 
 class Net(nn.Module):
@@ -321,9 +321,8 @@ def pools_to_a_third_of_its_own(s, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "names", "reason"),
     [
-        pytest.param(pools_to_a_third, ("a", "adaptive_avg_pool2d", "b"),
-                     "`adaptive_avg_pool2d` takes `floordiv`, which is computed after `a`",
-                     marks=refused_without_sizes),
+        (pools_to_a_third, ("a", "adaptive_avg_pool2d", "b"),
+         "`adaptive_avg_pool2d` takes `floordiv`, which is computed after `a`"),
         (pools_to_a_third_of_its_own, ("a", "adaptive_avg_pool2d"),
          "its value has 2 readers: `size`, `adaptive_avg_pool2d`"),
         (lambda s, x: s.b(s.a(x).view(x.size(0), 4, x.size(2) * x.size(3), 1)), ("a", "b"),

@@ -29,7 +29,6 @@ from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, atte
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
 from lightning_easier.structure.stand_in import BlockStandIn, StandIn
-from lightning_easier.support import versions
 from lightning_easier.support.calls import Arguments, call, copies, mapped, named_arguments, names_of
 from lightning_easier.support.inference import has_hooks, relative_difference, tolerance_for
 from lightning_easier.support.programs import quiet, remedy_for
@@ -63,8 +62,7 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             return _first_that_holds(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
-            # what torch.fx can't follow is for torch.export, and a later one may take what torch.fx refuses, too
-            if not isinstance(reason, CaptureError) or not versions.SAYS_SIZES:
+            if not isinstance(reason, CaptureError):
                 reason = CaptureError(_both(reason, error))
     opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
@@ -96,8 +94,6 @@ def _traced(model: nn.Module, arguments: Sequence[Tensor], opaque: frozenset[nn.
 
 def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
     """Export a model for as many sizes as possible, of the number of samples above all."""
-    if not versions.SAYS_SIZES:
-        raise CaptureError(versions.why_sizes_are_unknown())
     reason: Exception = CaptureError("torch.export can't take it")
     for attempt in attempts(arguments):
         try:

@@ -1,19 +1,19 @@
 """What a captured graph holds for, checked at every call: tensors in the places of tensors, and sizes.
 
-What ``torch.export`` recorded holds for the sizes for which its questions would be answered alike. It says which those
-are in a function of its own, which can't be pickled; :class:`SizeGuards` says the same and can.
+What ``torch.export`` recorded holds for the sizes for which its questions would be answered alike. It keeps these
+questions; later versions of torch make a function of them, which can't be pickled. :class:`SizeGuards` can.
 """
 
 import re
-from collections.abc import Sequence
-from types import CodeType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
 
-_SAYS = "Guard failed: "  # what the messages of torch.export's own checks begin with
 _SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\]")
 
 
@@ -91,31 +91,50 @@ def _room() -> dict[str, Any]:
     return {**SYMPY_INTERP, "torch": torch}
 
 
-def read_guards(exported: nn.Module, inputs: Sequence[str]) -> SizeGuards:
-    """Read the conditions from the module that ``torch.export`` makes of them.
+def read_guards(inputs: Mapping[str, Any]) -> SizeGuards:
+    """Read for which sizes what ``torch.export`` recorded holds.
 
     Args:
-        exported: The module that checks.
-        inputs: The names of what it is called with.
+        inputs: What it recorded of each input (name -> fake tensor), whose free sizes are symbols.
 
     Raises:
-        ValueError: If they are not where this torch has been seen to put them.
+        ValueError: If a condition can't be said in the sizes of the inputs.
     """
-    code = _code_of(exported.forward)
-    said = [constant for each in code for constant in each.co_consts if isinstance(constant, str)]
-    conditions = [text.removeprefix(_SAYS) for text in said if text.startswith(_SAYS)]
-    if not conditions and any("_assert" in each.co_names for each in code):
-        raise ValueError("this torch.export does not say for which sizes its graph holds")
-    return SizeGuards(inputs, conditions)
+    sizes: dict[sympy.Symbol, sympy.Symbol] = {}  # what is asked of a call in the place of a symbol
+    conditions = [f"{name}.ndim == {x.ndim}" for name, x in inputs.items()]
+    for name, x in inputs.items():
+        for axis, size in enumerate(map(_expression, x.shape)):
+            if size.is_Symbol:
+                sizes.setdefault(size, sympy.Symbol(f"{name}.size()[{axis}]", integer=True, positive=True))
+    for name, x in inputs.items():
+        for axis, size in enumerate(map(_expression, x.shape)):
+            asked = f"{name}.size()[{axis}]"
+            said = _in_sizes(size, sizes)
+            if said != asked:
+                conditions.append(f"{asked} == {said}")
+    for environment in {id(x.fake_mode.shape_env): x.fake_mode.shape_env for x in inputs.values()}.values():
+        for condition in _conditions(environment):
+            if condition.free_symbols:
+                conditions.append(_in_sizes(condition, sizes))
+    return SizeGuards(list(inputs), list(dict.fromkeys(conditions)))
 
 
-def _code_of(function: Any) -> list[CodeType]:
-    """List the code of a function and of those that it closes over."""
-    found = []
-    queue = [function]
-    while queue:
-        each = queue.pop()
-        if hasattr(each, "__code__"):
-            found.append(each.__code__)
-            queue += [cell.cell_contents for cell in each.__closure__ or ()]
-    return found
+def _conditions(environment: ShapeEnv) -> list[sympy.Basic]:
+    """List what has to hold of the symbols of an export, those that were found equal to others replaced."""
+    asserted = environment.deferred_runtime_asserts.get(None, [])  # torch 2.6 keeps some of the inputs' sizes there
+    asked = [guard.expr for guard in environment.guards] + [each.expr for each in asserted]
+    conditions = [environment.simplify(each) for each in asked]
+    # Of what is known only when it runs, the graph itself asserts what it needs
+    return [each for each in conditions if not any(map(environment.is_unbacked_symint, each.free_symbols))]
+
+
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _in_sizes(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+    """Write an expression as Python, in sizes of the inputs."""
+    unknown = expression.free_symbols - sizes.keys()
+    if unknown:
+        raise ValueError(f"torch.export asks for {expression}, where {unknown} is no size of an input")
+    return PythonPrinter().doprint(expression.xreplace(sizes))

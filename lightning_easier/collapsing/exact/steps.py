@@ -32,7 +32,6 @@ from lightning_easier.report import Merge, Refusal, Trimmed
 from lightning_easier.sites.dataflow import OPERATORS, is_idle_dropout
 from lightning_easier.sites.tracing import input_of
 from lightning_easier.structure.stand_in import StandIn
-from lightning_easier.support import versions
 from lightning_easier.support.inference import device_of, has_hooks
 from lightning_easier.support.timing import MARGIN, LatencyTable, Speedup
 
@@ -202,10 +201,7 @@ class Steps:
             chains = sum(isinstance(part, OPERATORS) for part in parts) > 1 and not kind.__module__.startswith("torch.")
             if chains or any(isinstance(part, StandIn) for part in parts):
                 why = "has hooks" if has_hooks(module) else "can't be traced"
-                exported = (
-                    "torch.export can't take the model" if versions.SAYS_SIZES else versions.why_sizes_are_unknown()
-                )
-                reason = f"stays whole: {kind.__name__} {why}, and {exported}"
+                reason = f"stays whole: {kind.__name__} {why}, and torch.export can't take the model"
                 self.refusals.append(Refusal((str(node.target),), reason))
 
     def trim(self) -> None:

@@ -24,7 +24,7 @@ from lightning_easier.support.programs import export_program, quiet
 from lightning_easier.support.versions import children_of
 
 GUARDS = "_guards_fn"
-"""The name that torch.export gives to what checks sizes."""
+"""The name of what checks sizes; later versions of torch give it to a check of their own."""
 _OUTPUT = "_output"
 _LONGEST_SIZE = 256
 """Terms of a size, in numbers, symbols and operations. Networks of plain strides stay below 200."""
@@ -97,7 +97,7 @@ def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
 
 
 def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
-    unlifted: Any = program.module()  # with a check that sizes are those for which what was traced holds
+    unlifted: Any = program.module()
     graph: fx.Graph = unlifted.graph
     constants: dict[str, Any] = {}
     structure = _restore_structure(graph)
@@ -112,13 +112,18 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
             if "." in str(node.target) or not isinstance(getattr(unlifted, str(node.target)), Tensor):
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(unlifted, str(node.target))
-    (checking,) = graph.find_nodes(op="call_module", target=GUARDS)  # or it is not known for which sizes this holds
-    inputs = {str(node.target): node.meta["val"] for node in checking.all_input_nodes}
-    guards = read_guards(unlifted.get_submodule(GUARDS), list(inputs))
-    constants[GUARDS] = SizeGuards(
-        guards.inputs, [*(f"{name}.ndim == {x.ndim}" for name, x in inputs.items()), *guards.conditions]
-    )
+    constants[GUARDS] = _check_sizes(graph)
     return _without_tracer(graph), constants
+
+
+def _check_sizes(graph: fx.Graph) -> SizeGuards:
+    """Have a graph check the sizes it is called with first, by what can be pickled."""
+    for check in graph.find_nodes(op="call_module", target=GUARDS):  # that of torch itself, which not every version has
+        graph.erase_node(check)
+    inputs = list(graph.find_nodes(op="placeholder"))
+    with graph.inserting_after(inputs[-1]):
+        graph.create_node("call_module", GUARDS, tuple(inputs))
+    return read_guards({str(node.target): node.meta["val"] for node in inputs})
 
 
 def _without_tracer(graph: fx.Graph) -> fx.Graph:
