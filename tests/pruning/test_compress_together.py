@@ -137,6 +137,44 @@ def test_the_next_is_chosen_by_what_the_model_computes_by_then_after_a_step_was_
     assert any(trial.reason is not None and trial.reason.startswith("beyond the tolerance") for trial in report.trials)
 
 
+def searched(model, batches, sites):
+    """A search with its first step in place, and the candidates that are left."""
+    isolate_activations(model)
+    found = Search(model, batches, batches[0], ChainPrices("macs", LatencyTable()), math.inf)
+    with Stages(STAGES) as progress:
+        candidates = found.candidates(sites, [], Clock(None, STAGES), progress)
+    first = found.next_of(candidates)
+    assert found.take(first) is not None
+    return found, [each for each in candidates if each.choice.place.sites != first.choice.place.sites]
+
+
+def test_what_comes_next_is_measured_anew_until_the_time_is_over(monkeypatch):
+    torch.manual_seed(0)
+    found, left = searched(Sum().eval(), [(torch.randn(64, 6),)], [f"mlps.{n}.1" for n in range(3)])
+    tried, measure = [], search.try_out
+    monkeypatch.setattr(search, "try_out", lambda *args: tried.append(args) or measure(*args))
+    assert found.next_of(left, lambda: True) in left
+    assert not tried
+    assert found.next_of(left) in left
+    assert tried
+
+
+def test_what_overflows_beside_what_is_in_place_goes_last(monkeypatch):
+    torch.manual_seed(0)
+    found, left = searched(Sum().eval(), [(torch.randn(64, 6),)], [f"mlps.{n}.1" for n in range(3)])
+    first = found.next_of(left, lambda: True)
+    measure = search.try_out
+
+    def overflow(model, choice, run):
+        outputs = measure(model, choice, run)
+        return [each * math.nan for each in outputs] if choice is first.choice else outputs
+
+    monkeypatch.setattr(search, "try_out", overflow)
+    others = [each for each in left if each is not first]
+    assert found.next_of([first, *others]) in others
+    assert found.next_of([*others, first]) in others
+
+
 def test_changes_are_one_vector_whose_square_is_the_drift_and_of_many_values_some_are_taken():
     before = [torch.randn(40, 3), torch.randn(40, 5000), torch.arange(40)[:, None]]
     after = [each + torch.randn_like(each) if each.is_floating_point() else each + 1 for each in before]
@@ -236,6 +274,29 @@ def test_a_trial_that_is_taken_back_leaves_the_batch_norms_bit_for_bit():
     assert not any(torch.equal(each, seen[0]) for each in seen[1:3])  # they were matched while it was tried
     assert not any(trial.kept for trial in result.report.trials)
     assert all(torch.equal(value, before[name]) for name, value in result.fitted.state_dict().items())
+
+
+def test_runs_are_compared_with_norms_as_the_last_match_left_them():
+    torch.manual_seed(0)
+    dense, batches = randomized(CifarResNet(8)), [(each,) for each in images(64, 64)]
+    model = deepcopy(dense)
+    norms = MatchedNorms(model, dense, batches)
+    with torch.no_grad():
+        model.layer1[0].conv2.weight *= 0.5
+    plain, wanted = outputs_of(model, batches), outputs_of(dense, batches)
+
+    def run():
+        return norms.run(lambda: outputs_of(model, batches))
+
+    assert drift_of(run(), wanted) < drift_of(plain, wanted)  # matched on the way
+    assert all(map(torch.equal, outputs_of(model, batches), plain))
+    norms.match(plain, {})  # nothing is nearer to that than it is
+    assert all(map(torch.equal, outputs_of(model, batches), plain))
+    assert all(map(torch.equal, run(), plain))
+    norms.restore()
+    assert drift_of(run(), wanted) < drift_of(plain, wanted)
+    norms.match(wanted, {})
+    assert drift_of(outputs_of(model, batches), wanted) < drift_of(plain, wanted)
 
 
 def test_a_step_is_left_out_and_put_back_with_the_batch_norms_that_belong_to_it():
