@@ -24,6 +24,8 @@ ROOT_PAGES = {
 _ELSEWHERE = "files"  # where what lies outside of `docs` is copied to
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FIGURE = re.compile(r"<td>(?=[^<]*\d)([\d\s.,:+\-–−→×%()≥~*e]{1,40})</td>")
+_CELL = re.compile(r"<td>.*?</td>", re.DOTALL)
+_CELL_CODE = re.compile(r"(?<=<code>)[^<>\s]{24,}(?=</code>)")
 _DRAWING = re.compile(r'<img alt="([^"]*)" src="([^"]*?)([\w-]+)\.svg"[^>]*/?>')
 
 
@@ -62,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put drawings into the page, and tell which cells hold figures, that do not break."""
+    """Put drawings into the page, and tell where cells break: figures nowhere, long names after a dot or a slash."""
 
     def drawn(match: re.Match[str]) -> str:
         alt, _, name = match.groups()
@@ -71,7 +73,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             return match[0]
         return f'<span class="drawing" role="img" aria-label="{alt}">{path.read_text().strip()}</span>'
 
-    return _FIGURE.sub(r'<td class="figure">\1</td>', _DRAWING.sub(drawn, html))
+    def breaking(cell: re.Match[str]) -> str:
+        return _CELL_CODE.sub(lambda code: re.sub(r"(?<=[./])(?=\w)", "<wbr>", code[0]), cell[0])
+
+    if not any(title.children for title in page.toc):  # an empty list of contents leaves its place to the page
+        page.meta["hide"] = [*page.meta.get("hide", []), "toc"]
+    cells = _CELL.sub(breaking, _FIGURE.sub(r'<td class="figure">\1</td>', html))
+    return _DRAWING.sub(drawn, cells)
 
 
 def _is_root(uri: str) -> bool:
