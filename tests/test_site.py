@@ -89,6 +89,15 @@ def test_drawings_take_the_colour_of_the_text(site):
         assert text.strip() in shown, f"no page shows {drawing.name}"
 
 
+def test_long_names_in_cells_break_and_a_page_without_headings_takes_the_place_of_their_list(site):
+    networks, faq = ((site / name).read_text() for name in ("networks.html", "faq.html"))
+    assert "<code>head.<wbr>classification_head.<wbr>conv" in networks
+    assert "<code>isolate_activations</code>" in networks
+    hidden = re.compile(r'<div class="md-sidebar md-sidebar--secondary"[^>]* hidden>')
+    assert hidden.search(networks)
+    assert not hidden.search(faq)
+
+
 def test_old_paths_lead_somewhere(site):
     for name in ("collapse", "experiments", "house", "methods", "networks", "supported"):
         assert (site / f"{name}.html").is_file()
