@@ -1,6 +1,7 @@
 """Write a model to a file that is shipped, and check that the file computes the same."""
 
 import io
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def export(
             checked.
         dynamic_axes: Besides the batch: name of an argument of the forward -> axis -> what its size is called, such as
             ``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``. What is called alike has one size. It may
-            be any from 2 up, as far as the model takes it.
+            be any from 2 up, as far as the model takes it. An ONNX file calls the sizes so, and the batch's ``batch``.
         input_names: For ONNX: what the file calls its inputs; the names of the forward's arguments by default.
         output_names: For ONNX: what it calls its outputs, the tensors in what the model returns; by default the keys of
             a dictionary (such as a ModelOutput of Hugging Face), or what torch calls them.
@@ -101,7 +102,7 @@ def export(
                 written = Path(folder) / f"model.{order.format}"
                 steps.begin("write")
                 run = (
-                    _write_onnx(program, written, order.names)
+                    _write_onnx(program, written, order.names, order.free)
                     if order.format == "onnx"
                     else _write_pt2(program, written)
                 )
@@ -362,7 +363,7 @@ def _check_not_bfloat16(model: nn.Module, arguments: Arguments) -> None:
             )
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx) -> _Run:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx, free: Sequence[_Axes]) -> _Run:
     import onnx
     import onnxruntime
 
@@ -383,6 +384,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
                 f"torch.onnx can't write the model in version {wanted.opset} of ONNX's operators, as `opset_version` "
                 f"asks; it wrote {version}. It writes 18, and later ones with a recent onnxscript"
             )
+    if any(free):
+        _name_sizes(path, free)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -397,6 +400,24 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
         return [torch.from_numpy(output) for output in session.run(None, feed) if output is not None]
 
     return run
+
+
+def _name_sizes(path: Path, free: Sequence[_Axes]) -> None:
+    """Call the sizes in an ONNX file what they were asked for as; torch.onnx calls them s43 and the like."""
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    names: dict[str, str] = {}
+    for value, axes in zip(graph.input, free, strict=True):
+        for axis, size in axes.items():
+            if symbol := value.type.tensor_type.shape.dim[axis].dim_param:
+                names.setdefault(symbol, size.__name__)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:  # a formula of sizes, in places
+                size.dim_param = re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.dim_param)
+    onnx.save(model, path)
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> _Run:

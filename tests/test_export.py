@@ -401,3 +401,23 @@ def test_a_model_at_its_longest_text_is_checked_on_a_shorter_one(monkeypatch, tm
         short = ids[:2, :3]
         (found,) = session.run(None, {session.get_inputs()[0].name: short.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(short).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Positions, and a mask beside, whose batch is that of the others only where they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = Positions(6)
+
+    def forward(self, tokens, mask):
+        return self.words(tokens) * mask.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("model", [Named, Masked])
+@pytest.mark.parametrize("axes", [None, LENGTHS], ids=["batch", "length"])
+def test_an_onnx_file_calls_its_sizes_as_they_were_asked_for(tmp_path, model, axes):
+    export(model().eval(), tmp_path / "model.onnx", sequences(2, 6), dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [each.shape for each in session.get_inputs()] == [["batch", "length" if axes else 6]] * 2
+    assert session.get_outputs()[0].shape[0] == "batch"
