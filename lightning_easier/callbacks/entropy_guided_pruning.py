@@ -20,7 +20,7 @@ class EntropyGuidedPruningCallback(PruningCallback):
     channels out that are zero, and merges what has become linear.
 
     See :class:`~lightning_easier.PruningCallback` for how a run goes and what may be raised. Logged are, besides:
-    ``sparsity``, the share of zeros among all weights of two axes or more; ``sparsity/<weight>``, that of each;
+    ``sparsity``, the share of zeros among all weights of two axes or more; ``weight_sparsity/<weight>``, that of each;
     ``emptied``, how many activations are linear or have an entropy of zero.
 
     Args:

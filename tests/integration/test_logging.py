@@ -181,11 +181,11 @@ def test_a_run_that_prunes_weights_has_charts_of_zeros_and_of_emptied_layers_bes
     ]  # fmt: skip
     tags = sparse.Tags()["scalars"]
     shown = {title: {tag for tag in tags if re.search(pattern, tag)} for title, (pattern,) in found.items()}
-    weights = {f"sparsity/{name}" for name, value in Tiny().named_parameters() if value.ndim > 1}
+    weights = {f"weight_sparsity/{name}" for name, value in Tiny().named_parameters() if value.ndim > 1}
     assert shown["Entropy of every activation [bit]"] == {f"entropy/{name}" for name in NAMES}
     assert shown["Zeros among the weights"] == {"sparsity", *weights}
     assert shown["Layers emptied"] == {"emptied"}
-    assert not any(tag.startswith(("sparsity", "emptied")) for tag in events.Tags()["scalars"])
+    assert not any(tag.startswith(("sparsity", "weight_sparsity", "emptied")) for tag in events.Tags()["scalars"])
 
 
 class Elsewhere(Net):
@@ -213,6 +213,28 @@ def test_a_run_that_takes_blocks_out_has_charts_of_distances_and_of_the_loss_bes
     assert [*RemoveBlocks(weight=0.0).charts] == ["Distance of blocks"]
 
 
+@pytest.mark.parametrize("method", ["identities", "fitted", "sparse", "blocks"])
+def test_no_name_that_is_logged_is_a_folder_of_another(method, tmp_path):
+    """MLflow's folders keep each value in a file of its name, and take letters, digits and ``_-./ :`` alone."""
+    model, data, files = Tiny(), None, Files(tmp_path / "rounds")
+    if method == "sparse":
+        callback = EntropyGuidedPruningCallback("val_acc", tolerance=1.0, rounds=Rounds(epochs=1), files=files)
+    elif method == "blocks":
+        callback, model = OptimalTransportCallback("score", weight=1.0, files=files), Net()
+        samples = TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2)
+        data = LightningDataModule.from_datasets(samples, samples, batch_size=4)
+    else:
+        callback = pruning(fit=method == "fitted", measuring=Measuring(costs=True), files=files)
+    train(model, callback, root=tmp_path, epochs=3, data=data, logger=CSVLogger(tmp_path, "csv", ""),
+          log_every_n_steps=1)  # fmt: skip
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        tags = csv.DictReader(file).fieldnames
+    assert {"entropy/act1"} <= set(tags) if method != "blocks" else {"distance/blocks.0"} <= set(tags)
+    folders = {"/".join(tag.split("/")[:place]) for tag in tags for place in range(1, tag.count("/") + 1)}
+    assert not folders & set(tags)
+    assert all(re.fullmatch(r"[\w\-./ :]+", tag) for tag in tags)
+
+
 def test_zeros_have_a_curve_that_rises_with_every_round(sparse):
     curve = [point.value for point in sparse.Scalars("sparsity")]
     assert len(curve) == 6  # one point an epoch
@@ -220,7 +242,7 @@ def test_zeros_have_a_curve_that_rises_with_every_round(sparse):
     assert all(first == last for first, last in rounds)
     assert rounds[0] == [0.0, 0.0]
     assert all(before[1] < after[0] < 1 for before, after in pairwise(rounds))
-    assert [point.value for point in sparse.Scalars("sparsity/fc4.weight")] == [0.0] * 6  # the head
+    assert [point.value for point in sparse.Scalars("weight_sparsity/fc4.weight")] == [0.0] * 6  # the head
 
 
 def test_each_round_is_a_readable_event(run, events):

@@ -113,12 +113,15 @@ def test_wandb_has_the_same_values_pictures_and_texts_under_the_same_names(run):
     assert json.loads((folder / path).read_text())["data"][-1][1] == callback.report().to_markdown()
 
 
-def test_a_sparsity_beside_those_of_weights_is_kept_by_mlflow(tmp_path):
-    mlflow = stored_by_mlflow(tmp_path)
+@pytest.mark.parametrize("store", ["database", "folders"])
+def test_a_sparsity_beside_those_of_weights_is_kept_by_mlflow(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    folders = MLFlowLogger("pruning", tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    mlflow = folders if store == "folders" else stored_by_mlflow(tmp_path)
     callback = EntropyGuidedPruningCallback("val_acc", tolerance=1.0, rounds=Rounds(epochs=1), files=Files(tmp_path))
     train(Tiny(), callback, root=tmp_path, epochs=2, logger=mlflow)
     kept = mlflow.experiment.get_run(mlflow.run_id).data.metrics
     assert kept["sparsity"] > 0
-    assert {name for name in kept if name.startswith("sparsity/")} == {
-        f"sparsity/{name}" for name, value in Tiny().named_parameters() if value.ndim > 1
+    assert {name for name in kept if name.startswith("weight_sparsity/")} == {
+        f"weight_sparsity/{name}" for name, value in Tiny().named_parameters() if value.ndim > 1
     }

@@ -372,7 +372,7 @@ def test_sparsity_is_logged(tmp_path):
     model, _, _ = run(tmp_path, Note(), pruning={"amount": 0.5}, epochs=2, **PRUNED)
     weights = {name: value for name, value in model.named_parameters() if value.ndim > 1}
     for name, value in weights.items():
-        assert logged[f"sparsity/{name}"] == pytest.approx(float((value == 0).float().mean()))
+        assert logged[f"weight_sparsity/{name}"] == pytest.approx(float((value == 0).float().mean()))
     whole = sum(int((value == 0).sum()) for value in weights.values()) / sum(
         value.numel() for value in weights.values()
     )

@@ -46,6 +46,10 @@ WEIGHTS = "weights"
 """What a round of pruning is called in a report."""
 LINEAR = "linear"
 """What is called so: activations become linear, and no weight is pruned."""
+SPARSITY_KEY = "sparsity"
+"""Tag of the share of zeros among all weights."""
+WEIGHT_SPARSITY_KEY = "weight_sparsity"
+"""What the tag of each weight begins with; MLflow's folders can't hold ``sparsity`` beside ``sparsity/<weight>``."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,10 @@ class Sparsify(Method):
     @property
     def charts(self) -> dict[str, str]:
         """Those of zeros and of emptied layers."""
-        return {"Zeros among the weights": "^sparsity(/.*)?$", "Layers emptied": "^emptied$"}
+        return {
+            "Zeros among the weights": f"^({SPARSITY_KEY}|{WEIGHT_SPARSITY_KEY}/.*)$",
+            "Layers emptied": "^emptied$",
+        }
 
     def worker(self, measuring: Measuring) -> Worker:
         """Return who measures for it in a run.
@@ -379,10 +386,10 @@ class SparseWorker(Worker):
             return {}
         zeros = torch.stack([_zeros(value) for value in weights.values()]).tolist()  # one synchronisation
         found = {
-            f"sparsity/{name}": count / value.numel()
+            f"{WEIGHT_SPARSITY_KEY}/{name}": count / value.numel()
             for count, (name, value) in zip(zeros, weights.items(), strict=True)
         }
-        found["sparsity"] = sum(zeros) / sum(value.numel() for value in weights.values())
+        found[SPARSITY_KEY] = sum(zeros) / sum(value.numel() for value in weights.values())
         found["emptied"] = float(len(stand_ins(model)) + sum(entropy == 0 for entropy in self.entropies.values()))
         return found
 
