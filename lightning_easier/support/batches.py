@@ -1,13 +1,14 @@
 """From what a loader yields to what a forward is called with, by one rule for all that reads batches.
 
 A batch is a tensor, a sequence whose first elements are the forward's positional arguments, or a dictionary or
-dataclass, of which the forward is given by name what it takes. Labels are left out, where the forward can do without: a
-loss tells nothing of the outputs that are compared, and a model that is shipped gets none. ``inputs_of`` overrides all
-of this.
+dataclass, of which the forward is given by name what it takes; so is a named tuple that names all it needs. Labels are
+left out, where the forward can do without: a loss tells nothing of the outputs that are compared, and a model that is
+shipped gets none. ``inputs_of`` overrides all of this.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ class BatchReader:
         given, are_inputs = (batch, False) if self._inputs_of is None else (self._inputs_of(batch), True)
         if isinstance(given, list | tuple) and given and not isinstance(given[0], Tensor) and not are_inputs:
             given, are_inputs = given[0], True  # several inputs, and the labels after them
-        by_name = _as_mapping(given)
+        by_name = _as_mapping(given, self._forward)
         if by_name is not None:
             return self._named(by_name, are_inputs and self._inputs_of is not None)
         return self._in_a_row(given, are_inputs)
@@ -186,18 +187,23 @@ def as_arguments(example_inputs: Any, model: nn.Module) -> Arguments:
 
     Args:
         example_inputs: A tensor, a sequence of the forward's positional arguments, or a dictionary or dataclass of
-            arguments by name, read as a batch is: labels are left out.
+            arguments by name, read as a batch is: labels are left out. A sequence that the forward does not take is
+            read as a batch, too.
         model: The model.
 
     Raises:
         TypeError: If they are nothing of that.
         ValueError: If there is nothing in one of them to compute with: no sample, or no data (the meta device).
     """
-    by_name = _as_mapping(example_inputs)
+    of_model = _Forward(model)
+    by_name = _as_mapping(example_inputs, of_model)
     if by_name is not None:
         arguments = BatchReader(model, "example_inputs")._named(by_name, are_inputs=False)
     else:
         given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        if isinstance(given, list | tuple) and given and not names_of(given) and not of_model.takes(given):
+            with suppress(TypeError):  # it is named below
+                given = BatchReader(model, "example_inputs")._read(given)
         if not isinstance(given, list | tuple) or not given or not all(isinstance(each, Tensor) for each in given):
             raise TypeError(
                 f"Expected argument `example_inputs` to be a tensor, a non-empty tuple of tensors, the positional "
@@ -260,6 +266,13 @@ class _Forward:
             return [name for name, value in given.items() if isinstance(name, str) and isinstance(value, Tensor)]
         return [name for name in self.names if name in given]
 
+    def takes(self, values: Sequence[Any]) -> bool:
+        """Tell whether values are tensors, and no more than it takes by position."""
+        kinds = [each.kind for each in self._parameters.values()]
+        most = sum(kind in _POSITIONAL for kind in kinds)
+        fits = inspect.Parameter.VAR_POSITIONAL in kinds or len(values) <= most
+        return fits and all(isinstance(value, Tensor) for value in values)
+
     def can_do_without(self, name: str) -> bool:
         return name not in self.required
 
@@ -273,9 +286,14 @@ class _Forward:
         return first
 
 
-def _as_mapping(value: Any) -> Mapping[Any, Any] | None:
+def _as_mapping(value: Any, of_model: _Forward) -> Mapping[Any, Any] | None:
+    """Return a batch as a dictionary, if it has names; those of a named tuple may be others than the forward's."""
     if isinstance(value, Mapping):
         return value
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        named: Mapping[Any, Any] = value._asdict()
+        is_of_model = bool(of_model.names_in(named)) and set(of_model.required) <= named.keys()
+        return named if is_of_model else None
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return None

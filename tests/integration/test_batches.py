@@ -202,6 +202,46 @@ def test_several_inputs_come_together_or_in_a_row():
     assert optional == measure_entropy(made(Positional), [(batch["image"], torch.ones(64, 1)) for batch in data])
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda batch: (batch["image"], batch["scale"], batch["label"]),
+        lambda batch: [batch["image"], batch["scale"], batch["text"], None],
+        lambda batch: ((batch["image"], batch["scale"]), batch["label"]),
+        lambda batch: ({"image": batch["image"], "scale": batch["scale"]}, batch["label"]),
+    ],
+    ids=["labels", "text and none", "a pair and labels", "a dictionary and labels"],
+)
+def test_a_whole_batch_is_an_example_input(form, tmp_path):
+    model, (batch, *_) = made(Positional), dictionaries()
+    image, scale = batch["image"], batch["scale"]
+    result = collapse(model, form(batch), objective="macs")
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(image, scale), model(image, scale))
+        export(model, tmp_path / "m.pt2", form(batch))
+        torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(image, scale), model(image, scale))
+
+
+class Record(NamedTuple):
+    label: Tensor
+    scale: Tensor
+    image: Tensor
+
+
+def test_a_named_tuple_that_has_all_names_is_read_by_them():
+    data = dictionaries()
+    records = [Record(batch["label"], batch["scale"], batch["image"]) for batch in data]
+    for network in (Positional, Optional):
+        assert measure_entropy(made(network), records) == measure_entropy(made(network), data)
+    model, (batch, *_) = made(Positional), data
+    result = collapse(model, records[0], objective="macs")
+    with torch.no_grad():
+        inputs = batch["image"], batch["scale"]
+        torch.testing.assert_close(result.model(*inputs), model(*inputs))
+    other = [Pair(batch["image"], batch["scale"]) for batch in data]  # names of its own: in a row
+    assert measure_entropy(made(Positional), other) == measure_entropy(made(Positional), data)
+
+
 def test_the_only_tensor_that_is_no_label_is_the_only_input_whatever_it_is_called():
     model = made(Two).layers
     data = [{"pixel_values": batch["image"], "labels": batch["label"], "id": "a"} for batch in dictionaries()]
