@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_easier import __version__
+from lightning_easier.support.output import until_nobody_reads
 
 _PROGRAM, _DEBUG = "lightning-easier", "--debug"
 
@@ -21,12 +22,12 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     asked = [word for word in words if word != _DEBUG]
     if asked[:1] == ["--version"]:
-        sys.stdout.write(f"{_PROGRAM} {__version__}\n")
+        _write(f"{_PROGRAM} {__version__}")
         raise SystemExit(0)
     if asked[:1] == ["recipes"]:
         from lightning_easier import recipes
 
-        sys.stdout.write(f"{recipes.command(asked[1:], _PROGRAM)}\n")
+        _write(recipes.command(asked[1:], _PROGRAM))
         return
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)  # so that `class_path: own.Mine` is found in ./own.py, as `python` finds it
@@ -41,3 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
     named = [word for word in asked[:1] if not word.startswith("-")]
     with one_line_errors(" ".join([_PROGRAM, *named]), debug=_DEBUG in words):
         EasierCLI(args=None if args is None else words, parser_kwargs={"prog": _PROGRAM})
+
+
+def _write(text: str) -> None:
+    with until_nobody_reads():
+        sys.stdout.write(f"{text}\n")
