@@ -171,7 +171,7 @@ def command(arguments: Sequence[str], program: str = "lightning-easier") -> str:
     try:
         copied = copy_recipe(options.name, options.to, overwrite=options.overwrite)
     except (ValueError, OSError) as error:
-        copying.error(str(error))
+        copying.error(str(error).replace("or overwrite", "or pass `--overwrite`"))
     return "\n".join(map(str, copied))
 
 

@@ -180,11 +180,13 @@ def compress(
         evaluate=evaluate if score else None, mode=told.mode, tolerance=tolerance, **options,
     )  # fmt: skip
     with _shown_at_last(result.report, report):
-        if fitted is not None:
-            with replacing(fitted) as new:
-                torch.save(result.fitted, new)
-            _say(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
-        export_to(result.model, inputs)
+        try:
+            if fitted is not None:
+                with replacing(fitted) as new:
+                    torch.save(result.fitted, new)
+                _say(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
+        finally:
+            export_to(result.model, inputs)
 
 
 def report(*, ckpt_path: str, output: Files, weights_only: bool | None) -> None:

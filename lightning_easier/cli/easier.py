@@ -1,8 +1,9 @@
 """The command line of the package: any LightningModule and data, and configs that come with it."""
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,6 +22,8 @@ _ABOUT = (
 )
 _SHELLS = "--print_shtab"
 _FILES = ("config", "ckpt_path", "output", "report", "fitted")
+_MISSING = re.compile(r"the following arguments are required: ([\w., ]+)")
+_NO_MAPPING = "Unexpected config:"
 
 
 class EasierArgumentParser(LightningArgumentParser):
@@ -31,7 +34,15 @@ class EasierArgumentParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         program = self.prog.replace(" [options]", "")
-        sys.stderr.write(f"{program}: error: {in_one_line(message)} (`{program} --help` lists what there is)\n")
+        told = in_one_line(message)
+        subcommand, missing = _missing(told, getattr(self._subcommands_action, "choices", None) or ())
+        if missing:
+            program = f"{program} {subcommand}".strip()
+            told = f"the following arguments are required: {', '.join(missing)}"
+        elif told.startswith(_NO_MAPPING):
+            given = told.removeprefix(_NO_MAPPING).strip()
+            told = f"Expected argument `--config` to hold options by name (YAML or JSON), but got {given or 'nothing'}"
+        sys.stderr.write(f"{program}: error: {told} (`{program} --help` lists what there is)\n")
         self.exit(WRONG_VALUE)
 
 
@@ -40,7 +51,7 @@ class EasierCLI(EasierSubcommands, LightningCLI):
 
     Args:
         model_class: A class of your own, whose arguments are options then; any LightningModule by default.
-        datamodule_class: A class of your own; any LightningDataModule by default.
+        datamodule_class: A class of your own; by default any LightningDataModule, or the loaders of the model.
         args: As for LightningCLI.
         run: As for LightningCLI.
         **kwargs: Whatever else LightningCLI takes.
@@ -49,7 +60,7 @@ class EasierCLI(EasierSubcommands, LightningCLI):
     def __init__(
         self,
         model_class: Any = LightningModule,
-        datamodule_class: Any = LightningDataModule,
+        datamodule_class: Any = None,
         *,
         args: ArgsType = None,
         run: bool = True,
@@ -62,7 +73,7 @@ class EasierCLI(EasierSubcommands, LightningCLI):
         }
         defaults: dict[str, Any] = {
             "subclass_mode_model": model_class is LightningModule,
-            "subclass_mode_data": datamodule_class is LightningDataModule,
+            "subclass_mode_data": datamodule_class in (None, LightningDataModule),
             "save_config_kwargs": {"overwrite": True},
             "parser_class": EasierArgumentParser,
         }
@@ -90,6 +101,17 @@ class EasierCLI(EasierSubcommands, LightningCLI):
             raise SystemExit(0)
         _print_completion(parser.prog, parsers, asked)
         self._parse(parser, words)
+
+
+def _missing(message: str, subcommands: Collection[str]) -> tuple[str, list[str]]:
+    """Return the subcommand and the arguments, as they are written, that jsonargparse tells to be missing."""
+    found = _MISSING.fullmatch(message)
+    keys = found[1].split(", ") if found else []
+    first = keys[0].partition(".")[0] if keys else ""
+    if first not in subcommands:
+        return "", [f"--{key}" for key in keys]
+    names = [key.removeprefix(f"{first}.") for key in keys]
+    return first, ["CKPT" if (first, name) == ("report", "ckpt_path") else f"--{name}" for name in names]
 
 
 def _print_completion(program: str, parsers: Mapping[str, Any], words: Sequence[str]) -> None:

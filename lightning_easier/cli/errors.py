@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-WRONG_VALUE, FAILURE = 2, 1
+from lightning_easier.support.output import until_nobody_reads
+
+WRONG_VALUE, FAILURE, INTERRUPTED = 2, 1, 130
 DEBUG = "--debug"
 
 _MOST, _SHORT = 600, 60  # letters of a line, and of a value in it
@@ -18,13 +20,21 @@ _NEVER_MEANT = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
 def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None]:
     """Write an error as one line, and leave: with 2 if what was given is wrong, with 1 if something failed.
 
+    An interruption (Ctrl+C) is a line, too, with 130; a pipe that nobody reads any more is none, with 1.
+
     Args:
         program: What the line begins with.
         debug: Whether errors pass with their traceback; by default, if ``--debug`` is among the words of the process.
     """
     debug = DEBUG in sys.argv if debug is None else debug
     try:
-        yield
+        with until_nobody_reads():
+            yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write(f"\n{program}: interrupted\n")
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if debug:
             raise

@@ -7,9 +7,11 @@ the same keys, so that every config of a run is read, and a help of their own.
 import sys
 from argparse import ArgumentError
 from functools import partial
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lightning_easier.cli.errors import DEBUG, in_one_line
@@ -32,6 +34,10 @@ _NOT_USED: dict[str, Any] = {
     "fast_dev_run": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     "sync_batchnorm": False, "barebones": False, "inference_mode": False,
 }  # fmt: skip
+
+
+_LIGHTNINGS = ("fit", "validate", "test", "predict")
+_WORDS = ("best", "last", "hpc", "registry")  # what Lightning finds a checkpoint by itself for
 
 
 class EasierSubcommands(_Base):
@@ -79,7 +85,12 @@ class EasierSubcommands(_Base):
             words = [word for word in words if word != DEBUG]
             for each in self._parsers(parser):
                 each.exit_on_error = False
-        self.config = parser.parse_args(words)
+        try:
+            self.config = parser.parse_args(words)
+        except UnicodeDecodeError as error:
+            parser.error(
+                f"Expected argument `--config` to be a text file (YAML or JSON), but it is none: {error}", error
+            )
 
     def _parsers(self, parser: "LightningArgumentParser") -> list[Any]:
         return [parser, *getattr(self, "_subcommand_parsers", {}).values()]
@@ -89,14 +100,28 @@ class EasierSubcommands(_Base):
         return DEBUG in words and not is_theirs
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model's hyperparameters from the checkpoint, as Lightning does; the file as it was asked for."""
-        given = self.config.get(self.config.get("subcommand") or "", {})
+        """Take the model's hyperparameters from the checkpoint, as Lightning does; the file as it was asked for.
+
+        Raises:
+            FileNotFoundError: If it is for Lightning, and there is no such file.
+            ValueError: If it can't be read, or is for Lightning and has no run to go on with.
+        """
+        subcommand = self.config.get("subcommand") or ""
+        given = self.config.get(subcommand, {})
         path = given.get("ckpt_path")
-        if not path or not Path(path).is_file() or not given.get("model"):
+        if not path or not given.get("model"):
+            return
+        is_lightnings = subcommand in _LIGHTNINGS
+        if not isfile(path) and not (is_lightnings and _may_be_one(path)):
             return
         with named_as_options():
             safely = given.get("weights_only") is not False
             checkpoint = read_checkpoint(path, argument="--ckpt_path", weights_only=safely)
+        if is_lightnings and "pytorch-lightning_version" not in checkpoint:
+            raise ValueError(
+                f"Expected argument `--ckpt_path` to be a checkpoint that a Trainer has saved, but {path} has no "
+                f"record of a version of Lightning: weights alone are loaded in Python"
+            )
         of_model = dict(checkpoint.get("hyper_parameters") or {})
         of_model.pop("_instantiator", None)
         class_path = of_model.pop("_class_path", None)
@@ -147,9 +172,27 @@ class EasierSubcommands(_Base):
         self.save_config_callback = None
         super().instantiate_classes()
 
+    def _set_seed(self) -> None:
+        """Set the seed.
+
+        Raises:
+            MisconfigurationException: If it is none.
+        """
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise MisconfigurationException(f"Expected argument `--seed_everything` to be a seed: {error}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Instantiate the Trainer; for ours, without the callbacks of the class."""
-        trainer = super().instantiate_trainer(**kwargs)
+        """Instantiate the Trainer; for ours, without the callbacks of the class.
+
+        Raises:
+            MisconfigurationException: If it refuses a value.
+        """
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if self._command is not None:
             trainer.callbacks = []  # type: ignore[attr-defined]
         return trainer
@@ -169,6 +212,11 @@ class EasierSubcommands(_Base):
         datamodule: LightningDataModule | None = self.datamodule
         start = partial(Session, self.model, datamodule, self.trainer)
         command.run(start, **given)
+
+
+def _may_be_one(path: str) -> bool:
+    """Tell whether a path is meant as a file: not one of Lightning's words, an address, or a folder."""
+    return path not in _WORDS and ":" not in path and not Path(path).is_dir()
 
 
 def _monitored(callbacks: Any) -> tuple[str, str | None] | None:

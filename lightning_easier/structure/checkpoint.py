@@ -7,6 +7,7 @@ there in a weights-only checkpoint and in a bare ``torch.save(model.state_dict()
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,15 @@ def read_checkpoint(
         FileNotFoundError: If there is no such file.
         ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {path} is none")
+    if not isfile(path):
+        raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {str(path)!r} is none")
     what, opt_in = f"argument `{argument}` to be a checkpoint file", "pass `weights_only=False`"
     found = loading.read(Path(path), what, opt_in, map_location=map_location, weights_only=weights_only)
-    if not isinstance(found, dict):
-        raise ValueError(f"Expected {what}, but {path} holds a {type(found).__name__} and no state dict")
-    return found
+    state_dict = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"Expected {what}, but {path} holds a {type(state_dict).__name__} and no state dict")
+    checkpoint: dict[str, Any] = found
+    return checkpoint
 
 
 def callback_states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -17,13 +17,13 @@ from lightning_easier.support.storage import first_line
 
 
 @contextmanager
-def explained(path: Path, what: str, opt_in: str) -> Iterator[None]:
+def explained(path: Path, what: str, opt_in: str | None) -> Iterator[None]:
     """Turn whatever the reading of a broken or unsafe checkpoint raises into an error that names it.
 
     Args:
         path: The checkpoint.
         what: What it has to be: "Expected ... to be a checkpoint".
-        opt_in: How to have any object unpickled.
+        opt_in: How to have any object unpickled; None where that was asked for.
 
     Raises:
         ValueError: If it can't be read.
@@ -33,7 +33,7 @@ def explained(path: Path, what: str, opt_in: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever bytes may be taken for
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError) and opt_in is not None:
             named = ", ".join(unsafe_objects(path))
             more = f"more than tensors and plain data ({named})" if named else "no checkpoint, or more than plain data"
             raise ValueError(
@@ -67,5 +67,5 @@ def read(path: Path, what: str, opt_in: str, **options: Any) -> Any:
     Raises:
         ValueError: If it can't be read.
     """
-    with explained(path, what, opt_in):
+    with explained(path, what, None if options.get("weights_only") is False else opt_in):
         return torch.load(path, **options)

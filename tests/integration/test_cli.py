@@ -384,8 +384,13 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
     checkpoint = torch.load(run / "entropy_pruning" / "round_1.ckpt", weights_only=True)
     torch.save({**checkpoint, "odd": Odd}, tmp_path / "odd.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "odd.ckpt").read_bytes()[:3000])
+    (tmp_path / "text.ckpt").write_text("model: none")
+    torch.save({"state_dict": None}, tmp_path / "empty.ckpt")
     own = ["export", f"--config={run / 'config.yaml'}", f"--output={tmp_path / 'm.pt2'}", "--objective=macs"]
-    reasons = {"odd": "`--weights_only false`", "cut": "can't be read", "none": "checkpoint file, but"}
+    reasons = {
+        "odd": "`--weights_only false`", "cut": "can't be read", "none": "none.ckpt' is none",
+        "n" * 300: "nnn.ckpt' is none", "empty": "holds a NoneType and no state dict",
+    }  # fmt: skip
     for name, message in reasons.items():
         code, told = failed(capsys, [*own, f"--ckpt_path={tmp_path / f'{name}.ckpt'}"])
         assert code == 2
@@ -398,6 +403,68 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
     assert "pass `--weights_only false`" in told
     main(["report", str(tmp_path / "odd.ckpt"), "--weights_only=false"])
     assert "kept" in capsys.readouterr().out
+    code, told = failed(capsys, ["report", str(tmp_path / "text.ckpt"), "--weights_only=false"])
+    assert code == 2
+    assert "text.ckpt can't be read" in told
+    assert "--weights_only" not in told  # it was given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["candidates"], "lightning-easier candidates: error: the following arguments are required: --model (`light"),
+        (["export", "--model=ImageClassifier"], "export: error: the following arguments are required: --ckpt_path ("),
+        (["report"], "lightning-easier report: error: the following arguments are required: CKPT ("),
+        (["candidates", "--config=empty.yaml"], "`--config` to hold options by name (YAML or JSON), but got nothing ("),
+        (["candidates", "--config=bytes.yaml"], "`--config` to be a text file, YAML or JSON, but 'utf-8' codec"),
+        (["candidates", "--model=beside.Net", "--trainer.accelerator=warp"], "error: You selected an invalid accele"),
+        (
+            ["candidates", "--model=beside.Net", "--seed_everything=-1"],
+            "`--seed_everything` to be a seed: -1 is not in",
+        ),
+        (["fit", "--model=beside.Net", "--ckpt_path=nowhere.ckpt"], "`--ckpt_path` to be a checkpoint file, but 'nowh"),
+        (
+            ["validate", "--model=beside.Net", "--ckpt_path=weights.ckpt"],
+            "weights.ckpt has no record of a version of L",
+        ),
+        (["candidates", "--model=OwnNet", "--max_batches=1"], "`data`, or the module where there is none, to have a `"),
+    ],
+)
+def test_what_is_missing_or_no_config_is_called_as_it_is_written(arguments, told, capsys, monkeypatch, tmp_path):
+    (tmp_path / "beside.py").write_text(OWN)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
+    torch.save({"body.0.weight": torch.zeros(8, 4)}, tmp_path / "weights.ckpt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, line = failed(capsys, arguments)
+    assert code == 2
+    assert told in line
+
+
+def test_an_interruption_is_a_line_and_its_own_code(capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors("own"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["", "own: interrupted"]
+    with pytest.raises(KeyboardInterrupt), one_line_errors("own", debug=True):
+        raise KeyboardInterrupt
+
+
+def test_an_error_of_ones_own_class_is_told_with_its_kind(capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors("own"):
+        raise KeyError("nothing")
+    assert ended.value.code == 1
+    assert "own: error: KeyError: 'nothing' (" in capsys.readouterr().err
+
+
+def test_a_module_with_loaders_of_its_own_needs_no_data(capsys, monkeypatch, tmp_path):
+    (tmp_path / "loaded.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main(["candidates", "--model=loaded.Net", "--inputs_of=loaded.inputs", "--max_batches=1", "--report=c.json"])
+    (found,) = json.loads((tmp_path / "c.json").read_text())["candidates"]
+    assert found["entropy"] > 0
 
 
 @pytest.mark.parametrize(
