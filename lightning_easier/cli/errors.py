@@ -38,7 +38,7 @@ def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"{program}: error: {in_one_line(_told(error))} (`{DEBUG}` shows the traceback)\n")
+        sys.stderr.write(f"{program}: error: {_told(error)} (`{DEBUG}` shows the traceback)\n")
         raise SystemExit(WRONG_VALUE if _is_wrong_value(error) else FAILURE) from error
 
 
@@ -79,9 +79,9 @@ def _depth(line: str) -> int:
 
 
 def _told(error: Exception) -> str:
-    """Return the message of an error; its class, too, where it is no error of an argument."""
-    message = str(error) or "no message"
-    return message if _is_wrong_value(error) else f"{type(error).__name__}: {message}"
+    """Return the message of an error in a line; its class, too, where it is no error of an argument."""
+    line = in_one_line(str(error) or "no message")
+    return line if _is_wrong_value(error) else f"{type(error).__name__}: {line}"
 
 
 def _is_wrong_value(error: Exception) -> bool:

@@ -456,6 +456,9 @@ def test_an_error_of_ones_own_class_is_told_with_its_kind(capsys):
         raise KeyError("nothing")
     assert ended.value.code == 1
     assert "own: error: KeyError: 'nothing' (" in capsys.readouterr().err
+    with pytest.raises(SystemExit), one_line_errors("own"):  # as jsonargparse tells of a value of several types
+        raise RuntimeError("Does not fit\nErrors:\n  - 'nothing'\n")
+    assert "own: error: RuntimeError: 'nothing' (" in capsys.readouterr().err
 
 
 def test_a_module_with_loaders_of_its_own_needs_no_data(capsys, monkeypatch, tmp_path):
