@@ -416,7 +416,7 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
         (["export", "--model=ImageClassifier"], "export: error: the following arguments are required: --ckpt_path ("),
         (["report"], "lightning-easier report: error: the following arguments are required: CKPT ("),
         (["candidates", "--config=empty.yaml"], "`--config` to hold options by name (YAML or JSON), but got nothing ("),
-        (["candidates", "--config=bytes.yaml"], "`--config` to be a text file, YAML or JSON, but 'utf-8' codec"),
+        (["candidates", "--config=bytes.yaml"], "`--config` to be a text file (YAML or JSON), but it is none: 'utf"),
         (["candidates", "--model=beside.Net", "--trainer.accelerator=warp"], "error: You selected an invalid accele"),
         (
             ["candidates", "--model=beside.Net", "--seed_everything=-1"],
