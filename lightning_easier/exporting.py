@@ -176,7 +176,7 @@ def _ordered(
             "a pt2 file takes and returns what the model does"
         )
     if options.opset_version is not None:
-        check_integer("opset_version", options.opset_version, 1)
+        _check_opset(options.opset_version)
     model = unwrap(model)
     arguments = mapped(lambda argument: argument.detach().cpu(), as_arguments(example_inputs, model))
     if options.dynamic_batch and any(argument.ndim == 0 for argument in arguments):
@@ -203,6 +203,24 @@ def _ordered(
         _check_not_bfloat16(source, arguments)
     tolerance = tolerance_for(expected) if options.tolerance is None else options.tolerance
     return _Order(source, format, arguments, free, wanted, tolerance)
+
+
+def _check_opset(version: Any) -> None:
+    """Refuse a version of ONNX's operators that the installed package does not know.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If there is no such version.
+    """
+    import onnx
+
+    check_integer("opset_version", version, 1)
+    latest = onnx.defs.onnx_opset_version()
+    if version > latest:
+        raise ValueError(
+            f"Expected argument `opset_version` to be at most {latest}, the last one that onnx {onnx.__version__} "
+            f"knows, but got {version}"
+        )
 
 
 def check_file(argument: str, path: Path, format: str | None = None) -> Format:

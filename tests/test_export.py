@@ -303,6 +303,7 @@ def test_an_opset_that_torch_can_not_write_is_an_error_and_no_file(tmp_path, cap
         ({"output_names": ["a", "b"]}, ValueError, "`output_names` to hold 1 different names"),
         ({"output_names": "logits"}, TypeError, "`output_names` to be a sequence of names, but got 'logits'"),
         ({"opset_version": 0}, ValueError, "`opset_version` to be at least 1"),
+        ({"opset_version": 999}, ValueError, r"to be at most \d+, the last one that onnx .* but got 999"),
         ({"opset_version": "18"}, TypeError, "`opset_version` to be an integer"),
         ({"dynamic_axes": {"ids": {1: "length"}}}, ValueError, r"names of arguments .* 'ids', not one of \['tokens', "),
         (
