@@ -305,8 +305,9 @@ class TestCompress:
 
         monkeypatch.setattr("lightning_easier.cli.session.Session.score", score)
         monkeypatch.setattr("lightning_easier.cli.commands.compress_network", compress)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as interrupted:
             main(self.arguments(run))
+        assert interrupted.value.code == 130
         assert scores == [0.5, 0.25]
         assert len(networks) == 2
 
@@ -417,21 +418,21 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
         (["report"], "lightning-easier report: error: the following arguments are required: CKPT ("),
         (["candidates", "--config=empty.yaml"], "`--config` to hold options by name (YAML or JSON), but got nothing ("),
         (["candidates", "--config=bytes.yaml"], "`--config` to be a text file (YAML or JSON), but it is none: 'utf"),
-        (["candidates", "--model=beside.Net", "--trainer.accelerator=warp"], "error: You selected an invalid accele"),
+        (["candidates", "--model=nearby.Net", "--trainer.accelerator=warp"], "error: You selected an invalid accele"),
         (
-            ["candidates", "--model=beside.Net", "--seed_everything=-1"],
+            ["candidates", "--model=nearby.Net", "--seed_everything=-1"],
             "`--seed_everything` to be a seed: -1 is not in",
         ),
-        (["fit", "--model=beside.Net", "--ckpt_path=nowhere.ckpt"], "`--ckpt_path` to be a checkpoint file, but 'nowh"),
+        (["fit", "--model=nearby.Net", "--ckpt_path=nowhere.ckpt"], "`--ckpt_path` to be a checkpoint file, but 'nowh"),
         (
-            ["validate", "--model=beside.Net", "--ckpt_path=weights.ckpt"],
+            ["validate", "--model=nearby.Net", "--ckpt_path=weights.ckpt"],
             "weights.ckpt has no record of a version of L",
         ),
         (["candidates", "--model=OwnNet", "--max_batches=1"], "`data`, or the module where there is none, to have a `"),
     ],
 )
 def test_what_is_missing_or_no_config_is_called_as_it_is_written(arguments, told, capsys, monkeypatch, tmp_path):
-    (tmp_path / "beside.py").write_text(OWN)
+    (tmp_path / "nearby.py").write_text(OWN)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
     torch.save({"body.0.weight": torch.zeros(8, 4)}, tmp_path / "weights.ckpt")

@@ -126,7 +126,7 @@ def test_bad_arguments_are_named(pruned, tmp_path):
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"to be a checkpoint file, but .*text\.ckpt can't be read"):
         load_pruned(Net(5), tmp_path / "text.ckpt")
-    with pytest.raises(FileNotFoundError, match="to be a checkpoint file, but nowhere is none"):
+    with pytest.raises(FileNotFoundError, match="to be a checkpoint file, but 'nowhere' is none"):
         load_pruned(Net, "nowhere")
     with pytest.raises(TypeError, match="an instance or a LightningModule class"):
         load_pruned(nn.Linear, path)
