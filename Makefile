@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-MATRIX := tests/collapsing tests/sites tests/measure tests/structure tests/test_export.py tests/test_imports.py \
+MATRIX := tests/collapsing tests/sites tests/measure tests/structure tests/pruning tests/test_export.py tests/test_imports.py \
 	tests/integration/test_private.py tests/integration/test_entropy_pruning.py
 # The lowest of all, on the lowest Python; networks of transformers, and thousands of random ones, are the newest's
 LOWEST_PYTHON ?= python3.11

@@ -216,7 +216,8 @@ class Slices(nn.Module):
         elif self.how == "shuffle":
             x = x.view(-1, 2, 4).transpose(1, 2).reshape(-1, 8)
         else:
-            x = torch.cat(x.chunk(2, 1)[::-1], 1)
+            halves = x.chunk(2, 1)
+            x = torch.cat([halves[1], halves[0]], 1)
         return self.head(self.last(self.second(x)))
 
 
