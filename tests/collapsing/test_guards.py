@@ -82,11 +82,47 @@ def test_guards_refuse_alike_once_they_were_pickled():
     assert not is_taken(guards, (3, 4), (3, 9))
 
 
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        (lambda n: bool((n > 4) & (n < 8)), 9),
+        (lambda n: n * (1 / 3) < 3, 5),
+        (lambda n: n * (2 / 3) < 6, 5),
+    ],
+)
+def test_what_was_negated_and_fractions_are_asked_as_the_forward_does(asked, shown):
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.layer(x) if asked(x.shape[0]) else self.layer(x)
+
+    guards = guards_of(Doubles(), torch.randn(shown, 4))
+    for samples in range(2, 14):
+        assert is_taken(guards, (samples, 4)) == (asked(samples) == asked(shown))
+
+
+def test_sizes_that_the_forward_is_told_the_range_of_are_taken_within_it():
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.sym_constrain_range(x.shape[0], min=3, max=6)
+            return self.layer(x) * 2 if 2 < x.shape[0] < 8 else self.layer(x)
+
+    guards = guards_of(Told(), torch.randn(5, 4))
+    assert [samples for samples in range(2, 10) if is_taken(guards, (samples, 4))] == [3, 4, 5, 6]
+
+
 def test_a_condition_on_what_is_no_size_of_an_input_is_an_error():
     size, other = sympy.symbols("s0 s1", integer=True)
     environment = SimpleNamespace(
         guards=[SimpleNamespace(expr=size > other)], deferred_runtime_asserts={},
-        simplify=lambda condition: condition, is_unbacked_symint=lambda symbol: False,
+        var_to_range={}, simplify=lambda condition: condition, is_unbacked_symint=lambda symbol: False,
     )  # fmt: skip
     x = SimpleNamespace(ndim=1, shape=(3,), fake_mode=SimpleNamespace(shape_env=environment))
     with pytest.raises(ValueError, match="torch.export asks for s0 > s1"):

@@ -116,6 +116,8 @@ def read_guards(inputs: Mapping[str, Any]) -> SizeGuards:
         for condition in _conditions(environment):
             if condition.free_symbols:
                 conditions.append(_in_sizes(condition, sizes))
+        for symbol, size in sizes.items():
+            conditions += _bounds(environment, symbol, str(size))
     return SizeGuards(list(inputs), list(dict.fromkeys(conditions)))
 
 
@@ -128,6 +130,15 @@ def _conditions(environment: ShapeEnv) -> list[sympy.Basic]:
     return [each for each in conditions if not any(map(environment.is_unbacked_symint, each.free_symbols))]
 
 
+def _bounds(environment: ShapeEnv, symbol: sympy.Symbol, size: str) -> list[str]:
+    """List the bounds of a size that no condition may name, since all that was asked beyond them was clear."""
+    within = environment.var_to_range.get(symbol)
+    if within is None:
+        return []
+    lower = [f"{size} >= {within.lower}"] if isinstance(within.lower, sympy.Integer) and within.lower > 2 else []
+    return [*lower, *([f"{size} <= {within.upper}"] if isinstance(within.upper, sympy.Integer) else [])]
+
+
 def _expression(size: int | torch.SymInt) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
@@ -137,4 +148,14 @@ def _in_sizes(expression: sympy.Basic, sizes: Mapping[sympy.Symbol, sympy.Symbol
     unknown = expression.free_symbols - sizes.keys()
     if unknown:
         raise ValueError(f"torch.export asks for {expression}, where {unknown} is no size of an input")
-    return PythonPrinter().doprint(expression.xreplace(sizes))
+    return str(_Printer().doprint(expression.xreplace(sizes)))
+
+
+class _Printer(PythonPrinter):
+    """Writes what torch 2.6 writes wrongly: ``~`` of a bool is never false, and 15 digits are another number."""
+
+    def _print_Not(self, expr: Any) -> str:  # noqa: N802  # sympy calls it so
+        return f"not ({self._print(expr.args[0])})"
+
+    def _print_Float(self, expr: Any) -> str:  # noqa: N802
+        return repr(float(expr))
