@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -134,7 +134,7 @@ def compress(
     score: bool,
     monitor: str | None,
     mode: Mode | None,
-    tolerance: float,
+    tolerance: float | None,
     samples: int,
     batch_size: int | None,
     report: Files,
@@ -149,7 +149,16 @@ def compress(
 ) -> None:
     """Make a trained network shallower and faster in minutes, without training."""
     _check_sizes(batch_size, samples)
-    _check_limits(tolerance, options)
+    of_score = {"monitor": monitor, "mode": mode, "tolerance": tolerance}
+    of_score = {name: value for name, value in of_score.items() if value is not None}
+    if of_score and not score:
+        raise ValueError(
+            f"Expected argument {_listed(of_score)} to be left out with `--no-score`: there is no score then, and "
+            f"`--max_drift` tells what stays"
+        )
+    if tolerance is not None:
+        options["tolerance"] = tolerance
+    _check_limits(options)
     if fitted is not None:
         if Path(fitted).suffix != ".pt":
             raise ValueError(f"Expected argument `--fitted` to end in .pt, but got {fitted!r}")
@@ -177,7 +186,7 @@ def compress(
 
     result = compress_network(
         session.network, calibration, example_inputs=inputs, inputs_of=inputs_of,
-        evaluate=evaluate if score else None, mode=told.mode, tolerance=tolerance, **options,
+        evaluate=evaluate if score else None, mode=told.mode, **options,
     )  # fmt: skip
     with _shown_at_last(result.report, report):
         try:
@@ -214,7 +223,7 @@ class _Exporting:
         if output is not None:
             check_file("--output", Path(output))
         elif self._names:
-            raise ValueError(f"Expected argument `--output` with {', '.join(f'`--{name}`' for name in self._names)}")
+            raise ValueError(f"Expected argument `--output` with {_listed(self._names)}")
 
     def checked(self, session: Session, batch_size: int | None) -> Arguments:
         """Return example inputs, and refuse now what the export of the network would refuse at the end."""
@@ -233,15 +242,20 @@ class _Exporting:
             rich.print(export_network(network, self._output, inputs, **self._names))
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`--{name}`" for name in names)
+
+
 def _check_sizes(batch_size: int | None, samples: int = 1) -> None:
     if batch_size is not None:
         check_integer("--batch_size", batch_size, 1)
     check_integer("--samples", samples, 1)
 
 
-def _check_limits(tolerance: float, options: Mapping[str, Any]) -> None:
+def _check_limits(options: Mapping[str, Any]) -> None:
     """Refuse at once what :func:`~lightning_easier.compress` refuses once the network is validated."""
-    check_non_negative("--tolerance", tolerance)
+    if "tolerance" in options:
+        check_non_negative("--tolerance", options["tolerance"])
     check_target(options["target_speedup"], options["target_depth"], "--target_")
     for name, check in (("max_drift", check_non_negative), ("max_minutes", check_positive)):
         value = options[name]

@@ -90,7 +90,8 @@ def _add_compress(group: "_Added") -> None:
     add = group.add_argument
     add("--target_speedup", type=float | None, default=None, metavar="X", help="stop when it is X times as fast")
     add("--target_depth", type=int | None, default=None, metavar="N", help="stop at N operators in a row")
-    add("--tolerance", type=float, default=0.01, metavar="T", help="by how much the score may fall (default: 0.01)")
+    add("--tolerance", type=float, default=None, metavar="T",
+        help="by how much the score may fall (default: 0.01)")  # fmt: skip
     add(
         "--monitor", type=str | None, default=None, metavar="NAME",
         help="the score, of what a validation logs; that of the config's callbacks, or the only one, by default",

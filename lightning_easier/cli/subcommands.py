@@ -203,7 +203,7 @@ class EasierSubcommands(_Base):
             super()._run_subcommand(subcommand)
             return
         given = {name: self.config_init[subcommand].get(name) for name in self._own_arguments[subcommand]}
-        if "monitor" in given and given["monitor"] is None and self._monitor is not None:
+        if given.get("score") and given["monitor"] is None and self._monitor is not None:
             given["monitor"], mode = self._monitor
             given["mode"] = given["mode"] or mode
         if not command.needs_model:

@@ -346,6 +346,11 @@ def failed(capsys, arguments) -> tuple[int, str]:
         (["collapse", "--mode=fit"], "`--mode` and `--sites` to go together"),
         (["collapse", "--report", "a.html"], "`--report` to end in one of"),
         (["compress", "--monitor=val_ac"], "`--monitor` to be what a validation logs, but got 'val_ac'"),
+        (["compress", "--no-score", "--monitor=val_acc"], "`--monitor` to be left out with `--no-score`"),
+        (
+            ["compress", "--no-score", "--mode=min", "--tolerance=0.01", "--monitor=val_loss"],
+            "`--monitor`, `--mode`, `--tolerance` to be left out with `--no-score`",
+        ),
         (["compress", "--fitted=f.bin"], "`--fitted` to end in .pt"),
         (["compress", "--tolerance=fast"], "key \"tolerance\": Expected a <class 'float'>. Got value: fast"),
         (["compress", "--trget=1"], "unrecognized arguments: --trget=1"),
