@@ -387,6 +387,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
 
     try:
         with quiet():
+            program = _in_simple_operators(program)
             torch.onnx.export(
                 program, (), path, external_data=False, optimize=True, verbose=False, opset_version=wanted.opset,
                 input_names=wanted.inputs, output_names=wanted.outputs,
@@ -418,6 +419,16 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, wanted: _Onnx
         return [torch.from_numpy(output) for output in session.run(None, feed) if output is not None]
 
     return run
+
+
+def _in_simple_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Write as products and sums, as ONNX has them, what torch 2.6 can't tell the shape of where a size is free."""
+    aten = torch.ops.aten
+    packets = (aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_, aten.lerp, aten.lerp_)
+    table = {op: way for op, way in torch.export.default_decompositions().items() if op.overloadpacket in packets}
+    if not any(node.target in table for node in program.graph.nodes):
+        return program
+    return program.run_decompositions(table)
 
 
 def _name_sizes(path: Path, free: Sequence[_Axes]) -> None:

@@ -11,6 +11,9 @@ from torch.nn.utils import prune
 
 from lightning_easier import ExportError, collapse, export, exporting, linearize
 from lightning_easier import export as export_function
+from lightning_easier.collapsing.algebra.affine import ChannelAffine, ElementAffine
+from lightning_easier.measure.affines import AffineFit
+from lightning_easier.structure.stand_in import AffineStandIn
 from tests.models import Functional, Residual, randomize_batch_norms
 from tests.versions import keeps_a_batch_of_attention, needs_later_operators
 
@@ -45,6 +48,57 @@ def test_the_file_computes_the_same_at_any_batch_size(tmp_path, format, collapse
     assert [parity.batch_size for parity in report.parity] == [1, 2]
     assert all(parity.relative_difference <= report.tolerance == 1e-4 for parity in report.parity)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rounding"),
+    [
+        ((2, 3), torch.float32, 1e-5),
+        ((2, 5, 3), torch.float32, 1e-5),
+        ((2, 3, 8, 8), torch.float32, 1e-5),
+        ((2, 3, 8, 8), torch.float16, 2e-3),  # ONNX rounds products, too
+    ],
+)
+def test_an_affine_that_stays_is_exported_at_any_batch_size(tmp_path, shape, dtype, rounding):
+    dim = 1 if len(shape) == 4 else -1
+    fit = AffineFit(torch.tensor([0.5, 0.0, -2.0]), torch.tensor([1.0, -3.0, 0.25]), dim, 1.0)
+    of_elements = ElementAffine(shape[1:], dim)
+    affines = AffineStandIn(nn.GELU(), fit), ChannelAffine(3, dim), ChannelAffine(3, dim, bias=False), of_elements
+    for affine in affines[1:]:
+        for parameter in affine.parameters():
+            nn.init.normal_(parameter)
+    layers = (each for affine in affines for each in (affine, nn.Sigmoid()))  # between which nothing can be merged
+    model = nn.Sequential(*layers, affines[0]).to(dtype)
+    export(model, tmp_path / "m.onnx", torch.randn(shape).to(dtype))
+    other = torch.randn(7, *shape[1:]).to(dtype)
+    (output,) = run_onnx(tmp_path / "m.onnx", other)
+    torch.testing.assert_close(output, model.eval()(other), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda x, y: torch.addcmul(y, x, y, value=0.5),
+        lambda x, y: torch.addcdiv(x, y, y + 2, value=3),
+        lambda x, y: torch.lerp(x, y, y.sigmoid()),
+        lambda x, y: torch.lerp(x, y, 0.25),
+        lambda x, y: (x + y).addcmul_(x, y).addcdiv_(x, y + 2).lerp_(x, 0.25),
+    ],
+)
+def test_sums_of_products_that_a_forward_writes_as_one_are_exported_at_any_batch_size(tmp_path, own):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return own(self.norm(self.layer(x)), torch.tanh(x))
+
+    model = randomize_batch_norms(Own())
+    export(model, tmp_path / "m.onnx", torch.randn(2, 3, 6, 6))
+    other = torch.randn(7, 3, 6, 6)
+    (output,) = run_onnx(tmp_path / "m.onnx", other)
+    torch.testing.assert_close(output, model.eval()(other), rtol=1e-4, atol=1e-5)
 
 
 def test_an_isolated_functional_model_is_exported_and_left_as_it_was(tmp_path):
