@@ -79,10 +79,10 @@ def test_an_affine_that_stays_is_exported_at_any_batch_size(tmp_path, shape, dty
     "own",
     [
         lambda x, y: torch.addcmul(y, x, y, value=0.5),
-        lambda x, y: torch.addcdiv(x, y, y + 2, value=3),
+        lambda x, y: torch.addcdiv(x, y, y.exp(), value=3),
         lambda x, y: torch.lerp(x, y, y.sigmoid()),
         lambda x, y: torch.lerp(x, y, 0.25),
-        lambda x, y: (x + y).addcmul_(x, y).addcdiv_(x, y + 2).lerp_(x, 0.25),
+        lambda x, y: (x + y).addcmul_(x, y).addcdiv_(x, y.exp()).lerp_(x, 0.25),
     ],
 )
 def test_sums_of_products_that_a_forward_writes_as_one_are_exported_at_any_batch_size(tmp_path, own):
@@ -90,9 +90,10 @@ def test_sums_of_products_that_a_forward_writes_as_one_are_exported_at_any_batch
         def __init__(self) -> None:
             super().__init__()
             self.layer, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.scale = nn.Parameter(torch.rand(3, 1, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return own(self.norm(self.layer(x)), torch.tanh(x))
+            return own(self.norm(self.layer(x)), self.scale)
 
     model = randomize_batch_norms(Own())
     export(model, tmp_path / "m.onnx", torch.randn(2, 3, 6, 6))
