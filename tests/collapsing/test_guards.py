@@ -2,6 +2,7 @@
 
 import pickle
 from itertools import product
+from math import floor
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,36 @@ def test_sizes_that_the_forward_is_told_the_range_of_are_taken_within_it():
 
     guards = guards_of(Told(), torch.randn(5, 4))
     assert [samples for samples in range(2, 10) if is_taken(guards, (samples, 4))] == [3, 4, 5, 6]
+
+
+class CalledAsFunctions(nn.Module):
+    """Has arguments that are called as functions in its conditions are, and two that differ in a capital."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, X: Tensor, max: Tensor, x: Tensor, math: Tensor) -> Tensor:  # noqa: N803
+        samples = max.shape[0]
+        is_double = floor(samples * 0.7) > 2 and torch.sym_max(samples, 4) < 8
+        values = self.layer(X) + max - 3 * x * math
+        return 2 * values if is_double else values
+
+
+def test_inputs_may_be_called_as_functions_and_are_told_as_they_are_called():
+    model = CalledAsFunctions().eval()
+    captured = capture(model, tuple(torch.randn(4, 5, 4)))
+    for samples in range(2, 12):
+        inputs = tuple(torch.randn(4, samples, 4))
+        if 5 <= samples < 8:
+            torch.testing.assert_close(captured(*inputs), model(*inputs))
+        else:
+            with pytest.raises(AssertionError, match=r"holds where .*max\.size\(\)\[0\]|X\.size\(\)\[0\]"):
+                captured(*inputs)
+    with pytest.raises(AssertionError, match=r"holds where X\.ndim == 2; collapse it at this size"):
+        captured(torch.zeros(5, 4, 1), *torch.zeros(3, 5, 4))
+    named = dict(zip(("x", "math", "max", "X"), torch.randn(4, 6, 4), strict=True))
+    torch.testing.assert_close(captured(**named), model(**named))
 
 
 def test_a_condition_on_what_is_no_size_of_an_input_is_an_error():

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
 _SIZE = re.compile(r"(\w+)\.size\(\)\[(\d+)\]")
+_INPUT = re.compile(r"\w+(?=\.(?:size\(\)|ndim))")
 
 
 class SizeGuards(nn.Module):
@@ -44,8 +45,8 @@ class SizeGuards(nn.Module):
         Returns:
             Places of inputs, each with an axis.
         """
-        values = dict(zip(self.inputs, inputs, strict=True))
-        failing = [condition for condition in self.conditions if not eval(condition, _room(), values)]
+        values = {_variable(place): value for place, value in enumerate(inputs)}
+        failing = [condition for condition in self.conditions if not eval(self._code(condition), _room(), values)]
         named = [each for condition in failing for each in _SIZE.findall(condition)]
         return {(self.inputs.index(name), int(axis)) for name, axis in named}
 
@@ -70,13 +71,21 @@ class SizeGuards(nn.Module):
 
     def _compiled(self) -> Any:
         """Write the conditions as one function, which torch.compile and torch.export can read."""
-        lines = [f"def check({', '.join(self.inputs)}):"]
+        lines = [f"def check({', '.join(map(_variable, range(len(self.inputs))))}):"]
         for condition in self.conditions:
             reason = f"What was recorded of the model holds where {condition}; collapse it at this size"
-            lines.append(f"    torch._assert({condition}, {reason!r})")
+            lines.append(f"    torch._assert({self._code(condition)}, {reason!r})")
         room = _room()
         exec("\n".join([*lines, "    return None"]), room)
         return room["check"]
+
+    def _code(self, condition: str) -> str:
+        """Write a condition with variables that no function in it is called as: an input may be called ``max``."""
+        return _INPUT.sub(lambda found: _variable(self.inputs.index(found[0])), condition)
+
+
+def _variable(place: int) -> str:
+    return f"input_{place}"
 
 
 def is_tensor(value: Any) -> Any:

@@ -83,10 +83,7 @@ def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[st
     Raises:
         Exception: Whatever torch.export raises, or :class:`CaptureError`.
     """
-    graph, constants = _as_layers(model, _program(model, attempt))
-    for node, name in zip(graph.find_nodes(op="placeholder"), named_arguments(model, attempt.inputs), strict=True):
-        node.target = name
-    return graph, constants
+    return _as_layers(model, _program(model, attempt), named_arguments(model, attempt.inputs))
 
 
 def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
@@ -96,7 +93,7 @@ def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
         return export_program(model, attempt.inputs, sizes, reads_code=attempt.reads_code)
 
 
-def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:
+def _as_layers(model: nn.Module, program: ExportedProgram, names: Sequence[str]) -> tuple[fx.Graph, dict[str, Any]]:
     unlifted: Any = program.module()
     graph: fx.Graph = unlifted.graph
     constants: dict[str, Any] = {}
@@ -112,24 +109,31 @@ def _as_layers(model: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, di
             if "." in str(node.target) or not isinstance(getattr(unlifted, str(node.target)), Tensor):
                 raise CaptureError(f"torch.export makes {node.target}")
             constants[str(node.target)] = getattr(unlifted, str(node.target))
-    constants[GUARDS] = _check_sizes(graph)
-    return _without_tracer(graph), constants
+    constants[GUARDS] = _check_sizes(graph, names)
+    return _named_without_tracer(graph, names), constants
 
 
-def _check_sizes(graph: fx.Graph) -> SizeGuards:
+def _check_sizes(graph: fx.Graph, names: Sequence[str]) -> SizeGuards:
     """Have a graph check the sizes it is called with first, by what can be pickled."""
     for check in graph.find_nodes(op="call_module", target=GUARDS):  # that of torch itself, which not every version has
         graph.erase_node(check)
     inputs = list(graph.find_nodes(op="placeholder"))
     with graph.inserting_after(inputs[-1]):
         graph.create_node("call_module", GUARDS, tuple(inputs))
-    return read_guards({str(node.target): node.meta["val"] for node in inputs})
+    return read_guards({name: node.meta["val"] for name, node in zip(names, inputs, strict=True)})
 
 
-def _without_tracer(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph without its tracer: torch 2.10 can't make that of torch.export again to load a saved model."""
+def _named_without_tracer(graph: fx.Graph, names: Sequence[str]) -> fx.Graph:
+    """Copy a graph with its inputs as they are called in the forward, where torch.export has small letters only.
+
+    Its tracer is left out: torch 2.10 can't make that of torch.export again to load a saved model.
+    """
     copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
+    inputs = {}
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+        inputs[node] = copied.create_node("placeholder", name, node.args, name=name)
+        inputs[node].meta = dict(node.meta)
+    copied.output(copied.graph_copy(graph, inputs))
     return copied
 
 
