@@ -126,6 +126,30 @@ def test_another_way_at_a_size_of_one_is_not_taken_silently(axis):
         collapsed(torch.randn(7, 6, 4))
 
 
+def test_another_way_without_samples_is_not_taken_silently():
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            return self.b(self.a(x)) + offset if x.numel() else x
+
+    class Asks(Early):
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            return self.b(self.a(x)) + offset if x.shape[0] < 9 else x
+
+    inputs = torch.randn(5, 4), torch.randn(5, 3)
+    early, asks = Early().eval(), Asks().eval()
+    none = [x[:0] for x in inputs]
+    collapsed = collapse(early, inputs, objective="macs").model
+    assert relative_difference(collapsed(*(x[:1] for x in inputs)), early(*(x[:1] for x in inputs))) <= 1e-5
+    with pytest.raises(AssertionError, match=r"holds where x\.size\(\)\[0\] != 0"):
+        collapsed(*none)
+    alike = collapse(asks, inputs, objective="macs").model
+    assert alike(*none).shape == asks(*none).shape == (0, 3)
+
+
 def test_sizes_that_torch_export_can_not_reason_about_are_taken_as_they_are():
     class Strided(nn.Module):
         def __init__(self) -> None:

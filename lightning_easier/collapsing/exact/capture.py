@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _exported(model: nn.Module, attempt: Attempt, arguments: Sequence[Tensor]) -
     graph, constants = export_layers(model, attempt)
     with quiet():
         captured = _with_shapes(model, graph, constants, copies(arguments))
-        _check_sizes_of_one(captured, model, arguments)
+        _check_smallest_sizes(captured, model, arguments)
     return captured
 
 
@@ -173,8 +174,10 @@ def _guards_of(captured: fx.GraphModule) -> SizeGuards:
     return guards
 
 
-def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]) -> None:
-    """Refuse sizes of one where they take another way than the one recorded: torch.export has no guards for them.
+def _check_smallest_sizes(captured: fx.GraphModule, model: nn.Module, arguments: Sequence[Tensor]) -> None:
+    """Refuse sizes of one, and no samples, where they take another way than the one recorded.
+
+    ``torch.export`` assumes that every size is two at least.
 
     Raises:
         AssertionError: If the example itself has such a size.
@@ -182,15 +185,17 @@ def _check_sizes_of_one(captured: fx.GraphModule, model: nn.Module, arguments: S
     guards = _guards_of(captured)
     for axis in range(max(x.ndim for x in arguments)):
         sizes = {x.shape[axis] for x in arguments if x.ndim > axis}
-        for size in sizes:  # inputs that have a size in common have it in common at one, too
+        for size, number in product(sizes, (1,) if axis else (1, 0)):
+            # inputs that have a size in common have it in common at one, too
             which = [x.ndim > axis and x.shape[axis] == size for x in arguments]
             inputs = Arguments(
-                (x.narrow(axis, 0, min(size, 1)) if at else x for x, at in zip(arguments, which, strict=True)),
+                (x.narrow(axis, 0, min(size, number)) if at else x for x, at in zip(arguments, which, strict=True)),
                 names_of(arguments),
             )
             if _is_equal(captured, model, inputs):
                 continue
-            guards.add([f"{name}.size()[{axis}] != 1" for name, at in zip(guards.inputs, which, strict=True) if at])
+            named = [name for name, at in zip(guards.inputs, which, strict=True) if at]
+            guards.add([f"{name}.size()[{axis}] != {number}" for name in named])
     guards(*arguments)
 
 
