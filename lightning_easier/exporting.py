@@ -22,6 +22,7 @@ from lightning_easier.support.calls import Arguments, call, copies, mapped, name
 from lightning_easier.support.inference import (
     check_weights,
     forward,
+    full_float32,
     relative_difference,
     tensors_in,
     tolerance_for,
@@ -493,6 +494,7 @@ def _larger(arguments: Arguments, free: Sequence[_Axes]) -> Arguments:
     return Arguments((larger(value, axes) for value, axes in zip(arguments, free, strict=True)), arguments.names)
 
 
+@full_float32()
 def _checked(order: _Order, run: _Run, path: Path, name: str) -> list[Parity]:
     """Compare a file with the model, on the example inputs and on larger ones.
 

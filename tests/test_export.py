@@ -477,3 +477,23 @@ def test_an_onnx_file_calls_its_sizes_as_they_were_asked_for(tmp_path, model, ax
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert [each.shape for each in session.get_inputs()] == [["batch", "length" if axes else 6]] * 2
     assert session.get_outputs()[0].shape[0] == "batch"
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_file_is_compared_with_what_is_computed_in_full(tmp_path, monkeypatch, precision):
+    """A Trainer advises to set it; a CPU that has bfloat16 then computes in that, and no file does."""
+    compute = exporting.call
+
+    def coarsely(model, arguments):
+        output = compute(model, arguments)
+        return output if torch.get_float32_matmul_precision() == "highest" else output.bfloat16().float()
+
+    monkeypatch.setattr(exporting, "call", coarsely)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).eval(), torch.randn(8, 64)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        report = export(model, tmp_path / "model.onnx", x)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert max(each.relative_difference for each in report.parity) < 1e-5

@@ -37,7 +37,7 @@ from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import read_calibration
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
-from lightning_easier.support.inference import check_weights, forward, without_masks
+from lightning_easier.support.inference import check_weights, forward, full_float32, without_masks
 from lightning_easier.support.operators import time_inside
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Pace, compare, speed_up
 
@@ -318,7 +318,7 @@ class Prepared:
         self._model, self._source, self._fitted, self._arguments = model, source, fitted, arguments
         self._objective: Objective = objective
         self._fits = fits
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             self._expected = expected = call(fitted, copies(arguments))
         try:
             captured = capture(fitted, copies(arguments))

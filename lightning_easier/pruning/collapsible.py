@@ -195,5 +195,6 @@ def _shares(
     inputs = copies(arguments)
     if not runs:
         return macs, {}
-    seconds = time_interleaved({"": partial(call, model, inputs), **runs}, samples=_SAMPLES, progress="Timing blocks")
+    timed: dict[str, Callable[[], Any]] = {"": partial(call, model, inputs), **runs}
+    seconds = time_interleaved(timed, samples=_SAMPLES, progress="Timing blocks", device=inputs[0].device)
     return macs, {name: speed_up(seconds[name], seconds[""]).median for name in runs}

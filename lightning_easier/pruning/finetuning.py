@@ -21,7 +21,13 @@ from lightning_easier.pruning.stages import Clock
 from lightning_easier.report import Trial
 from lightning_easier.support.arguments import check_integer, check_positive
 from lightning_easier.support.calls import Arguments, call, copies, mapped, names_of
-from lightning_easier.support.inference import evaluation_mode, relative_difference, tensors_in, tolerance_for
+from lightning_easier.support.inference import (
+    evaluation_mode,
+    full_float32,
+    relative_difference,
+    tensors_in,
+    tolerance_for,
+)
 
 # Of the steps: for so many the rate rises, and by so many is known how long one takes.
 _WARM_UP, _STEPS_THAT_TELL = 0.1, 5
@@ -273,6 +279,7 @@ def _over(distance: FeatureDistance, model: nn.Module, batches: Sequence[tuple[T
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
+@full_float32()
 def _holds_samples(dense: nn.Module, batch: tuple[Tensor, ...]) -> bool:
     """Tell whether the rows of a batch are samples: a network makes of some of them what it makes of them in the batch.
 

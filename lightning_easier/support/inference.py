@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -109,6 +109,31 @@ def relative_difference(output: Any, reference: Any) -> float:
         difference, norm = float((a - b)[finite].norm()), float(b[finite].norm())
         largest = max(largest, difference / norm if norm > 0 else difference)
     return largest
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Have products of float32 computed in float32: a GPU rounds what convolutions read to ten bits by default (TF32).
+
+    Two equal networks differ by more than :data:`TOLERANCES` then, where a batch norm was folded, say. What was set
+    comes back, also after an exception.
+    """
+    backends: Any = torch.backends
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # it was set by kinds, below, which is told apart since torch 2.9
+            if backends.cudnn.allow_tf32:
+                stack.callback(setattr, backends.cudnn, "allow_tf32", True)
+                backends.cudnn.allow_tf32 = False
+        with suppress(RuntimeError):
+            if (precision := torch.get_float32_matmul_precision()) != "highest":
+                stack.callback(torch.set_float32_matmul_precision, precision)
+                torch.set_float32_matmul_precision("highest")
+        kinds = [getattr(each, kind, None) for each in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]
+        for kind in (*kinds, getattr(backends.mkldnn, "matmul", None), backends.cuda.matmul):
+            if getattr(kind, "fp32_precision", "none") not in ("none", "ieee"):
+                stack.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+                kind.fp32_precision = "ieee"
+        yield
 
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -73,7 +73,7 @@ class _Stopwatch(TorchFunctionMode):
         super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside: list[tuple[str, bool]] = []
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+        self._wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
 
     def enter(self, name: str, has_children: bool, *_: Any) -> None:
         self._inside.append((name, has_children))

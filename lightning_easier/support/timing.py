@@ -7,6 +7,7 @@ All that decides anything here is such a ratio.
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -48,7 +49,7 @@ _GROUP = 8
 
 
 def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
-    """Return what times a call: a number of runs -> seconds a run. It waits until an accelerator is done.
+    """Return what times a call: a number of runs -> seconds a run. It waits until the current accelerator is done.
 
     It runs nothing besides: torch's own ``Timer`` runs a call twice before each sample, two thirds of the time of what
     is slow. Every time of a whole call that is measured in this package comes from here.
@@ -57,6 +58,15 @@ def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
 
     timed = Timer(call, timer=timer)
     return lambda runs: max(timed.timeit(runs) / runs, _LEAST)
+
+
+def _device_of(arguments: Sequence[Tensor]) -> torch.device | None:
+    return next((each.device for each in arguments), None)
+
+
+def _current(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Have a GPU be the current one, which alone is waited for."""
+    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,7 @@ class _Turns:
         pace: How long it may take.
         progress: What to call it in a progress bar; none by default.
         seconds: How long the rounds after the first may take together.
+        device: Where the calls run; the current one by default.
 
     Attributes:
         samples: Name -> seconds, one for each round that it took part in: the first of all.
@@ -191,11 +202,13 @@ class _Turns:
         pace: Pace | None = None,
         progress: str | None = None,
         seconds: float = _MORE_SECONDS,
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device
         self.samples: dict[Any, list[float]] = {name: [] for name in calls}
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
         self._pace = Pace() if pace is None else pace
-        with torch.no_grad():
+        with torch.no_grad(), _current(device):
             once = {name: self._estimate(seconds_of) for name, seconds_of in self._timers.items()}
         slowest = max([_SECONDS_A_SAMPLE, *once.values()])
         # all alike: what was run just before has its values in the caches. What ran before it has left others there
@@ -238,7 +251,7 @@ class _Turns:
     def _take(self, rounds: int, names: Collection[Any]) -> float:
         """Take samples of some calls, each round if time allows; return the seconds that it took."""
         spent = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), _current(self._device):
             for _ in range(rounds):
                 if self._rounds >= _FEWEST_SAMPLES and self._allowed(names) <= 0:
                     self._pace.was_short = True
@@ -308,11 +321,15 @@ def measure_latency(
         samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
     """
     calls = {name: partial(call, each, arguments) for name, each in candidates.items()}
-    return time_interleaved(calls, samples=samples)
+    return time_interleaved(calls, samples=samples, device=_device_of(arguments))
 
 
 def time_interleaved(
-    calls: Mapping[Name, Callable[[], Any]], *, samples: int, progress: str | None = None
+    calls: Mapping[Name, Callable[[], Any]],
+    *,
+    samples: int,
+    progress: str | None = None,
+    device: torch.device | None = None,
 ) -> dict[Name, Latency]:
     """Time several calls in turn, so that noise meets all of them alike; gradients are off.
 
@@ -320,8 +337,9 @@ def time_interleaved(
         calls: The calls by name.
         samples: How many samples to take of each, after a warm-up; fewer where that would take seconds.
         progress: What to call it in a progress bar, on a terminal, when it takes more than a second; none by default.
+        device: Where they run; the current one by default.
     """
-    turns = _Turns(calls, samples, samples, progress=progress)
+    turns = _Turns(calls, samples, samples, progress=progress, device=device)
     turns.take_while(tuple)
     return turns.latencies
 
@@ -345,7 +363,7 @@ def compare(
     numbers = {name: id(each) for name, each in calls.items()}
     turns = _Turns(
         {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
-        "Timing" if pace is None else None,
+        "Timing" if pace is None else None, device=_device_of(arguments),
     )  # fmt: skip
     pairs = [((numbers[before], numbers[after]), bar) for (before, after), bar in bars]
 
@@ -385,7 +403,7 @@ class LatencyTable:
         """
         missing = {key: make for key, make in calls.items() if key not in self.seconds}
         for group in _groups(missing, _GROUP):
-            self._measure({key: missing[key]() for key in group}, (str(device), torch.get_num_threads()))
+            self._measure({key: missing[key]() for key in group}, device)
 
     def compare(
         self,
@@ -409,14 +427,16 @@ class LatencyTable:
             self.speedups[key] = speed_up(latency["before"], latency["after"])
         return self.speedups[key]
 
-    def _measure(self, calls: dict[Hashable, Callable[[], Any]], where: Hashable) -> None:
+    def _measure(self, calls: dict[Hashable, Callable[[], Any]], device: torch.device) -> None:
         yardstick: Hashable = _YARDSTICK
+        where = str(device), torch.get_num_threads()
         if where in self._yardsticks:
             calls = {_YARDSTICK: self._yardsticks[where][0], **calls}
         progress = "Timing operators" if self.pace is None else None  # else there is one already
         turns = _Turns(
-            calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress, _SECONDS_OF_A_GROUP
-        )
+            calls, _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, self.pace, progress, _SECONDS_OF_A_GROUP,
+            device,
+        )  # fmt: skip
 
         def still_open() -> Collection[Hashable]:
             compared = [turns.speedup(name, yardstick) for name in turns.samples if name != yardstick]

@@ -52,6 +52,22 @@ def test_what_only_torch_export_can_trace_is_collapsed(samples, tmp_path):
     assert export(result.model, tmp_path / "model.onnx", x).parity
 
 
+def test_how_many_samples_a_kernel_takes_is_no_condition(monkeypatch, tmp_path):
+    """On a GPU torch asks it of every batch norm; as a condition of the graph it would keep it from being exported."""
+    compute, asked = F.batch_norm, []
+
+    def batch_norm(x, *args, **kwargs):
+        asked.append(bool(x.shape[0] <= 880801) and bool(x.shape[0] <= 65535))
+        return compute(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "batch_norm", batch_norm)
+    model, x = randomize_batch_norms(linearize(AsksForShapes(), ["act"])).eval(), torch.randn(2, 3, 8, 9)
+    collapsed = collapse(model, x, objective="macs").model
+    assert asked
+    assert not any("65535" in condition for condition in collapsed._guards_fn.conditions)
+    assert export(collapsed, tmp_path / "model.onnx", x).parity
+
+
 class Branches(nn.Module):
     """Takes another way with the size of the image."""
 

@@ -17,6 +17,7 @@ from lightning_easier.collapsing.algebra.slices import without_channels
 from lightning_easier.collapsing.exact import trimming
 from lightning_easier.collapsing.exact.capture import capture
 from lightning_easier.collapsing.exact.channels import ChannelFlow
+from lightning_easier.collapsing.exact.constant_branches import ConstantBranch, constant_branches
 from lightning_easier.collapsing.exact.dead_channels import DeadChannels
 from lightning_easier.measure.affines import AffineFit
 from lightning_easier.support import timing
@@ -836,6 +837,37 @@ def test_a_branch_that_is_constant_is_a_number_for_each_channel(objective, shift
     assert report.after.macs < report.before.macs
     assert sum(isinstance(module, nn.Conv2d) for module in result.modules()) == 2
     assert not any(module.training for module in result.modules())  # else nothing merges with what is left
+
+
+def test_the_numbers_of_a_constant_branch_are_made_where_the_model_is():
+    captured = capture(Residual(-1.0).eval(), (torch.randn(2, 3, 9, 8),))
+    (branch,) = constant_branches(captured, ChannelFlow(captured))
+    assert branch.constants.device.type == "cpu"  # of a model on a GPU, too
+    made = branch.affine(torch.device("meta"))
+    assert [(value.device.type, value.dtype) for value in made.parameters()] == [("meta", torch.float64)] * 2
+
+
+def test_a_constant_branch_that_has_no_operator_may_go_wrong(monkeypatch):
+    def fail(*_):
+        raise IndexError("tuple index out of range")
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+            nn.init.normal_(self.norm.bias)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last((x + self.norm(torch.zeros_like(x))).tanh())
+
+    monkeypatch.setattr(ConstantBranch, "affine", fail)
+    model, x = Normed().eval(), torch.randn(3, 5)
+    with pytest.warns(UserWarning, match="1 of the steps .* were left out"):
+        result = collapse(model, x, objective="macs")
+    (refusal,) = (each for each in result.report.refusals if "left out" in each.reason)
+    assert refusal.operators == ("add",)
+    torch.testing.assert_close(result.model(x), model(x))
 
 
 def test_a_branch_of_zeros_leaves_nothing():

@@ -377,3 +377,22 @@ def test_kernels_are_those_of_least_squares_given_the_rest(channels):
     wanted = torch.linalg.lstsq(equations.reshape(300 * outputs, -1), right, driver="gelsd").solution
     torch.testing.assert_close(kernels[1:].reshape(-1, 1), wanted[taps:], rtol=1e-6, atol=1e-6)
     assert bool(kernels.isfinite().all())
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_places_are_sent_to_a_gpu_without_waiting_for_it(monkeypatch, on_gpu):
+    class There(torch.Tensor):
+        is_cuda = on_gpu
+
+    send, sent = torch.Tensor.to, []
+
+    def to(self, *args, **kwargs):
+        if self.dtype == torch.int64 and self.ndim == 1 and args and isinstance(args[0], torch.device):
+            sent.append(kwargs.get("non_blocking", False))
+        return send(self, *args, **kwargs)
+
+    moments = Moments.of(Geometry(3, (3, 3), (1, 1), (1, 1)), 4, torch.device("cpu"))
+    value, target = torch.randn(8, 3, 5, 5).as_subclass(There), torch.randn(8, 4, 5, 5)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moments.add(value, target, 50)
+    assert sent == [on_gpu] * 6  # three axes, of what is fitted to and of what is held out

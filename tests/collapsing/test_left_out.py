@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_easier import CollapseError, collapse
 from lightning_easier.collapsing.algebra import operators
 from lightning_easier.collapsing.exact import steps
 from lightning_easier.support.inference import relative_difference
+from tests.coarse import multiply_coarsely
 from tests.models import randomize_batch_norms
 
 compose = operators.compose
@@ -94,6 +96,25 @@ def test_without_float64_it_is_found_in_the_dtype_of_the_model(monkeypatch):
     assert [refusal.operators for refusal in result.report.refusals] == [("layers.3", "layers.4")]
     x = torch.randn(5, 3)
     assert relative_difference(result.model(x), model(x)) <= 1e-5
+
+
+class MapsOfItsDtype(OfItsDtype):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Tanh())
+
+
+def test_what_a_gpu_rounds_by_default_is_no_step_s_fault(monkeypatch):
+    multiply_coarsely(monkeypatch)
+    model, x = randomize_batch_norms(MapsOfItsDtype()).eval(), torch.randn(2, 3, 8, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = collapse(model, x, objective="macs")
+    assert result.report.fused == ["layers.1"]
+    assert [merge.operators for merge in result.report.merges] == [("layers.0", "layers.2")]
+    assert relative_difference(result.model(x), model(x)) > 1e-4  # in what they are used in
+    assert result.report.relative_difference < 1e-5
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_batch_norm_that_is_folded_wrongly_is_left_out(monkeypatch):

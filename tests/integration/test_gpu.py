@@ -30,7 +30,7 @@ from tests.collapsing.test_collapse_fit import Mlp
 from tests.integration.interrupted import At, Small, outcome, run, stop
 from tests.integration.processes import SLOPE
 from tests.integration.residual import Net
-from tests.integration.test_recipes import Slope
+from tests.integration.test_recipes import InHalf, Slope
 from tests.integration.tiny import assert_equal_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -48,9 +48,9 @@ class Stack(nn.Sequential):
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
 def test_pruning_on_a_gpu(tmp_path, precision):
-    scores = (0.9, 0.1, 0.9)
+    model = (InHalf if precision == "16-true" else Small)((0.9, 0.1, 0.9))
     model, callback, _ = run(
-        tmp_path, method=Slope, scores=scores, pruning={"max_rejections": 3}, precision=precision, **GPU
+        tmp_path, method=Slope, model=model, pruning={"max_rejections": 3}, precision=precision, **GPU
     )
     assert [this.accepted for this in callback.rounds] == [True, False, True, True]
     assert callback.rounds[1].removed == [SLOPE]
@@ -133,14 +133,14 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path):
 
 def test_nothing_is_read_back_in_a_hook(tmp_path):
     """A value that is read makes the host wait for the device, in every batch."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model, x = Small().cuda().eval(), torch.ones(8, 4, device="cuda")
-        for sample in (1.0, 0.5):
-            with EntropyProbe(isolated_sites(model), sample=sample).to(x.device):
+    model, x = Small().cuda().eval(), torch.ones(8, 4, device="cuda")
+    for sample in (1.0, 0.5):
+        with EntropyProbe(isolated_sites(model), sample=sample).to(x.device):  # to move it makes the host wait, once
+            try:
+                torch.cuda.set_sync_debug_mode("error")
                 model(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_pruned_model_collapses_on_the_gpu(tmp_path):
@@ -205,7 +205,7 @@ def test_the_transport_distance_and_its_gradient_are_those_of_the_cpu():
     first, second = torch.randn(32, 5), torch.randn(32, 5) + 0.5
     found = []
     for device in ("cpu", DEVICE):
-        x = first.to(device).requires_grad_()
+        x = first.to(device).detach().requires_grad_()  # a leaf on either device
         distance = sliced_wasserstein(x, second.to(device), generator=torch.Generator().manual_seed(0))
         distance.backward()
         found += [distance.detach().cpu(), x.grad.cpu()]

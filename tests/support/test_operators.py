@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_easier.support.operators import time_inside
+from lightning_easier.support.operators import _Stopwatch, time_inside
 
 pytestmark = pytest.mark.real_clock
 
@@ -63,3 +63,11 @@ def test_no_hook_is_left_and_inputs_are_as_they_were_even_where_a_forward_fails(
     time_inside({"it": (other := Net())}, [x], lambda: math.inf)
     assert torch.equal(x, torch.zeros(4, 8))
     assert not any(m._forward_hooks or m._forward_pre_hooks for net in (model, other) for m in net.modules())
+
+
+def test_the_device_is_waited_for_that_is_timed(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    with _Stopwatch(torch.device("cuda:1")):
+        torch.ones(2).exp()
+    assert set(waited) == {torch.device("cuda:1")}

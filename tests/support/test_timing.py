@@ -5,8 +5,10 @@ import math
 import pickle
 import random
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -445,3 +447,35 @@ def test_the_bar_over_operators_ends_at_its_total(monkeypatch):
     for bar in bars:
         assert bar.seen == sorted(bar.seen)
         assert bar.seen[-1] == bar.total
+
+
+def test_a_gpu_is_the_current_one_while_something_is_timed_on_it(monkeypatch):
+    """What waits until it is done waits for the current one only."""
+    current = []
+
+    @contextmanager
+    def be_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def run(*_):
+        assert current == [device]
+        ran.append(device)
+
+    def stopwatch(call):
+        return lambda runs: call() or 0.1
+
+    monkeypatch.setattr(torch.cuda, "device", be_current)
+    monkeypatch.setattr(timing, "stopwatch", stopwatch)
+    device, ran = torch.device("cuda:1"), []
+    arguments = [SimpleNamespace(device=device)]
+    LatencyTable().measure({"operator": lambda: run}, device)
+    timed = len(ran)
+    assert timed
+    measure_latency({"a": run, "b": run}, arguments)
+    assert len(ran) > timed
+    timed = len(ran)
+    compare({"a": run, "b": lambda *_: run()}, arguments, [(("a", "b"), 0.5)])
+    assert len(ran) > timed
+    assert not current

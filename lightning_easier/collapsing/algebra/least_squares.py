@@ -299,7 +299,8 @@ class Moments:
             target = (target.movedim(1, -1) if self.geometry.kernel else target).to(wide)
             axes = target.ndim - 1
             for places, held_out in _places(target.shape[:axes], positions, self.geometry.unknowns, number):
-                where = tuple(place.to(value.device) for place in places)
+                # a copy that blocks would have the host wait for a GPU, in every hook
+                where = tuple(place.to(value.device, non_blocking=value.is_cuda) for place in places)
                 rows = patches[where].movedim(-1, 1).reshape(len(where[0]), -1)
                 (self.held_out if held_out else self.fitted).add(rows, target[where], kept[where[0]].to(wide))
                 del rows  # not beside those that come next

@@ -34,9 +34,9 @@ class ConstantBranch:
     dim: int
     nodes: tuple[fx.Node, ...]
 
-    def affine(self) -> ChannelAffine:
-        """Return what the addition computes of the other value, in float64."""
-        made = ChannelAffine(len(self.constants), self.dim, dtype=torch.float64, device=self.constants.device)
+    def affine(self, device: torch.device) -> ChannelAffine:
+        """Return what the addition computes of the other value, in float64 on a device: constants are on the CPU."""
+        made = ChannelAffine(len(self.constants), self.dim, dtype=torch.float64, device=device)
         with torch.no_grad():
             assert made.bias is not None
             made.bias.copy_(self.constants)

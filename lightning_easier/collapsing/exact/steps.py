@@ -241,14 +241,15 @@ class Steps:
             step = CollapseStep("trim", node.name)
             names = tuple(flow.names[each] for each in reversed(branch.nodes) if each in flow.names)
             if step in self._left_out:
-                self.refusals.append(Refusal(names, self._left_out[step]))
+                self.refusals.append(Refusal(names or (node.name,), self._left_out[step]))
                 continue
             if gone.intersection((branch.value, node)):  # inside another
                 continue
             with _said_of(step):
                 name = equal_in_source(node) or node.name
                 if branch.constants.any():
-                    self._writer.instead(node, branch.value, branch.affine(), node.meta["tensor_meta"].dtype)
+                    affine = branch.affine(device_of(self._captured))
+                    self._writer.instead(node, branch.value, affine, node.meta["tensor_meta"].dtype)
                 else:
                     self._writer.bypass(node, branch.value)
                 for each in branch.nodes:

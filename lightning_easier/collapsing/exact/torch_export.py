@@ -28,6 +28,8 @@ GUARDS = "_guards_fn"
 _OUTPUT = "_output"
 _LONGEST_SIZE = 256
 """Terms of a size, in numbers, symbols and operations. Networks of plain strides stay below 200."""
+_LIMITS_OF_KERNELS = (65535, 880801)
+"""Samples that cuDNN's batch norm takes at most, in eval mode and in training."""
 # Layers that are called again in the place of the one ATen operator that they became
 _LAYERS: tuple[Any, ...] = (
     nn.Linear, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
@@ -89,7 +91,7 @@ def export_layers(model: nn.Module, attempt: Attempt) -> tuple[fx.Graph, dict[st
 def _program(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     sizes = [dict.fromkeys(sorted(axes), Dim.AUTO) for axes in attempt.free]
     # with gradients, so that it is seen where a forward turns them off
-    with torch.enable_grad(), quiet(), _short_sizes():
+    with torch.enable_grad(), quiet(), _fewer_questions():
         return export_program(model, attempt.inputs, sizes, reads_code=attempt.reads_code)
 
 
@@ -138,11 +140,12 @@ def _named_without_tracer(graph: fx.Graph, names: Sequence[str]) -> fx.Graph:
 
 
 @contextmanager
-def _short_sizes() -> Iterator[None]:
-    """Give up an export whose sizes are long expressions of the free ones.
+def _fewer_questions() -> Iterator[None]:
+    """Give up an export whose sizes are long expressions of the free ones, and leave out what no value depends on.
 
     A patch embedding inside a network rounds a size up, and the next one rounds what it gets up again: sympy then takes
-    minutes for what is asked of such a size, and seconds with fewer free axes.
+    minutes for what is asked of such a size, and seconds with fewer free axes. On a GPU, a batch norm asks for its
+    number of samples to choose a kernel: as a condition, that would keep the result from being exported for any batch.
 
     Raises:
         RuntimeError: Where torch asks for a size of more than :data:`_LONGEST_SIZE` terms.
@@ -151,6 +154,8 @@ def _short_sizes() -> Iterator[None]:
     short: set[sympy.Basic] = set()
 
     def evaluate(self: ShapeEnv, size: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(size, sympy.Le) and size.rhs in _LIMITS_OF_KERNELS:
+            return sympy.true
         if size not in short:
             if sum(1 for _ in islice(sympy.preorder_traversal(size), _LONGEST_SIZE + 1)) > _LONGEST_SIZE:
                 raise RuntimeError(f"a size inside it is an expression of more than {_LONGEST_SIZE} terms")

@@ -14,7 +14,14 @@ from lightning_easier.collapsing.errors import CollapseError, DifferenceError
 from lightning_easier.collapsing.exact.chains import describe_node
 from lightning_easier.collapsing.exact.writing import equal_in_source
 from lightning_easier.support.calls import call, copies, mapped
-from lightning_easier.support.inference import TOLERANCES, describe, relative_difference, tensors_in, tolerance_for
+from lightning_easier.support.inference import (
+    TOLERANCES,
+    describe,
+    full_float32,
+    relative_difference,
+    tensors_in,
+    tolerance_for,
+)
 
 # How many times the error of the source's own rounding a result may differ from it
 _ROUNDING_MARGIN = 10
@@ -73,6 +80,7 @@ def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, argumen
                             f"model can't be compared with it")  # fmt: skip
 
 
+@full_float32()
 def verify_in_float64(
     source: nn.Module, before: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor], expected: Any
 ) -> tuple[float | None, float]:
@@ -112,6 +120,7 @@ def verify_in_float64(
     return difference, relative_difference(expected, exact)
 
 
+@full_float32()
 def verify_rounded(
     collapsed: nn.Module, arguments: Sequence[Tensor], expected: Any, rounding: float, name: str
 ) -> float:
@@ -148,6 +157,7 @@ def verify_rounded(
     return difference
 
 
+@full_float32()
 def differences(
     source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor], exactly: bool
 ) -> dict[str, float]:
