@@ -40,8 +40,9 @@ def questions(effort: Effort) -> Iterator[Question]:
     )
     batch, steps = effort.pick(128, 64, 4), effort.pick(20, 4, 2)
     case = Case(
-        f"{name}, {steps} steps of {batch}×3×32×32", partial(runs, make, blocks, batch, steps), BARS, has_memory=False
-    )
+        f"{name}, {steps} steps of {batch}×3×32×32", partial(runs, make, blocks, batch, steps), BARS,
+        is_slow=effort.name == "dry", has_memory=False,
+    )  # fmt: skip
     yield Question("training epoch", (case,))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -23,10 +24,13 @@ SHORTER = {
     "1_quickstart": {"max_minutes=1": "max_minutes=0.1"},
     "4_own_model": {"max_minutes=0.5": "max_minutes=0.1", "max_minutes=0.4": "max_minutes=0.1"},
 }
-# As in the tests' own process, times are counted; the notebook itself knows none of these names
-COUNTED = """import lightning_easier.support.timing, tests.clocks
+# No names of another notebook are left, and as in the tests' own process times are counted; the notebook itself knows
+# none of these names
+BEGIN = """%reset -f
+import os, lightning_easier.support.timing, tests.clocks
 lightning_easier.support.timing.stopwatch = tests.clocks.Clock(tests.clocks.honest)
-del lightning_easier, tests
+os.chdir({folder!r})
+del os, lightning_easier, tests
 """
 
 
@@ -50,10 +54,20 @@ def test_there_are_five_notebooks():
     assert [path.stem for path in BOOKS] == list(SHORT)
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """A process that runs them all, one after the other: what takes long is to import torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other take minutes beside other tests
+        patch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other take minutes beside other tests
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent), prepend=os.pathsep)
+def test_a_notebook_runs(path, tmp_path, kernel):
     book = nbformat.read(path, as_version=4)
     cell = parameters(book)
     assert SHORT[path.stem].split(" = ")[0] == cell.source.split(" = ")[0]
@@ -61,8 +75,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     for old, new in SHORTER.get(path.stem, {}).items():
         (cell,) = (each for each in book.cells if old in each.source and each.cell_type == "code")
         cell.source = cell.source.replace(old, new)
-    book.cells.insert(0, nbformat.v4.new_code_cell(COUNTED))
-    NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()  # raises what they do
+    book.cells.insert(0, nbformat.v4.new_code_cell(BEGIN.format(folder=str(tmp_path))))
+    NotebookClient(book, kernel, timeout=240).execute()  # raises what they do
     assert all(each.execution_count for each in book.cells if each.cell_type == "code")
 
 

@@ -10,8 +10,8 @@ from nbclient.exceptions import CellExecutionError
 RUN = runpy.run_path(str(Path(__file__).parents[1] / "notebooks" / "run.py"))
 FOLDERS = "\n".join(
     [
-        "import pathlib, sys, torch",
-        "print(pathlib.Path.cwd() / 'x', torch.__file__, sys.prefix, pathlib.Path.home() / 'y')",
+        "import pathlib, sys, IPython",
+        "print(pathlib.Path.cwd() / 'x', IPython.__file__, sys.prefix, pathlib.Path.home() / 'y')",
     ]
 )
 
@@ -46,7 +46,7 @@ def test_what_is_kept_names_no_folder_of_the_machine(tmp_path):
     first, second = nbformat.read(path, as_version=4).cells
     here, module, prefix, home = first.outputs[0].text.split()
     assert (here, prefix, home) == ("./x", "python", "~/y")
-    assert module == "site-packages/torch/__init__.py"
+    assert module == "site-packages/IPython/__init__.py"
     assert second.outputs[0].data["text/plain"] == "'python'"
 
 

@@ -13,6 +13,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from tests.integration.blocks import ROOT, blocks, names, run
+from tests.once import made_once
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # What stands on pages: run, or shown as what it is
@@ -37,14 +38,16 @@ def _code(page):
     return [block for block in blocks(page) if block.language in ("python", "bash") and not block.title]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory):
     """The site, built as `make docs` builds it: a warning is an error."""
-    folder = tmp_path_factory.mktemp("site")
-    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder))
-    config.plugins.on_startup(command="build", dirty=False)
-    build(config)
-    return folder
+
+    def make(folder):
+        config = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder))
+        config.plugins.on_startup(command="build", dirty=False)
+        build(config)
+
+    return made_once(tmp_path_factory, "site", make)
 
 
 class _Loaded(HTMLParser):

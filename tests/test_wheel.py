@@ -14,6 +14,7 @@ import pytest
 
 import lightning_easier
 from tests.integration.blocks import SHORTER
+from tests.once import made_once
 
 ROOT = Path(__file__).parents[1]
 # The installed script runs them, one after the other in one process: what takes long is to import torch
@@ -40,16 +41,18 @@ def commands() -> list[list[str]]:
     return [words[1:] for words in split if words[:1] == ["lightning-easier"]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installed(tmp_path_factory):
     """A folder that the wheel is installed in."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    offline = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", folder, ROOT], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", *offline, "--target", folder / "site", wheel], check=True)
-    return folder / "site"
+
+    def make(folder):
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        offline = ["--no-deps", "--no-index"]
+        subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", folder, ROOT], check=True)
+        (wheel,) = folder.glob("*.whl")
+        subprocess.run([*pip, "install", *offline, "--target", folder / "site", wheel], check=True)
+
+    return made_once(tmp_path_factory, "wheel", make) / "site"
 
 
 def test_a_wheel_has_every_recipe_and_nothing_beside_the_package(installed):

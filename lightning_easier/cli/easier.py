@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lightning_easier.zoo  # makes its classes known by their short names
 from lightning_easier import recipes
 from lightning_easier.cli.errors import DEBUG, WRONG_VALUE, in_one_line
+from lightning_easier.cli.options import COMMANDS
 from lightning_easier.cli.subcommands import EasierSubcommands
 from lightning_easier.support.arguments import check_choice
 
@@ -21,6 +22,8 @@ _ABOUT = (
     "error, `--print_shtab bash` what completes commands in a shell."
 )
 _SHELLS = "--print_shtab"
+# Options of a parser that has it look for those of any subcommand outside of the command line
+_READ_ELSEWHERE = {"default_config_files", "default_env"}
 _FILES = ("config", "ckpt_path", "output", "report", "fitted")
 _MISSING = re.compile(r"the following arguments are required: ([\w., ]+)")
 _NO_MAPPING = "Unexpected config:"
@@ -77,9 +80,14 @@ class EasierCLI(EasierSubcommands, LightningCLI):
             "save_config_kwargs": {"overwrite": True},
             "parser_class": EasierArgumentParser,
         }
+        self._only = None if _READ_ELSEWHERE & parser.keys() else _first_word(sys.argv[1:] if args is None else args)
         super().__init__(
             model_class, datamodule_class, parser_kwargs=parser, args=args, run=run, **{**defaults, **kwargs}
         )
+
+    def _may_be_asked_for(self, subcommand: str) -> bool:
+        """Tell whether a subcommand is the one that the command line begins with; any where it begins with none."""
+        return self._only in (None, subcommand) or self._only not in {*self.subcommands(), *COMMANDS, "recipes"}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """List the recipes beside the others; they need no parser of ours."""
@@ -101,6 +109,13 @@ class EasierCLI(EasierSubcommands, LightningCLI):
             raise SystemExit(0)
         _print_completion(parser.prog, parsers, asked)
         self._parse(parser, words)
+
+
+def _first_word(words: Any) -> str | None:
+    """Return the first word of a command line; None where there is none, or all subcommands are looked at."""
+    if not isinstance(words, list) or any(str(word).startswith(_SHELLS) for word in words):
+        return None
+    return next((word for word in words if word != DEBUG), None)
 
 
 def _missing(message: str, subcommands: Collection[str]) -> tuple[str, list[str]]:

@@ -65,11 +65,22 @@ class EasierSubcommands(_Base):
         for name, command in COMMANDS.items():
             given = {"description": command.about, **kwargs.get(name, {}), "add_help": False}
             own = self.init_parser(**given)
-            if command.needs_model:
-                self._add_arguments(own)
-            self._own_arguments[name] = add_options(own, command)
+            if self._may_be_asked_for(name):
+                if command.needs_model:
+                    self._add_arguments(own)
+                self._own_arguments[name] = add_options(own, command)
             self._subcommand_parsers[name] = own
             subcommands.add_subcommand(name, own, help=command.about)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> "LightningArgumentParser":
+        if self._may_be_asked_for(subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
+
+    def _may_be_asked_for(self, subcommand: str) -> bool:
+        """Tell whether the options of a subcommand may be needed: to add them all takes a while."""
+        return True
 
     def parse_arguments(self, parser: "LightningArgumentParser", args: "ArgsType") -> None:
         """Take ``--debug``, unless the parsers have an option of that name: what is wrong is raised then."""

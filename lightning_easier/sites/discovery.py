@@ -57,7 +57,7 @@ from lightning_easier.sites.rewriting import (
     copy_activation,
 )
 from lightning_easier.sites.tracing import Reading, trace_forward, variants
-from lightning_easier.sites.watching import UntraceableError
+from lightning_easier.sites.watching import UntraceableError, hooked
 from lightning_easier.support.inference import has_hooks
 
 # Layers of torch that return a tuple of two, the first of them their value
@@ -213,7 +213,8 @@ class Discovery:
     def plan(self, model: nn.Module) -> IsolationPlan:
         """Look through a model."""
         self._names[model] = ""
-        self._flow.add(Kind.OUTPUT, "", [self._run(model, "", _Inputs())])
+        with hooked():
+            self._flow.add(Kind.OUTPUT, "", [self._run(model, "", _Inputs())])
         return self._plan
 
     def _run(self, module: nn.Module, name: str, inputs: _Inputs) -> FlowNode:

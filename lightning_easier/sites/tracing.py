@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from functools import wraps
 from itertools import combinations
 from typing import Any
 
@@ -25,7 +26,16 @@ from torch.utils import _pytree as pytree
 
 from lightning_easier.sites.bytecode import ExecutedCode, why_unfaithful
 from lightning_easier.sites.recording import Recording, Variant, forward_was_replaced
-from lightning_easier.sites.watching import LooseWatch, UntraceableError, Watch, has_alike, is_foreign_frame, same_items
+from lightning_easier.sites.watching import (
+    LooseWatch,
+    UntraceableError,
+    Watch,
+    has_alike,
+    heard_by,
+    in_the_place_of_patches,
+    is_foreign_frame,
+    same_items,
+)
 
 _MAX_OPTIONAL_ARGUMENTS = 3  # recordings double with each
 _MOST_KINDS = 16  # of one class that a forward is compared with, so that many that differ don't take their square
@@ -106,7 +116,22 @@ class _ForwardTracer(fx.Tracer):
         # A child under several names is read as another object under each, to tell which name a call goes by.
         names = Counter(root._modules.values())
         self._aliases = {name: copy(child) for name, child in root._modules.items() if names[child] > 1}
-        return super().trace(root, concrete_args)
+        with in_the_place_of_patches():
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        function, arguments = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return self._heard(function), arguments
+
+    def _heard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def heard(*args: Any) -> Any:
+            with heard_by(self):
+                return function(*args)
+
+        return heard
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         self._check_modes()
@@ -161,7 +186,7 @@ class _Reader(_ForwardTracer):
         def call(module: nn.Module, *values: Any) -> Any:
             return root_fn(module, **dict(zip(names, values, strict=True)))
 
-        return call, [self.root, *proxies]
+        return self._heard(call), [self.root, *proxies]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)

@@ -8,10 +8,11 @@ import enum
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,138 @@ def is_foreign_frame(depth: int) -> bool:
     return package not in ("torch", "lightning_easier") and package not in sys.stdlib_module_names
 
 
+class Tracer(Protocol):
+    """What is told of the calls of modules, and of what is read of them that ``vars`` do not hold."""
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what the reader of an attribute gets."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the caller of a module gets."""
+
+
+class _Now:
+    """Who listens to the hooks: nobody, most of the time.
+
+    Attributes:
+        watch: What is told of what is read and written.
+        tracer: What is told of calls, and of what is read of parameters, buffers and children.
+        cache: Of that tracer.
+        of_tracer: The hooks that tell it.
+        replaced: Name -> the method of all modules that a hook has taken the place of; none where there are no hooks.
+        depth: How many contexts there are that keep the hooks.
+    """
+
+    watch: "Watch | None" = None
+    tracer: Tracer | None = None
+    cache: dict[str, Any] = {}  # noqa: RUF012
+    of_tracer: tuple[Any, ...] = ()
+    replaced: dict[str, Any] = {}  # noqa: RUF012
+    depth = 0
+
+
+_now = _Now()
+
+
+def _getattribute(module: nn.Module, name: str) -> Any:
+    watch = _now.watch
+    if watch is None:
+        return object.__getattribute__(module, name)
+    try:
+        value = object.__getattribute__(module, name)
+    except AttributeError:  # a child, a parameter or a buffer, or nothing
+        if is_user_frame(1):
+            value = watch.kept_aside(module, name)
+            if value is not _MISSING:
+                return value
+            watch.miss(module, name)
+        raise
+    return watch.read(module, name, value) if name != "__class__" and is_user_frame(1) else value
+
+
+@contextmanager
+def hooked() -> Iterator[None]:
+    """Keep the hooks, once a trace needs them, for all others in this context.
+
+    torch has hundreds of classes of modules, torchvision, timm and torchmetrics a thousand more: each time that a
+    method of all of them changes, Python looks through them. Between traces the hooks tell nobody anything.
+    """
+    _now.depth += 1
+    try:
+        yield
+    finally:
+        _now.depth -= 1
+        if not _now.depth:
+            _take_hooks_away()
+
+
+def _hook() -> None:
+    """Have modules tell what is asked of them, if they do not yet."""
+    if _now.replaced:
+        return
+    replaced: dict[str, Any] = {name: vars(nn.Module)[name] for name in ("__setattr__", "__getattr__", "__call__")}
+    set_attribute, get_missing, call = replaced.values()
+
+    def setattribute(module: nn.Module, name: str, value: Any) -> None:
+        watch = _now.watch
+        if watch is not None:
+            constructing = sys._getframe(1).f_code.co_name == "__init__"  # a module that is made in the forward
+            if not constructing and is_user_frame(1) and watch.write(module, name, value):
+                return
+        set_attribute(module, name, value)
+
+    def getmissing(module: nn.Module, name: str) -> Any:
+        value = get_missing(module, name)
+        tracer = _now.tracer
+        return value if tracer is None else tracer.getattr(name, value, _now.cache)
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer = _now.tracer
+        if tracer is None:
+            return call(module, *args, **kwargs)
+        return tracer.call_module(module, functools.partial(call, module), args, kwargs)
+
+    _now.replaced, _now.of_tracer = replaced, (getmissing, called)
+    hooks = (_getattribute, setattribute, getmissing, called)
+    for name, hook in zip(("__getattribute__", *replaced), hooks, strict=True):
+        setattr(nn.Module, name, hook)
+
+
+def _take_hooks_away() -> None:
+    if _now.replaced:
+        del nn.Module.__getattribute__
+        for name, original in _now.replaced.items():
+            setattr(nn.Module, name, original)
+        _now.replaced, _now.of_tracer = {}, ()
+
+
+@contextmanager
+def heard_by(tracer: Tracer) -> Iterator[None]:
+    """Have the hooks tell a tracer of ``torch.fx`` what its own patches of modules would tell it."""
+    before = _now.tracer, _now.cache
+    _now.tracer, _now.cache = tracer, {}
+    _say_patched(False)  # another trace, inside the forward, has patches of its own
+    try:
+        yield
+    finally:
+        _now.tracer, _now.cache = before
+
+
+@contextmanager
+def in_the_place_of_patches() -> Iterator[None]:
+    """Have ``torch.fx`` take the hooks for its own patches; where it does not, these go over the hooks."""
+    _say_patched(True)
+    try:
+        yield
+    finally:
+        _say_patched(False)
+
+
+def _say_patched(is_patched: bool) -> None:
+    for hook in _now.of_tracer:
+        setattr(hook, "__fx_already_patched", is_patched)  # in a class, Python would mangle the name
+
+
 class Watch:
     """Note the attributes that are read in this context on any module, and refuse to write any.
 
@@ -71,36 +204,17 @@ class Watch:
         self._containers: dict[int, tuple[str, Any, Any]] = {}
 
     def __enter__(self) -> "Watch":
-        read, miss, write, kept_aside = self.read, self.miss, self.write, self.kept_aside
-
-        def getattribute(module: nn.Module, name: str) -> Any:
-            try:
-                value = object.__getattribute__(module, name)
-            except AttributeError:  # a child, a parameter or a buffer, or nothing
-                if is_user_frame(1):
-                    value = kept_aside(module, name)
-                    if value is not _MISSING:
-                        return value
-                    miss(module, name)
-                raise
-            return read(module, name, value) if name != "__class__" and is_user_frame(1) else value
-
-        def setattribute(module: nn.Module, name: str, value: Any) -> None:
-            constructing = sys._getframe(1).f_code.co_name == "__init__"  # a module that is made in the forward
-            if constructing or not is_user_frame(1) or not write(module, name, value):
-                original(module, name, value)
-
-        self._original: Callable[..., None] = nn.Module.__setattr__
-        original = self._original
-        setattr(nn.Module, "__getattribute__", getattribute)  # noqa: B010  # mypy knows no other way
-        setattr(nn.Module, "__setattr__", setattribute)  # noqa: B010
+        self._hooks = hooked()
+        self._hooks.__enter__()
+        _hook()
+        self._outside, _now.watch = _now.watch, self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        del nn.Module.__getattribute__
-        setattr(nn.Module, "__setattr__", self._original)  # noqa: B010
+        _now.watch = self._outside
+        self._hooks.__exit__(kind, error, traceback)
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
         """Note a read; return what the reader gets."""

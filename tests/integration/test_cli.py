@@ -34,6 +34,7 @@ from lightning_easier.cli.options import COMMANDS
 from lightning_easier.command import main
 from lightning_easier.pruning.rules import Rules, Tolerance
 from lightning_easier.zoo import CIFAR10DataModule, DigitsDataModule, ImageClassifier, ImageFolderDataModule
+from tests.once import made_once
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -52,9 +53,11 @@ FEW = ["--include", "model.stages.1.*.relu"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One short run from the digits config, its log folder."""
-    root = tmp_path_factory.mktemp("cli")
-    main(["fit", f"--config={CONFIGS / 'digits.yaml'}", *SHORT, *LOOSE, f"--trainer.default_root_dir={root}"])
-    return root / "lightning_logs" / "version_0"
+
+    def make(root):
+        main(["fit", f"--config={CONFIGS / 'digits.yaml'}", *SHORT, *LOOSE, f"--trainer.default_root_dir={root}"])
+
+    return made_once(tmp_path_factory, "cli", make) / "lightning_logs" / "version_0"
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -579,6 +582,30 @@ def test_a_shell_completes_subcommands_and_options(typed, offered, capsys, tmp_p
     """
     done = subprocess.run(["bash", "-c", asks], capture_output=True, text=True)
     assert offered in done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "filled"),
+    [(["fit", "--help"], 1), (["compress", "--help"], 1), (["--debug", "test", "--help"], 1), (["report", "--help"], 0),
+     (["recipes", "list"], 0), (["--help"], 8), (["ft"], 8), (["fit", "--print_shtab=bash"], 8)],
+)  # fmt: skip
+def test_only_the_options_of_the_subcommand_that_is_asked_for_are_looked_up(words, filled, capsys):
+    parsers = []
+
+    class Counting(EasierCLI):
+        def add_arguments_to_parser(self, parser):
+            parsers.append(parser)
+
+    with pytest.raises(SystemExit):
+        Counting(args=words)
+    assert len(parsers) == filled
+
+
+def test_options_of_any_subcommand_may_stand_in_a_config_before_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("all.yaml").write_text("{candidates: {seed_everything: 7}, fit: {seed_everything: 8}}")
+    cli = EasierCLI(OwnNet, args=["--config", "all.yaml", "candidates"])
+    assert cli.config["candidates"]["seed_everything"] == 7
 
 
 OWN = """

@@ -14,6 +14,7 @@ from lightning_easier.structure.linearize import stand_ins
 from tests.forks import run_together
 from tests.integration.interrupted import Small, run
 from tests.integration.processes import SLOPE, main_as_a_script, main_on_rank, main_under_torchrun
+from tests.once import made_once
 
 UNDER_DDP = [
     "plain", "static graph", "unused parameters", "on training", "slope", "slope, static graph", "slope taken back",
@@ -51,12 +52,15 @@ def noted(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
     return {name: [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(world)] for name in names}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def under_torchrun(tmp_path_factory, forked):
-    folder, names = tmp_path_factory.mktemp("torchrun"), UNDER_DDP + SHARDED
-    told = 2, find_free_network_port(), str(folder), *names
-    run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(2)], seconds=300)
-    return noted(folder, 2, names)
+    names = UNDER_DDP + SHARDED
+
+    def make(folder):
+        told = 2, find_free_network_port(), str(folder), *names
+        run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(2)], seconds=300)
+
+    return noted(made_once(tmp_path_factory, "torchrun", make), 2, names)
 
 
 @pytest.mark.parametrize("name", [name for name in UNDER_DDP + SHARDED if name not in REFUSED])

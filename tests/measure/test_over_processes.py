@@ -1,7 +1,6 @@
 """What several processes have is put together: bit for bit, whatever they have seen, in one communication."""
 
 from functools import reduce
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from lightning_easier.measure.probe import EntropyProbe
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.support.processes import gather_from_processes, sum_over_processes
 from tests.forks import run_together
+from tests.once import made_once
 
 WORLD = 3
 # Rank 1 gets no batch.
@@ -85,10 +85,12 @@ def run_on_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory, forked):
-    folder: Path = tmp_path_factory.mktemp("processes")
-    run_together([forked.Process(target=run_on_rank, args=(rank, str(folder))) for rank in range(WORLD)])
+    def make(folder):
+        run_together([forked.Process(target=run_on_rank, args=(rank, str(folder))) for rank in range(WORLD)])
+
+    folder = made_once(tmp_path_factory, "processes", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

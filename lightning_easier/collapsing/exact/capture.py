@@ -29,6 +29,7 @@ from lightning_easier.collapsing.exact.signatures import numbers, restore_argume
 from lightning_easier.collapsing.exact.torch_export import GUARDS, Attempt, attempts, export_layers
 from lightning_easier.sites.rectifiers import is_activation
 from lightning_easier.sites.tracing import RecordingProxy, is_readable, modes
+from lightning_easier.sites.watching import hooked
 from lightning_easier.structure.stand_in import BlockStandIn, StandIn
 from lightning_easier.support.calls import Arguments, call, copies, mapped, named_arguments, names_of
 from lightning_easier.support.inference import has_hooks, relative_difference, tolerance_for
@@ -65,7 +66,8 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
             if not isinstance(reason, CaptureError):
                 reason = CaptureError(_both(reason, error))
-    opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
+    with hooked():
+        opaque = frozenset(module for module in model.modules() if module is not model and not is_readable(module))
     try:
         return _traced(model, arguments, opaque)
     except Exception as error:
