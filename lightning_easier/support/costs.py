@@ -1,5 +1,6 @@
 """What a model costs: parameters, multiply-accumulates and memory."""
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -93,8 +94,16 @@ def _of_transformer_layer(source: Any, width: int, *others: Any, **_: Any) -> in
     return _of_attention(source, source, source, width) + 4 * samples * length * width * hidden
 
 
-# What torch's counter has no formulas for
+def _of_products(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Count the operations of attention without projections: of queries with keys, and of the weights with values."""
+    (*heads, length, width), (*_, others, _), (*_, depth) = query, key, value
+    return 2 * math.prod(heads) * length * others * (width + depth)
+
+
+# What torch's counter has no formulas for. Which of those of a CPU runs is for torch to choose: with a mask, some
+# versions take the one, and some write the products out.
 _FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_products,
     torch.ops.aten._native_multi_head_attention: _of_attention,
     torch.ops.aten._transformer_encoder_layer_fwd: _of_transformer_layer,
 }

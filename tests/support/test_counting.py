@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
@@ -46,6 +47,18 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x, src_key_padding_mask=torch.arange(5).expand(3, 5) > 3)
+
+
+@pytest.mark.parametrize("mask", [None, torch.rand(3, 2, 5, 7) > 0.2])
+@pytest.mark.parametrize("enabled", [True, False], ids=["fused", "written out"])
+def test_products_of_attention_are_counted_whichever_way_they_run(mask, enabled):
+    class Products(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(query, key, value, mask)
+
+    arguments = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    with sdpa_kernel(list(SDPBackend.__members__.values()) if enabled else SDPBackend.MATH):
+        assert count_macs(Products(), arguments) == 3 * 2 * 5 * 7 * (8 + 8)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
