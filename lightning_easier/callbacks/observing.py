@@ -53,7 +53,7 @@ def end_validation_epoch(run: Run, trainer: Trainer, pl_module: LightningModule)
         if attained is not None:
             state.rounds[-1].costs = dict(attained.costs)
             logged = {name: attained.costs[name] for name in COST_KEYS if name in attained.costs}
-            pl_module.log_dict(logged, sync_dist=trainer.world_size > 1)
+            _log(trainer, pl_module, logged)
     log_progress(run, trainer, pl_module)
 
 
@@ -124,23 +124,32 @@ def finish_counting(run: Run, trainer: Trainer, pl_module: LightningModule) -> N
 
 def log_entropies(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Log the entropy of every activation, and the least of those that may become linear."""
-    entropies, on_all = run.entropies or {}, trainer.world_size > 1
-    pl_module.log_dict({entropy_key(name): value for name, value in entropies.items()}, sync_dist=on_all)
-    pl_module.log_dict(run.measurement.metrics(pl_module), sync_dist=on_all)
+    entropies = run.entropies or {}
+    _log(trainer, pl_module, {entropy_key(name): value for name, value in entropies.items()})
+    _log(trainer, pl_module, run.measurement.metrics(pl_module))
     prunable = [value for name, value in entropies.items() if name in (run.candidates or ())]
     if prunable:
-        pl_module.log(LEAST_ENTROPY_KEY, min(prunable), prog_bar=True, sync_dist=on_all)
+        _log(trainer, pl_module, {LEAST_ENTROPY_KEY: min(prunable)}, prog_bar=True)
 
 
 def log_progress(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Log the number removed, the round, and how many activations are left that are not linear."""
-    progress, on_all = {REMOVED_KEY: float(run.number_removed(trainer, pl_module))}, trainer.world_size > 1
+    progress = {REMOVED_KEY: float(run.number_removed(trainer, pl_module))}
     if trainer.state.fn == TrainerFn.FITTING:
         progress[ROUND_KEY] = float(len(run.state.rounds) - 1)
         gone = [*stand_ins(pl_module)]
         left = [name for name in run.state.activations if not any(f"{name}.".startswith(f"{part}.") for part in gone)]
-        pl_module.log(REMAINING_KEY, float(len(left)), sync_dist=on_all)
-    pl_module.log_dict(progress, prog_bar=True, sync_dist=on_all)
+        _log(trainer, pl_module, {REMAINING_KEY: float(len(left))})
+    _log(trainer, pl_module, progress, prog_bar=True)
+
+
+def _log(trainer: Trainer, pl_module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:
+    """Log what all processes have alike: Lightning would average each value, in two sums with a barrier before each.
+
+    ``rank_zero_only`` is what has it leave that out; it is logged on every process all the same, for its callbacks.
+    """
+    are_several = trainer.world_size > 1  # then `sync_dist` is what keeps Lightning from advising it
+    pl_module.log_dict(values, prog_bar=prog_bar, sync_dist=are_several, rank_zero_only=are_several)
 
 
 def note_score_of_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> bool:

@@ -284,6 +284,8 @@ def uneven_shards(world: int, rank: int) -> dict[str, Any]:
     strategy = DDPStrategy(process_group_backend="gloo")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", devices=world, strategy=strategy, callbacks=[callback], **quiet)
+    reduced: list[Any] = []
+    reduce, strategy.reduce = strategy.reduce, lambda value, **how: reduced.append(value) or reduce(value, **how)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer.validate(model, DataLoader(Part(rank), 2), verbose=False)
@@ -291,6 +293,9 @@ def uneven_shards(world: int, rank: int) -> dict[str, Any]:
         "measured": callback.entropies,
         "expected": measure_entropy(model, DataLoader(Part(), 5)),
         "told": [str(warning.message) for warning in told if "samples" in str(warning.message)],
+        "advised": [str(warning.message) for warning in told if "sync_dist" in str(warning.message)],
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "reduced": len(reduced),
     }
 
 

@@ -155,6 +155,19 @@ def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path, forked):
     assert sum("3 of the 13 samples in what was measured" in told for told in results[0]["told"]) == 1
 
 
+def test_what_all_processes_have_alike_is_logged_on_each_and_not_averaged(tmp_path, forked):
+    told = 2, find_free_network_port(), str(tmp_path), "uneven shards"
+    run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(2)])
+    first, second = noted(tmp_path, 2, ["uneven shards"])["uneven shards"]
+    own = {"val_loss", "score"}  # which the module logs as it likes
+    logged, of_other = ({k: v for k, v in each["logged"].items() if k not in own} for each in (first, second))
+    assert logged == of_other
+    assert {"H_min", "removed"} < logged.keys()
+    assert len(logged) == len(first["measured"]) + 2
+    assert first["reduced"] == second["reduced"] == 0
+    assert not [told for each in (first, second) for told in each["advised"] if not any(name in told for name in own)]
+
+
 def spawning() -> DDPStrategy:
     """Like "ddp_spawn", but for a process to spawn them that has imported everything."""
     return DDPStrategy(start_method="forkserver", process_group_backend="gloo")

@@ -421,7 +421,11 @@ class Worker:
         self.entropies = probe.entropies()
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Return what is logged besides the entropies, after each measurement; every process has to call this."""
+        """Return what is logged besides the entropies, after each measurement; every process has to call this.
+
+        Returns:
+            Key -> value, the same on every process.
+        """
         return {}
 
     def reduce(self) -> None:
