@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from children import process_context
 from collapsing import PAIRS, collapses, linears, permutations
-from measuring import Validation, cifar_resnet18, validations
+from measuring import Validation, cifar_resnet18
 from questions import Bar, Case, Effort, Question, Variant
 from torch import nn
 
@@ -22,7 +22,6 @@ from lightning_easier.zoo import CifarResNet
 
 WITH, WITHOUT = "with the callback", "without"
 SHARES = {WITHOUT: None, WITH: 1.0}
-OVERHEAD = {WITH: Bar(time=1.05)}
 # Times of small work are less steady
 LINEAR = Bar(time=1.25)
 
@@ -32,10 +31,9 @@ def questions(effort: Effort) -> Iterator[Question]:
     make = effort.pick(cifar_resnet18, partial(CifarResNet, 20), partial(CifarResNet, 8))
     batches = effort.pick(12, 4, 2)
     sizes = effort.pick((8, 32, 128), (8, 64), (2, 4))
-    variants = {
-        f"batch {size}": partial(validations, make, (size, 3, 32, 32), batches, shares=SHARES) for size in sizes
-    }
-    yield _question("validation epoch: batch size", variants, OVERHEAD)
+    bars = {f"batch {size}": LINEAR for size in sizes[1:]}
+    name = "with the callback, for each image"
+    yield _question("validation epoch: batch size", {name: partial(sized, make, sizes, batches)}, bars)
     counts = effort.pick((10, 100, 1000), (10, 100), (2, 6))
     bars = {f"{count} activations": LINEAR for count in counts[1:]}
     name = "MLP of width 64, batch 256, with the callback, for each activation"
@@ -47,7 +45,7 @@ def questions(effort: Effort) -> Iterator[Question]:
         crew = {
             f"{count} processes": partial(crews, make, count, batches) for count in effort.pick((1, 2, 4), (1, 2), (2,))
         }
-        yield _question("validation epoch: processes (gloo, one thread each)", crew, OVERHEAD)
+        yield _question("validation epoch: processes (gloo, one thread each)", crew, {})
     chains = effort.pick((125, 250, 500, 1000), (50, 200), (4, 8))
     pairs = effort.pick((100, 200, 400), (25, 100), (4, 8))
     for name, build, counts in (("Linear 64→64", linears, chains), (PAIRS, permutations, pairs)):
@@ -57,6 +55,13 @@ def questions(effort: Effort) -> Iterator[Question]:
 
 def _question(name: str, variants: Mapping[str, Any], bars: Mapping[str, Bar]) -> Question:
     return Question(name, tuple(Case(case, make, bars, has_memory=False) for case, make in variants.items()))
+
+
+def sized(make: Any, sizes: Sequence[int], batches: int, device: torch.device) -> dict[str, Variant]:
+    """Return validation epochs, with the callback, of one model with so many images in each batch."""
+    model = make()
+    epochs = {size: Validation(model, [torch.randn(size, 3, 32, 32)] * batches, 1.0, device) for size in sizes}
+    return {f"batch {size}": Variant(epoch.seconds, size) for size, epoch in epochs.items()}
 
 
 def mlps(counts: Sequence[int], device: torch.device) -> dict[str, Variant]:
