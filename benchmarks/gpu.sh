@@ -67,7 +67,7 @@ bench 60 24 measuring "${full[@]}"
 bench 40 16 collapsing "${quick[@]}"
 bench 40 16 rounds "${quick[@]}"
 bench 75 30 large "${quick[@]}"
-bench 60 24 runtimes "${quick[@]}"
+bench 85 42 runtimes "${quick[@]}"  # three compilations in a case
 bench 130 110 curve "${full[@]}"  # one case, which ends by itself after as many rounds as there is time for
 say "== $((SECONDS - began)) s: done, see $OUT/results.md"
 [ ${#failed[@]} -eq 0 ] || { say "== of seven parts ${#failed[@]} failed: ${failed[*]}; see $OUT/log.txt"; exit 1; }
