@@ -154,7 +154,7 @@ class Ladder:
         search = self._search
         what = ", ".join(f"{step.place.operators[0].removesuffix('.conv1')}: {step.fit.kind}" for step in search.steps)
         saved, drift, top1 = search.saved, search.drift_seen, accuracy(search.model, self._test)
-        done = [refit_kept(search.model, self._source, self._batches)]
+        done = [refit_kept(search.model, search.dense, self._batches)]
         done.append(match_norms(search.model, self._source, self._batches, search.kept_channels))
         found = Found(what, saved, drift, top1, search.drift, accuracy(search.model, self._test))
         for each in reversed(done):

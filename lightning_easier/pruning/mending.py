@@ -70,7 +70,7 @@ class Mending:
 
     def _refit(self) -> None:
         refitted = refit_kept(
-            self._search.model, self._source, self._batches, self._clock.is_over, self._progress.finish
+            self._search.model, self._search.dense, self._batches, self._clock.is_over, self._progress.finish
         )
         if refitted is not None:
             names = ", ".join(f"`{name}`" for name in refitted.names)

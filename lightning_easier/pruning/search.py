@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
-from lightning_easier.collapsing.fit.correcting import gather_alone
+from lightning_easier.collapsing.fit.correcting import RunUpTo, beginnings_of, gather_alone
 from lightning_easier.collapsing.fit.drift import as_matrices, change_of, drift_of, first_samples, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import (
@@ -206,6 +206,11 @@ class Search:
         self._undone: list[
             tuple[int, Taken]
         ] = []  # those that the last one has taken the place of, and where they were
+
+    @cached_property
+    def dense(self) -> Beginnings:
+        """The model as it was given, and what its modules return."""
+        return beginnings_of(self._source, self._batches)
 
     @property
     def saved(self) -> float:
@@ -425,10 +430,11 @@ class Search:
         for step in reversed(begun):
             put(self.model, step.old)
             self._steps.remove(step)
-        if begun:
-            self._match_norms()
         try:
             place = self._found_again(place)
+            if begun:
+                with RunUpTo(self.model, place) as shown:  # what comes after it is not looked at before it is fitted
+                    self._norms.match_alike(shown.run, self.kept_channels)
             choices = [choice for choice in self._fit(place) if choice.fit.kind == wanted.kind]
             if not choices:
                 raise CannotFitError("does not pay any more beside its neighbours")
@@ -548,7 +554,7 @@ class Search:
         """
         known = self._fitted.get(place.key)
         if known is None or known.place != place or known.beside != self._in_place(known.ran):
-            dense = self._source if self._steps else None
+            dense = self.dense if self._steps else None
             gathered = gather_alone(self.model, dense, place, self._batches, self._arguments, self._watched)
             self._fit_to(place, gathered)
         return self._fitted[place.key].choices

@@ -1,7 +1,7 @@
 """Run a model again and again where only an end of it changes: what comes before returns what it has returned."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,12 @@ class Beginnings:
         most: How many bytes of outputs are kept at most.
 
     Attributes:
+        model: The model.
         outputs: What the model returns on each batch.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Sequence[Tensor]], most: int = _MOST) -> None:
-        self._model, self._batches = model, batches
+        self.model, self._batches = model, batches
         self._began: dict[nn.Module, int] = {}
         self._kept: dict[nn.Module, list[Any]] = {}
         self._ended: dict[nn.Module, int] = {}
@@ -66,19 +67,35 @@ class Beginnings:
         Args:
             names: Names of modules, as they are now; something else may be in their places when the function is called.
         """
-        began = [self._began.get(self._model.get_submodule(name)) for name in names]
-        # What was not called before may be called now, whenever
-        start = 0 if None in began else min((each for each in began if each is not None), default=0)
-        done = [module for module in self._kept if self._ended[module] < start]
+        done = self._done_before(names)
 
         def run() -> list[Any]:
             returned = []
             for number, batch in enumerate(self._batches):
                 with torch.no_grad(), _returning({module: self._kept[module][number] for module in done}):
-                    returned.append(call(self._model, copies(batch)))
+                    returned.append(call(self.model, copies(batch)))
             return returned
 
         return run
+
+    def before(self, name: str, batch: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Have what is done before a module is called return what it has returned, until the end.
+
+        Args:
+            name: Name of the module.
+            batch: What the model is called with meanwhile; of what is none of the batches nothing is known.
+        """
+        number = next((number for number, each in enumerate(self._batches) if each is batch), None)
+        if number is None:
+            return nullcontext()
+        return _returning({module: self._kept[module][number] for module in self._done_before([name])})
+
+    def _done_before(self, names: Iterable[str]) -> list[nn.Module]:
+        """Return the modules whose outputs are kept and that are done before any of some others is called."""
+        began = [self._began.get(self.model.get_submodule(name)) for name in names]
+        # What was not called before may be called now, whenever
+        start = 0 if None in began else min((each for each in began if each is not None), default=0)
+        return [module for module in self._kept if self._ended[module] < start]
 
 
 class _Watch:

@@ -143,6 +143,21 @@ class Speedup:
         """Tell whether the timings disagree about it among themselves."""
         return not (self.is_above(bar) or self.is_below(bar))
 
+    def may_be_settled(self, bar: float, samples: int) -> bool:
+        """Tell whether so many samples in all would hardly leave it open still.
+
+        The more there are, the nearer the bounds come to the median, with the square root of their number. By then the
+        median itself may have moved, as a rule not by more than half of what the bounds leave open today.
+
+        Args:
+            bar: How many times faster it is to be.
+            samples: How many there may be in all, those that there are among them.
+        """
+        (low, high), share = self.bounds, min(1.0, len(self.ratios) / samples)
+        kept, moved = math.sqrt(share), math.sqrt(1 - share) / 2
+        below, above = self.median - low, high - self.median
+        return self.median + moved * above - kept * below > bar or self.median - moved * below + kept * above < bar
+
     def __str__(self) -> str:
         first, middle, third = self.quartiles
         if self.leaves_open(1.0) and third > _WIDE * first:  # a median of that would be no figure
@@ -281,16 +296,20 @@ class _Turns:
         self._pace.was_short |= rounds < self._first
         self._take(rounds, self.samples)
 
-    def take_while(self, still_open: Callable[[], Collection[Any]]) -> None:
+    def take_while(self, still_open: Callable[[int], Collection[Any]]) -> None:
         """Take samples of what is open still, until nothing is or there are as many as there may be.
 
         Args:
-            still_open: Returns the names of the calls; one that is none of them once is left out from then on.
+            still_open: Given how many samples there may be in all, returns the names of the calls; one that is none of
+                them once is left out from then on.
         """
         if not self._rounds:
             self.take_first()
         names, seconds = set(self.samples), self._more_seconds
-        while self._rounds < self._most and (names := names & set(still_open())):
+        while self._rounds < self._most:
+            names &= set(still_open(self._rounds + max(0, self._allowed(names, seconds))))
+            if not names:
+                break
             rounds = min(self._rounds, self._allowed(names, seconds))
             if rounds <= 0:
                 self._pace.was_short |= self._allowed(names) <= 0
@@ -340,7 +359,7 @@ def time_interleaved(
         device: Where they run; the current one by default.
     """
     turns = _Turns(calls, samples, samples, progress=progress, device=device)
-    turns.take_while(tuple)
+    turns.take_while(lambda _: ())
     return turns.latencies
 
 
@@ -356,7 +375,8 @@ def compare(
         calls: The callables by name; one that has several names is timed once.
         arguments: Positional arguments.
         bars: Names of two of them, and how many times faster than the first the second is to be. More samples of both
-            are taken while :meth:`Speedup.leaves_open` that, up to a limit.
+            are taken while :meth:`Speedup.leaves_open` that, up to a limit; none where as many as that would leave it
+            open still, see :meth:`Speedup.may_be_settled`.
         pace: How long it may take; no limit by default.
     """
     distinct = {id(each): each for each in calls.values()}
@@ -367,8 +387,14 @@ def compare(
     )  # fmt: skip
     pairs = [((numbers[before], numbers[after]), bar) for (before, after), bar in bars]
 
-    def still_open() -> set[int]:
-        return {each for pair, bar in pairs if turns.speedup(*pair).leaves_open(bar) for each in pair}
+    def still_open(at_most: int) -> set[int]:
+        compared = {pair: turns.speedup(*pair) for pair, _ in pairs}
+        return {
+            each
+            for pair, bar in pairs
+            if compared[pair].leaves_open(bar) and compared[pair].may_be_settled(bar, at_most)
+            for each in pair
+        }
 
     turns.take_while(still_open)
     latencies = turns.latencies
@@ -438,7 +464,7 @@ class LatencyTable:
             device,
         )  # fmt: skip
 
-        def still_open() -> Collection[Hashable]:
+        def still_open(_: int) -> Collection[Hashable]:
             compared = [turns.speedup(name, yardstick) for name in turns.samples if name != yardstick]
             is_clear = all(high - low <= 2 * _SPREAD * each.median for each in compared for low, high in [each.bounds])
             return () if is_clear else turns.samples

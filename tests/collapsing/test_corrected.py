@@ -10,7 +10,7 @@ from torch import nn
 from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments, fits
 from lightning_easier.collapsing.fit import correcting, replacing
-from lightning_easier.collapsing.fit.correcting import gather_alone, gather_corrected
+from lightning_easier.collapsing.fit.correcting import beginnings_of, gather_alone, gather_corrected
 from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices
 from lightning_easier.collapsing.fit.fittable import FittableChains
@@ -18,6 +18,7 @@ from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.collapsing.fit.replacing import replace_chains
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.sites.blocks import find_blocks
+from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.timing import LatencyTable
 
 PLAIN = Geometry(6)
@@ -163,7 +164,7 @@ def test_the_error_of_a_chain_shows_in_the_sum_with_its_skip_before_the_norm(mon
     other = changed(model, "0.conv2")
     (chain,) = FittableChains(other, ["1.inner"]).in_rows()
     assert chain.shown == ("1.outer", "input", "1.bn2")
-    gather_corrected(other, model, chain, batches, batches[0])
+    gather_corrected(other, beginnings_of(model, batches), chain, batches, batches[0])
     assert len(seen) == 2
     norm = other.get_submodule("1.bn2")
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1)
@@ -183,7 +184,7 @@ def test_of_a_chain_without_a_sum_and_of_a_block_it_shows_in_what_they_return(mo
     isolate_activations(plain)
     other = changed(plain, "0")
     (chain,) = FittableChains(other, ["3"]).in_rows()
-    gather_corrected(other, plain, chain, values, values[0])
+    gather_corrected(other, beginnings_of(plain, values), chain, values, values[0])
     torch.testing.assert_close(seen[0][1] + seen[0][2], at(plain, "4", values[0])[1], rtol=1e-4, atol=1e-4)
 
     seen.clear()
@@ -192,7 +193,7 @@ def test_of_a_chain_without_a_sum_and_of_a_block_it_shows_in_what_they_return(mo
     other = changed(model, "0.conv1")
     blocks, _ = fittable_blocks(other, find_blocks(other), sites, batches[0])
     block = next(block for block in blocks if block.name == "1")
-    gather_corrected(other, model, block, batches, batches[0])
+    gather_corrected(other, beginnings_of(model, batches), block, batches, batches[0])
     torch.testing.assert_close(seen[0][0], at(other, "1", batches[0])[0])
     torch.testing.assert_close(seen[0][1] + seen[0][2], at(model, "1", batches[0])[1], rtol=1e-4, atol=1e-4)
 
@@ -208,8 +209,8 @@ def test_a_model_that_was_not_changed_needs_no_correction():
     model, batches = residual(), images(16, 16)
     isolate_activations(model)
     (chain,) = FittableChains(model, ["1.inner"]).in_rows()
-    assert gather_corrected(model, deepcopy(model), chain, batches, batches[0]) is None
-    corrected = gather_alone(model, deepcopy(model), chain, batches, batches[0])
+    assert gather_corrected(model, beginnings_of(deepcopy(model), batches), chain, batches, batches[0]) is None
+    corrected = gather_alone(model, beginnings_of(deepcopy(model), batches), chain, batches, batches[0])
     plain = gather_alone(model, None, chain, batches, batches[0])
     for part in ("fitted", "held_out"):
         for name in ("gram", "cross", "squares"):
@@ -228,9 +229,43 @@ def test_a_chain_that_ends_in_what_was_fitted_is_not_compared_with_what_was_ther
     (chain,) = FittableChains(other, ["1"]).in_rows()
     assert chain.operators == ("0", last)
     assert not torch.allclose(at(other, "2", values[0])[1], at(model, "2", values[0])[1], atol=0.1)
-    assert gather_corrected(other, model, chain, values, values[0]) is None
-    alone, plain = (gather_alone(other, dense, chain, values, values[0]) for dense in (model, None))
+    assert gather_corrected(other, beginnings_of(model, values), chain, values, values[0]) is None
+    alone, plain = (
+        gather_alone(other, dense, chain, values, values[0]) for dense in (beginnings_of(model, values), None)
+    )
     assert torch.equal(alone.moments.fitted.cross, plain.moments.fitted.cross)
+
+
+def test_what_the_model_as_given_does_before_a_place_is_not_done_again(monkeypatch):
+    model, batches, seen = residual(), images(4, 7), added(monkeypatch)
+    isolate_activations(model)
+    other = changed(model, "0.conv2")
+    (chain,) = FittableChains(other, ["1.inner"]).in_rows()
+    dense, ran = beginnings_of(model, batches), []
+    for name in ("0", "0.conv1", "1.conv1"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    gather_corrected(other, dense, chain, batches, batches[0])
+    assert "0.conv1" not in ran
+    assert ran.count("0") == len(batches), "it is called, and returns what it has returned"
+    again, ran[:] = [deepcopy(each) for each in seen], []
+    seen.clear()
+    gather_corrected(other, Beginnings(model, batches, 0), chain, batches, batches[0])
+    assert ran.count("0.conv1") == ran.count("1.conv1") > 0
+    for one, two in zip(seen, again, strict=True):
+        assert all(map(torch.equal, one, two))
+
+
+def test_a_batch_of_which_nothing_is_known_is_run_whole(monkeypatch):
+    model, batches, seen = residual(), images(4, 7), added(monkeypatch)
+    isolate_activations(model)
+    other = changed(model, "0.conv2")
+    (chain,) = FittableChains(other, ["1.inner"]).in_rows()
+    gather_corrected(other, beginnings_of(model, batches[1:]), chain, batches, batches[0])
+    expected = [deepcopy(each) for each in seen]
+    seen.clear()
+    gather_corrected(other, beginnings_of(model, batches), chain, batches, batches[0])
+    for one, two in zip(seen, expected, strict=True):
+        assert all(map(torch.equal, one, two))
 
 
 def test_hooks_and_modes_are_as_they_were():
@@ -239,7 +274,7 @@ def test_hooks_and_modes_are_as_they_were():
     other = changed(model, "0.conv2").train()
     (chain,) = FittableChains(other.eval(), ["1.inner"]).in_rows()
     other.train()
-    gather_corrected(other, model, chain, batches, batches[0], ["0.conv1"])
+    gather_corrected(other, beginnings_of(model, batches), chain, batches, batches[0], ["0.conv1"])
     assert other.training
     assert not model.training
     for each in (model, other):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_easier import collapse, isolate_activations
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.algebra.narrowing import narrowed
-from lightning_easier.collapsing.fit.correcting import gather_alone
+from lightning_easier.collapsing.fit.correcting import beginnings_of, gather_alone
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices
 from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.fitting import fit_to
@@ -32,7 +32,8 @@ def fits_in(model: nn.Module, batches: list[Tensor], *sites: str, dense: nn.Modu
     """What may take the place of a chain, as it is priced."""
     place = place_in(model, *sites)
     data = [(batch,) for batch in batches]
-    gathered = gather_alone(model, dense, place, data, data[0])
+    before = None if dense is None else beginnings_of(dense, data)
+    gathered = gather_alone(model, before, place, data, data[0])
     return fit_to(model, place, gathered, ChainPrices("macs", LatencyTable()))
 
 

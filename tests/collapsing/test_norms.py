@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
-from lightning_easier.collapsing.fit.norms import MatchedNorms, NormsBefore, match_norms
+from lightning_easier.collapsing.fit.norms import MatchedNorms, NormsBefore, _affine, match_norms
 
 WIDTHS = (3, 8, 6)
 
@@ -193,6 +193,56 @@ def test_norms_are_kept_matched_while_other_things_come_and_go(sizes):
     norms.forget()
     norms.restore()
     assert not torch.equal(other[1].weight, before["1.weight"])
+
+
+def test_norms_that_a_run_does_not_get_to_have_the_values_as_given():
+    model, data = network(), batches(16, 8)
+    other = deepcopy(model)
+    norms, wanted = MatchedNorms(other, model, data), outputs_of(model, data)
+    for name, value in changed(model).state_dict().items():
+        if name in ("0.weight", "3.weight"):
+            other.state_dict()[name].copy_(value)
+    given = deepcopy(other.state_dict())
+    norms.match(wanted, {})
+    matched = deepcopy(other.state_dict())
+    ran = []
+    other[4].register_forward_hook(lambda *_: ran.append(1))
+    norms.match_alike(lambda arguments: other[:3](*arguments), {})
+    assert not ran
+    for name, value in other.state_dict().items():
+        expected = matched if name.startswith("1.") else given
+        torch.testing.assert_close(value, expected[name])
+    assert not torch.equal(matched["4.weight"], given["4.weight"])
+
+
+def test_norms_that_were_left_at_the_last_match_are_left():
+    model, data = network(), batches(16)
+    other = deepcopy(model)
+    norms = MatchedNorms(other, model, data)
+    with torch.no_grad():
+        for tensor in (other[0].weight, other[0].bias, other[1].running_mean, other[1].bias):
+            tensor *= 0.5
+        other[3].weight *= 2  # what the first convolution lacks it makes up for
+    norms.forget()
+    norms.match(outputs_of(model, data), {})
+    before = deepcopy(other.state_dict())
+    norms.match_alike(lambda arguments: other(*arguments), {})
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 7), (4, 3, 2, 5, 7)])
+def test_channels_are_scaled_and_moved_whatever_their_positions(dtype, shape):
+    value, scale, offset = (each.to(dtype) for each in (torch.randn(shape), torch.randn(3), torch.randn(3)))
+    along = (-1, *[1] * (len(shape) - 2))
+    expected = value.double() * scale.double().view(along) + offset.double().view(along)
+    found = _affine(value, scale, offset)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(),
+        expected,
+        **({"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}),
+    )
 
 
 def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():

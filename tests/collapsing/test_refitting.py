@@ -11,6 +11,7 @@ from lightning_easier.collapsing.algebra import corrected
 from lightning_easier.collapsing.algebra.corrected import step_against
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
 from lightning_easier.collapsing.fit import refitting
+from lightning_easier.collapsing.fit.correcting import beginnings_of
 from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
 from lightning_easier.collapsing.fit.fittable import FittableChains
 from lightning_easier.collapsing.fit.kept import kept_operators
@@ -87,7 +88,7 @@ def test_the_next_operator_makes_up_for_what_it_can_wholly(layers, norm):
     batches, fresh = [(values_for(first),), (values_for(first, 32),)], values_for(first)
     with torch.no_grad():
         assert not torch.allclose(other(fresh), model(fresh), rtol=1e-2)
-        assert refit_kept(other, model, batches).names == ["1"]
+        assert refit_kept(other, beginnings_of(model, batches), batches).names == ["1"]
         torch.testing.assert_close(other(fresh), model(fresh), rtol=1e-8, atol=1e-8)
 
 
@@ -128,7 +129,7 @@ def test_beside_skips_what_stays_brings_the_outputs_nearer_also_on_other_data(dt
     other = changed(model, "first.0", "second.0")
     batches, fresh = ([(value.to(dtype),) for (value,) in images(*sizes)] for sizes in ((64, 64, 33), (200,)))
     before = drift(other, model, fresh)
-    refitted = refit_kept(other, model, batches)
+    refitted = refit_kept(other, beginnings_of(model, batches), batches)
     assert {"first.1", "second.1", "head"} <= {*refitted.names}
     assert not {"stem", "first.0", "second.0"} & {*refitted.names}
     assert drift(other, model, fresh) < before / 2
@@ -148,7 +149,7 @@ def test_training_goes_on_from_what_it_computes():
     model = randomized(Residual())
     (value,), *_ = batches = images(256)
     other = changed(model, "first.0")
-    assert "first.1" in refit_kept(other, model, batches).names
+    assert "first.1" in refit_kept(other, beginnings_of(model, batches), batches).names
     norm, seen = other.norms[2], []
     norm.register_forward_hook(lambda _, args, output: seen.append(output))
     at_rest = other(value)
@@ -161,10 +162,10 @@ def test_training_goes_on_from_what_it_computes():
 def test_a_model_that_was_not_changed_stays_bit_for_bit_and_what_comes_before_a_change_does():
     model, batches = randomized(Residual()), images(64, 64)
     same = deepcopy(model)
-    assert refit_kept(same, model, batches) is None
+    assert refit_kept(same, beginnings_of(model, batches), batches) is None
     assert is_as_before(same, states(model))
     other = changed(model, "first.1")
-    assert "second.1" in refit_kept(other, model, batches).names
+    assert "second.1" in refit_kept(other, beginnings_of(model, batches), batches).names
     for name in ("stem", "first.0", "second.0", "norms.0", "norms.1"):
         assert is_as_before(other.get_submodule(name), states(model.get_submodule(name)))
 
@@ -173,7 +174,7 @@ def test_undone_every_tensor_is_as_it_was_to_the_bit():
     model, batches = randomized(Residual()), images(64, 64)
     other = changed(model, "first.0")
     before = states(other)
-    refitted = refit_kept(other, model, batches)
+    refitted = refit_kept(other, beginnings_of(model, batches), batches)
     assert not is_as_before(other, before)
     refitted.undo()
     assert is_as_before(other, before)
@@ -190,18 +191,18 @@ def test_what_brings_the_outputs_no_nearer_is_undone(monkeypatch):
         return step._replace(weight=-10 * step.weight)
 
     monkeypatch.setattr(refitting, "step_against", too_far)
-    assert refit_kept(other, model, batches) is None
+    assert refit_kept(other, beginnings_of(model, batches), batches) is None
     assert is_as_before(other, before)
 
 
 def test_when_the_time_is_over_what_was_refitted_by_then_stays_if_it_is_good():
     model, batches = randomized(Residual()), images(64, 64)
     other = changed(model, "second.1")
-    assert refit_kept(other, model, batches, lambda: True) is None
+    assert refit_kept(other, beginnings_of(model, batches), batches, lambda: True) is None
     told, looks = [], iter([False, True])
     other = changed(model, "first.0", "second.0")
     before = drift(other, model, batches)
-    found = refit_kept(other, model, batches, lambda: next(looks), lambda: told.append(1))
+    found = refit_kept(other, beginnings_of(model, batches), batches, lambda: next(looks), lambda: told.append(1))
     assert len(told) == 1
     assert drift(other, model, batches) < before if found else drift(other, model, batches) == before
 
@@ -240,7 +241,7 @@ def test_operators_that_can_not_be_changed_by_themselves_are_left():
     batches = [(torch.randn(64, 4, 7, 6).double(),)]
     other = changed(model, "begin")
     before = states(other)
-    assert refit_kept(other, model, batches).names == ["end"]
+    assert refit_kept(other, beginnings_of(model, batches), batches).names == ["end"]
     assert [name for name, value in other.state_dict().items() if not torch.equal(value, before[name])] == [
         "end.weight", "end.bias"
     ]  # fmt: skip
@@ -252,7 +253,7 @@ def test_a_norm_without_a_scale_stays_and_before_one_without_statistics_the_oper
     model, batches = randomized(nn.Sequential(*layers)), [(torch.randn(64, 4, 7, 6).double(),)]
     other = changed(model, "0")
     before = states(other)
-    refitted = refit_kept(other, model, batches)
+    refitted = refit_kept(other, beginnings_of(model, batches), batches)
     if "affine" in options:
         assert refitted.names == ["1"]
         assert is_as_before(other[2], {name.removeprefix("2."): value for name, value in before.items()})
@@ -271,7 +272,7 @@ def with_an_offset(*layers):
 
 def test_a_norm_makes_up_for_an_offset_and_training_goes_on_from_there():
     model, other, ((value,),) = with_an_offset(nn.BatchNorm2d(3))
-    refit_kept(other, model, [(value,)])
+    refit_kept(other, beginnings_of(model, [(value,)]), [(value,)])
     torch.testing.assert_close(other(value), model(value), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(other.train()(value), model(value), rtol=0.05, atol=0.05)
 
@@ -279,7 +280,7 @@ def test_a_norm_makes_up_for_an_offset_and_training_goes_on_from_there():
 def test_where_nothing_can_make_up_for_an_offset_the_weights_do_as_well_as_they_can():
     model, other, batches = with_an_offset()
     before = drift(other, model, batches)
-    assert refit_kept(other, model, batches).names == ["1"]
+    assert refit_kept(other, beginnings_of(model, batches), batches).names == ["1"]
     dense, now = (outputs_of(each, batches)[0] - outputs_of(other, batches)[0] for each in (model, other))
     patches = other[0](batches[0][0]).detach().movedim(1, -1).flatten(0, -2)
     left = dense.view(-1, 3, 42).movedim(1, -1).flatten(0, -2)
@@ -294,7 +295,7 @@ def test_a_norm_that_shares_its_scale_stays():
     for each in (model, other):
         each[4].weight = each[2].weight
     before = states(other)
-    assert refit_kept(other, model, batches).names == ["1"]
+    assert refit_kept(other, beginnings_of(model, batches), batches).names == ["1"]
     assert [name for name, value in other.state_dict().items() if not torch.equal(value, before[name])] == ["1.weight"]
 
 

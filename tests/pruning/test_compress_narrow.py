@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easier import compress
+from lightning_easier.collapsing.fit.norms import MatchedNorms
 from lightning_easier.pruning import mending
 from lightning_easier.support import timing
+from lightning_easier.zoo import CifarResNet
 from tests.clocks import Clock, honest
 from tests.collapsing.test_collapse_fit import randomized
 from tests.pruning.test_compress_targets import Sum
@@ -174,3 +176,19 @@ def test_batch_norms_are_matched_by_the_channels_that_are_left(monkeypatch):
     assert norm.num_features == len(channels["2.1"]) < before.num_features
     with torch.no_grad():
         torch.testing.assert_close(result.model(IMAGES[0]), result.fitted(IMAGES[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_before_something_else_takes_a_place_the_model_runs_up_to_there(monkeypatch):
+    model, matched, beyond = CifarResNet(8).eval(), [], []
+    own = MatchedNorms.match_alike
+
+    def watched(self: MatchedNorms, *given: object) -> None:
+        handle = self._model.get_submodule("linear").register_forward_hook(lambda *_: beyond.append(1))
+        own(self, *given)
+        handle.remove()
+        matched.append(1)
+
+    monkeypatch.setattr(MatchedNorms, "match_alike", watched)
+    report = compress(model, [torch.randn(8, 3, 32, 32)], evaluate=lambda _: 1.0, objective="macs").report
+    assert sum("has taken its place" in str(trial.reason) for trial in report.trials) == len(matched) > 0
+    assert not beyond

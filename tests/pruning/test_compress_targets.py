@@ -162,6 +162,26 @@ def test_what_is_not_enough_without_a_step_is_timed_beside_the_dense_network_alo
     assert len(looks) == 1
 
 
+def test_less_is_enough_where_its_median_is_and_noise_leaves_no_more_doubt_than_of_a_target(monkeypatch):
+    """What is 1 % faster than it should be is not surely that where timings differ; what is 1 % slower is no target."""
+    model, smaller = (Sum(widths, [0.1, 0.1]).eval() for widths in ([64, 64], [16, 16]))
+
+    def found(target: float, slowness) -> targets.Look | str:
+        monkeypatch.setattr(timing, "stopwatch", Clock(slowness))
+        arguments = (BATCHES[0],), "latency", timing.LatencyTable(), targets.Target(speedup=target)
+        return targets.TargetWatch(model, *arguments).look_if_enough(smaller, 1.0)
+
+    first = found(1.1, honest)
+    assert isinstance(first, targets.Look)
+    true = first.result.report.speedup.median
+    assert isinstance(found(true / 1.01, honest), targets.Look)
+    assert "that was asked for" in str(found(true * 1.01, honest))
+    noisy = found(true / 1.01, jittering(0.03))
+    assert isinstance(noisy, targets.Look)
+    assert noisy.result.report.speedup.leaves_open(true / 1.01)
+    assert noisy.result.report.speedup.median >= true / 1.01
+
+
 class Branch(nn.Module):
     """A residual branch that ends in a batch norm, as it is before it is trained: its scale is zero."""
 

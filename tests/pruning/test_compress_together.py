@@ -398,7 +398,8 @@ def test_errors_are_looked_at_in_as_many_samples_as_tell_enough(sizes, looked_at
     with torch.no_grad():
         model[0].weight *= 0.9
     place = FittableChains(model, ["2"], KnownForwards()).around(["2"])
-    gathered = correcting.gather_corrected(model, dense, place, batches, batches[0], advance=lambda: seen.append(1))
+    before = correcting.beginnings_of(dense, batches)
+    gathered = correcting.gather_corrected(model, before, place, batches, batches[0], advance=lambda: seen.append(1))
     assert gathered is not None
     assert len(seen) == looked_at
     assert gathered.moments.samples == sum(sizes[:looked_at])

@@ -259,6 +259,42 @@ def test_a_comparison_goes_on_while_it_is_open(monkeypatch):
     assert samples_for(1.2) < samples_for(1.98)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0.1, 10), min_size=5, max_size=70), st.floats(0.05, 20))
+def test_with_no_more_samples_nothing_is_settled_that_is_open(ratios, bar):
+    speedup = Speedup(tuple(ratios))
+    if min(abs(bar - bound) for bound in speedup.bounds) > 1e-9:
+        assert speedup.may_be_settled(bar, len(ratios)) == (not speedup.leaves_open(bar))
+    assert speedup.may_be_settled(speedup.bounds[0] / 1.01, 10**6)
+    assert speedup.may_be_settled(speedup.bounds[1] * 1.01, len(ratios))
+
+
+@pytest.mark.parametrize(("taken", "at_most"), [(15, 60), (30, 60), (30, 45)])
+def test_what_is_given_up_would_seldom_have_been_settled(taken, at_most):
+    numbers = random.Random(0)
+    given_up = settled = 0
+    for _ in range(4000):
+        bar = 1 + numbers.gauss(0, 0.05)
+        ratios = tuple(numbers.lognormvariate(0, 0.2) for _ in range(at_most))
+        now = Speedup(ratios[:taken])
+        if now.leaves_open(bar) and not now.may_be_settled(bar, at_most):
+            given_up += 1
+            settled += not Speedup(ratios).leaves_open(bar)
+    assert given_up > 200
+    assert settled / given_up < 0.15
+
+
+def test_a_comparison_ends_where_as_many_samples_as_there_may_be_would_leave_it_open(monkeypatch):
+    def samples_for(bar):
+        under(monkeypatch, jittering(0.2))
+        calls = {"before": nn.Linear(64, 512), "after": nn.Linear(64, 256)}
+        return len(compare(calls, (torch.randn(512, 64),), [(("before", "after"), bar)])["before"].samples)
+
+    found = samples_for(2.0)
+    monkeypatch.setattr(Speedup, "may_be_settled", lambda *_: True)
+    assert 15 <= found < samples_for(2.0) == 120
+
+
 @pytest.mark.real_clock
 def test_a_stopwatch_runs_what_it_times_as_often_as_it_says():
     called: list[int] = []

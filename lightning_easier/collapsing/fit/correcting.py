@@ -18,6 +18,7 @@ from lightning_easier.collapsing.algebra.least_squares import Moments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
 from lightning_easier.collapsing.fit.fittable import FittableChain, Place
 from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted, shapes_of_inputs
+from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
 from lightning_easier.support.inference import evaluation_mode
@@ -38,7 +39,7 @@ class _SeenError(BaseException):
 
 def gather_corrected(
     model: nn.Module,
-    dense: nn.Module,
+    dense: Beginnings,
     place: Place,
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
@@ -49,7 +50,7 @@ def gather_corrected(
 
     Args:
         model: The changed model, in eval mode.
-        dense: The model as given, in eval mode.
+        dense: The model as given, in eval mode, see :func:`beginnings_of`.
         place: The place, in which nothing was changed.
         batches: The forward's positional arguments, for each batch.
         arguments: Example inputs.
@@ -60,7 +61,7 @@ def gather_corrected(
         Its sums; None if there is no error, a forward does not get there, nothing of the shape of its output is seen
         where it shows, or the model as given computes something else there.
     """
-    if not _is_shown_alike(model, dense, place):
+    if not _is_shown_alike(model, dense.model, place):
         return None
     sums: CorrectedMoments | None = None
     is_off = False
@@ -91,7 +92,7 @@ def gather_corrected(
 
 def gather_alone(
     model: nn.Module,
-    dense: nn.Module | None,
+    dense: Beginnings | None,
     place: Place,
     batches: Sequence[tuple[Tensor, ...]],
     arguments: Sequence[Tensor],
@@ -102,7 +103,7 @@ def gather_alone(
 
     Args:
         model: The model, in eval mode.
-        dense: The model as given, in eval mode; None if nothing was changed yet.
+        dense: The model as given, in eval mode, see :func:`beginnings_of`; None if nothing was changed yet.
         place: The place.
         batches: The forward's positional arguments, for each batch.
         arguments: Example inputs.
@@ -132,6 +133,17 @@ def is_enough(moments: Moments, place: Place) -> bool:
     return moments.samples >= _SAMPLES and is_known
 
 
+def beginnings_of(dense: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Beginnings:
+    """Return the model as given with what its modules return on as many samples as are compared of most places."""
+    some, samples = [], 0
+    for batch in batches:
+        if samples >= _SAMPLES:
+            break
+        some.append(batch)
+        samples += len(batch[0])
+    return Beginnings(dense, some)
+
+
 class Compared(NamedTuple):
     """What one batch makes of a place.
 
@@ -151,17 +163,18 @@ class SideBySide:
 
     Args:
         model: The changed model.
-        dense: The model as given.
+        dense: The model as given, see :func:`beginnings_of`.
         place: The place.
     """
 
-    def __init__(self, model: nn.Module, dense: nn.Module, place: Place) -> None:
-        self._models = model, dense
+    def __init__(self, model: nn.Module, dense: Beginnings, place: Place) -> None:
+        self._models = model, dense.model
+        self._dense = dense
         self._place = place
         self._by = _by_what(model, place)
         self._passed: list[tuple[Tensor, Tensor]] = []
         self._hooks = ChainHooks(model, place, lambda value, output: self._passed.append((value, output)))
-        self._found, self._wanted = _Shown(model, place), _Shown(dense, place)
+        self._found, self._wanted = RunUpTo(model, place), RunUpTo(dense.model, place)
 
     def __enter__(self) -> "SideBySide":
         with ExitStack() as stack:
@@ -184,7 +197,9 @@ class SideBySide:
 
     def run(self, batch: Sequence[Tensor]) -> Compared | None:
         """Compare one batch; None if a forward does not get there, or shapes differ."""
-        before, now = self._wanted.run(batch), self._run(batch)
+        with self._dense.before(self._place.shown.module, batch):
+            before = self._wanted.run(batch)
+        now = self._run(batch)
         if before is None or now is None or not self._passed:
             return None
         value, output = self._passed[0]
@@ -221,8 +236,13 @@ def on_shown(model: nn.Module, place: Place, tell: Callable[[Any], None]) -> Rem
     return module.register_forward_hook(HookOfOneModel(leaves))
 
 
-class _Shown:
-    """Runs a model up to where it shows what a place computes."""
+class RunUpTo:
+    """Runs a model up to where it shows what a place computes.
+
+    Args:
+        model: The model.
+        place: The place.
+    """
 
     def __init__(self, model: nn.Module, place: Place) -> None:
         self._model = model
@@ -230,7 +250,7 @@ class _Shown:
         self._value: Tensor | None = None
         self._handle: RemovableHandle | None = None
 
-    def __enter__(self) -> "_Shown":
+    def __enter__(self) -> "RunUpTo":
         self._handle = on_shown(self._model, self._place, self._end)
         return self
 

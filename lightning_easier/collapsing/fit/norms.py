@@ -14,10 +14,12 @@ and :math:`v'` that of what it reads now. A model that was not changed stays as 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
@@ -68,6 +70,11 @@ class _Statistics(NamedTuple):
         mean = _wide(rows.sum(2)).sum(0) / count
         square = _wide(torch.linalg.vector_norm(rows, dim=2)).square().sum(0) / count
         return cls(mean + _wide(center), (square - mean.square()).clamp(min=0), len(value))
+
+
+def _affine(value: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Scale and move each channel; torch's batch norm does so in a third of the time of a broadcast product and sum."""
+    return F.batch_norm(value, torch.zeros_like(offset), torch.ones_like(scale), scale, offset, eps=0.0)
 
 
 def _pooled(parts: Sequence[_Statistics]) -> _Statistics:
@@ -197,8 +204,7 @@ class NormsBefore:
                     return output
                 parts.append(_Statistics.of(arguments[0]))
                 scale, offset = _Computed.by(norm, parts[-1]).correction(computed[len(parts) - 1].of(kept.get(name)))
-                shape = (1, -1, *[1] * (output.ndim - 2))
-                return output * scale.to(output).view(shape) + offset.to(output).view(shape)
+                return _affine(output, scale.to(output), offset.to(output))
 
             return hook
 
@@ -208,7 +214,12 @@ class NormsBefore:
             yield read
 
     @torch.no_grad()
-    def match(self, model: nn.Module, kept: Mapping[str, Tensor] = MappingProxyType({})) -> "Matched":
+    def match(
+        self,
+        model: nn.Module,
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
+        run: Callable[[Sequence[Tensor]], Any] | None = None,
+    ) -> "Matched":
         """Have the norms that are left in a changed model compute what they computed, in place, in one pass.
 
         What a norm computes on a batch is corrected before the next reads it, by what it computed on the same batch as
@@ -217,12 +228,14 @@ class NormsBefore:
         Args:
             model: The changed model.
             kept: Name of a norm -> which of its channels are left, where some are gone.
+            run: Runs the model on one batch; norms that it does not get to stay as they are. All of it by default.
 
         Returns:
             What can undo it.
         """
+        run = partial(_whole, model) if run is None else run
         with evaluation_mode(model), self.matching(model, kept) as read:
-            returned = [call(model, copies(arguments)) for arguments in self._batches]
+            returned = [run(arguments) for arguments in self._batches]
         norms = _norms(model)
         before = []
         for name, parts in read.items():
@@ -245,6 +258,10 @@ class NormsBefore:
                 for tensor, value in zip(tensors, new, strict=True):
                     tensor.copy_(value)
         return Matched(before, returned)
+
+
+def _whole(model: nn.Module, arguments: Sequence[Tensor]) -> Any:
+    return call(model, copies(arguments))
 
 
 class Matched(NamedTuple):
@@ -319,6 +336,19 @@ class MatchedNorms:
             return nearer
         matched.undo()
         return outputs
+
+    def match_alike(self, run: Callable[[Sequence[Tensor]], Any], kept: Mapping[str, Tensor]) -> None:
+        """Match the norms that a run gets to, if they were at the last match; the others get the values as given.
+
+        Args:
+            run: Runs the model on one batch, as far as is wanted.
+            kept: As in :meth:`NormsBefore.match`.
+        """
+        was_matched = self._is_matched
+        self.restore()
+        self._is_matched = was_matched
+        if was_matched:
+            self._before.match(self._model, kept, run)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -24,6 +24,7 @@ from lightning_easier.collapsing.fit.correcting import SideBySide, is_enough, on
 from lightning_easier.collapsing.fit.drift import drift_of, outputs_of
 from lightning_easier.collapsing.fit.kept import KeptOperator, kept_operators
 from lightning_easier.collapsing.fit.placing import with_statistics
+from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.inference import evaluation_mode
@@ -62,7 +63,7 @@ class Refitted(NamedTuple):
 
 def refit_kept(
     model: nn.Module,
-    dense: nn.Module,
+    dense: Beginnings,
     batches: Sequence[tuple[Tensor, ...]],
     is_over: Callable[[], bool] = _never,
     advance: Callable[[], object] = _nothing,
@@ -73,7 +74,7 @@ def refit_kept(
 
     Args:
         model: The changed model, in eval mode, its activations isolated; values are changed in place.
-        dense: The model as given, in eval mode.
+        dense: The model as given, in eval mode, see :func:`~lightning_easier.collapsing.fit.correcting.beginnings_of`.
         batches: Calibration data: the forward's positional arguments, for each batch.
         is_over: Tells whether the time is over, before each operator.
         advance: What is called after each operator, :data:`MOST_REFITS` times at most.
@@ -81,12 +82,12 @@ def refit_kept(
     Returns:
         What can undo it; None if nothing was changed.
     """
-    wanted = outputs_of(dense, batches)
+    wanted = outputs_of(dense.model, batches)
     drift = drift_of(outputs_of(model, batches), wanted)
     refitted = Refitted([], [])
     if drift == 0:
         return None
-    for place in _worst(model, dense, kept_operators(model, dense), batches[0]):
+    for place in _worst(model, dense.model, kept_operators(model, dense.model), batches[0]):
         if is_over():
             break
         moments = _errors(model, dense, place, batches)
@@ -141,7 +142,7 @@ def _some_shown(
 
 
 def _errors(
-    model: nn.Module, dense: nn.Module, place: KeptOperator, batches: Sequence[tuple[Tensor, ...]]
+    model: nn.Module, dense: Beginnings, place: KeptOperator, batches: Sequence[tuple[Tensor, ...]]
 ) -> Moments | None:
     """Sum up what goes into an operator, and what is missing to what should come out; None if that is not known."""
     moments = Moments.of(place.geometry, place.outputs(model), place.like(model).device)

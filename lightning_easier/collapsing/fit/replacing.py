@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cache
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_easier.collapsing.fit.correcting import gather_alone
+from lightning_easier.collapsing.fit.correcting import beginnings_of, gather_alone
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import CannotFitError, FittableChain, FittableChains
 from lightning_easier.collapsing.fit.fitting import MOST_FITS, fit_to
@@ -38,11 +39,13 @@ def replace_chains(
     """
     chains = FittableChains(model, sites)
     dense = deepcopy(model)
+    dense_begun = cache(lambda: beginnings_of(dense, batches))  # where anything is replaced
     choices: list[PricedFit] = []
     rows = chains.in_rows()
 
     def fit_alone(chain: FittableChain) -> list[PricedFit]:  # its sums are not kept beside those of the next
-        gathered = gather_alone(model, dense if choices else None, chain, batches, arguments, advance=progress.advance)
+        before = dense_begun() if choices else None
+        gathered = gather_alone(model, before, chain, batches, arguments, advance=progress.advance)
         return fit_to(model, chain, gathered, prices, progress.advance)
 
     # the refits are one step more
@@ -57,7 +60,7 @@ def replace_chains(
                 chains.reasons.update(dict.fromkeys(chain.sites, str(error)))
             progress.finish()
         if len(choices) > 1:  # one chain alone is fitted to what it computes, and the rest stays as it is
-            refit_kept(model, dense, batches, advance=progress.advance)
+            refit_kept(model, dense_begun(), batches, advance=progress.advance)
         progress.finish()
     if choices:
         match_norms(model, dense, batches)
