@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from lightning_easier.collapsing.algebra.operators import uses_batch_statistics
-from lightning_easier.collapsing.baseline import Baseline, baseline_of
+from lightning_easier.collapsing.baseline import Baseline, baseline_of, graph_of
 from lightning_easier.collapsing.errors import CaptureError, CollapseError, CollapseStep, DifferenceError, StepError
-from lightning_easier.collapsing.exact.capture import capture, duplicate, note_shapes
+from lightning_easier.collapsing.exact.capture import capture, duplicate
 from lightning_easier.collapsing.exact.chains import depth
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
 from lightning_easier.collapsing.exact.signatures import fixed_arguments, lost_arguments
@@ -36,7 +36,7 @@ from lightning_easier.support.arguments import check_choice, check_non_negative
 from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import read_calibration
 from lightning_easier.support.calls import call, copies
-from lightning_easier.support.costs import count_macs, count_parameters, measure_activation_memory
+from lightning_easier.support.costs import count_macs, count_parameters, count_together, measure_activation_memory
 from lightning_easier.support.inference import check_weights, forward, full_float32, without_masks
 from lightning_easier.support.operators import time_inside
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Pace, compare, speed_up
@@ -51,6 +51,7 @@ _LEFT = {
 }
 
 _logger = logging.getLogger(__name__)
+Counts = TypeVar("Counts")
 
 _COLLAPSED = "collapsed_by_lightning_easier"
 
@@ -161,14 +162,16 @@ def collapse(
     table = LatencyTable() if latencies is None else latencies
     device = arguments[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        source = _source(model, arguments)
+        source, expected = _source(model, arguments)
         fits = _Fits([], {}, [])
         fitted = source
         if mode == "fit":
             fitted = deepcopy(source)
             reader = BatchReader(fitted, "calibration", inputs_of, arguments)
             fits = _fit(fitted, sites, calibration, reader, arguments, ChainPrices(objective, table), slack)
-        prepared = Prepared(model, source, fitted, arguments, objective, table, fits)
+            with torch.no_grad(), full_float32():
+                expected = call(fitted, copies(arguments))
+        prepared = Prepared(model, source, fitted, expected, arguments, objective, table, fits)
         result = prepared.settle(compare(prepared.models, copies(arguments), prepared.bars.items(), table.pace))
         warn_of_lost_arguments(model, result.report)
         return with_operators(result, prepared.baseline.model, arguments, table.pace)
@@ -195,8 +198,8 @@ def prepare(
     """
     device = arguments[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        source = _source(model, arguments)
-        return Prepared(model, source, source, arguments, objective, table, _Fits([], {}, []), baseline)
+        source, expected = _source(model, arguments)
+        return Prepared(model, source, source, expected, arguments, objective, table, _Fits([], {}, []), baseline)
 
 
 def warn_of_lost_arguments(model: nn.Module, report: CollapseReport) -> None:
@@ -245,14 +248,14 @@ class _Fits(NamedTuple):
     notes: list[str]
 
 
-def _source(model: nn.Module, arguments: Sequence[Tensor]) -> nn.Module:
-    """Copy a model for eval mode; everything runs on the copy."""
+def _source(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[nn.Module, Any]:
+    """Copy a model for eval mode, on which everything runs; return what it computes, too."""
     source = _in_eval_mode(model)
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         expected = forward(source, copies(arguments), "example_inputs")
         check_comparable(expected, source)
         check_repeatable(model, source, expected, arguments)
-    return source
+    return source, expected
 
 
 def _fit(
@@ -288,6 +291,7 @@ class Prepared:
         model: The model as it was given, its arguments checked.
         source: A copy of it in eval mode.
         fitted: What is collapsed exactly: the same, or a copy with fitted operators.
+        expected: What that returns of the example inputs, computed in full float32.
         arguments: Example inputs.
         objective: What is to be least.
         latencies: Times that were measured already.
@@ -309,17 +313,16 @@ class Prepared:
         model: nn.Module,
         source: nn.Module,
         fitted: nn.Module,
+        expected: Any,
         arguments: Sequence[Tensor],
         objective: Objective,
         latencies: LatencyTable,
         fits: _Fits,
         baseline: Baseline | None = None,
     ) -> None:
-        self._model, self._source, self._fitted, self._arguments = model, source, fitted, arguments
+        self._model, self._arguments, self._expected = model, arguments, expected
         self._objective: Objective = objective
         self._fits = fits
-        with torch.no_grad(), full_float32():
-            self._expected = expected = call(fitted, copies(arguments))
         try:
             captured = capture(fitted, copies(arguments))
         except CaptureError as error:
@@ -330,7 +333,7 @@ class Prepared:
         before = duplicate(captured)
         self._done = _rewrite(captured, before, fitted, arguments, expected, objective, latencies, type(model).__name__)
         steps, collapsed, unmerged = self._done.steps, self._done.collapsed, self._done.unmerged
-        graph = before if fitted is source else capture(deepcopy(source), copies(arguments))
+        graph = before if fitted is source else graph_of(source, arguments)
         gone = [name for name, part in fitted.named_modules() if isinstance(part, (BlockStandIn, Bypass))]
         self._blocks = [name for name in gone if not isinstance(fitted.get_submodule(name), OperatorStandIn)]
         absorbed = any(isinstance(part, Absorbed) for part in fitted.modules())
@@ -346,7 +349,7 @@ class Prepared:
         }  # fmt: skip
         self.bars: dict[tuple[str, str], float] = {}
         self._without_merges: float | None = None  # how far it is off then
-        if self._is_changed and objective == "latency":
+        if self._is_changed and unmerged is not None:
             self.bars["before", "after"] = _NOT_SLOWER
             if steps.merges:
                 self._without_merges, _ = verify_in_float64(fitted, before, unmerged, arguments, expected)
@@ -450,7 +453,7 @@ class _Rewriting(NamedTuple):
     Attributes:
         steps: What was done.
         collapsed: The graph.
-        unmerged: The same without its merges; its new operators are in float64 still.
+        unmerged: The same without its merges, where times decide; its new operators are in float64 still.
         difference: Of its output from the source's, relative.
         exactly: The same in float64; None for a model that does not run in it.
         rounding: Relative difference that the source's own rounding makes.
@@ -458,7 +461,7 @@ class _Rewriting(NamedTuple):
 
     steps: Steps
     collapsed: fx.GraphModule
-    unmerged: fx.GraphModule
+    unmerged: fx.GraphModule | None
     difference: float
     exactly: float | None
     rounding: float
@@ -497,7 +500,7 @@ def _rewrite(
             steps.drop_stand_ins()
             steps.drop_zeros()
             steps.trim()
-            unmerged = steps.snapshot()
+            unmerged = steps.snapshot() if objective == "latency" else None  # work decides without whole models
             steps.merge()
             collapsed = steps.finish()
             exactly, rounding = verify_in_float64(source, before, collapsed, arguments, expected)
@@ -512,7 +515,6 @@ def _rewrite(
                 raise
             left_out.update(blamed)
         captured = duplicate(before)  # it was rewritten in place
-        note_shapes(captured, copies(arguments))
     if left_out:
         rank_zero_warn(
             f"{len(left_out)} of the steps by which {name} would have become smaller went wrong and were left out; the "
@@ -548,13 +550,15 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
 
 def cost_of(model: nn.Module, arguments: Sequence[Tensor], depth: int, latency: Latency) -> ModelCost:
     """Count what a model costs, beside the time that was measured."""
-    macs, memory = (counted(count, model, arguments) for count in (count_macs, measure_activation_memory))
+    macs, memory = counted(count_together, model, arguments) or (
+        counted(count_macs, model, arguments), counted(measure_activation_memory, model, arguments)
+    )  # fmt: skip
     return ModelCost(depth, count_parameters(model), macs, memory, latency)
 
 
 def counted(
-    count: Callable[[nn.Module, Sequence[Tensor]], int], model: nn.Module, arguments: Sequence[Tensor]
-) -> int | None:
+    count: Callable[[nn.Module, Sequence[Tensor]], Counts], model: nn.Module, arguments: Sequence[Tensor]
+) -> Counts | None:
     """Count what is only told: a forward may run, and yet fail while its operators are looked at."""
     try:
         return count(model, arguments)

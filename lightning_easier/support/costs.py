@@ -57,12 +57,36 @@ def count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
+def count_together(model: nn.Module, arguments: Sequence[Tensor]) -> tuple[int, int]:
+    """Count multiply-accumulates and memory as :func:`count_macs` and :func:`measure_activation_memory`, in one call.
+
+    Recurrent layers are counted as they don't run otherwise: what has any is called twice.
+
+    Raises:
+        Exception: Whatever the forward raises while its operators are looked at.
+    """
+    if _is_recurrent(model):
+        return count_macs(model, arguments), measure_activation_memory(model, arguments)
+    memory = _PeakMemory.beside(model, arguments)
+    with torch.no_grad(), (counter := _counter()), memory:  # in this order: it sees what is not taken apart yet
+        call(model, arguments)
+    return int(counter.get_total_flops()) // 2, memory.peak
+
+
+def _is_recurrent(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(isinstance(part, nn.RNNBase) for part in model.modules())
+
+
+def _counter() -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_FUSED)
     counter.mod_tracker = _Untracked()
-    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return counter
+
+
+def _count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
+    counter = _counter()
     with ExitStack() as stack:
-        if any(isinstance(part, nn.RNNBase) for part in parts):  # fused, they have no formula; step by step they do
+        if _is_recurrent(model):  # fused, they have no formula; step by step they do
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(counter)
@@ -118,6 +142,13 @@ class _PeakMemory(TorchDispatchMode):
         self._now = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def beside(cls, model: nn.Module, arguments: Sequence[Tensor]) -> "_PeakMemory":
+        """Follow what is not there before a call."""
+        memory = cls()
+        memory.ignore((*model.parameters(), *model.buffers(), *arguments))
+        return memory
+
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -149,8 +180,7 @@ def measure_activation_memory(model: nn.Module, arguments: Sequence[Tensor]) -> 
 
     What an operator needs inside itself (the workspace of a convolution) is not seen.
     """
-    memory = _PeakMemory()
-    memory.ignore((*model.parameters(), *model.buffers(), *arguments))
+    memory = _PeakMemory.beside(model, arguments)
     with torch.no_grad(), memory:
         call(model, arguments)
     return memory.peak

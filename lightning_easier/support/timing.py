@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from statistics import quantiles
-from timeit import Timer
+from timeit import Timer, default_timer
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,8 @@ _SECONDS_IN_ALL = 2.5
 _FEWEST_SAMPLES = 5
 # Of a comparison: how many at first, at most where they leave it open, and how many seconds those after the first take.
 _SAMPLES, _MOST_SAMPLES, _MORE_SECONDS = 15, 120, 16.0
+# Of one that decides nothing: the fewest by which a median is bounded with 95 %, half of them in either order
+_SAMPLES_TO_TELL = 6
 # Of the table of operators: as many at first, and more where they differ from each other by more than this share, but
 # not for more seconds a group: there may be hundreds, and a search compares prices that are far apart.
 _SAMPLES_OF_AN_OPERATOR, _MOST_SAMPLES_OF_AN_OPERATOR, _SPREAD, _SECONDS_OF_A_GROUP = 7, 28, 0.05, 1.0
@@ -56,7 +58,8 @@ def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
     """
     from torch.utils.benchmark import timer  # looks for compilers when it is imported
 
-    timed = Timer(call, timer=timer)
+    # where there is none, torch would look for one before and after each sample, longer than many a call takes
+    timed = Timer(call, timer=timer if torch.accelerator.is_available() else default_timer)
     return lambda runs: max(timed.timeit(runs) / runs, _LEAST)
 
 
@@ -376,16 +379,17 @@ def compare(
         arguments: Positional arguments.
         bars: Names of two of them, and how many times faster than the first the second is to be. More samples of both
             are taken while :meth:`Speedup.leaves_open` that, up to a limit; none where as many as that would leave it
-            open still, see :meth:`Speedup.may_be_settled`.
+            open still, see :meth:`Speedup.may_be_settled`. Without any nothing is decided, and few are taken of each.
         pace: How long it may take; no limit by default.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
+    pairs = [((numbers[before], numbers[after]), bar) for (before, after), bar in bars]
+    first, most = (_SAMPLES, _MOST_SAMPLES) if pairs else (_SAMPLES_TO_TELL, _SAMPLES_TO_TELL)
     turns = _Turns(
-        {number: partial(call, each, arguments) for number, each in distinct.items()}, _SAMPLES, _MOST_SAMPLES, pace,
+        {number: partial(call, each, arguments) for number, each in distinct.items()}, first, most, pace,
         "Timing" if pace is None else None, device=_device_of(arguments),
     )  # fmt: skip
-    pairs = [((numbers[before], numbers[after]), bar) for (before, after), bar in bars]
 
     def still_open(at_most: int) -> set[int]:
         compared = {pair: turns.speedup(*pair) for pair, _ in pairs}

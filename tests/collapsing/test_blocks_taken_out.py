@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lightning_easier import collapse
 from lightning_easier.collapsing import engine
-from lightning_easier.collapsing.exact.capture import capture
+from lightning_easier.collapsing.exact.capture import capture, capture_at
 from lightning_easier.collapsing.exact.nodes import name_of
 from lightning_easier.collapsing.exact.zero_branches import zero_branches
 from lightning_easier.structure.linearize import bypass, replace_block
@@ -47,7 +47,7 @@ def randomize(model):
 
 
 def additions(model, *inputs):
-    graph = model if isinstance(model, fx.GraphModule) else capture(copy.deepcopy(model), inputs)
+    graph = model if isinstance(model, fx.GraphModule) else capture_at(copy.deepcopy(model), inputs)
     return sum(name_of(node) in SUMS for node in graph.graph.nodes)
 
 

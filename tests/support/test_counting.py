@@ -7,8 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
-from lightning_easier.support.costs import count_macs
+from lightning_easier.collapsing.engine import cost_of, counted
+from lightning_easier.support.costs import count_macs, count_together, measure_activation_memory
 from lightning_easier.support.inference import relative_difference
+from lightning_easier.support.timing import Latency
 
 
 class Attends(nn.Module):
@@ -102,3 +104,29 @@ def test_what_can_not_be_counted_is_collapsed_all_the_same():
 def test_recurrent_layers_are_counted(kind, gates):
     model = nn.Sequential(kind(8, 16, batch_first=True))
     assert count_macs(model, (torch.randn(4, 5, 8),)) == 4 * 5 * gates * 16 * (8 + 16)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
+        nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)),
+        nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), Attends(), nn.LSTM(8, 16, batch_first=True),
+    ],
+    ids=["Linear", "convolution", "transformer", "attention", "recurrent"],
+)  # fmt: skip
+def test_what_is_counted_in_one_call_is_what_is_counted_in_two(model):
+    model.eval()
+    arguments = (torch.randn(3, 5, 8),)
+    cost = cost_of(model, arguments, 1, Latency.of([1.0] * 6))
+    assert cost.macs == counted(count_macs, model, arguments) is not None
+    assert cost.activation_memory == counted(measure_activation_memory, model, arguments) is not None
+
+
+def test_what_can_be_counted_in_one_call_is_called_once():
+    called: list[int] = []
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    model.register_forward_hook(lambda *_: called.append(1))
+    assert count_together(model, (torch.randn(3, 8),)) == (3 * (8 * 16 + 16 * 4), 4 * 3 * (16 + 4))
+    assert len(called) == 1

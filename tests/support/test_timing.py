@@ -333,6 +333,28 @@ def test_time_that_a_busy_machine_takes_is_counted_as_it_passes(monkeypatch):
     assert len(latency["one"].samples) <= 12 + 16 / 4 + 1
 
 
+def test_what_decides_nothing_is_timed_by_the_fewest_samples_that_bound_a_median_half_of_them_in_either_order(
+    monkeypatch,
+):
+    under(monkeypatch, honest)
+    calls = {"before": nn.Linear(64, 512), "after": nn.Linear(64, 256)}
+    latency = compare(calls, (torch.randn(512, 64),), [])
+    assert [len(each.samples) for each in latency.values()] == [6, 6]
+    bounds = speed_up(latency["before"], latency["after"])
+    assert 2 * 0.5 ** len(bounds.ratios) <= 0.05 < 2 * 0.5 ** (len(bounds.ratios) - 1)
+
+
+@pytest.mark.real_clock
+def test_a_stopwatch_asks_once_whether_there_is_an_accelerator(monkeypatch):
+    """Torch asks before and after each sample, and the time that it takes to ask would be that of the call."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: asked.append(1) and False)
+    seconds_of = timing.stopwatch(lambda: None)
+    for _ in range(5):
+        assert seconds_of(1) > 0
+    assert len(asked) == 1
+
+
 def test_several_bars_of_one_pair_are_all_asked_for(monkeypatch):
     under(monkeypatch, jittering(0.1))
     one, other = nn.Linear(64, 512), nn.Linear(64, 512)
@@ -454,7 +476,7 @@ def test_a_pace_that_is_over_leaves_the_fewest_samples_and_says_so(monkeypatch):
     for left, samples in ((0.0, 5), (math.inf, 15)):
         told.clear()
         pace = timing.Pace(lambda left=left: left, told.append)
-        latency = compare(calls, (x,), [], pace)
+        latency = compare(calls, (x,), [(("before", "after"), 1.0)], pace)
         assert len(latency["before"].samples) == samples
         assert pace.was_short == (left == 0.0)
         assert sum(told) == pytest.approx(1.0)

@@ -8,7 +8,7 @@ passes stays whole, as a leaf.
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -55,13 +55,37 @@ def capture(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
     Raises:
         CaptureError: With the reason.
     """
+    return _captured(model, arguments, _first_that_holds)
+
+
+def capture_at(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """Capture a model as :func:`capture` does, for what is looked at only: it may hold for these sizes alone.
+
+    ``torch.export`` takes half of the time then, or a quarter, and nothing is run at other sizes.
+
+    Args:
+        model: The model, in eval mode. The graph module shares its layers.
+        arguments: Example inputs, to run it once.
+
+    Raises:
+        CaptureError: With the reason.
+    """
+    return _captured(model, arguments, _at_these_sizes)
+
+
+def _captured(
+    model: nn.Module,
+    arguments: Sequence[Tensor],
+    exported: Callable[[nn.Module, Sequence[Tensor]], fx.GraphModule],
+) -> fx.GraphModule:
+    """Capture a model: with ``torch.fx``, else by an export, else with what can't be traced as leaves."""
     try:
         return _traced(model, arguments, frozenset())
     except Exception as error:  # whatever a user's forward raises on a proxy
         reason = error
     if not any(has_hooks(module) or uses_batch_statistics(module) for module in model.modules()):
         try:
-            return _first_that_holds(model, arguments)
+            return exported(model, arguments)
         except Exception as error:  # whatever it raises there; what can't be traced is looked for instead
             _logger.debug("torch.export can't capture %s: %s", type(model).__name__, error)
             if not isinstance(reason, CaptureError):
@@ -109,6 +133,13 @@ def _first_that_holds(model: nn.Module, arguments: Sequence[Tensor]) -> fx.Graph
         else:
             return _for_more_samples(captured, model, attempt, arguments)
     raise reason
+
+
+def _at_these_sizes(model: nn.Module, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """Export a model for the sizes of the example alone."""
+    graph, constants = export_layers(model, attempts(arguments)[-1])
+    with quiet():
+        return _with_shapes(model, graph, constants, copies(arguments))
 
 
 def _exported(model: nn.Module, attempt: Attempt, arguments: Sequence[Tensor]) -> fx.GraphModule:
@@ -218,16 +249,20 @@ def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 
 def duplicate(captured: fx.GraphModule) -> fx.GraphModule:
-    """Copy a captured graph, which shares its layers with the copy."""
+    """Copy a captured graph, which shares its layers with the copy, with what was noted of its values."""
     modes_before = {module: module.training for module in captured.modules()}
     twin = fx.GraphModule(captured, deepcopy(captured.graph), class_name=type(captured).__name__)
+    instead = dict(zip(captured.graph.nodes, twin.graph.nodes, strict=True))
+    for node in twin.graph.nodes:
+        if ALIASES in node.meta:
+            node.meta[ALIASES] = [instead[other] for other in node.meta[ALIASES] if other in instead]
     twin.eval()  # the rooms that it makes for names with dots
     for module, training in modes_before.items():
         module.training = training
     return twin
 
 
-def note_shapes(captured: fx.GraphModule, arguments: Sequence[Tensor]) -> None:
+def _note_shapes(captured: fx.GraphModule, arguments: Sequence[Tensor]) -> None:
     """Note in the nodes of a graph what there is to know of their values, at these inputs."""
     with torch.no_grad():
         _Shapes(captured).propagate(*arguments)
@@ -253,7 +288,7 @@ def _with_shapes(
         module.training = training
     made = [value for value in constants.values() if isinstance(value, Tensor)]
     versions = [value._version for value in made]
-    note_shapes(captured, arguments)
+    _note_shapes(captured, arguments)
     if [value._version for value in made] != versions:
         raise CaptureError(_WRITES_INTO_A_CONSTANT)
     return captured

@@ -206,8 +206,9 @@ class Steps:
 
     def trim(self) -> None:
         """Remove branches that are constant, and the channels that nothing needs, part by part, where that pays."""
-        self._drop_constant_branches()
         flow = ChannelFlow(self._captured)
+        if self._drop_constant_branches(flow):
+            flow = ChannelFlow(self._captured)
         kept: dict[int, str] = {}
         dead = DeadChannels(flow)
         while True:  # until all that is left of them pays
@@ -232,9 +233,15 @@ class Steps:
                 with _said_of(steps[node]):
                     trim(dead, node, self._writer, nodes)
 
-    def _drop_constant_branches(self) -> None:
-        """Add a number for each channel where a branch is added that is the same whatever the input."""
-        flow = ChannelFlow(self._captured)
+    def _drop_constant_branches(self, flow: ChannelFlow) -> bool:
+        """Add a number for each channel where a branch is added that is the same whatever the input.
+
+        Args:
+            flow: The channels of the graph.
+
+        Returns:
+            Whether there was any: the graph has other values then.
+        """
         gone: set[fx.Node] = set()
         for branch in constant_branches(self._captured, flow):
             node = branch.addition
@@ -262,6 +269,7 @@ class Steps:
                 if each in flow.names and each in flow.channels
             ]
             self._taken.append((name, step))
+        return bool(gone)
 
     def _why_not_trimmed(self, dead: DeadChannels, part: Part) -> str | None:
         """Time a part of the graph against what is left of it, interleaved; the reason if it stays, None if not."""

@@ -93,10 +93,10 @@ def verify_in_float64(
         DifferenceError: If they differ; it names the first operator where they do.
         CollapseError: If they write otherwise into their inputs.
     """
-    twins = in_float64((source, before, collapsed), arguments)
+    twins = in_float64((source, collapsed), arguments)
     if twins is None:
         return None, 0.0
-    (source, before, collapsed), arguments = twins  # type: ignore[assignment]
+    (source, collapsed), arguments = twins  # type: ignore[assignment]
     coarsest = _CoarsestDtype()
     read, read_too = copies(arguments), copies(arguments)
     try:
@@ -235,15 +235,18 @@ class _CoarsestDtype(TorchDispatchMode):
         return result
 
 
-def _why_different(source: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]) -> str | None:
+def _why_different(before: fx.GraphModule, collapsed: fx.GraphModule, arguments: Sequence[Tensor]) -> str | None:
     """Name the first operator of a collapsed graph whose value differs from that in its source; None if none is found.
 
     Args:
-        source: The graph as it was captured.
-        collapsed: The graph as it is now.
-        arguments: The inputs.
+        before: The graph as it was captured, in its own dtype.
+        collapsed: The graph as it is now, in float64.
+        arguments: The inputs, in float64.
     """
-    reference = _Values(source)
+    twins = in_float64((before,), arguments)
+    if twins is None:
+        return None
+    reference = _Values(twins[0][0])  # type: ignore[arg-type]
     comparison = _Comparison(collapsed, reference.values)
     try:
         with torch.no_grad():
