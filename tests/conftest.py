@@ -6,17 +6,20 @@ are marked ``real_clock`` use the machine's; the others look at operators one by
 
 import gc
 import os
+from functools import cache
 from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 from lightning_easier.support import operators, timing
 from tests.clocks import Clock, honest
 
 torch.set_num_threads(1)
 os.fsync = lambda file: None  # runs write a checkpoint a round, and no test cuts the power: what is renamed is there
+registry.entry_points = cache(registry.entry_points)  # each Trainer read what is told of all packages: eight of ten ms
 # The same examples in each run, so that a test that passes goes on to pass; `make prove` draws new ones
 settings.register_profile("alike", derandomize="COLLAPSE_EXAMPLES" not in os.environ)
 settings.load_profile("alike")
