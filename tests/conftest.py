@@ -23,8 +23,20 @@ registry.entry_points = cache(registry.entry_points)  # each Trainer read what i
 # The same examples in each run, so that a test that passes goes on to pass; `make prove` draws new ones
 settings.register_profile("alike", derandomize="COLLAPSE_EXAMPLES" not in os.environ)
 settings.load_profile("alike")
+# Files whose tests take tens of seconds, or share what does
+_LONG = ("tests/test_notebooks.py", "tests/test_wheel.py", "tests/benchmarks/", "tests/test_site.py",
+         "tests/integration/test_cli.py", "tests/integration/test_readme.py")  # fmt: skip
 _REAL = timing.stopwatch
 _ROUNDS = operators._ROUNDS
+
+
+def pytest_collection_modifyitems(items):
+    """Put first what takes long: of the processes of pytest-xdist, the first begins there, and what is short is left.
+
+    One that has done its share takes what is at the end of another's, so that none waits for the other at last. And the
+    first alone needs what `forked` imports, or a kernel for the notebooks.
+    """
+    items.sort(key=lambda item: ("forked" not in getattr(item, "fixturenames", ()), not item.nodeid.startswith(_LONG)))
 
 
 def pytest_collection_finish():
