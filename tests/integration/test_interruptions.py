@@ -193,17 +193,16 @@ def test_a_round_that_the_end_of_the_run_cut_short_is_closed_when_the_run_goes_o
     lambda path: ModelCheckpoint(path, "saved", save_on_exception=True, every_n_epochs=100, save_top_k=0),
 ])  # fmt: skip
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])
-@pytest.mark.parametrize("measure_on", ["training", "validation"])
-def test_a_run_goes_on_from_a_checkpoint_that_is_saved_on_an_exception(tmp_path, saver, hook, measure_on):
+@pytest.mark.parametrize("recipe", ["on training", "plain"])
+def test_a_run_goes_on_from_a_checkpoint_that_is_saved_on_an_exception(tmp_path, reference, saver, hook, recipe):
     def fail(trainer):
         raise KeyError("any")
 
-    pruning = {"on": measure_on}
-    whole = outcome(*run(tmp_path, pruning=pruning))
+    _, pruning, _ = RECIPES[recipe]
     with pytest.raises(KeyError):
         run(tmp_path, saver(tmp_path / "kept"), At(hook, 1, 1, fail), pruning=pruning)
     (path,) = (tmp_path / "kept").glob("*.ckpt")
-    assert_equal_states(outcome(*run(tmp_path, pruning=pruning, ckpt_path=path)), whole)
+    assert_equal_states(outcome(*run(tmp_path, pruning=pruning, ckpt_path=path)), reference(recipe))
 
 
 @pytest.mark.parametrize("recipe", ["plain", "on training"])
