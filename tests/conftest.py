@@ -6,22 +6,37 @@ are marked ``real_clock`` use the machine's; the others look at operators one by
 
 import gc
 import os
+from functools import cache
 from multiprocessing import forkserver, get_context
 
 import pytest
 import torch
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 from lightning_easier.support import operators, timing
 from tests.clocks import Clock, honest
 
 torch.set_num_threads(1)
 os.fsync = lambda file: None  # runs write a checkpoint a round, and no test cuts the power: what is renamed is there
+registry.entry_points = cache(registry.entry_points)  # each Trainer read what is told of all packages: eight of ten ms
 # The same examples in each run, so that a test that passes goes on to pass; `make prove` draws new ones
 settings.register_profile("alike", derandomize="COLLAPSE_EXAMPLES" not in os.environ)
 settings.load_profile("alike")
+# Files whose tests take tens of seconds, or share what does
+_LONG = ("tests/test_notebooks.py", "tests/test_wheel.py", "tests/benchmarks/", "tests/test_site.py",
+         "tests/integration/test_cli.py", "tests/integration/test_readme.py")  # fmt: skip
 _REAL = timing.stopwatch
 _ROUNDS = operators._ROUNDS
+
+
+def pytest_collection_modifyitems(items):
+    """Put first what takes long: of the processes of pytest-xdist, the first begins there, and what is short is left.
+
+    One that has done its share takes what is at the end of another's, so that none waits for the other at last. And the
+    first alone needs what `forked` imports, or a kernel for the notebooks.
+    """
+    items.sort(key=lambda item: ("forked" not in getattr(item, "fixturenames", ()), not item.nodeid.startswith(_LONG)))
 
 
 def pytest_collection_finish():

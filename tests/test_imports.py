@@ -1,8 +1,8 @@
 """What is imported with the package, beyond what Lightning imports, in a process of its own."""
 
-import json
-import subprocess
 import sys
+
+from tests.fresh import begun
 
 # Each takes a while to import, and is needed by some calls only
 LEFT_FOR_LATER = (
@@ -12,18 +12,10 @@ LEFT_FOR_LATER = (
     "torch.utils.cpp_extension",
     "torch.utils.tensorboard",
 )
-_ADDED = """
-import json, sys
-import lightning.pytorch
-before = set(sys.modules)
-import lightning_easier
-print(json.dumps(sorted(set(sys.modules) - before)))
-"""
 
 
-def test_the_package_imports_no_other_than_lightning_does_and_nothing_of_torch_that_few_calls_need():
-    result = subprocess.run([sys.executable, "-c", _ADDED], capture_output=True, text=True, check=True)
-    added = json.loads(result.stdout.splitlines()[-1])
+def test_the_package_imports_no_other_than_lightning_does_and_nothing_of_torch_that_few_calls_need(tmp_path_factory):
+    added = begun(tmp_path_factory, "")["added"]
     assert "lightning_easier.callbacks.files" in added
     packages = {name.partition(".")[0] for name in added} - sys.stdlib_module_names
     assert packages <= {"lightning_easier", "lightning", "torch", "torchmetrics"}

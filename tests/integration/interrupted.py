@@ -149,6 +149,22 @@ def run(
     return model, callback, trainer
 
 
+_WHOLE: dict[str, Any] = {}
+
+
+def uninterrupted(factory: Any, name: str, train: Callable[[Path], Any]) -> Any:
+    """Return the run that nothing interrupts; it is made once, and is what each of those that were is compared with.
+
+    Args:
+        factory: The fixture ``tmp_path_factory``.
+        name: Tells it from all others.
+        train: Runs in a folder.
+    """
+    if name not in _WHOLE:
+        _WHOLE[name] = train(factory.mktemp("whole"))
+    return _WHOLE[name]
+
+
 def outcome(model: Small, callback: PruningCallback, trainer: Trainer) -> dict[str, Any]:
     """Return all that has to be the same, however often a run was interrupted."""
     return {

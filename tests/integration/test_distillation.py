@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_easier.callbacks.distillation import DenseTeacher, Distillation, divergence
 from lightning_easier.structure.linearize import linearize, restore
-from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.interrupted import At, Small, outcome, run, stop, uninterrupted
 from tests.integration.tiny import Tiny, assert_equal_states, pruning, train
 
 DISTILLED = {"distill": True, "weight": 0.3, "temperature": 2.0}
@@ -117,7 +117,7 @@ def test_the_weights_follow_the_divergence(tmp_path):
 
 @pytest.mark.parametrize("moment", [("on_train_batch_end", 1), ("on_train_epoch_end", None)])
 @pytest.mark.parametrize("more", [{}, {"fit": True, "max_rejections": 3}])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment, more):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tmp_path_factory, moment, more):
     path = tmp_path / "saved.ckpt"
 
     def save(trainer):
@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, moment, more):
         stop(trainer)
 
     options = {"scores": (0.9, 0.9, 0.1, 0.9), "pruning": DISTILLED | {"max_rejections": 3} | more}
-    whole = run(tmp_path / "whole", **options)
+    whole = uninterrupted(tmp_path_factory, f"distilled, {more}", lambda root: run(root, **options))
     run(tmp_path, At(moment[0], 2, moment[1], save), **options)
     resumed = run(tmp_path, ckpt_path=path, **options)
     assert_equal_states(outcome(*resumed), outcome(*whole))

@@ -15,7 +15,7 @@ from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support import timing
 from lightning_easier.zoo import CifarResNet, DigitsDataModule
 from tests.clocks import Clock, busy_at_times, busy_between, drifting, honest, jittering
-from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.interrupted import At, Small, outcome, run, stop, uninterrupted
 from tests.integration.tiny import assert_equal_states, pruning, train
 
 
@@ -111,9 +111,10 @@ class Inverted(Small):
 
 @pytest.mark.parametrize("scores", [(0.9,), (0.9, 0.1)])
 @pytest.mark.parametrize("moment", [("on_train_batch_end", 1, 1), ("on_train_epoch_end", 0, None)])
-def test_the_body_of_an_inverted_residual_goes_as_one_in_a_run(tmp_path, scores, moment):
+def test_the_body_of_an_inverted_residual_goes_as_one_in_a_run(tmp_path, tmp_path_factory, scores, moment):
     options = {"scores": scores, "pruning": FITTED | {"monitor": "score"}, "epochs": 3}
-    whole = run(tmp_path / "whole", model=Inverted(scores), **options)
+    name = f"inverted, {scores}"
+    whole = uninterrupted(tmp_path_factory, name, lambda root: run(root, model=Inverted(scores), **options))
     model, callback, trainer = whole
     this = callback.rounds[1]
     assert (this.removed, this.accepted) == (["layers.5"], scores == (0.9,))

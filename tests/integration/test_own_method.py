@@ -19,7 +19,7 @@ from lightning_easier.measure.affines import AffineFit
 from lightning_easier.structure.linearize import bypass, restore, stand_ins
 from lightning_easier.structure.operations import Affines, Change, Identities, Operation
 from lightning_easier.structure.stand_in import StandIn
-from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.interrupted import At, Small, outcome, run, stop, uninterrupted
 from tests.integration.test_cli import CONFIGS, SHORT
 from tests.integration.tiny import assert_equal_states
 
@@ -135,14 +135,15 @@ def zeros(model):
 
 @pytest.mark.parametrize(("method", "make"), [(FromTheFirst, Small), (SmallestWeights, Small), (Blocks, Deep)])
 @pytest.mark.parametrize("moment", [("on_train_batch_end", 2, 1), ("on_train_epoch_end", 1, None)])
-def test_a_killed_run_goes_on_and_a_bad_round_is_taken_back(tmp_path, method, make, moment):
+def test_a_killed_run_goes_on_and_a_bad_round_is_taken_back(tmp_path, tmp_path_factory, method, make, moment):
     options = {"epochs": 4, "method": method}
 
     def model():
         torch.manual_seed(3)
         return make((0.9, 0.9, 0.1))
 
-    whole = run(tmp_path / "whole", model=model(), **options)
+    name = f"own method, {method.__name__}"
+    whole = uninterrupted(tmp_path_factory, name, lambda root: run(root, model=model(), **options))
     saver = At(*moment, lambda trainer: (trainer.save_checkpoint(tmp_path / "saved.ckpt"), stop(trainer)))
     run(tmp_path, saver, model=model(), **options)
     resumed = run(tmp_path, model=model(), ckpt_path=tmp_path / "saved.ckpt", **options)

@@ -54,7 +54,7 @@ def noted(folder: Path, world: int, names: list[str]) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="session")
 def under_torchrun(tmp_path_factory, forked):
-    names = UNDER_DDP + SHARDED
+    names = [*UNDER_DDP, "uneven shards", *SHARDED]
 
     def make(folder):
         told = 2, find_free_network_port(), str(folder), *names
@@ -155,10 +155,8 @@ def test_four_processes_with_uneven_shards_measure_the_whole(tmp_path, forked):
     assert sum("3 of the 13 samples in what was measured" in told for told in results[0]["told"]) == 1
 
 
-def test_what_all_processes_have_alike_is_logged_on_each_and_not_averaged(tmp_path, forked):
-    told = 2, find_free_network_port(), str(tmp_path), "uneven shards"
-    run_together([forked.Process(target=main_on_rank, args=(rank, *told)) for rank in range(2)])
-    first, second = noted(tmp_path, 2, ["uneven shards"])["uneven shards"]
+def test_what_all_processes_have_alike_is_logged_on_each_and_not_averaged(under_torchrun):
+    first, second = under_torchrun["uneven shards"]
     own = {"val_loss", "score"}  # which the module logs as it likes
     logged, of_other = ({k: v for k, v in each["logged"].items() if k not in own} for each in (first, second))
     assert logged == of_other

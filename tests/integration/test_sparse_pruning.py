@@ -21,7 +21,7 @@ from lightning_easier import (
 from lightning_easier.collapsing.engine import is_collapsed
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.masking import Masks, unpacked
-from tests.integration.interrupted import At, Small, outcome, run, stop
+from tests.integration.interrupted import At, Small, outcome, run, stop, uninterrupted
 from tests.integration.tiny import Tiny, assert_equal_states, train
 
 PRUNED = {"method": Sparsify}
@@ -165,14 +165,14 @@ def test_masks_hold_through_any_optimizer(tmp_path, optimizer, options):
     "moment", [("on_train_batch_end", 2, 1), ("on_train_epoch_end", 1, None), ("on_validation_end", 2, None)]
 )
 @pytest.mark.parametrize("on", ["validation", "training"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, moment, on):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, tmp_path_factory, moment, on):
     options = {"epochs": 5, "pruning": {"amount": 0.4, "on": on, "guard": 0.5}, **PRUNED}
 
     def model():
         torch.manual_seed(3)
         return Small((0.9, 0.9, 0.9, 0.1, 0.9))
 
-    whole = run(tmp_path / "whole", model=model(), **options)
+    whole = uninterrupted(tmp_path_factory, f"sparse, {on}", lambda root: run(root, model=model(), **options))
     saver = At(*moment, lambda trainer: (trainer.save_checkpoint(tmp_path / "saved.ckpt"), stop(trainer)))
     run(tmp_path, saver, model=model(), **options)
     resumed = run(tmp_path, model=model(), ckpt_path=tmp_path / "saved.ckpt", **options)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_easier import EntropyPruningCallback
 from lightning_easier.structure.linearize import stand_ins
-from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop
+from tests.integration.interrupted import BATCHES, At, Small, outcome, run, stop, uninterrupted
 from tests.integration.tiny import assert_equal_states
 from tests.settings import callback as callback_of
 
@@ -114,10 +114,10 @@ def test_a_round_waits_for_a_score_of_its_own_weights(tmp_path, by, epochs_per_r
 @pytest.mark.parametrize(
     "moment", [("on_train_batch_end", 1), ("on_validation_end", None), ("on_train_epoch_end", None)]
 )
-def test_a_run_that_waits_for_a_score_is_resumed_alike(tmp_path, moment):
+def test_a_run_that_waits_for_a_score_is_resumed_alike(tmp_path, tmp_path_factory, moment):
     """Judged on an old score, the resumed run would differ: it does not know that score."""
     options = {"pruning": {"epochs": 2}, "epochs": 5}
-    whole = run(tmp_path / "whole", model=sparse(0, 2, 4), **options)
+    whole = uninterrupted(tmp_path_factory, "sparse scores", lambda root: run(root, model=sparse(0, 2, 4), **options))
 
     def save(trainer):
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
