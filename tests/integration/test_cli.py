@@ -348,6 +348,7 @@ def failed(capsys, arguments) -> tuple[int, str]:
         (["collapse", "--input_names", "a"], "`--output` with `--input_names`"),
         (["collapse", "--mode=fit"], "`--mode` and `--sites` to go together"),
         (["collapse", "--report", "a.html"], "`--report` to end in one of"),
+        (["compress", "--output=m.onnx", "--opset_version=5"], "`opset_version` to be a version that can be written"),
         (["compress", "--monitor=val_ac"], "`--monitor` to be what a validation logs, but got 'val_ac'"),
         (["compress", "--no-score", "--monitor=val_acc"], "`--monitor` to be left out with `--no-score`"),
         (
