@@ -144,6 +144,8 @@ def check_export(
 ) -> None:
     """Raise what :func:`export` would raise of its arguments, without exporting: for who has long work to do first.
 
+    Of a version of ONNX's operators, one layer tells whether torch writes it here.
+
     Args:
         model: The model, or what it will be made of: called alike, it returns as many tensors.
         path: As for :func:`export`.
@@ -156,7 +158,27 @@ def check_export(
         ModuleNotFoundError: As there.
         OSError: As there, if the file can't be written.
     """
-    _ordered(model, Path(path), example_inputs, _Options(**options))
+    order = _ordered(model, Path(path), example_inputs, _Options(**options))
+    if order.names.opset is not None:
+        _try_opset(order.names.opset)
+
+
+def _try_opset(version: int) -> None:
+    """Refuse a version of ONNX's operators that torch can't even write one layer in.
+
+    Raises:
+        ValueError: If it can't.
+    """
+    layer = nn.utils.skip_init(nn.Linear, 1, 1).requires_grad_(False).eval()  # no random number is drawn
+    with quiet():
+        program = torch.export.export(layer, (torch.zeros(1, 1),))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _write_onnx(program, Path(folder) / "layer.onnx", _Onnx(["x"], None, version), [])
+        except ExportError as error:
+            raise ValueError(
+                f"Expected argument `opset_version` to be a version that can be written, but got {version}: {error}"
+            ) from error
 
 
 def _ordered(

@@ -17,6 +17,7 @@ from tests.integration.blocks import SHORTER
 from tests.once import made_once
 
 ROOT = Path(__file__).parents[1]
+FENCE = re.MULTILINE | re.DOTALL
 # The installed script runs them, one after the other in one process: what takes long is to import torch
 RUN = """
 import json, runpy, sys
@@ -62,6 +63,22 @@ def test_a_wheel_has_every_recipe_and_nothing_beside_the_package(installed):
     assert {f"lightning_easier/{name}" for name in configs} <= set(names)
     assert "lightning_easier/py.typed" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"lightning_easier"}
+
+
+def test_what_an_index_shows_of_a_wheel_is_the_readme_without_links_that_lead_nowhere(installed):
+    (wheel,) = installed.parent.glob("*.whl")
+    archive = ZipFile(wheel)
+    (place,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
+    head, _, shown = archive.read(place).decode().partition("\n\n")
+    readme = (ROOT / "README.md").read_text()
+    assert "Description-Content-Type: text/markdown" in head
+    assert re.findall(r"^```.*?^```$", shown, FENCE) == re.findall(r"^```.*?^```$", readme, FENCE)
+    relative = re.findall(r"\]\((?!https:)([^)]*)\)", re.sub(r"^```.*?^```$", "", readme, flags=FENCE))
+    assert len(relative) > 30
+    assert not re.findall(r"\]\((?!https:)", re.sub(r"^```.*?^```$", "", shown, flags=FENCE))
+    files = {target.partition("#")[0] for target in relative} - {""}
+    assert all((ROOT / file).is_file() and f"`{file}`" in shown for file in files)
+    assert set(re.findall(r"\]\(https:[^)]*\)", readme)) == set(re.findall(r"\]\(https:[^)]*\)", shown)) != set()
 
 
 def test_the_commands_of_the_readme_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):

@@ -1,9 +1,12 @@
 """The command line of the package: any LightningModule and data, and configs that come with it."""
 
 import argparse
+import os
 import re
 import sys
+import traceback
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -27,6 +30,7 @@ _READ_ELSEWHERE = {"default_config_files", "default_env"}
 _FILES = ("config", "ckpt_path", "output", "report", "fitted")
 _MISSING = re.compile(r"the following arguments are required: ([\w., ]+)")
 _NO_MAPPING = "Unexpected config:"
+_NO_FILE = re.compile(r"(?:File does not exist:|Unable to load config) '([^']+)'")
 
 
 class EasierArgumentParser(LightningArgumentParser):
@@ -45,6 +49,10 @@ class EasierArgumentParser(LightningArgumentParser):
         elif told.startswith(_NO_MAPPING):
             given = told.removeprefix(_NO_MAPPING).strip()
             told = f"Expected argument `--config` to hold options by name (YAML or JSON), but got {given or 'nothing'}"
+        elif ex is not None and (option := _of_several_values(ex)):
+            told = f"Expected `{option}` to be a list in a config, such as `{option}: [...]`: {told}"
+        elif meant := _recipe_meant(told):
+            told += f". Did you mean the recipe {meant!r}?"
         sys.stderr.write(f"{program}: error: {told} (`{program} --help` lists what there is)\n")
         self.exit(WRONG_VALUE)
 
@@ -116,6 +124,21 @@ def _first_word(words: Any) -> str | None:
     if not isinstance(words, list) or any(str(word).startswith(_SHELLS) for word in words):
         return None
     return next((word for word in words if word != DEBUG), None)
+
+
+def _of_several_values(error: Exception) -> str:
+    """Return the option of several values that a config gives as one, over which jsonargparse fails; else nothing."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        action, value = frame.f_locals.get("self"), frame.f_locals.get("value", [])
+        if isinstance(action, argparse.Action) and action.nargs == "+" and not isinstance(value, list):
+            return action.dest
+    return ""
+
+
+def _recipe_meant(message: str) -> str:
+    """Return the recipe whose name is nearly that of a file that is not there; nothing where there is none."""
+    found = _NO_FILE.search(message)
+    return next(iter(get_close_matches(os.path.relpath(found[1]), recipes.recipes(), 1)), "") if found else ""
 
 
 def _missing(message: str, subcommands: Collection[str]) -> tuple[str, list[str]]:

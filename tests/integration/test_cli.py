@@ -348,6 +348,7 @@ def failed(capsys, arguments) -> tuple[int, str]:
         (["collapse", "--input_names", "a"], "`--output` with `--input_names`"),
         (["collapse", "--mode=fit"], "`--mode` and `--sites` to go together"),
         (["collapse", "--report", "a.html"], "`--report` to end in one of"),
+        (["compress", "--output=m.onnx", "--opset_version=5"], "`opset_version` to be a version that can be written"),
         (["compress", "--monitor=val_ac"], "`--monitor` to be what a validation logs, but got 'val_ac'"),
         (["compress", "--no-score", "--monitor=val_acc"], "`--monitor` to be left out with `--no-score`"),
         (
@@ -425,6 +426,13 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
         (["export", "--model=ImageClassifier"], "export: error: the following arguments are required: --ckpt_path ("),
         (["report"], "lightning-easier report: error: the following arguments are required: CKPT ("),
         (["candidates", "--config=empty.yaml"], "`--config` to hold options by name (YAML or JSON), but got nothing ("),
+        (["candidates", "--config=digit"], "digit'. Did you mean the recipe 'digits'? (`lightning-easier candi"),
+        (["fit", "--config", "digits", "--trainer", "recipe/easyer"], "Did you mean the recipe 'recipe/easier'? ("),
+        (
+            ["--config=several.yaml", "candidates", "--model=nearby.Net"],
+            "`report` to be a list in a config, such as `report: [...]`: ",
+        ),
+        (["--config=number.yaml", "compress", "--model=nearby.Net"], "`include` to be a list in a config, such as `i"),
         (["candidates", "--config=bytes.yaml"], "`--config` to be a text file (YAML or JSON), but it is none: 'utf"),
         (["candidates", "--model=nearby.Net", "--trainer.accelerator=warp"], "error: You selected an invalid accele"),
         (
@@ -442,6 +450,8 @@ def test_a_file_that_can_not_be_read_is_named_and_one_that_is_trusted_is_taken(r
 def test_what_is_missing_or_no_config_is_called_as_it_is_written(arguments, told, capsys, monkeypatch, tmp_path):
     (tmp_path / "nearby.py").write_text(OWN)
     (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "several.yaml").write_text("{candidates: {report: c.json}}")
+    (tmp_path / "number.yaml").write_text("{compress: {include: 5}}")
     (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
     torch.save({"body.0.weight": torch.zeros(8, 4)}, tmp_path / "weights.ckpt")
     monkeypatch.chdir(tmp_path)
