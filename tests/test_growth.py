@@ -3,16 +3,22 @@
 import math
 from collections import Counter
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 from lightning_easier import collapse, fit_chains, isolate_activations, linearize, measure_affines
+from lightning_easier.callbacks import private, wiring
+from lightning_easier.callbacks.scores import LoggedScores
 from lightning_easier.collapsing.exact import commuting, torch_export
 from lightning_easier.collapsing.exact.capture import capture
+from lightning_easier.pruning.state import RunState
 from lightning_easier.sites.discovery import Discovery, KnownForwards
 from lightning_easier.sites.rectifiers import GATES
 from lightning_easier.structure.linearize import restructure_as_marked, stand_ins
@@ -93,20 +99,114 @@ class PerRound(Callback):
         self.counts.clear()
 
 
+def prune(root: Path, *callbacks: Callback, **options) -> None:
+    """Remove all six activations of a classifier, one each epoch; the other callbacks come after that which does it."""
+    data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,))), batch_size=16)
+    pruning = callback_of("val_acc", tolerance=2.0, dirpath=str(root / "rounds"), **options)
+    trainer = Trainer(
+        max_epochs=7, callbacks=[pruning, *callbacks], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(Classifier(), data, data)
+    assert len(pruning.removed) == 6
+
+
 @pytest.mark.parametrize("options", [{}, {"fit": True, "gain": "macs"}, {"stand_in": "affine"}], ids=str)
 def test_a_round_does_no_more_than_the_one_before(monkeypatch, tmp_path, options):
     counts = counted(monkeypatch, *TRACERS, ("discovery", "activation_kind"))
     rounds = PerRound(counts)
-    data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,))), batch_size=16)
-    pruning = callback_of("val_acc", tolerance=2.0, dirpath=str(tmp_path / "rounds"), **options)
-    trainer = Trainer(
-        max_epochs=7, callbacks=[pruning, rounds], accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(Classifier(), data, data)
-    assert len(pruning.removed) == 6
+    prune(tmp_path, rounds, **options)
     _, _, third, *_, last = rounds.rounds  # the first round with removals meets stand-ins for the first time
     assert last <= third
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list:
+    """Have the objects noted that a method is called of."""
+    objects, original = [], getattr(owner, name)
+
+    def note(self, *args, **kwargs):
+        objects.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, note)
+    return objects
+
+
+class InEpochs(Callback):
+    """Notes what was called in each epoch."""
+
+    def __init__(self, calls: list) -> None:
+        self.calls, self.epochs = calls, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append([*self.calls])
+        self.calls.clear()
+
+
+def test_an_epoch_makes_no_metric_when_all_that_is_logged_was_logged_before(monkeypatch, tmp_path):
+    epochs = InEpochs(noted(monkeypatch, Metric, "__init__"))
+    prune(tmp_path, epochs)
+    first, *others = epochs.epochs
+    assert first
+    assert others == [[]] * 6
+
+
+def test_what_a_callback_logs_again_is_not_moved_and_what_a_user_does_is(monkeypatch, tmp_path):
+    epochs = InEpochs(noted(monkeypatch, _ResultMetric, "to"))
+    prune(tmp_path, epochs)
+    first, *others = [[result.meta.name for result in moved] for moved in epochs.epochs]
+    assert {"val_acc", "removed", "H_min", "entropy/net.1"} <= {*first}
+    assert others == [["val_acc", "val_acc"]] * 6
+
+
+def test_a_checkpoint_is_described_once_and_nothing_is_built_of_what_was_written(monkeypatch, tmp_path):
+    described = noted(monkeypatch, RunState, "to_plain")
+    saved = noted(monkeypatch, Trainer, "save_checkpoint")
+    load, loaded = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **kwargs: loaded.append(path) or load(path, **kwargs))
+    prune(tmp_path)
+    assert len(described) == len(saved) == 7
+    assert not loaded
+
+
+def test_a_run_traces_no_more_to_begin_than_one_look_at_its_model(monkeypatch, tmp_path):
+    counts = counted(monkeypatch, *TRACERS)
+    isolate_activations(Classifier())
+    one_look, begun = dict(counts), {}
+    counts.clear()
+
+    class Begins(Callback):
+        def setup(self, trainer, pl_module, stage):
+            begun.update(counts)
+
+    prune(tmp_path, Begins())
+    assert begun == one_look != {}
+
+
+def test_a_class_is_looked_at_once_for_what_is_compiled_however_many_modules_are_of_it(monkeypatch):
+    looked, original = [], private.is_compiled_function
+    monkeypatch.setattr(private, "is_compiled_function", lambda value: looked.append(value) or original(value))
+    numbers = []
+    for depth in (1, 20):
+        assert not wiring.is_compiled(mlp(depth))
+        numbers.append(len(looked))
+        looked.clear()
+    assert numbers[0] == numbers[1] > 0
+
+
+def test_scores_are_read_once_to_forget_them_all():
+    class Asked:
+        scores, reads = {str(number): torch.tensor(0.0) for number in range(9)}, 0
+
+        @property
+        def callback_metrics(self):
+            self.reads += 1
+            return self.scores
+
+    trainer, logged = Asked(), LoggedScores()
+    logged.forget(trainer)
+    assert trainer.reads == 1
+    assert [logged.get(trainer, name) for name in trainer.scores] == [None] * 9
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_easier.callbacks import files, rounds, starting, wiring
+from lightning_easier.callbacks import files, private, rounds, starting, wiring
 from lightning_easier.callbacks.run import Run
 from lightning_easier.callbacks.scores import REMOVED_KEY
 from lightning_easier.pruning.methods import Proposal
@@ -149,7 +149,8 @@ def _log(trainer: Trainer, pl_module: LightningModule, values: dict[str, float],
     ``rank_zero_only`` is what has it leave that out; it is logged on every process all the same, for its callbacks.
     """
     are_several = trainer.world_size > 1  # then `sync_dist` is what keeps Lightning from advising it
-    pl_module.log_dict(values, prog_bar=prog_bar, sync_dist=are_several, rank_zero_only=are_several)
+    with private.logged_in_place(pl_module):
+        pl_module.log_dict(values, prog_bar=prog_bar, sync_dist=are_several, rank_zero_only=are_several)
 
 
 def note_score_of_epoch(run: Run, trainer: Trainer, pl_module: LightningModule) -> bool:

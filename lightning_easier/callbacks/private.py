@@ -32,6 +32,24 @@ def lend_trainer(part: LightningModule, owner: LightningModule) -> None:
     part._trainer = owner._trainer
 
 
+@contextmanager
+def logged_in_place(module: LightningModule) -> Iterator[None]:
+    """Have what was logged before stay where it is when it is logged again, if it is on the device of the module.
+
+    Lightning moves it to the new value's device each time, and copies for that all that it knows of it, which takes
+    longer than the rest.
+    """
+    results = (module.trainer._results or {}).values()
+    there = [result for result in results if result.is_tensor and result.value.device == module.device]
+    for result in there:
+        result.to = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for result in there:
+            vars(result).pop("to", None)
+
+
 def spawns_or_forks(trainer: Trainer) -> bool:
     """Tell whether a strategy starts processes that bring the weights back into the model of this one."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)

@@ -257,7 +257,7 @@ class PruningCallback(Results, Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what belongs to this very moment: counts and calls so far, and whether a validation is still to come."""
         if self._run.is_seen(trainer) and trainer.state.fn == TrainerFn.FITTING:
-            checkpoint["callbacks"][self.state_key] = resuming.record_of_this_moment(self._run, trainer)
+            resuming.add_this_moment(self._run, trainer, checkpoint["callbacks"][self.state_key])
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data: it loads with ``weights_only=True``."""

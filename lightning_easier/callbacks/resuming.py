@@ -5,7 +5,7 @@ epoch, the start of the next.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import isinf
 from typing import Any
 
@@ -47,8 +47,15 @@ def read(run: Run, plain: Mapping[str, Any]) -> None:
     run.is_taken_up = state.folder is not None  # else it had not begun: a finder's, saved before the fit
 
 
-def record_of_this_moment(run: Run, trainer: Trainer) -> dict[str, Any]:
-    """Return the record of a run with counts and calls so far, and whether a validation is still to come."""
+def add_this_moment(run: Run, trainer: Trainer, record: dict[str, Any]) -> None:
+    """Add to the record of a run counts and calls so far, and whether a validation is still to come.
+
+    Args:
+        run: The run.
+        trainer: The Trainer.
+        record: What :func:`to_plain` has returned for a checkpoint that is being saved: it may be as large as the
+            model, so it is not made again.
+    """
     run.note_score(trainer)
     state, measurement = run.state, run.measurement
     then = state.interruption  # what was loaded and not made up for yet stays as it is
@@ -61,7 +68,7 @@ def record_of_this_moment(run: Run, trainer: Trainer) -> dict[str, Any]:
         not_called=then.not_called if measurement.not_called is None else measurement.not_called,
         counts=counts,
     )
-    return to_plain(run, replace(state, interruption=interruption))
+    record |= {"score": state.score, "interruption": asdict(interruption)}
 
 
 def begin(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -36,8 +36,8 @@ class LoggedScores:
 
     def forget(self, trainer: Trainer) -> None:
         """Mark all scores as those of another structure."""
-        for name in trainer.callback_metrics:
-            trainer.callback_metrics[name] = self._unknown
+        scores = trainer.callback_metrics  # Lightning computes them anew each time that it is asked
+        scores.update(dict.fromkeys(scores, self._unknown))
 
     def have_early_stopping_wait(self, trainer: Trainer) -> None:
         """Have every EarlyStopping pass over the checks of a score that is not known for this structure yet."""

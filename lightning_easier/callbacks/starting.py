@@ -9,6 +9,7 @@ from lightning_easier.callbacks import optimizers, surgery, telling, wiring
 from lightning_easier.callbacks.recipe import InitialRecipe
 from lightning_easier.callbacks.run import Run
 from lightning_easier.sites.activations import planned_sites
+from lightning_easier.sites.discovery import looked_at_once
 from lightning_easier.structure.checkpoint import restructure_on_load
 from lightning_easier.structure.linearize import brought_back, stand_ins
 
@@ -61,27 +62,28 @@ def begin_fit(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
 
 def discover(run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
     """Find and isolate the activations; check globs and wiring before anything is changed."""
-    settings, method = run.settings, run.settings.method
-    found, axes = _choose(run, pl_module), settings.measuring.axes
-    chosen = run.candidates or []
-    if axes:
-        sites = [*(site.name for site in planned_sites(pl_module, method.kinds_of_gates)), *stand_ins(pl_module)]
-        wiring.check_axes(sites, axes)
-    is_fitting = trainer.state.fn == TrainerFn.FITTING
-    if is_fitting:
-        live = {name: found[name] for name in chosen if name in found}
-        method.check(pl_module, list(live), named=settings.include is not None)
-        wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
-        only_validation = method.needs_eval_mode or not settings.rules.rounds.trains
-        wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
-        if settings.prices_network or method.looks_at_operators:
-            wiring.check_network_can_be_priced(trainer, settings.prices_network)
-    if run.is_active:
-        if method.looks_at_operators and (is_fitting or settings.dry_run):
-            telling.warn_of_norms_to_split(pl_module)
-        run.measurement.look(pl_module)
+    with looked_at_once():
+        settings, method = run.settings, run.settings.method
+        found, axes = _choose(run, pl_module), settings.measuring.axes
+        chosen = run.candidates or []
+        if axes:
+            sites = [*(site.name for site in planned_sites(pl_module, method.kinds_of_gates)), *stand_ins(pl_module)]
+            wiring.check_axes(sites, axes)
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
         if is_fitting:
-            surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in found])
+            live = {name: found[name] for name in chosen if name in found}
+            method.check(pl_module, list(live), named=settings.include is not None)
+            wiring.check_strategy_lets_parameters_change(trainer, method.needs_whole_parameters)
+            only_validation = method.needs_eval_mode or not settings.rules.rounds.trains
+            wiring.check(trainer, live, settings.measuring.on, settings.files.dirpath, only_validation=only_validation)
+            if settings.prices_network or method.looks_at_operators:
+                wiring.check_network_can_be_priced(trainer, settings.prices_network)
+        if run.is_active:
+            if method.looks_at_operators and (is_fitting or settings.dry_run):
+                telling.warn_of_norms_to_split(pl_module)
+            run.measurement.look(pl_module)
+            if is_fitting:
+                surgery.check_marks_are_saved(pl_module, [name for name in chosen if name in found])
 
 
 def _choose(run: Run, pl_module: LightningModule) -> dict[str, nn.Module]:

@@ -445,8 +445,9 @@ def is_compiled(pl_module: LightningModule) -> bool:
     if private.something_was_compiled():
         return True
     modules = list(pl_module.modules())
-    values = [value for owner in (*modules, *map(type, modules)) for value in vars(owner).values()]
-    return any(map(private.is_compiled_module, modules)) or any(map(private.is_compiled_function, values))
+    owners = [*modules, *dict.fromkeys(map(type, modules))]
+    called = filter(callable, (value for owner in owners for value in vars(owner).values()))
+    return any(map(private.is_compiled_module, modules)) or any(map(private.is_compiled_function, called))
 
 
 def forget_compiled_code(pl_module: LightningModule) -> None:

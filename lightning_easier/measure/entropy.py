@@ -36,16 +36,20 @@ def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple
             f"but got shape {tuple(pre_activation.shape)}"
         )
     counts = [_count(part.movedim(neuron_dim, 1)) for part in _parts(pre_activation.detach(), neuron_dim)]
-    difference, non_zero = (sum(each[1:], each[0]) for each in zip(*counts, strict=True))
-    return (non_zero + difference) // 2, (non_zero - difference) // 2
+    difference, non_zero = counts[0]
+    for more in counts[1:]:
+        difference, non_zero = difference + more[0], non_zero + more[1]
+    return (non_zero + difference) >> 1, (non_zero - difference) >> 1
 
 
 def _parts(values: Tensor, neuron_dim: int) -> tuple[Tensor, ...]:
     """Cut values so that the signs of a part fit into the cache, and need no memory to speak of."""
+    most = _PART_ON_CPU if values.device.type == "cpu" else _PART_ELSEWHERE
+    if values.numel() <= most:
+        return (values,)
     axis = 1 if neuron_dim in (0, -values.ndim) else 0
     length = values.shape[axis]
-    most = _PART_ON_CPU if values.device.type == "cpu" else _PART_ELSEWHERE
-    return values.split(max(1, most * length // max(values.numel(), 1)), axis)
+    return values.split(max(1, most * length // values.numel()), axis)
 
 
 def _count(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +63,73 @@ def _count(values: Tensor) -> tuple[Tensor, Tensor]:
         non_zero = signs.abs_().sum(inner, dtype=partial)
     else:
         difference, non_zero = signs, signs.abs()
-    return difference.to(torch.int64).sum(0), non_zero.to(torch.int64).sum(0)
+    return difference.sum(0, dtype=torch.int64), non_zero.sum(0, dtype=torch.int64)
+
+
+def _check_neurons(counts: Tensor, known: Tensor, pre_activation: Tensor, neuron_dim: int) -> None:
+    """Refuse an activation that has another number of neurons than before."""
+    if len(counts) != len(known):
+        raise ValueError(
+            f"Expected argument `pre_activation` to have {len(known)} neurons on axis {neuron_dim}, but got shape "
+            f"{tuple(pre_activation.shape)}"
+        )
+
+
+class StateCounts:
+    """Count how often the neurons of one activation are ON and OFF, over batches.
+
+    What :class:`ActivationEntropy` counts, without what a metric of torchmetrics has besides, which takes longer than
+    the counts of a small batch.
+
+    Args:
+        neuron_dim: The axis of the neurons: 1 after convolutions and batch norm, -1 after Linear and LayerNorm.
+
+    Attributes:
+        on: How often each neuron was ON, int64 of shape ``(C,)``; ``(0,)`` before the first update.
+        off: How often each was OFF.
+
+    Example:
+        >>> import torch
+        >>> counts = StateCounts()
+        >>> counts.update(torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.0, -4.0]]))
+        >>> counts.on, counts.off
+        (tensor([1, 2]), tensor([1, 1]))
+    """
+
+    def __init__(self, neuron_dim: int = 1) -> None:
+        self.neuron_dim = neuron_dim
+        self.on = torch.zeros(0, dtype=torch.int64)
+        self.off = self.on
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        self.on = self.off = torch.zeros(0, dtype=torch.int64, device=self.on.device)
+
+    def to(self, device: torch.device) -> "StateCounts":
+        """Move the counts to a device."""
+        self.on, self.off = self.on.to(device), self.off.to(device)
+        return self
+
+    def update(self, pre_activation: Tensor) -> None:
+        """Count the ON and OFF states of one batch.
+
+        Args:
+            pre_activation: The input of the activation, shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
+
+        Raises:
+            TypeError: If ``pre_activation`` is not a floating point tensor.
+            ValueError: If it has no axis ``neuron_dim``, or another number of neurons than before.
+        """
+        on, off = _activation_entropy_update(pre_activation, self.neuron_dim)
+        if len(self.on):
+            _check_neurons(on, self.on, pre_activation, self.neuron_dim)
+        self.add(on, off)
+
+    def add(self, on: Tensor, off: Tensor) -> None:
+        """Add counts, int64 of shape ``(C,)`` each."""
+        on, off = on.to(self.on.device), off.to(self.on.device)
+        # Out of place: counts made under inference_mode must not be written to outside of it.
+        self.on, self.off = (self.on + on, self.off + off) if len(self.on) else (on, off)
 
 
 def entropy_of_counts(on: Tensor, off: Tensor) -> Tensor:
@@ -165,11 +235,7 @@ class ActivationEntropy(Metric):
         on, off = _activation_entropy_update(pre_activation, self.neuron_dim)
         if self.on.numel() == 0 and self.num_neurons is None:
             self._resize(on.numel())
-        if on.numel() != self.on.numel():
-            raise ValueError(
-                f"Expected argument `pre_activation` to have {self.on.numel()} neurons on axis {self.neuron_dim}, "
-                f"but got shape {tuple(pre_activation.shape)}"
-            )
+        _check_neurons(on, self.on, pre_activation, self.neuron_dim)
         self.add(on, off)
 
     def add(self, on: Tensor, off: Tensor) -> None:

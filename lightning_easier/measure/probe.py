@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of, merged
-from lightning_easier.measure.entropy import ActivationEntropy, Sampler, entropy_of_counts
+from lightning_easier.measure.entropy import Sampler, StateCounts, entropy_of_counts
 from lightning_easier.measure.moments import (
     Moments,
     batch_norms_before,
@@ -84,13 +84,15 @@ class EntropyProbe:
         self._calls = dict.fromkeys((site.name for site in sites), 0)
         axes = neuron_dim or {}
         _check_axes(axes, sites)
-        self._metrics = {site.name: ActivationEntropy(neuron_dim=site.axis(axes)) for site in sites}
-        self._affines = {name: AffineStatistics(metric.neuron_dim) for name, metric in self._metrics.items() if affines}
+        self._states = {site.name: StateCounts(site.axis(axes)) for site in sites}
+        self._affines = {name: AffineStatistics(states.neuron_dim) for name, states in self._states.items() if affines}
         self._forget_samples()
 
     def _forget_samples(self) -> None:
-        self._samples = dict.fromkeys(self._metrics, 0)
-        self._left_out = {name: torch.zeros_like(metric.updates) for name, metric in self._metrics.items()}
+        self._samples = dict.fromkeys(self._states, 0)
+        self._left_out = {
+            name: torch.zeros((), dtype=torch.int64, device=states.on.device) for name, states in self._states.items()
+        }
         self._has_told = self.has_left_out = False
         self.reasons: dict[str, str] = {}
 
@@ -106,13 +108,13 @@ class EntropyProbe:
     @property
     def names(self) -> list[str]:
         """The activations that are looked at, in execution order."""
-        return list(self._metrics)
+        return list(self._states)
 
     def attach(self) -> None:
         """Register the hooks; a second call does nothing."""
         if not self._handles:
             for site in self._sites:
-                hook = HookOfOneModel(self._hook(site.name, self._metrics[site.name]))
+                hook = HookOfOneModel(self._hook(site.name, self._states[site.name]))
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -124,16 +126,16 @@ class EntropyProbe:
     def reset(self) -> None:
         """Forget the counts."""
         self._calls = dict.fromkeys(self._calls, 0)
-        for metric in self._metrics.values():
-            metric.reset()
+        for states in self._states.values():
+            states.reset()
         for statistics in self._affines.values():
             statistics.reset()
         self._forget_samples()
 
     def to(self, device: torch.device) -> "EntropyProbe":
         """Move the counts to the device of the model, where a process that gets no batch has to have them too."""
-        for metric in self._metrics.values():
-            metric.to(device)
+        for states in self._states.values():
+            states.to(device)
         for statistics in self._affines.values():
             statistics.to(device)
         self._left_out = {name: count.to(device) for name, count in self._left_out.items()}
@@ -150,20 +152,30 @@ class EntropyProbe:
             ``samples`` and ``left_out``: how many samples it was called with, and of how many not all values were
             finite. With ``affines``, besides, ``affine``, what :class:`AffineStatistics` has summed up.
         """
-        of_processes = gather_from_processes([part for name in self._metrics for part in self._parts(name)])
-        parts = 4 if self._affines else 3
+        if not self._states:
+            return {}
+        numbers = [[self._calls[name], self._samples[name]] for name in self._states]
+        left_out = torch.stack([self._all_left_out(name) for name in self._states])
+        table = torch.cat([torch.tensor(numbers, device=left_out.device), left_out.unsqueeze(1)], 1)
+        of_processes = gather_from_processes([table, *(part for name in self._states for part in self._parts(name))])
+        tables = torch.stack([process[0] for process in of_processes])
+        calls, (samples, left_out) = tables[..., 0].amax(0), tables[..., 1:].sum(0).unbind(1)
+        of_each = zip(self._states, calls.tolist(), samples.tolist(), left_out.tolist(), strict=True)
+        parts = 3 if self._affines else 2
         return {
-            name: _put_together([process[parts * place :][:parts] for process in of_processes])
-            for place, name in enumerate(self._metrics)
+            name: {"calls": calls, "samples": samples, "left_out": left_out}
+            | _put_together([process[1 + parts * place :][:parts] for process in of_processes])
+            for place, (name, calls, samples, left_out) in enumerate(of_each)
         }
 
+    def _all_left_out(self, name: str) -> Tensor:
+        """Return how many samples this process has left out of one activation."""
+        return self._left_out[name] + self._affines[name].left_out if self._affines else self._left_out[name]
+
     def _parts(self, name: str) -> list[Tensor]:
-        """Return what this process has: calls, samples, how many of these were left out; ON; OFF; sums for affines."""
-        metric, left_out, sums = self._metrics[name], self._left_out[name], []
-        if name in self._affines:
-            left_out, sums = left_out + self._affines[name].left_out, [self._affines[name].sums]
-        called = torch.tensor([self._calls[name], self._samples[name]], device=left_out.device)
-        return [torch.cat([called, left_out.view(1)]), metric.on, metric.off, *sums]
+        """Return what this process has summed up of one activation: ON; OFF; sums for affines."""
+        states = self._states[name]
+        return [states.on, states.off, *([self._affines[name].sums] if self._affines else [])]
 
     def resume(self, counts: Mapping[str, Mapping[str, Any]], is_global_zero: bool = True) -> None:
         """Go on from what :meth:`counts` returned; one process takes all counts, since they will be summed."""
@@ -172,7 +184,7 @@ class EntropyProbe:
             if is_global_zero and count["on"].numel():
                 self._samples[name] += count["samples"]
                 self._left_out[name] = self._left_out[name] + count["left_out"]
-                self._metrics[name].add(count["on"], count["off"])
+                self._states[name].add(count["on"], count["off"])
                 if name in self._affines and "affine" in count:
                     self._affines[name].add(count["affine"])
 
@@ -189,9 +201,9 @@ class EntropyProbe:
             UserWarning: If samples were not finite, once.
         """
         counts = self._called()
-        if self._metrics and not counts:
+        if self._states and not counts:
             raise RuntimeError(
-                f"None of the {len(self._metrics)} activations {list(self._metrics)[:5]} was called while their "
+                f"None of the {len(self._states)} activations {list(self._states)[:5]} was called while their "
                 f"entropy was measured. Their model's forward has to run as it is now: code compiled earlier does "
                 f"not see them (call `torch._dynamo.reset()`), nor does a step that calls other methods than forward."
             )
@@ -247,7 +259,7 @@ class EntropyProbe:
         Every process has to call this. Activations that were not called are left out.
         """
         return {
-            name: States(count["on"], count["off"], self._metrics[name].neuron_dim)
+            name: States(count["on"], count["off"], self._states[name].neuron_dim)
             for name, count in self._called().items()
         }
 
@@ -266,7 +278,7 @@ class EntropyProbe:
         self._has_told = True
         return counts
 
-    def _hook(self, name: str, metric: ActivationEntropy) -> Callable[..., None]:
+    def _hook(self, name: str, states: StateCounts) -> Callable[..., None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.paused:
@@ -274,15 +286,17 @@ class EntropyProbe:
             pre_activation: Tensor = input_of(args, kwargs)
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
-            if metric.device != pre_activation.device:
+            if states.on.device != pre_activation.device:
                 self.to(pre_activation.device)
             call = self._calls[name]
             self._calls[name] += 1
             try:
                 if self._sampler is not None:
-                    pre_activation = self._sampler(pre_activation, call, metric.neuron_dim)
-                metric.update(pre_activation)
-                samples = pre_activation.detach().movedim(metric.neuron_dim, 0).movedim(1, 0)
+                    pre_activation = self._sampler(pre_activation, call, states.neuron_dim)
+                states.update(pre_activation)
+                samples = pre_activation.detach()
+                if states.neuron_dim in (0, -samples.ndim):
+                    samples = samples.movedim(1, 0)
                 self._samples[name] += len(samples)
                 if name not in self._affines:
                     self._left_out[name] = self._left_out[name] + (~finite_samples(samples)).sum()
@@ -311,13 +325,8 @@ def _check_axes(axes: Mapping[str, int], sites: Sequence[ActivationSite]) -> Non
 
 def _put_together(of_processes: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
     """Put together what processes have counted of one activation; those that saw nothing know no neurons."""
-    numbers, on, off, *affine = zip(*of_processes, strict=True)
-    calls, samples, left_out = torch.stack(numbers).unbind(1)
-    counts: dict[str, Any] = {"on": _total(on), "off": _total(off)}
-    counts |= {"calls": int(calls.max()), "samples": int(samples.sum()), "left_out": int(left_out.sum())}
-    if affine:
-        counts["affine"] = merged(affine[0])
-    return counts
+    on, off, *affine = zip(*of_processes, strict=True)
+    return {"on": _total(on), "off": _total(off)} | ({"affine": merged(affine[0])} if affine else {})
 
 
 def _total(counts: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,9 @@ is a function, or a module that is called more than once. The model is not touch
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -190,17 +192,30 @@ class KnownForwards:
         ]
 
 
+_shared: ContextVar[KnownForwards | None] = ContextVar("_shared", default=None)
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Have the looks at a model in a block share what they find out; nothing may change the model between two."""
+    before = _shared.set(KnownForwards())
+    try:
+        yield
+    finally:
+        _shared.reset(before)
+
+
 class Discovery:
     """Follow the values through a model and note the sites, and the edits that would isolate them.
 
     Args:
         gates: The gates that count.
-        known: What earlier looks at the same model have found out.
+        known: What earlier looks at the same model have found out; those in :func:`looked_at_once` by default.
     """
 
     def __init__(self, gates: frozenset[str], known: KnownForwards | None = None) -> None:
         self._gates = gates
-        self._known = KnownForwards() if known is None else known
+        self._known = known or _shared.get() or KnownForwards()
         self._reading = Reading()
         self._plan = IsolationPlan()
         self._flow = self._plan.flow

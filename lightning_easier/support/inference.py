@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def arguments_wanted(model: nn.Module) -> int:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer, the CPU if it has none."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -66,7 +67,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:  # to set it takes much longer than to read it
+                module.training = training
 
 
 def forward(model: nn.Module, arguments: Sequence[Any], argument: str) -> Any:

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,6 +57,43 @@ def test_loops_and_strategies_have_what_is_set(tmp_path):
     strategy._pl_static_graph_delay_done = True
     private.begin_static_graph_anew(strategy)
     assert not strategy._pl_static_graph_delay_done
+
+
+class Logs(Small):
+    """Logs two values at the end of each validation, and fails in the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_place = []
+
+    def on_validation_epoch_end(self):
+        results = self.trainer._results
+        with private.logged_in_place(self):
+            self.log_dict({"first": float(self.current_epoch), "second": 1.0})
+            if self.current_epoch == 2:
+                raise KeyError("any")
+        first = results["on_validation_epoch_end.first"]
+        there, first.value = first.value, torch.zeros((), device="meta")  # as on another device
+        with private.logged_in_place(self):
+            self.in_place.append([result.meta.name for result in results.values() if "to" in vars(result)])
+        first.value = there
+
+
+def test_what_is_logged_again_in_place_has_the_new_value_and_is_moved_as_before_afterwards(tmp_path, monkeypatch):
+    module, moved, to = Logs(), [], _ResultMetric.to
+    monkeypatch.setattr(_ResultMetric, "to", lambda self, *args: moved.append(self.meta.name) or to(self, *args))
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(torch.randn(4, 4), torch.tensor([0, 1, 0, 1])), 2)
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    with pytest.raises(KeyError, match="any"):
+        trainer.fit(module, data, data)
+    assert moved.count("first") == moved.count("second") == 2  # when it was new, and to the CPU at the end
+    assert results["on_validation_epoch_end.first"].value == 2.0
+    assert not any("to" in vars(result) for result in results.values())
+    assert all("first" not in names and "second" in names for names in module.in_place)
 
 
 @pytest.mark.parametrize(("strategy", "does"), [("ddp_spawn", True), ("ddp", False), ("auto", False)])
