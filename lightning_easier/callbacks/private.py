@@ -39,7 +39,7 @@ def logged_in_place(module: LightningModule) -> Iterator[None]:
     Lightning moves it to the new value's device each time, and copies for that all that it knows of it, which takes
     longer than the rest.
     """
-    results = (module.trainer._results or {}).values()
+    results = (getattr(module.trainer, "_results", None) or {}).values()
     there = [result for result in results if result.is_tensor and result.value.device == module.device]
     for result in there:
         result.to = lambda *_, **__: None
