@@ -33,12 +33,13 @@ test: $(VENV)/.dev lint  ## Lint, then run all tests.
 
 matrix:  ## Test in fresh environments with the lowest versions (tests/lowest.txt), then with the newest; gigabytes.
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[demo,zoo]' 'pytest>=8.4' 'hypothesis>=6.115' 'POT>=0.9.7.post1'
-	$(LOWEST)/bin/python -m pytest $(MATRIX) --ignore tests/sites/test_networks.py --ignore tests/sites/test_paths.py \
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[demo,zoo]' 'pytest>=8.4' 'pytest-xdist>=3.6' \
+		'hypothesis>=6.115' 'POT>=0.9.7.post1'
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(MATRIX) --ignore tests/sites/test_networks.py --ignore tests/sites/test_paths.py \
 		--ignore tests/sites/test_feeding.py --ignore tests/collapsing/test_collapse_networks.py
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
-	$(NEWEST)/bin/python -m pytest $(MATRIX)
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal $(MATRIX)
 
 prove: $(VENV)/.dev  ## Collapse 10,000 random linear networks, and 10,000 as users write them; some hours.
 	COLLAPSE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 --show-capture=no tests/collapsing/test_collapse_properties.py tests/collapsing/test_collapse_fuzz.py
