@@ -7,14 +7,17 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_easier.collapsing import CollapseResult, collapse
-from lightning_easier.collapsing.engine import Prepared, counted, prepare, with_operators
+from lightning_easier.collapsing import CollapseResult
+from lightning_easier.collapsing.engine import Prepared, counted, prepare, warn_of_lost_arguments, with_operators
 from lightning_easier.collapsing.exact.prices import Objective
 from lightning_easier.report import CollapseReport, ModelCost
+from lightning_easier.sites.activations import unwrap
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.arguments import check_integer, check_positive
+from lightning_easier.support.batches import as_arguments
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.costs import count_macs
+from lightning_easier.support.inference import check_weights
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Speedup, compare, speed_up
 
 # A model whose estimated time is so near to the target is collapsed and timed.
@@ -396,8 +399,15 @@ def attained(
     Raises:
         CollapseError: If the network can't be collapsed.
     """
-    network = network.eval()
-    arguments = mapped(lambda value: value.detach().clone(), arguments)
-    report = collapse(network, arguments, objective=objective, latencies=table).report
+    network = unwrap(network).eval()
+    check_weights(network)
+    arguments = as_arguments(mapped(lambda value: value.detach().clone(), arguments), network)
     speedup, depth = (None, None) if target is None else (target.speedup, target.depth)
+    prepared = prepare(network, arguments, objective, table)
+    bars = dict(prepared.bars)
+    if speedup is not None and not bars:  # else too few are taken to tell whether it is so fast
+        bars["dense", "after"] = speedup * (1 - MARGIN)
+    result = prepared.settle(compare(prepared.models, copies(arguments), bars.items(), table.pace))
+    warn_of_lost_arguments(network, result.report)
+    report = with_operators(result, prepared.baseline.model, arguments, table.pace).report
     return _attained(report, speedup, depth), report

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier.support.calls import call, copies
+from lightning_easier.support.inference import has_hooks
 
 # So many bytes of outputs are kept at most.
 _MOST = 2**29
@@ -26,7 +27,8 @@ class Beginnings:
     """Knows what the modules of a model return on some batches.
 
     While it is used, only what it is told of may change in the model. A module is never run again where that can't be
-    told from running it: it is called once, returns tensors alone, and nothing that follows writes into them.
+    told from running it: it is called once, returns tensors alone, nothing that follows writes into them, and nothing
+    in it has hooks, writes into what it is given, or keeps something of a call.
 
     Args:
         model: The model, in eval mode.
@@ -51,7 +53,8 @@ class Beginnings:
             self._began = {module: span.began for module, span in watch.spans.items()}
             self._ended = {module: span.ended for module, span in watch.spans.items()}
             samples = [len(each[0]) if each[0].ndim else 1 for each in batches]
-            worth_keeping = _within(watch.spans, most * samples[0] // max(sum(samples), 1))
+            alone = {module: span for module, span in watch.spans.items() if module in watch.alone}
+            worth_keeping = _within(alone, most * samples[0] // max(sum(samples), 1))
         for batch in batches:
             watch = _Watch(model, worth_keeping)
             self.outputs.append(watch.run(model, batch))
@@ -107,6 +110,7 @@ class _Watch:
 
     Attributes:
         spans: Of each module that was called once, and returned tensors alone.
+        alone: Those of them of which nothing else is left of a call than what it returns.
     """
 
     def __init__(self, model: nn.Module, wanted: Iterable[nn.Module] | None = None) -> None:
@@ -114,16 +118,22 @@ class _Watch:
         self._wanted = set(wanted or ())
         self._time = 0
         self._calls: dict[nn.Module, list[int]] = {}
-        self._returned: dict[nn.Module, tuple[Any, list[int]]] = {}
+        self._returned: dict[nn.Module, tuple[Any, list[int | None]]] = {}
         self._inner = [module for module in model.modules() if module is not model]
+        self._given: dict[nn.Module, tuple[list[Tensor], list[int | None]]] = {}
+        self.alone = {module for module in self._inner if not any(map(has_hooks, module.modules()))}
 
     def run(self, model: nn.Module, batch: Sequence[Tensor]) -> Any:
         """Return what the model returns."""
-        handles = [module.register_forward_pre_hook(self._begin) for module in self._inner]
+        handles = [module.register_forward_pre_hook(self._begin, with_kwargs=True) for module in self._inner]
         handles += [module.register_forward_hook(self._end) for module in self._inner]
+        before = {module: _state(module) for module in self._inner}
         try:
             with torch.no_grad():
-                return call(model, copies(batch))
+                returned = call(model, copies(batch))
+            changed = {module for module, state in before.items() if not _is_same(_state(module), state)}
+            self.alone = {module for module in self.alone if changed.isdisjoint(module.modules())}
+            return returned
         finally:
             for handle in handles:
                 handle.remove()
@@ -133,23 +143,48 @@ class _Watch:
         return {
             module: output
             for module, (output, versions) in self._returned.items()
-            if module in self.spans and versions == [tensor._version for tensor in _tensors(output) or ()]
+            if module in self.spans and module in self.alone and versions == _versions(_tensors(output) or ())
         }
 
-    def _begin(self, module: nn.Module, *_: Any) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._time += 1
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._given[module] = given, _versions(given)
         self._calls.setdefault(module, []).append(self._time)
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         self._time += 1
         tensors = _tensors(output)
+        given, versions = self._given.pop(module, ([], []))  # of one that calls itself, twice
+        if versions != _versions(given):  # others may read there what it has written
+            self.alone.discard(module)
         self.spans.pop(module, None)
         if len(self._calls[module]) > 1 or tensors is None:
             return
         size = sum(tensor.nbytes for tensor in tensors)
         self.spans[module] = _Span(self._calls[module][0], self._time, size)
         if module in self._wanted:
-            self._returned[module] = output, [tensor._version for tensor in tensors]
+            self._returned[module] = output, _versions(tensors)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int | None]:
+    """Return what tells whether tensors were written into; those made in inference mode don't say."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _state(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what a module holds: each value, and what tells whether it was written into."""
+    held: list[tuple[Any, Any]] = []
+    for value in (*vars(module).values(), *module.buffers(recurse=False), *module.parameters(recurse=False)):
+        mark: Any = len(value) if isinstance(value, (list, dict, set)) else None
+        held.append((value, _versions([value]) if isinstance(value, Tensor) else mark))
+    return held
+
+
+def _is_same(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> bool:
+    return len(now) == len(before) and all(
+        a is b and mark == mark_before for (a, mark), (b, mark_before) in zip(now, before, strict=True)
+    )
 
 
 def _tensors(output: Any) -> list[Tensor] | None:

@@ -300,3 +300,53 @@ def test_errors_that_are_corrected_leave_the_outputs_nearer(monkeypatch):
         replace_chains(fitted, sites, batches, batches[0], ChainPrices("macs", LatencyTable()), 0.02)
         drifts[way] = drift_of(outputs_of(fitted, fresh), outputs_of(model, fresh))
     assert drifts["corrected"] < 0.9 * drifts["plain"]
+
+
+class Skipped(nn.Module):
+    """An activation in place in front of a skip, behind a chain that is fitted before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1))
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.second(self.act(x)) + x)
+
+
+class OwnStatistics(nn.Module):
+    """A batch norm that stays in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.second(self.first(self.norm(x)))
+
+
+@pytest.mark.parametrize("make", [Skipped, OwnStatistics])
+def test_errors_are_the_same_whatever_of_the_dense_network_is_kept(make):
+    torch.manual_seed(0)
+    dense = make().eval()
+    if isinstance(dense, OwnStatistics):
+        dense.norm.train()
+    batches = [(torch.randn(64, 3, 5, 5) + 1,) for _ in range(2)]
+    changed = deepcopy(dense)
+    with torch.no_grad():
+        changed.first[0].weight *= 0.5
+    state = deepcopy(dense.state_dict())
+    place = FittableChains(changed, ["second.1"]).around(["second.1"])
+    nothing_kept = Beginnings(dense, [])
+    sums = [
+        gather_corrected(changed, before, place, batches, batches[0]).moments.fitted
+        for before in (beginnings_of(dense, batches), nothing_kept)
+    ]
+    for name in ("gram", "cross", "squares"):
+        torch.testing.assert_close(*(getattr(each, name) for each in sums))
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())

@@ -122,3 +122,100 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was():
     with pytest.raises(RuntimeError):
         run()
     assert "forward" not in vars(model[0])
+
+
+class WritesIntoItsInput(nn.Module):
+    """An activation in place before a skip: what is added reads what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.act(x)) + x
+
+
+class Keeps(nn.Module):
+    """Keeps something of each call, which others read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.how, self.skip, self.skips = nn.Linear(4, 4), how, None, []
+        self.register_buffer("written", torch.zeros(4))
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.how == "attribute":
+            self.skip = y
+        elif self.how == "list":
+            self.skips.append(y)
+        else:
+            self.written.copy_(y[0])
+        return 2 * y
+
+
+class ReadsWhatIsKept(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.block = nn.Sequential(Keeps(how))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y, keeps = self.last(self.block(x)), self.block[0]
+        return y + {"attribute": keeps.skip, "list": (keeps.skips or [None])[-1], "buffer": keeps.written}[keeps.how]
+
+
+class Hooked(nn.Module):
+    """A hook doubles what a module returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4))
+        self.block.register_forward_hook(lambda module, args, output: 2 * output)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.block(x))
+
+
+def kept_in(how):
+    return lambda: ReadsWhatIsKept(how)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WritesIntoItsInput, Hooked, kept_in("attribute"), kept_in("list"), kept_in("buffer")],
+    ids=["in place", "hooks", "attribute", "list", "buffer"],
+)
+def test_what_does_more_than_to_return_something_is_run_again(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    batches = [(torch.randn(5, 4),) for _ in range(3)]
+    with torch.no_grad():
+        expected = [model(*batch) for batch in batches]
+    beginnings = Beginnings(model, batches)
+    for returned in (beginnings.outputs, beginnings.running_from(["last"])()):
+        for value, wanted in zip(returned, expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+
+
+class OfItself(nn.Module):
+    """Calls itself, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x, depth=1):
+        return self(self.first(x), depth - 1) if depth else x
+
+
+def test_a_module_that_calls_itself_and_weights_made_in_inference_mode_are_no_error():
+    with torch.inference_mode():
+        model = nn.Sequential(OfItself(), nn.Linear(4, 4)).eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(Beginnings(model, [(x,)]).running_from(["1"])()[0], model(x))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_easier import collapse, compress
+from lightning_easier import collapse, compress, linearize
 from lightning_easier.pruning import stages, targets
 from lightning_easier.support import timing
 from lightning_easier.support.timing import LatencyTable, Speedup, compare, measure_latency, speed_up
@@ -427,6 +427,18 @@ def _attained_at(speedup, target):
     report.dense = replace(report.dense, latency=timing.Latency.of(before))
     report.after = replace(report.after, latency=timing.Latency.of(after))
     return targets._attained(report, target, None)
+
+
+@pytest.mark.parametrize("objective", ["latency", "macs", "depth"])
+def test_whether_a_run_is_there_is_asked_of_as_many_samples_whatever_is_made_least(monkeypatch, objective):
+    under(monkeypatch, honest)
+    model, value = (
+        linearize(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64)), ["1"]),
+        torch.randn(64, 64),
+    )
+    answer, report = targets.attained(model, (value,), targets.Target(speedup=1.5), objective, LatencyTable())
+    assert answer.is_reached
+    assert len(report.speedup.ratios) == 15
 
 
 def test_a_target_is_asked_for_where_nothing_can_be_counted(monkeypatch):

@@ -141,7 +141,8 @@ def beginnings_of(dense: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Be
             break
         some.append(batch)
         samples += len(batch[0])
-    return Beginnings(dense, some)
+    with evaluation_mode(dense):  # as both are compared, whatever batch norm was left in training mode
+        return Beginnings(dense, some)
 
 
 class Compared(NamedTuple):
