@@ -119,7 +119,8 @@ class _Watch:
         self._time = 0
         self._calls: dict[nn.Module, list[int]] = {}
         self._returned: dict[nn.Module, tuple[Any, list[int | None]]] = {}
-        self._inner = [module for module in model.modules() if module is not model]
+        inner = (module for module in model.modules() if module is not model)
+        self._inner = [module for module in inner if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
         self._given: dict[nn.Module, tuple[list[Tensor], list[int | None]]] = {}
         self.alone = {module for module in self._inner if not any(map(has_hooks, module.modules()))}
 

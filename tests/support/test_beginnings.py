@@ -219,3 +219,12 @@ def test_a_module_that_calls_itself_and_weights_made_in_inference_mode_are_no_er
     x = torch.randn(3, 4)
     with torch.no_grad():
         torch.testing.assert_close(Beginnings(model, [(x,)]).running_from(["1"])()[0], model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_takes_no_hooks_is_run_again():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    model = nn.Sequential(scripted, nn.Sequential(nn.Linear(4, 4), scripted), nn.Linear(4, 4)).eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(Beginnings(model, [(x,)]).running_from(["2"])()[0], model(x))
