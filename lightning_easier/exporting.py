@@ -171,7 +171,7 @@ def _try_opset(version: int) -> None:
     """
     layer = nn.utils.skip_init(nn.Linear, 1, 1).requires_grad_(False).eval()  # no random number is drawn
     with quiet():
-        program = torch.export.export(layer, (torch.zeros(1, 1),))
+        program = torch.export.export(layer, (torch.zeros(1, 1, device="cpu"),))  # whatever the default is
     with tempfile.TemporaryDirectory() as folder:
         try:
             _write_onnx(program, Path(folder) / "layer.onnx", _Onnx(["x"], None, version), [])

@@ -2,17 +2,19 @@
 
 import os
 import pickle
+from collections import defaultdict, deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import save as save_folder
 
-from lightning_easier.callbacks.files import RunFiles, read_marks_of
+from lightning_easier.callbacks.files import RunFiles, _digest_if_unsafe, read_marks_of
 from lightning_easier.pruning.state import RunState
 from lightning_easier.structure.linearize import linearize
 from tests.integration.interrupted import At, Small, outcome, run, stop
@@ -259,6 +261,35 @@ def test_a_run_of_such_a_module_is_resumed_as_the_trainer_is_told_to_load(tmp_pa
     with torch.serialization.safe_globals([Settings]):
         resumed = run(tmp_path, model=with_settings(), pruning=pruning, ckpt_path=path)
     assert_equal_states(outcome(*resumed), whole)
+
+
+class Named(dict):
+    """A dict of another class, which the safe reader does not fill, though it is allowed."""
+
+
+@pytest.mark.parametrize(
+    "settings", [Named(a=1), deque([1]), defaultdict(list, a=[1])], ids=["dict", "deque", "default"]
+)
+def test_a_run_goes_back_to_a_file_with_what_is_allowed_and_can_not_be_built(tmp_path, settings):
+    seed_everything(3, verbose=False)
+    with torch.serialization.safe_globals([type(settings), list]), pytest.warns(UserWarning, match="holds more than"):
+        callback = run(tmp_path, model=WithSettings(settings=settings))[1]
+    assert [this.accepted for this in callback.rounds] == [True, True, False]
+
+
+def test_a_file_with_a_hole_fails_as_one_that_can_not_be_written(tmp_path):
+    path = tmp_path / "round_0.ckpt"
+    torch.save({"weights": torch.randn(100), "numbers": list(range(30))}, path)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=TorchCheckpointIO()))
+    assert _digest_if_unsafe(trainer, path) is None
+    whole, failed = path.read_bytes(), 0
+    for place in range(0, len(whole) - 100, 20):
+        path.write_bytes(whole[:place] + bytes(100) + whole[place + 100 :])
+        try:
+            _digest_if_unsafe(trainer, path)
+        except (OSError, RuntimeError):  # what all processes are told of
+            failed += 1
+    assert failed
 
 
 def sharding_trainer():
