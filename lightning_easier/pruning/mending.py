@@ -61,6 +61,7 @@ class Mending:
             return
         if not self._clock.is_over():
             self._refit()
+        self._search.forget_dense()  # nothing is fitted any more
         if not self._clock.is_over():
             self._match_norms()
         if finetuner is not None:

@@ -209,8 +209,12 @@ class Search:
 
     @cached_property
     def dense(self) -> Beginnings:
-        """The model as it was given, and what its modules return."""
+        """The model as it was given, and what its modules return; kept until :meth:`forget_dense`."""
         return beginnings_of(self._source, self._batches)
+
+    def forget_dense(self) -> None:
+        """Keep no longer what the modules of the model as it was given return: hundreds of megabytes."""
+        vars(self).pop("dense", None)
 
     @property
     def saved(self) -> float:

@@ -455,3 +455,13 @@ def test_no_more_is_refitted_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(Clock, "is_over", lambda _: stages[-1] == REFITTING)
     assert compress(model, batches, max_minutes=30, **FIRST).report.trials
     assert not begun
+
+
+def test_what_the_dense_network_returns_is_kept_no_longer_than_something_is_fitted(monkeypatch):
+    seen: list[bool] = []
+    refit = mending.refit_kept
+    monkeypatch.setattr(mending, "refit_kept", lambda *given: seen.append(given[1].outputs != []) or refit(*given))
+    monkeypatch.setattr(mending.Mending, "_match_norms", lambda self: seen.append("dense" in vars(self._search)))
+    torch.manual_seed(0)
+    compress(randomized(CifarResNet(8)), images(32, 32), **OPTIONS)
+    assert seen == [True, False]
