@@ -657,6 +657,14 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture
+def own_is_forgotten():
+    """What one test writes to `own.py` is not what another imports, if it runs in the same process."""
+    yield
+    sys.modules.pop("own", None)
+
+
+@pytest.mark.usefixtures("own_is_forgotten")
 def test_a_cli_of_ones_own_takes_the_subcommands_and_finds_what_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(OWN)
     own = ["own.py", "compress", "--model.width=32", "--own_option=4", "--inputs_of=own.inputs"]
