@@ -267,8 +267,8 @@ class TargetWatch:
     def look_if_enough(self, model: nn.Module, saved: float) -> Look | str:
         """Look at a model that is as fast and as shallow as it should be; say of another what it is instead.
 
-        That is more than to reach a target, since it can do without being so: its median has to be as fast as that,
-        too.
+        That is more than to reach a target: what is given up for it has reached that already. So the median has to be
+        as fast as was asked for, too, and not only within the margin below it.
 
         Args:
             model: The model.

@@ -163,7 +163,7 @@ def test_what_is_not_enough_without_a_step_is_timed_beside_the_dense_network_alo
 
 
 def test_less_is_enough_where_its_median_is_and_noise_leaves_no_more_doubt_than_of_a_target(monkeypatch):
-    """What is 1 % faster than it should be is not surely that where timings differ; what is 1 % slower is no target."""
+    """What is a little faster than asked for is not surely that where timings differ; what is slower is not enough."""
     model, smaller = (Sum(widths, [0.1, 0.1]).eval() for widths in ([64, 64], [16, 16]))
 
     def found(target: float, slowness) -> targets.Look | str:
@@ -175,11 +175,13 @@ def test_less_is_enough_where_its_median_is_and_noise_leaves_no_more_doubt_than_
     assert isinstance(first, targets.Look)
     true = first.result.report.speedup.median
     assert isinstance(found(true / 1.01, honest), targets.Look)
-    assert "that was asked for" in str(found(true * 1.01, honest))
-    noisy = found(true / 1.01, jittering(0.03))
+    slower = found(true * 1.01, honest)
+    assert isinstance(slower, str)
+    assert "that was asked for" in slower
+    noisy = found(true / 1.004, jittering(0.03))
     assert isinstance(noisy, targets.Look)
-    assert noisy.result.report.speedup.leaves_open(true / 1.01)
-    assert noisy.result.report.speedup.median >= true / 1.01
+    assert noisy.result.report.speedup.leaves_open(true / 1.004)
+    assert noisy.result.report.speedup.median >= true / 1.004
 
 
 class Branch(nn.Module):
