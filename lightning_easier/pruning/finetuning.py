@@ -20,14 +20,9 @@ from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import Clock
 from lightning_easier.report import Trial
 from lightning_easier.support.arguments import check_integer, check_positive
-from lightning_easier.support.calls import Arguments, call, copies, mapped, names_of
-from lightning_easier.support.inference import (
-    evaluation_mode,
-    full_float32,
-    relative_difference,
-    tensors_in,
-    tolerance_for,
-)
+from lightning_easier.support.calls import Arguments, names_of
+from lightning_easier.support.inference import evaluation_mode
+from lightning_easier.support.rows import rows_are_samples, rows_of
 
 # Of the steps: for so many the rate rises, and by so many is known how long one takes.
 _WARM_UP, _STEPS_THAT_TELL = 0.1, 5
@@ -279,25 +274,6 @@ def _over(distance: FeatureDistance, model: nn.Module, batches: Sequence[tuple[T
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
-@full_float32()
-def _holds_samples(dense: nn.Module, batch: tuple[Tensor, ...]) -> bool:
-    """Tell whether the rows of a batch are samples: a network makes of some of them what it makes of them in the batch.
-
-    They may be the nodes of a graph, or the positions of sequences; or a forward takes so many and no others.
-    """
-    rows = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(0))[: max(1, len(batch[0]) // 2)]
-    some = mapped(lambda value: value[rows.to(value.device)], batch)
-    with evaluation_mode(dense):
-        whole = tensors_in(call(dense, copies(batch)))
-        try:
-            part = tensors_in(call(dense, some))
-        except Exception:  # whatever the user's forward raises of a batch of another size
-            return False
-    if any(not value.ndim or len(value) != len(batch[0]) for value in whole):
-        return False
-    return relative_difference(part, [value[rows.to(value.device)] for value in whole]) <= tolerance_for(whole) + 1e-6
-
-
 class _Samples:
     """Draws samples from calibration data, across batches where their samples are alike.
 
@@ -315,15 +291,12 @@ class _Samples:
         self._alike: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # what samples are like -> batch and row
         self._whole: list[int] = []  # batches that are no rows of samples: arguments that all samples share
         for number, batch in enumerate(batches):
-            rows = {len(value) if value.ndim else 0 for value in batch}
-            if len(rows) != 1:
-                self._whole.append(number)
-                continue
+            rows = rows_of(batch)
             key = tuple((value.shape[1:], value.dtype) for value in batch)
-            if key not in self._alike and not _holds_samples(dense, batch):
+            if rows is None or (key not in self._alike and not rows_are_samples(dense, batch)):
                 self._whole.append(number)
                 continue
-            self._alike.setdefault(key, []).extend((number, row) for row in range(rows.pop()))
+            self._alike.setdefault(key, []).extend((number, row) for row in range(rows))
 
     def some(self, count: int) -> tuple[Tensor, ...]:
         """Return so many samples of the first kind; a batch where there are none."""

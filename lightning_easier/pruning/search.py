@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.correcting import RunUpTo, beginnings_of, gather_alone
-from lightning_easier.collapsing.fit.drift import as_matrices, change_of, drift_of, first_samples, outputs_of
+from lightning_easier.collapsing.fit.drift import as_matrices, change_of, drift_of, outputs_of, samples_that_tell
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import (
     ACTIVATIONS_IN_A_CHAIN,
@@ -189,12 +189,13 @@ class Search:
         self.was_cut = False
         self.looked_at = ""
         self._batches = batches
+        self._telling = samples_that_tell(source, batches)
         self._arguments = arguments
         self._prices = prices
         self._slack = slack
         self._narrows = narrows
         self._dense_outputs = self._outputs()
-        self._norms = MatchedNorms(self.model, source, first_samples(batches))
+        self._norms = MatchedNorms(self.model, source, self._telling)
         self._known = KnownForwards()
         self._replaceable: list[str] = []
         self._fitted: dict[tuple[str, ...], FittedPlace] = {}
@@ -256,7 +257,7 @@ class Search:
         looked_at = 0
         progress.begin(SEARCHING, len(whole), len(self._batches) + MOST_FITS + _UNITS_OF_PRICES, _UNITS_OF_PRICES)
         sums = self._gather(whole, progress.advance)
-        beginnings = Beginnings(self.model, first_samples(self._batches))
+        beginnings = Beginnings(self.model, self._telling)
         while looked_at < len(whole) and not clock.is_over():
             place, gathered = next(sums)
             progress.name(" + ".join(place.operators))
@@ -410,10 +411,10 @@ class Search:
         beside = [step for step in self._steps if not (is_block and step in begun)]
         if not there.issuperset(meant) or not all(place.parts.isdisjoint(step.place.parts) for step in beside):
             return False
-        batches = first_samples(self._batches)
+        telling = self._telling
 
         def run() -> list[Any]:
-            return self._norms.run(lambda: [call(self.model, copies(batch)) for batch in batches], self.kept_channels)
+            return self._norms.run(lambda: [call(self.model, copies(batch)) for batch in telling], self.kept_channels)
 
         change: Tensor | None = None
         with suppress(CannotFitError):
@@ -594,4 +595,4 @@ class Search:
         self._seen = self._norms.match(self._dense_outputs, self.kept_channels) if is_changed else self._dense_outputs
 
     def _outputs(self) -> list[Tensor]:
-        return outputs_of(self.model, self._batches)
+        return outputs_of(self.model, self._telling)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_easier import CompressResult, Finetuning, compress, isolate_activations
 from lightning_easier.measure.features import places_of_features
-from lightning_easier.pruning.finetuning import Finetuned, Finetuner, _holds_samples, finetune
+from lightning_easier.pruning.finetuning import Finetuned, Finetuner, finetune
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.zoo import CifarResNet
 
@@ -276,19 +276,3 @@ def test_batches_whose_rows_are_no_samples_are_drawn_whole(make: type[nn.Module]
     assert done.is_nearer
     assert {*seen} == {20}
     done.undo()
-
-
-def test_rows_are_samples_though_a_gpu_may_compute_another_number_of_them_with_another_kernel(monkeypatch):
-    compute = nn.Linear.forward
-
-    def forward(self, input):
-        output = compute(self, input)
-        is_full = torch.get_float32_matmul_precision() == "highest"
-        return output if is_full or len(input) > 16 else output.bfloat16().float()
-
-    monkeypatch.setattr(nn.Linear, "forward", forward)
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert _holds_samples(nn.Sequential(nn.Linear(8, 4)), (torch.randn(32, 8),))
-    finally:
-        torch.set_float32_matmul_precision("highest")

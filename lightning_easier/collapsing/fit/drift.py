@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_easier.support.calls import call, copies
+from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.inference import tensors_in
+from lightning_easier.support.rows import rows_are_samples, rows_of
 
 # So many tell how much the outputs have changed, and so many values of each in which direction.
 _SAMPLES, _VALUES = 200, 1024
+# No fewer are left of a batch: norms are matched by what each tells of their channels.
+_FEWEST_OF_A_BATCH = 64
 
 
 def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -34,6 +37,21 @@ def first_samples(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, .
         if samples >= _SAMPLES:
             break
     return some
+
+
+def samples_that_tell(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Return no more samples than tell how much outputs have changed, however large the batches are.
+
+    Args:
+        model: The model as given: where its forward takes the rows of a batch for what they are together, the batch
+            stays whole.
+        batches: The forward's positional arguments, for each batch.
+    """
+    *some, last = first_samples(batches)
+    left, rows = _SAMPLES - sum(len(batch[0]) for batch in some), rows_of(last)
+    if rows is None or not _FEWEST_OF_A_BATCH <= left < rows or not rows_are_samples(model, last):
+        return [*some, last]
+    return [*some, mapped(lambda value: value[:left], last)]
 
 
 def as_matrices(returned: Sequence[Any]) -> list[Tensor]:
