@@ -14,8 +14,9 @@ shallower by each method, tuned for some epochs more, and collapsed. The dense n
 - ``taylor``, ``fastnas``, ``blocks_kl``, ``blocks_cka``, ``practise``: see ``peers.py``. Each goes on until it is as
   fast as what ``compress`` has made, as measured, or as ``--speedup`` says if that is not among the methods.
 
-``--distill`` has all of them follow the logits of the dense network. ``cifar.py`` says how they are tuned, and what the
-images and weights are:
+``--finetune 300`` has ``compress`` end with so many steps without labels, on the images that it looks at anyway, and
+``--finetune-peers`` the peers, too. ``--distill`` has all of them follow the logits of the dense network. ``cifar.py``
+says how they are tuned, and what the images and weights are:
 
     python benchmarks/tuning.py --data.root <folder> --weights <file> --depth 56
 
@@ -50,6 +51,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_easier import (
+    Finetuning,
     collapse,
     compress,
     fit_chains,
@@ -58,7 +60,10 @@ from lightning_easier import (
     measure_affines,
     measure_entropy,
 )
+from lightning_easier.measure.features import places_of_features
+from lightning_easier.pruning.finetuning import finetune
 from lightning_easier.report import Table
+from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.timing import Latency, measure_latency, speed_up
 
@@ -102,6 +107,21 @@ def shallower(
         return linearize(model, sorted(sites, key=entropies.__getitem__)[: options.removed])
     chosen = sorted(inner, key=entropies.__getitem__)[: options.removed]
     return linearize(model, chosen, stand_in="affine", statistics=measure_affines(model, calibration))
+
+
+def following(model: nn.Module, dense: nn.Module, calibration: Sequence[Tensor], steps: int) -> nn.Module:
+    """Train a model for some steps without labels to compute what the dense network does, as ``compress`` does at last.
+
+    Args:
+        model: The model; it is trained in place.
+        dense: The network that it was made of.
+        calibration: The images.
+        steps: How many.
+    """
+    dense = deepcopy(dense).eval()
+    names = places_of_features(find_blocks(dense), list(isolate_activations(dense)))
+    finetune(model.eval(), dense, names, [(images,) for images in calibration], Finetuning(steps))
+    return model
 
 
 def zeroed(model: Any, pruning: ModelPruning, amount: float) -> nn.Module:
@@ -208,7 +228,9 @@ class Comparison:
         calibration = self._train.calibration(CALIBRATION, self._seed)
         if method in PEERS:
             labels = self._train.labels[drawn(self._train, CALIBRATION, self._seed)].split(len(calibration[0]))
-            return PEERS[method](deepcopy(self._dense).eval(), calibration, labels, self._speed)
+            made = PEERS[method](deepcopy(self._dense).eval(), calibration, labels, self._speed)
+            steps = self._options.finetune if self._options.finetune_peers else 0
+            return following(made, self._dense, calibration, steps) if steps else made
         return shallower(self._dense, method, calibration, self._example, self._network, self._options)
 
 
@@ -226,6 +248,7 @@ def main() -> None:
     parser.add_argument("--blocks", action="store_true", help="compress may replace whole blocks of a ResNet, too")
     parser.add_argument("--no-width", dest="width", action="store_false", help="compress may not take inner channels")
     parser.add_argument("--finetune", type=int, default=0, help="steps without labels that compress ends with")
+    parser.add_argument("--finetune-peers", action="store_true", help="the peers end with as many, on the same images")
     parser.add_argument("--scratch.depth", dest="scratch", type=int, default=32, help="of the network from scratch")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *PEERS), help="by default all but the peers")

@@ -27,6 +27,24 @@ def test_tuning_trains_a_network_without_weights_once_and_compares_what_is_made_
     assert all(torch.equal(kept[name], value) for name, value in trained.items())
 
 
+def test_peers_end_with_as_many_steps_without_labels_as_compress(run, tmp_path, monkeypatch):
+    steps, train = [], tuning.finetune
+
+    def finetune(model, dense, names, batches, settings):
+        done = train(model, dense, names, batches, settings)
+        steps.append((settings.steps, done.steps, done.is_nearer))
+
+    monkeypatch.setattr(tuning, "finetune", finetune)
+    options = "--weights", str(tmp_path / "tiny.th"), "--before", "3", "--speedup", "1.1", "--finetune", "20"
+    compare = partial(run, tuning, Tiny, *options, "--methods", "dense", "blocks_kl")
+    plain = rows_of(compare())
+    assert not steps
+    followed = rows_of(compare("--finetune-peers"))
+    assert steps == [(20, 20, True)]
+    assert followed["dense"][0] == plain["dense"][0]
+    assert followed["blocks_kl"][2] == plain["blocks_kl"][2]  # the same blocks are gone
+
+
 def test_tuning_goes_on_where_it_was_cut_short(run, tmp_path):
     folder = tmp_path / "kept"
     compare = partial(
