@@ -1,5 +1,7 @@
 """Leave samples out of sums where their values are not finite, without reading a value back to the host."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,13 @@ def finite_samples(*values: Tensor) -> Tensor:
     """
     kept = [_sums(value.detach()).isfinite() for value in values]
     return kept[0] if len(kept) == 1 else torch.stack(kept).all(0)
+
+
+def not_finite(sums: Tensor) -> Tensor | int:
+    """Return of how many samples the sums ``(N,)`` are not finite."""
+    if sums.is_cpu and isfinite(sums.sum()):  # it costs least, and elsewhere a look would wait for the device
+        return 0
+    return (~sums.isfinite()).sum()
 
 
 def _sums(value: Tensor) -> Tensor:
