@@ -6,9 +6,8 @@ logarithm is taken once, at the end.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import log, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ _PART_ON_CPU, _PART_ELSEWHERE = 2**17, 2**21
 _SHORT_ROW, _FEW_SAMPLES = 64, 4
 
 
-@dataclass(frozen=True)
-class _Counts:
+class _Counts(NamedTuple):
     """What was counted of one batch.
 
     Attributes:
@@ -61,7 +59,9 @@ def _counted(pre_activation: Tensor, neuron_dim: int) -> _Counts:
             f"Expected argument `pre_activation` to have a batch axis and the neuron axis {neuron_dim}, "
             f"but got shape {tuple(pre_activation.shape)}"
         )
-    values = pre_activation.detach().movedim(neuron_dim, 1)  # the samples are the first axis now, wherever they were
+    values = pre_activation.detach() if pre_activation.requires_grad else pre_activation
+    if neuron_dim != 1:
+        values = values.movedim(neuron_dim, 1)  # the samples are the first axis now, wherever they were
     return _counted_in_cache(values) if type(values) is Tensor and values.is_cpu else _counted_on_device(values)
 
 
@@ -180,12 +180,12 @@ class StateCounts:
     @property
     def on(self) -> Tensor:
         """How often each neuron was ON, int64 of shape ``(C,)``; ``(0,)`` before the first update."""
-        return (self._non_zero + self._difference) >> 1
+        return (self._non_zero + self._difference + self._of_each) >> 1
 
     @property
     def off(self) -> Tensor:
         """How often each was OFF."""
-        return (self._non_zero - self._difference) >> 1
+        return (self._non_zero - self._difference + self._of_each) >> 1
 
     @property
     def device(self) -> torch.device:
@@ -196,6 +196,7 @@ class StateCounts:
         """Forget the counts."""
         self._difference = torch.zeros(0, dtype=torch.int64, device=device or self.device)
         self._non_zero = self._difference
+        self._of_each = 0  # besides, how often every neuron was ON or OFF
 
     def to(self, device: torch.device) -> "StateCounts":
         """Move the counts to a device."""
@@ -230,7 +231,10 @@ class StateCounts:
             self._difference = self._non_zero = torch.zeros_like(difference, device=self.device)
         # Out of place: counts made under inference_mode must not be written to outside of it.
         self._difference = self._difference + difference.to(self.device)
-        self._non_zero = self._non_zero + (non_zero.to(self.device) if isinstance(non_zero, Tensor) else non_zero)
+        if isinstance(non_zero, Tensor):
+            self._non_zero = self._non_zero + non_zero.to(self.device)
+        else:
+            self._of_each += non_zero
 
 
 def entropy_of_counts(on: Tensor, off: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from lightning_easier.support.arguments import check_share
 from lightning_easier.support.batches import BatchReader, InputsOf
 from lightning_easier.support.calibration import check_batches, tell, tell_left_out, usable_batches
 from lightning_easier.support.calls import mapped
-from lightning_easier.support.finite import not_finite
+from lightning_easier.support.finite import is_surely_finite
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import gather_from_processes
@@ -295,12 +295,12 @@ class EntropyProbe:
                     pre_activation = self._sampler(pre_activation, call, states.neuron_dim)
                 sums = states.update(pre_activation)
                 self._samples[name] += sums.shape[0]
-                if name not in self._affines:
-                    self._left_out[name] = self._left_out[name] + not_finite(sums)
-                else:
+                if name in self._affines:
                     # a copy, which one that works in place may write into
                     activation = module.forward(pre_activation.clone(), *args[1:])
                     self._affines[name].update(pre_activation, activation)
+                elif not is_surely_finite(sums):
+                    self._left_out[name] = self._left_out[name] + (~sums.isfinite()).sum()
             except (TypeError, ValueError) as error:
                 raise type(error)(
                     f"The entropy of activation `{name}` can't be measured: {error}. Exclude it, or override its "

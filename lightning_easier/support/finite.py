@@ -21,11 +21,9 @@ def finite_samples(*values: Tensor) -> Tensor:
     return kept[0] if len(kept) == 1 else torch.stack(kept).all(0)
 
 
-def not_finite(sums: Tensor) -> Tensor | int:
-    """Return of how many samples the sums ``(N,)`` are not finite."""
-    if sums.is_cpu and isfinite(sums.sum()):  # it costs least, and elsewhere a look would wait for the device
-        return 0
-    return (~sums.isfinite()).sum()
+def is_surely_finite(sums: Tensor) -> bool:
+    """Tell whether all sums are finite as far as that is known at once: on a GPU a look would wait for the device."""
+    return sums.is_cpu and isfinite(sums.sum())
 
 
 def _sums(value: Tensor) -> Tensor:
