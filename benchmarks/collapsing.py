@@ -111,10 +111,11 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def a_third_linear(model: nn.Module) -> nn.Module:
+def a_third_linear(model: nn.Module, shift_padding: bool = True) -> nn.Module:
     """Make a random third of a network's activations linear, in place."""
     activations = list(isolate_activations(model))
-    return linearize(model, random.Random(0).sample(activations, len(activations) // 3), shift_padding=True)
+    chosen = random.Random(0).sample(activations, len(activations) // 3)
+    return linearize(model, chosen, shift_padding=shift_padding)
 
 
 def ratio(before: nn.Module, after: nn.Module, x: torch.Tensor) -> str:

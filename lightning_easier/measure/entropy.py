@@ -5,27 +5,51 @@ They add over batches and over processes, so the entropy of a whole data set is 
 logarithm is taken once, at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import log, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-# A float32 holds every integer up to here, so a sum of that many signs is exact.
-_EXACT_FLOAT32_SUM = 2**24
-# How many values are counted at a time: on a CPU what its cache holds, elsewhere what is worth a kernel.
-_PART_ON_CPU, _PART_ELSEWHERE = 2**18, 2**21
+# How many values are counted at a time: on a CPU so many that they and their signs stay in the cache of a core,
+# elsewhere what is worth a kernel. A float32 holds every integer up to 2**24, so a sum of that many signs is exact.
+_PART_ON_CPU, _PART_ELSEWHERE = 2**17, 2**21
+# Rows that are shorter are first added to each other, since a sum along an axis costs something for each row.
+_SHORT_ROW, _FEW_SAMPLES = 64, 4
+
+
+class _Counts(NamedTuple):
+    """What was counted of one batch.
+
+    Attributes:
+        difference: ON − OFF of each neuron, int64 of shape ``(C,)``.
+        non_zero: ON + OFF of each, the same; a number where it is that of all neurons.
+        sums: The sum of each sample's values, floating point of shape ``(N,)``.
+    """
+
+    difference: Tensor
+    non_zero: Tensor | int
+    sums: Tensor
+
+    def on_and_off(self) -> tuple[Tensor, Tensor]:
+        """Return ON and OFF of each neuron."""
+        return (self.non_zero + self.difference) >> 1, (self.non_zero - self.difference) >> 1
 
 
 def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple[Tensor, Tensor]:
-    """Count ON and OFF states per neuron, without reading a value back to the host.
+    """Count ON and OFF states per neuron.
 
     Returns:
         Two int64 tensors of shape ``(neurons,)``.
     """
+    return _counted(pre_activation, neuron_dim).on_and_off()
+
+
+def _counted(pre_activation: Tensor, neuron_dim: int) -> _Counts:
+    """Count states per neuron; on a GPU without reading a value back to the host."""
     if not pre_activation.is_floating_point():
         raise TypeError(
             f"Expected argument `pre_activation` to be a floating point tensor, but got dtype {pre_activation.dtype}"
@@ -35,29 +59,82 @@ def _activation_entropy_update(pre_activation: Tensor, neuron_dim: int) -> tuple
             f"Expected argument `pre_activation` to have a batch axis and the neuron axis {neuron_dim}, "
             f"but got shape {tuple(pre_activation.shape)}"
         )
-    counts = [_count(part.movedim(neuron_dim, 1)) for part in _parts(pre_activation.detach(), neuron_dim)]
+    values = pre_activation.detach() if pre_activation.requires_grad else pre_activation
+    if neuron_dim != 1:
+        values = values.movedim(neuron_dim, 1)  # the samples are the first axis now, wherever they were
+    return _counted_in_cache(values) if type(values) is Tensor and values.is_cpu else _counted_on_device(values)
+
+
+def _counted_in_cache(values: Tensor) -> _Counts:
+    """Count values ``(N, C, *)`` on a CPU: each is fetched from memory once, and used four times while it is near."""
+    difference, zeros, sums = _count(values)
+    of_each = values.numel() // max(values.shape[1], 1)
+    return _Counts(difference.long(), of_each if zeros is None else of_each - zeros.long(), sums)
+
+
+def _count(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Count values ``(N, C, *)``, in parts where they are too many, which are cut along their order in memory.
+
+    Returns:
+        ON − OFF of each neuron; how often each was neither, or None if none was; the sum of each sample.
+    """
+    if values.numel() <= _PART_ON_CPU:
+        return _count_part(values)
+    axis = max((axis for axis, length in enumerate(values.shape) if length > 1), key=values.stride)
+    parts = values.split(max(1, _PART_ON_CPU * values.shape[axis] // values.numel()), axis)
+    differences, some_zeros, sums = zip(*map(_count, parts), strict=True)
+    zeros = None
+    if any(each is not None for each in some_zeros):
+        pairs = zip(some_zeros, differences, strict=True)
+        zeros = _put_together([torch.zeros_like(of) if each is None else each for each, of in pairs], axis == 1)
+    return _put_together(differences, axis == 1), zeros, _put_together(sums, axis == 0)
+
+
+def _put_together(parts: Iterable[Tensor], side_by_side: bool) -> Tensor:
+    """Join numbers of parts that lie side by side on an axis; add up others, in float64, in which counts are exact."""
+    return torch.cat(list(parts)) if side_by_side else torch.stack(list(parts)).sum(0, dtype=torch.float64)
+
+
+def _count_part(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Count what fits into the cache; return what :func:`_count` does."""
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    sums = values.sum(list(range(1, values.ndim)))  # first of all: of what is read from memory it writes least
+    signs = values.sign()
+    flat = signs.as_strided((signs.numel(),), (1,))  # in the order in which they lie in memory, which has no gaps
+    all_have_one = torch.dot(flat, flat).item() == signs.numel()
+    difference = _by_neuron(signs)
+    return difference, None if all_have_one else signs.numel() // signs.shape[1] - _by_neuron(signs.abs_()), sums
+
+
+def _by_neuron(signs: Tensor) -> Tensor:
+    """Sum up signs ``(n, C, *)`` of each neuron."""
+    if (
+        signs.ndim > 2
+        and signs.stride(-1) == 1
+        and prod(signs.shape[2:]) < _SHORT_ROW
+        and signs.shape[0] >= _FEW_SAMPLES
+    ):
+        return signs.sum(0).flatten(1).sum(1)
+    return signs.sum([axis for axis in range(signs.ndim) if axis != 1])
+
+
+def _counted_on_device(values: Tensor) -> _Counts:
+    """Count values ``(N, C, *)`` without reading one back to the host, in parts so that signs need little memory."""
+    step = max(1, _PART_ELSEWHERE * len(values) // max(values.numel(), 1))
+    counts = [_difference_and_non_zero(part) for part in values.split(step)]
     difference, non_zero = counts[0]
     for more in counts[1:]:
         difference, non_zero = difference + more[0], non_zero + more[1]
-    return (non_zero + difference) >> 1, (non_zero - difference) >> 1
+    return _Counts(difference, non_zero, values.sum(tuple(range(1, values.ndim)), dtype=_wide(values)))
 
 
-def _parts(values: Tensor, neuron_dim: int) -> tuple[Tensor, ...]:
-    """Cut values so that the signs of a part fit into the cache, and need no memory to speak of."""
-    most = _PART_ON_CPU if values.device.type == "cpu" else _PART_ELSEWHERE
-    if values.numel() <= most:
-        return (values,)
-    axis = 1 if neuron_dim in (0, -values.ndim) else 0
-    length = values.shape[axis]
-    return values.split(max(1, most * length // values.numel()), axis)
-
-
-def _count(values: Tensor) -> tuple[Tensor, Tensor]:
+def _difference_and_non_zero(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return ON − OFF and ON + OFF per neuron, of values of shape (outer, neurons, *inner)."""
     # The inner sums run in float32, which is the fast path on every device and exact below 2**24 terms.
     signs = values.sign()
     inner = tuple(range(2, signs.ndim))
-    partial = torch.float32 if prod(signs.shape[2:]) < _EXACT_FLOAT32_SUM else torch.int64
+    partial = torch.float32 if prod(signs.shape[2:]) < 2**24 else torch.int64
     if inner:
         difference = signs.sum(inner, dtype=partial)
         non_zero = signs.abs_().sum(inner, dtype=partial)
@@ -66,9 +143,13 @@ def _count(values: Tensor) -> tuple[Tensor, Tensor]:
     return difference.sum(0, dtype=torch.int64), non_zero.sum(0, dtype=torch.int64)
 
 
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32  # a sum in half overflows early
+
+
 def _check_neurons(counts: Tensor, known: Tensor, pre_activation: Tensor, neuron_dim: int) -> None:
     """Refuse an activation that has another number of neurons than before."""
-    if len(counts) != len(known):
+    if counts.shape != known.shape:
         raise ValueError(
             f"Expected argument `pre_activation` to have {len(known)} neurons on axis {neuron_dim}, but got shape "
             f"{tuple(pre_activation.shape)}"
@@ -84,10 +165,6 @@ class StateCounts:
     Args:
         neuron_dim: The axis of the neurons: 1 after convolutions and batch norm, -1 after Linear and LayerNorm.
 
-    Attributes:
-        on: How often each neuron was ON, int64 of shape ``(C,)``; ``(0,)`` before the first update.
-        off: How often each was OFF.
-
     Example:
         >>> import torch
         >>> counts = StateCounts()
@@ -98,38 +175,66 @@ class StateCounts:
 
     def __init__(self, neuron_dim: int = 1) -> None:
         self.neuron_dim = neuron_dim
-        self.on = torch.zeros(0, dtype=torch.int64)
-        self.off = self.on
+        self.reset(torch.device("cpu"))
 
-    def reset(self) -> None:
+    @property
+    def on(self) -> Tensor:
+        """How often each neuron was ON, int64 of shape ``(C,)``; ``(0,)`` before the first update."""
+        return (self._non_zero + self._difference + self._of_each) >> 1
+
+    @property
+    def off(self) -> Tensor:
+        """How often each was OFF."""
+        return (self._non_zero - self._difference + self._of_each) >> 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self._difference.device
+
+    def reset(self, device: torch.device | None = None) -> None:
         """Forget the counts."""
-        self.on = self.off = torch.zeros(0, dtype=torch.int64, device=self.on.device)
+        self._difference = torch.zeros(0, dtype=torch.int64, device=device or self.device)
+        self._non_zero = self._difference
+        self._of_each = 0  # besides, how often every neuron was ON or OFF
 
     def to(self, device: torch.device) -> "StateCounts":
         """Move the counts to a device."""
-        self.on, self.off = self.on.to(device), self.off.to(device)
+        self._difference, self._non_zero = self._difference.to(device), self._non_zero.to(device)
         return self
 
-    def update(self, pre_activation: Tensor) -> None:
+    def update(self, pre_activation: Tensor) -> Tensor:
         """Count the ON and OFF states of one batch.
 
         Args:
             pre_activation: The input of the activation, shape ``(N, C, *)``, or ``(N, *, C)`` with ``neuron_dim=-1``.
 
+        Returns:
+            The sum of the values of each sample, which is not finite where one of them is not, shape ``(N,)``.
+
         Raises:
             TypeError: If ``pre_activation`` is not a floating point tensor.
             ValueError: If it has no axis ``neuron_dim``, or another number of neurons than before.
         """
-        on, off = _activation_entropy_update(pre_activation, self.neuron_dim)
-        if len(self.on):
-            _check_neurons(on, self.on, pre_activation, self.neuron_dim)
-        self.add(on, off)
+        counted = _counted(pre_activation, self.neuron_dim)
+        if self._difference.shape[0]:
+            _check_neurons(counted.difference, self._difference, pre_activation, self.neuron_dim)
+        self._add(counted.difference, counted.non_zero)
+        return counted.sums
 
     def add(self, on: Tensor, off: Tensor) -> None:
         """Add counts, int64 of shape ``(C,)`` each."""
-        on, off = on.to(self.on.device), off.to(self.on.device)
+        self._add(on - off, on + off)
+
+    def _add(self, difference: Tensor, non_zero: Tensor | int) -> None:
+        if not self._difference.shape[0]:
+            self._difference = self._non_zero = torch.zeros_like(difference, device=self.device)
         # Out of place: counts made under inference_mode must not be written to outside of it.
-        self.on, self.off = (self.on + on, self.off + off) if len(self.on) else (on, off)
+        self._difference = self._difference + difference.to(self.device)
+        if isinstance(non_zero, Tensor):
+            self._non_zero = self._non_zero + non_zero.to(self.device)
+        else:
+            self._of_each += non_zero
 
 
 def entropy_of_counts(on: Tensor, off: Tensor) -> Tensor:
@@ -316,9 +421,9 @@ class Sampler:
         """
         if values.ndim < 2 or neuron_dim in (0, -values.ndim):
             return values
-        key = len(values), number, values.device
+        key = values.shape[0], number, values.device
         if self._drawn[0] != key:
-            self._drawn = key, self._draw(len(values), number).to(values.device, non_blocking=True)
+            self._drawn = key, self._draw(values.shape[0], number).to(values.device, non_blocking=True)
         return values.index_select(0, self._drawn[1])
 
     def _draw(self, samples: int, number: int) -> Tensor:

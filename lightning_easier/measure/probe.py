@@ -1,7 +1,7 @@
 """Measure entropies with forward pre-hooks that leave nothing behind.
 
 A pre-hook sees the pre-activation even where the rectifier works in place. It reduces the tensor to counts on the spot:
-nothing is kept alive and no value is read back to the host until the entropies are asked for.
+nothing is kept alive and no value is read back from a GPU until the entropies are asked for.
 
 Samples whose pre-activations are not all finite are counted; :meth:`EntropyProbe.entropies` warns of them. NaN counts
 neither as ON nor as OFF, and an affine is fitted without these samples.
@@ -31,7 +31,7 @@ from lightning_easier.support.arguments import check_share
 from lightning_easier.support.batches import BatchReader, InputsOf
 from lightning_easier.support.calibration import check_batches, tell, tell_left_out, usable_batches
 from lightning_easier.support.calls import mapped
-from lightning_easier.support.finite import finite_samples
+from lightning_easier.support.finite import is_surely_finite
 from lightning_easier.support.hooks import HookOfOneModel, input_of
 from lightning_easier.support.inference import check_weights, device_of, evaluation_mode
 from lightning_easier.support.processes import gather_from_processes
@@ -91,7 +91,7 @@ class EntropyProbe:
     def _forget_samples(self) -> None:
         self._samples = dict.fromkeys(self._states, 0)
         self._left_out = {
-            name: torch.zeros((), dtype=torch.int64, device=states.on.device) for name, states in self._states.items()
+            name: torch.zeros((), dtype=torch.int64, device=states.device) for name, states in self._states.items()
         }
         self._has_told = self.has_left_out = False
         self.reasons: dict[str, str] = {}
@@ -286,24 +286,21 @@ class EntropyProbe:
             pre_activation: Tensor = input_of(args, kwargs)
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
-            if states.on.device != pre_activation.device:
+            if states.device != pre_activation.device:
                 self.to(pre_activation.device)
             call = self._calls[name]
             self._calls[name] += 1
             try:
                 if self._sampler is not None:
                     pre_activation = self._sampler(pre_activation, call, states.neuron_dim)
-                states.update(pre_activation)
-                samples = pre_activation.detach()
-                if states.neuron_dim in (0, -samples.ndim):
-                    samples = samples.movedim(1, 0)
-                self._samples[name] += len(samples)
-                if name not in self._affines:
-                    self._left_out[name] = self._left_out[name] + (~finite_samples(samples)).sum()
-                else:
+                sums = states.update(pre_activation)
+                self._samples[name] += sums.shape[0]
+                if name in self._affines:
                     # a copy, which one that works in place may write into
                     activation = module.forward(pre_activation.clone(), *args[1:])
                     self._affines[name].update(pre_activation, activation)
+                elif not is_surely_finite(sums):
+                    self._left_out[name] = self._left_out[name] + (~sums.isfinite()).sum()
             except (TypeError, ValueError) as error:
                 raise type(error)(
                     f"The entropy of activation `{name}` can't be measured: {error}. Exclude it, or override its "

@@ -1,5 +1,7 @@
 """Leave samples out of sums where their values are not finite, without reading a value back to the host."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ def finite_samples(*values: Tensor) -> Tensor:
     """
     kept = [_sums(value.detach()).isfinite() for value in values]
     return kept[0] if len(kept) == 1 else torch.stack(kept).all(0)
+
+
+def is_surely_finite(sums: Tensor) -> bool:
+    """Tell whether all sums are finite as far as that is known at once: on a GPU a look would wait for the device."""
+    return sums.is_cpu and isfinite(sums.sum())
 
 
 def _sums(value: Tensor) -> Tensor:

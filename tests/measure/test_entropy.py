@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_easier import ActivationEntropy, activation_entropy
 from lightning_easier.measure import entropy
+from lightning_easier.measure.entropy import StateCounts
 from tests.forks import run_together
 
 
@@ -48,15 +50,70 @@ def test_matches_the_definition_for_any_shape_axis_and_dtype(shape, last, seed, 
     assert_close(activation_entropy(z, axis).double(), expected, rtol=1e-6, atol=1e-6)
 
 
+LAYOUTS = {
+    "contiguous": lambda z: z.contiguous(),
+    "channels last": lambda z: z.contiguous(memory_format=torch.channels_last),
+    "with gaps": lambda z: torch.stack([z, z.neg()], -1)[..., 0],
+    "turned": lambda z: z.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "expanded": lambda z: z[:, :, :1].expand(z.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
-def test_does_not_depend_on_how_a_batch_is_cut_into_parts(axis, monkeypatch):
-    z = torch.randn(7, 6, 5, 4, generator=torch.Generator().manual_seed(0))
-    whole = activation_entropy(z, axis)
-    for most in (1, 50, 300):
+def test_does_not_depend_on_how_a_batch_is_cut_into_parts_nor_on_its_layout(axis, dtype, layout, monkeypatch):
+    z = torch.randn(7, 6, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[3, 2], z[5, :, 1] = 0.0, math.nan  # in some parts only
+    z = LAYOUTS[layout](z)
+    expected = [sign.movedim(axis, 0).flatten(1).sum(1) for sign in (z > 0, z < 0)]
+    for most in (1, 3, 50, 300, 10_000):
         monkeypatch.setattr(entropy, "_PART_ON_CPU", most)
-        assert len(entropy._parts(z, axis)) > 1
-        assert torch.equal(activation_entropy(z, axis), whole)
-        assert torch.equal(activation_entropy(z[:0], axis), whole.new_zeros(0 if axis == 0 else whole.numel()))
+        counts = StateCounts(axis)
+        sums = counts.update(z)
+        assert torch.equal(counts.on, expected[0])
+        assert torch.equal(counts.off, expected[1])
+        of_samples = z.movedim(1 if axis == 0 else 0, 0).flatten(1).double().sum(1)
+        assert_close(sums.double(), of_samples, equal_nan=True, rtol=1e-3, atol=1e-4)
+        counts.update(z[:0] if axis else z[:, :0])
+        assert torch.equal(counts.on, expected[0])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most values of a tensor that was made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, Tensor) and all(
+            made.untyped_storage().data_ptr() != each.untyped_storage().data_ptr()
+            for each in args
+            if isinstance(each, Tensor)
+        ):
+            self.values = max(self.values, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_counting_holds_besides_the_batch_fits_into_the_cache(dtype, layout, monkeypatch):
+    monkeypatch.setattr(entropy, "_PART_ON_CPU", 100)
+    z = LAYOUTS[layout](torch.randn(4, 6, 8, 8).to(dtype))  # one sample is 384 values
+    z[2] = 0.0
+    with Largest() as largest:
+        StateCounts().update(z)
+    assert 0 < largest.values <= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_are_exact_under_autocast(dtype):
+    z = torch.ones(3, 2, 100, 100, dtype=dtype)
+    z[1, 0, 0, :3] = torch.tensor([-1.0, 0.0, math.nan])
+    counts = StateCounts()
+    with torch.autocast("cpu", torch.bfloat16):
+        counts.update(z)
+    assert (counts.on.tolist(), counts.off.tolist()) == ([29_997, 30_000], [1, 0])
 
 
 @settings(max_examples=30, deadline=None)
