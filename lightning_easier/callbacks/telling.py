@@ -124,10 +124,14 @@ def warn_of_a_missed_target(run: Run) -> None:
     if attained is not None and attained.is_reached:
         return
     what = attained.words if attained is not None else "nothing was removed"
-    rank_zero_warn(
-        f"The run is over, and its target is not reached: {what}. Raise `tolerance` or `max_epochs`, or let more go "
-        f"(`include`, `max_removals`, `max_rejections`, another `method`)."
-    )
+    remedy = "let more go (`include`, `max_removals`, `max_rejections`, another `method`)"
+    if any(this.accepted is False for this in run.state.rounds):
+        remedy = f"Raise `tolerance` or `max_epochs`, or {remedy}"
+    elif run.state.finished:
+        remedy = "Nothing was taken back, nothing is left: let more go (`include`, `max_removals`, another `method`)"
+    else:
+        remedy = f"Raise `max_epochs`, or {remedy}"
+    rank_zero_warn(f"The run is over, and its target is not reached: {what}. {remedy}.")
 
 
 def warn_that_nothing_was_pruned(run: Run) -> None:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_easier.cli.keeping import kept, save_whole
 from lightning_easier.cli.reading import named_as_options, read_pruning_report
 from lightning_easier.cli.session import Mode, Monitor, Session
 from lightning_easier.collapsing import collapse as collapse_network
@@ -90,7 +91,7 @@ def collapse(
     if mode == "fit":
         fitting = {"mode": "fit", "sites": sites, "calibration": session.calibration(samples), "inputs_of": inputs_of}
     result = collapse_network(session.network, inputs, objective=objective, **fitting)
-    with _shown_at_last(result.report, report):
+    with _shown_at_last(result.report, report), export_to.keeping(result.model):
         export_to(result.model, inputs)
 
 
@@ -188,11 +189,11 @@ def compress(
         session.network, calibration, example_inputs=inputs, inputs_of=inputs_of,
         evaluate=evaluate if score else None, mode=told.mode, **options,
     )  # fmt: skip
-    with _shown_at_last(result.report, report):
+    with _shown_at_last(result.report, report), export_to.keeping(result.model):
         try:
             if fitted is not None:
                 with replacing(fitted) as new:
-                    torch.save(result.fitted, new)
+                    save_whole(result.fitted, new)
                 _say(f"{fitted}: the network to train on, for `torch.load(..., weights_only=False)`")
         finally:
             export_to(result.model, inputs)
@@ -219,6 +220,7 @@ class _Exporting:
 
     def __init__(self, output: str | None, names: Mapping[str, Any]) -> None:
         self._output = output
+        self._is_written = False
         self._names = {name: value for name, value in names.items() if value is not None}
         if output is not None:
             check_file("--output", Path(output))
@@ -227,19 +229,37 @@ class _Exporting:
 
     def checked(self, session: Session, batch_size: int | None) -> Arguments:
         """Return example inputs, and refuse now what the export of the network would refuse at the end."""
-        if self._output is not None and Path(self._output).suffix == ".onnx" and session.precision == "bf16-true":
-            raise ValueError(
-                f"Expected argument `--trainer.precision` to be 32-true or 16-true for an ONNX file, since ONNX "
-                f"Runtime has hardly an operator for bfloat16, but got {session.precision!r}; a .pt2 file may be so"
-            )
+        if self._output is not None and Path(self._output).suffix == ".onnx":
+            _check_not_bfloat16(session)
         inputs = session.example_inputs(batch_size)
         if self._output is not None:
             check_export(session.network, self._output, inputs, **self._names)
         return inputs
 
+    def keeping(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Have a network that took long to make survive a block that fails to export it."""
+        return nullcontext() if self._output is None else kept(network, Path(self._output), lambda: self._is_written)
+
     def __call__(self, network: nn.Module, inputs: Arguments) -> None:
         if self._output is not None:
-            rich.print(export_network(network, self._output, inputs, **self._names))
+            report = export_network(network, self._output, inputs, **self._names)
+            self._is_written = True
+            rich.print(report)
+
+
+def _check_not_bfloat16(session: Session) -> None:
+    """Refuse an ONNX file of what computes in bfloat16."""
+    if session.precision == "bf16-true":
+        raise ValueError(
+            f"Expected argument `--trainer.precision` to be 32-true or 16-true for an ONNX file, since ONNX Runtime "
+            f"has hardly an operator for bfloat16, but got {session.precision!r}; a .pt2 file may be so"
+        )
+    if any(parameter.dtype == torch.bfloat16 for parameter in session.network.parameters()):
+        raise ValueError(
+            f"Expected argument `--trainer.precision` to be 16-true for an ONNX file of a network that is built in "
+            f"bfloat16, since ONNX Runtime has hardly an operator for it, but got {session.precision!r}, which leaves "
+            f"it so. Build it in float32 (its weights load into that), or write a .pt2 file in bf16-true"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:

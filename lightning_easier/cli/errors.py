@@ -20,6 +20,8 @@ _NEVER_MEANT = ("Expected a <class 'NoneType'>", "Not a valid subclass of")
 def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None]:
     """Write an error as one line, and leave: with 2 if what was given is wrong, with 1 if something failed.
 
+    What was noted of it (``add_note``) is in the line, too.
+
     An interruption (Ctrl+C) is a line, too, with 130; a pipe that nobody reads any more is none, with 1.
 
     Args:
@@ -30,15 +32,15 @@ def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None
     try:
         with until_nobody_reads():
             yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         if debug:
             raise
-        sys.stderr.write(f"\n{program}: interrupted\n")
+        sys.stderr.write(f"\n{program}: interrupted{_notes(interruption)}\n")
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"{program}: error: {_told(error)} (`{DEBUG}` shows the traceback)\n")
+        sys.stderr.write(f"{program}: error: {_told(error)}{_notes(error)} (`{DEBUG}` shows the traceback)\n")
         raise SystemExit(WRONG_VALUE if _is_wrong_value(error) else FAILURE) from error
 
 
@@ -82,6 +84,11 @@ def _told(error: Exception) -> str:
     """Return the message of an error in a line; its class, too, where it is no error of an argument."""
     line = in_one_line(str(error) or "no message")
     return line if _is_wrong_value(error) else f"{type(error).__name__}: {line}"
+
+
+def _notes(error: BaseException) -> str:
+    """Return what was noted of an error besides, such as where what was made by then is."""
+    return "".join(f". {in_one_line(note)}" for note in getattr(error, "__notes__", ()))
 
 
 def _is_wrong_value(error: Exception) -> bool:

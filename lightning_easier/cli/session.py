@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from lightning_easier.cli.reading import named_as_options
 from lightning_easier.pruning.rules import mode_in_name
-from lightning_easier.structure.checkpoint import load_pruned, read_checkpoint
+from lightning_easier.structure.checkpoint import load_pruned, read_saved
 from lightning_easier.structure.linearize import read_marks
 from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
-from lightning_easier.support.calls import Arguments, mapped
+from lightning_easier.support.calls import Arguments, call, copies, mapped
+from lightning_easier.support.inference import evaluation_mode
+from lightning_easier.support.storage import first_line
 
 Mode = Literal["min", "max"]
+
+_PRECISIONS = {torch.bfloat16: "bf16-true", torch.float16: "16-true", torch.float64: "64-true"}
+"""The precision of a Trainer in which batches are given to a network of this dtype."""
 
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -58,11 +63,12 @@ class Session:
             datamodule.trainer = trainer
         module.configure_model()
         self._place = _place_of_network(module, network)
+        self._in_its_place: nn.Module | None = None  # of the module itself: a network that was saved whole
 
     @property
     def network(self) -> nn.Module:
         """What is worked on."""
-        return self.module.get_submodule(self._place)
+        return self.module.get_submodule(self._place) if self._in_its_place is None else self._in_its_place
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +84,8 @@ class Session:
         """Load a checkpoint of any number of removals, none included, and move the module to the device.
 
         Args:
-            ckpt_path: The checkpoint; the module keeps the weights it has if there is none.
+            ckpt_path: The checkpoint, or a network that was saved whole, as `compress` saves it: it takes the place of
+                what is worked on. The module keeps the weights it has if there is none.
             weights_only: As for :func:`torch.load`; true by default.
 
         Raises:
@@ -88,11 +95,15 @@ class Session:
         if ckpt_path is not None:
             with named_as_options():
                 self._load(ckpt_path, safely=weights_only is not False)
-        self._trainer.precision_plugin.convert_module(self.module)
-        self.module.to(self.device)
+        for module in (self.module, self.network):
+            self._trainer.precision_plugin.convert_module(module)
+            module.to(self.device)
 
     def _load(self, ckpt_path: str, *, safely: bool) -> None:
-        checkpoint = read_checkpoint(ckpt_path, argument="--ckpt_path", weights_only=safely)
+        checkpoint = read_saved(ckpt_path, argument="--ckpt_path", weights_only=safely)
+        if isinstance(checkpoint, nn.Module):
+            self._take(checkpoint)
+            return
         if read_marks(checkpoint.get("state_dict", checkpoint)):
             load_pruned(self.module, ckpt_path, weights_only=safely)
             return
@@ -106,6 +117,13 @@ class Session:
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
 
+    def _take(self, network: nn.Module) -> None:
+        """Work on a network that was saved whole, in the place of the module's own."""
+        if self._place:
+            _put(self.module, self._place, network)
+        else:
+            self._in_its_place = network
+
     def example_inputs(self, batch_size: int | None) -> Arguments:
         """Return what the network is called with: of a validation batch, or the module's ``example_input_array``.
 
@@ -113,7 +131,8 @@ class Session:
             batch_size: How many samples; as many as the batch has by default. Samples are repeated where it has fewer.
 
         Raises:
-            ValueError: If there is no sample, or the first input has no axis of samples and a batch size is given.
+            ValueError: If there is no sample, or the first input has no axis of samples and a batch size is given, or
+                the network fails in the precision that is given, and would not in another.
         """
         inputs = next(self._inputs_of_validation(), None)
         if inputs is None and (example := self.module.example_input_array) is not None:
@@ -125,7 +144,30 @@ class Session:
             )
         if batch_size is not None:
             inputs = _resized(inputs, batch_size)
-        return mapped(lambda value: value.to(self.device), inputs)
+        inputs = mapped(lambda value: value.to(self.device), inputs)
+        self._check_precision(inputs)
+        return inputs
+
+    def _check_precision(self, inputs: Arguments) -> None:
+        """Refuse a precision in which the network does not take its inputs: one that leaves them in another dtype.
+
+        Raises:
+            ValueError: If it fails, and another precision would give it inputs of its own dtype.
+        """
+        own, given = _dtypes_of(self.network.parameters()), _dtypes_of(inputs)
+        wanted = _PRECISIONS.get(next(iter(own))) if len(own) == 1 else None
+        if wanted in (None, self.precision) or given <= own:
+            return
+        try:
+            with evaluation_mode(self.network):
+                call(self.network, copies(inputs))
+        except Exception as error:  # whatever the user's forward raises; one that converts what it gets is right
+            (dtype,) = own
+            raise ValueError(
+                f"Expected argument `--trainer.precision` to be {wanted} for a network in {_name_of(dtype)}, but got "
+                f"{self.precision!r}, which gives it inputs in {', '.join(sorted(map(_name_of, given)))}, and it "
+                f"fails: {first_line(error)}"
+            ) from error
 
     def _inputs_of_validation(self) -> Iterator[Arguments]:
         """Yield the inputs in the validation batches that have samples; none where there is no loader."""
@@ -162,14 +204,18 @@ class Session:
             monitor: Tells which of the logged values is the score.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or the network stands for the whole module and is no LightningModule.
         """
         module = self.module
         if self._place:
             before = self.network
             _put(module, self._place, network)
         else:
-            assert isinstance(network, LightningModule)
+            if not isinstance(network, LightningModule):
+                raise ValueError(
+                    f"Expected argument `--no-score` for a {type(network).__name__} that was saved whole, in the place "
+                    f"of {type(module).__name__}: it has no `validation_step`"
+                )
             module = network
         try:
             logged = self._trainer.validate(module, datamodule=self._datamodule, verbose=False)
@@ -277,6 +323,14 @@ def _place_of_network(module: LightningModule, name: str | None) -> str:
             f"submodules is worked on, one of {trained}"
         )
     return trained[0]
+
+
+def _dtypes_of(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _put(module: nn.Module, place: str, part: nn.Module) -> None:

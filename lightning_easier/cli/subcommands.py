@@ -6,6 +6,7 @@ the same keys, so that every config of a run is read, and a help of their own.
 
 import sys
 from argparse import ArgumentError
+from collections.abc import Sequence
 from functools import partial
 from os.path import isfile
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import nn
 
 from lightning_easier.cli.errors import DEBUG, in_one_line
 from lightning_easier.cli.options import COMMANDS, Command, add_options
 from lightning_easier.cli.reading import named_as_options
 from lightning_easier.cli.session import Session
-from lightning_easier.structure.checkpoint import read_checkpoint
+from lightning_easier.structure.checkpoint import read_saved
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -50,6 +52,8 @@ class EasierSubcommands(_Base):
 
         OwnCLI(OwnModule, OwnDataModule)
     """
+
+    _words: Sequence[str] = ()
 
     def _setup_parser_kwargs(self, parser_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the parsers of ours what is meant for them, as Lightning does with its own."""
@@ -85,6 +89,7 @@ class EasierSubcommands(_Base):
     def parse_arguments(self, parser: "LightningArgumentParser", args: "ArgsType") -> None:
         """Take ``--debug``, unless the parsers have an option of that name: what is wrong is raised then."""
         given = sys.argv[1:] if args is None else args
+        self._words = given if isinstance(given, list) else []
         if isinstance(given, list) and self._is_debugged(parser, given):
             self._parse(parser, given)
         else:
@@ -92,6 +97,7 @@ class EasierSubcommands(_Base):
 
     def _parse(self, parser: "LightningArgumentParser", words: list[str]) -> None:
         """Parse the words of a command line."""
+        self._words = words
         if self._is_debugged(parser, words):
             words = [word for word in words if word != DEBUG]
             for each in self._parsers(parser):
@@ -120,6 +126,11 @@ class EasierSubcommands(_Base):
         subcommand = self.config.get("subcommand") or ""
         given = self.config.get(subcommand, {})
         path = given.get("ckpt_path")
+        if subcommand and not path and (word := _checkpoint_among(self._words)) is not None:
+            self.parser.error(
+                f"Expected argument `--ckpt_path` to come after `--config`, but got `{word}` before it: the config of "
+                f"a run has a `ckpt_path` of its own, null, which took its place"
+            )
         if not path or not given.get("model"):
             return
         is_lightnings = subcommand in _LIGHTNINGS
@@ -127,7 +138,14 @@ class EasierSubcommands(_Base):
             return
         with named_as_options():
             safely = given.get("weights_only") is not False
-            checkpoint = read_checkpoint(path, argument="--ckpt_path", weights_only=safely)
+            checkpoint = read_saved(path, argument="--ckpt_path", weights_only=safely)
+        if isinstance(checkpoint, nn.Module):
+            if is_lightnings:
+                raise ValueError(
+                    f"Expected argument `--ckpt_path` to be a checkpoint that a Trainer has saved, but {path} holds a "
+                    f"{type(checkpoint).__name__}: make it part of a module in Python"
+                )
+            return
         if is_lightnings and "pytorch-lightning_version" not in checkpoint:
             raise ValueError(
                 f"Expected argument `--ckpt_path` to be a checkpoint that a Trainer has saved, but {path} has no "
@@ -223,6 +241,16 @@ class EasierSubcommands(_Base):
         datamodule: LightningDataModule | None = self.datamodule
         start = partial(Session, self.model, datamodule, self.trainer)
         command.run(start, **given)
+
+
+def _checkpoint_among(words: Sequence[str]) -> str | None:
+    """Return the words that name a checkpoint; None if none do."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        value = value or following
+        if name == "--ckpt_path" and value not in ("", "null", "None", "none", "~"):
+            return f"--ckpt_path {value}"
+    return None
 
 
 def _may_be_one(path: str) -> bool:

@@ -291,6 +291,8 @@ def compress(
         remedy = "Raise `tolerance` or `max_drift`, or include more activations"
         if is_over or search.was_cut:
             remedy = "Raise `max_minutes`"
+        elif not judge.has_refused and include is None and exclude is None:
+            remedy = "What is left can't be replaced, or would save nothing: the report says why"
         rank_zero_warn(f"Compression ended since {ended}. {remedy}.")
     if pace.was_short:
         samples = len(look.result.report.speedup.ratios)

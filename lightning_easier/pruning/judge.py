@@ -25,6 +25,7 @@ class Judge:
 
     Attributes:
         dense_score: The score of the model as it was given; None if there is none.
+        has_refused: Whether something was refused that a larger tolerance or drift would allow.
 
     Raises:
         ValueError: If that is not finite.
@@ -43,6 +44,7 @@ class Judge:
         self._device = device
         self._max_drift = max_drift if max_drift is not None else math.inf if evaluate is not None else MAX_DRIFT
         self._went_beyond = False
+        self.has_refused = False
         self.dense_score = self.score(source)
         if self.dense_score is not None and not math.isfinite(self.dense_score):
             raise ValueError(
@@ -64,7 +66,7 @@ class Judge:
         if score is not None and not math.isfinite(score):
             return f"the score of the model with it is not finite: {score}"
         if drift > self._max_drift:
-            self._went_beyond = True
+            self._went_beyond = self.has_refused = True
             return (
                 f"{drift:.2%} of the variance of the outputs changed, beyond the {self._max_drift:.2%} of `max_drift`"
             )
@@ -72,6 +74,7 @@ class Judge:
             return None
         if self._tolerance.allows(score, self.dense_score):
             return None
+        self.has_refused = True
         return f"beyond the tolerance {self._tolerance.amount:g} of {self.dense_score:.4f}"
 
     def is_no_worse(self, score: float | None, than: float | None) -> bool:

@@ -116,15 +116,43 @@ def read_checkpoint(
         FileNotFoundError: If there is no such file.
         ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict.
     """
+    found = read_saved(path, argument=argument, map_location=map_location, weights_only=weights_only)
+    if isinstance(found, nn.Module):
+        raise ValueError(_holds_no_state_dict(argument, path, found))
+    return found
+
+
+def read_saved(
+    path: str | Path,
+    *,
+    argument: str = "checkpoint_path",
+    map_location: Any = "cpu",
+    weights_only: bool | None = True,
+) -> dict[str, Any] | nn.Module:
+    """Read a checkpoint as :func:`read_checkpoint` does, or a network that was saved whole.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict nor a network.
+    """
     if not isfile(path):
         raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {str(path)!r} is none")
     what, opt_in = f"argument `{argument}` to be a checkpoint file", "pass `weights_only=False`"
     found = loading.read(Path(path), what, opt_in, map_location=map_location, weights_only=weights_only)
+    if isinstance(found, nn.Module):
+        return found
     state_dict = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"Expected {what}, but {path} holds a {type(state_dict).__name__} and no state dict")
+        raise ValueError(_holds_no_state_dict(argument, path, state_dict))
     checkpoint: dict[str, Any] = found
     return checkpoint
+
+
+def _holds_no_state_dict(argument: str, path: str | Path, found: Any) -> str:
+    return (
+        f"Expected argument `{argument}` to be a checkpoint file, but {path} holds a {type(found).__name__} and no "
+        f"state dict"
+    )
 
 
 def callback_states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:

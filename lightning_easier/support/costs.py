@@ -2,8 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -83,12 +83,22 @@ def _counter() -> FlopCounterMode:
     return counter
 
 
+@contextmanager
+def _left_out(backend: Any) -> Iterator[None]:
+    """Have torch do without a library; its ``flags`` would set, and ask for, what is set of float32 besides."""
+    was, backend.enabled = backend.enabled, False
+    try:
+        yield
+    finally:
+        backend.enabled = was
+
+
 def _count_macs(model: nn.Module, arguments: Sequence[Tensor]) -> int:
     counter = _counter()
     with ExitStack() as stack:
         if _is_recurrent(model):  # fused, they have no formula; step by step they do
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.enter_context(_left_out(backend))
         stack.enter_context(counter)
         stack.enter_context(torch.no_grad())
         call(model, arguments)

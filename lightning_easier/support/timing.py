@@ -32,7 +32,7 @@ _SLOW, _VERY_SLOW = 0.05, 1.0
 # What a clock that is too coarse tells of nothing is no zero.
 _LEAST = 1e-9
 _MAX_RUNS_A_SAMPLE = 200
-# What many samples may take in all, and the fewest that tell anything.
+# What the first samples of all calls may take together, without what warms them up; and the fewest that tell anything.
 _SECONDS_IN_ALL = 2.5
 _FEWEST_SAMPLES = 5
 # Of a comparison: how many at first, at most where they leave it open, and how many seconds those after the first take.
@@ -201,7 +201,7 @@ class _Turns:
 
     Args:
         calls: The calls by name.
-        first: How many rounds at first; fewer where they would take seconds.
+        first: How many rounds at first; fewer where all calls together would take seconds.
         most: How many at most.
         pace: How long it may take.
         progress: What to call it in a progress bar; none by default.
@@ -237,7 +237,8 @@ class _Turns:
         self._seconds = {  # that one sample takes, about
             name: (self._runs[name] + self._warm_ups) * each for name, each in once.items()
         }
-        self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / slowest)))
+        a_round = sum(self._runs[name] * each for name, each in once.items())
+        self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / max(a_round, _LEAST))))
         self._most = max(self._first, most)
         self._more_seconds = seconds
         more = int(seconds / max(sum(self._seconds.values()), _LEAST))

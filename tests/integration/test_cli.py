@@ -489,6 +489,22 @@ def test_a_module_with_loaders_of_its_own_needs_no_data(capsys, monkeypatch, tmp
     assert found["entropy"] > 0
 
 
+@pytest.mark.parametrize("command", ["compress", "candidates", "fit"])
+@pytest.mark.parametrize("form", [["--ckpt_path=own.ckpt"], ["--ckpt_path", "own.ckpt"]], ids=["=", "two words"])
+def test_a_checkpoint_that_a_config_takes_the_place_of_is_no_untrained_network(run, command, form, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_easier.cli.session.Session.load", None)
+    code, told = failed(capsys, [command, *form, f"--config={run / 'config.yaml'}"])
+    assert code == 2
+    assert "`--ckpt_path` to come after `--config`, but got `--ckpt_path own.ckpt` before it" in told
+
+
+def test_no_checkpoint_may_be_asked_for(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("rich._console", None)  # another test may have made one of another width
+    main(["candidates", "--ckpt_path=null", f"--config={run / 'config.yaml'}"])
+    assert "model.stages" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "option"),
     [("export", "--output"), ("collapse", "--report"), ("compress", "--fitted"), ("report", "--output")],
@@ -521,6 +537,68 @@ def test_the_network_is_there_when_the_report_can_not_be_saved(run, command, cap
     assert "the folder went away" in told
     assert (tmp_path / "m.pt2").is_file()
     assert (tmp_path / "f.pt").is_file() == (command == "compress")
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("command", ["collapse", "compress"])
+def test_a_network_that_can_not_be_exported_is_kept_and_exported_from_there(
+    run, command, kind, capsys, monkeypatch, tmp_path
+):
+    def fail(*_, **__):
+        raise kind("no room")
+
+    monkeypatch.chdir(tmp_path)
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
+    made = [command, *own, "--objective=macs", "--output=made/m.pt2"]
+    if command == "compress":
+        made += ["--no-score", "--max_drift=10", "--samples=64", *FEW]
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_easier.cli.commands.export_network", fail)
+        Path("made").mkdir()
+        Path("made/m.pt2.pt").write_text("precious")
+        code, told = failed(capsys, made)
+    assert code == (130 if kind is KeyboardInterrupt else 1)
+    assert ("no room" in told) == (kind is OSError)
+    (words,) = re.findall("kept in made/m.pt2.1.pt: `(export .*?)`", told)
+    assert sorted(each.name for each in Path("made").iterdir()) == ["m.pt2.1.pt", "m.pt2.pt"]
+    assert Path("made/m.pt2.pt").read_text() == "precious"
+    network = torch.load("made/m.pt2.1.pt", weights_only=False)
+    main([*words.replace("FILE", str(run / "config.yaml")).split(), "--output=m.onnx"])
+    images = torch.rand(3, 1, 8, 8)
+    session = onnxruntime.InferenceSession("m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), network(images), rtol=1e-3, atol=1e-4)
+    main(made)
+    assert sorted(each.name for each in Path("made").iterdir()) == ["m.pt2", "m.pt2.1.pt", "m.pt2.pt"]
+
+
+def test_a_network_that_can_not_be_kept_is_exported_all_the_same(run, capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise AttributeError("Can't pickle local object")
+
+    monkeypatch.setattr("lightning_easier.cli.keeping.save_whole", fail)
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'entropy_pruning' / 'round_2.ckpt'}"]
+    made = ["collapse", *own, "--objective=macs", f"--output={tmp_path / 'm.pt2'}"]
+    main(made)
+    assert [each.name for each in tmp_path.iterdir()] == ["m.pt2"]
+    monkeypatch.setattr("lightning_easier.cli.commands.export_network", fail)
+    code, told = failed(capsys, made)
+    assert code == 1
+    assert "The network could not be kept: AttributeError: Can't pickle local object" in told
+
+
+def test_a_network_that_was_saved_whole_is_only_taken_if_trusted_and_is_no_run_to_go_on_with(run, tmp_path, capsys):
+    module = ImageClassifier.load_from_checkpoint(run / "entropy_pruning" / "round_0.ckpt", map_location="cpu")
+    torch.save(module.model, tmp_path / "saved.pt")
+    own = [f"--config={run / 'config.yaml'}", f"--ckpt_path={tmp_path / 'saved.pt'}"]
+    code, told = failed(capsys, ["export", *own, f"--output={tmp_path / 'm.pt2'}"])
+    assert code == 2
+    assert "can't be read safely" in told
+    assert "--weights_only false" in told
+    code, told = failed(capsys, ["fit", *own, "--weights_only=false"])
+    assert code == 2
+    assert "to be a checkpoint that a Trainer has saved" in told
 
 
 def test_the_report_is_shown_when_the_network_can_not_be_exported(run, capsys, monkeypatch, tmp_path):

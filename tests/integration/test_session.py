@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import linearize
+from lightning_easier.cli.commands import _Exporting
 from lightning_easier.cli.session import Monitor, Session
 
 INPUTS = torch.arange(32.0).reshape(8, 4)
@@ -161,3 +162,34 @@ def test_weights_alone_are_loaded_whether_an_activation_is_linear_or_not(tmp_pat
         torch.save(saved.state_dict(), tmp_path / "weights.ckpt")
         session(loaded).load(str(tmp_path / "weights.ckpt"), None)
         torch.testing.assert_close(loaded.body(INPUTS), saved.body(INPUTS))
+
+
+class InBfloat16(NetWithData):
+    """Built in bfloat16, whatever a Trainer computes in."""
+
+    def __init__(self, converts=False):
+        super().__init__()
+        self.body = (Converts if converts else nn.Sequential)(*self.body).bfloat16()
+
+
+class Converts(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.bfloat16())
+
+
+def test_a_precision_that_a_network_does_not_go_with_is_named():
+    own = session(InBfloat16())
+    own.load(None, None)
+    told = "`--trainer.precision` to be bf16-true for a network in bfloat16, but got '32-true', .* inputs in float32"
+    with pytest.raises(ValueError, match=told):
+        own.example_inputs(None)
+    right = session(InBfloat16(), precision="bf16-true")
+    right.load(None, None)
+    (inputs,) = right.example_inputs(None)
+    assert right.network(inputs).dtype == torch.bfloat16
+    converting = session(InBfloat16(converts=True))
+    converting.load(None, None)
+    (inputs,) = converting.example_inputs(None)
+    assert torch.equal(inputs, INPUTS)
+    with pytest.raises(ValueError, match="to be 16-true for an ONNX file of a network that is built in bfloat16"):
+        _Exporting("model.onnx", {}).checked(converting, None)

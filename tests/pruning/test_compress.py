@@ -359,11 +359,15 @@ def test_a_fall_of_just_the_tolerance_is_kept():
 
 
 def test_a_target_that_is_not_reached_is_said():
-    with pytest.warns(UserWarning, match="nothing is left to try, and the target is not reached: .* of the 9×"):
-        result = compress(nn.Sequential(Mlp(), nn.Linear(8, 512)), BATCHES, target_speedup=9, **OPTIONS)
+    model, is_left = nn.Sequential(Mlp(), nn.Linear(8, 512)), "What is left can't be replaced, or would save nothing"
+    told = "nothing is left to try.*, and the target is not reached: .* of the 9×"
+    raise_it = "Raise `tolerance` or `max_drift`, or include more activations"
+    for options, remedy in (({}, is_left), ({"include": ["0.*"]}, raise_it), ({"max_drift": 1e-9}, raise_it)):
+        with pytest.warns(UserWarning, match=f"{told}.*{remedy}"):
+            result = compress(model, BATCHES, target_speedup=9, **{**OPTIONS, **options})
     assert "the target is not reached" in str(result.report)
     scores = iter([0.0, *[-1.0] * 9])
-    with pytest.warns(UserWarning, match="2 in a row were taken back, and the target is not reached"):
+    with pytest.warns(UserWarning, match="2 in a row were taken back, and the target is not reached.*Raise `tol"):
         compress(mlps(5), BATCHES, evaluate=lambda _: next(scores), target_depth=1, max_rejections=2, **OPTIONS)
 
 

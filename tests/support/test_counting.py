@@ -1,5 +1,7 @@
 """What is only counted: multiply-accumulates and memory, also of forwards that can't be looked at."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,3 +132,24 @@ def test_what_can_be_counted_in_one_call_is_called_once():
     model.register_forward_hook(lambda *_: called.append(1))
     assert count_together(model, (torch.randn(3, 8),)) == (3 * (8 * 16 + 16 * 4), 4 * 3 * (16 + 4))
     assert len(called) == 1
+
+
+def test_a_recurrent_network_is_counted_whatever_is_set_of_float32_and_that_stays():
+    model, x = nn.GRU(4, 5), torch.randn(3, 2, 4)
+    libraries = torch.backends.mkldnn, torch.backends.cudnn
+    is_enabled = [each.enabled for each in libraries]
+    kind = getattr(torch.backends.cudnn, "conv", None)
+    before = getattr(kind, "fp32_precision", None)
+    try:
+        if kind is not None:
+            kind.fp32_precision = (
+                "ieee"  # since torch 2.9 it may be, and what torch tells of all kinds is an error then
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert count_macs(model, (x,)) == 3 * 2 * 3 * 5 * (4 + 5)
+        assert getattr(kind, "fp32_precision", None) == ("ieee" if kind is not None else None)
+    finally:
+        if kind is not None:
+            kind.fp32_precision = before
+    assert [each.enabled for each in libraries] == is_enabled

@@ -48,3 +48,32 @@ def test_so_it_is_where_kinds_of_operators_are_told_apart():
     finally:
         convolutions.fp32_precision = recurrent.fp32_precision = "tf32"
     assert torch.backends.cudnn.allow_tf32
+
+
+@needs_kinds
+@pytest.mark.parametrize(
+    ("backend", "name", "precision"),
+    [("cudnn", "conv", "tf32"), ("cudnn", "rnn", "tf32"), ("mkldnn", "conv", "bf16"), ("mkldnn", "rnn", "bf16"),
+     ("mkldnn", "matmul", "bf16")],
+)  # fmt: skip
+def test_each_kind_of_operator_is_computed_in_full_and_is_as_it_was(backend, name, precision):
+    assert_full(getattr(getattr(torch.backends, backend), name), precision)
+
+
+@needs_kinds
+def test_products_of_a_gpu_are_computed_in_full_where_they_are_set_alone():
+    assert_full(torch.backends.cuda.matmul, "tf32")
+
+
+def assert_full(kind, precision):
+    before = kind.fp32_precision
+    try:
+        kind.fp32_precision = precision
+        for fails in (False, True):
+            with pytest.raises(KeyError) if fails else full_float32(), full_float32():
+                assert kind.fp32_precision in ("ieee", "none")
+                if fails:
+                    raise KeyError
+            assert kind.fp32_precision == precision
+    finally:
+        kind.fp32_precision = before

@@ -324,6 +324,16 @@ def test_a_first_run_that_was_held_up_is_not_what_is_reckoned_with(monkeypatch):
     assert ran[-1] == 10
 
 
+@pytest.mark.parametrize(
+    ("calls", "seconds", "rounds"), [(1, 0.2, 12), (1, 0.01, 15), (2, 0.2, 6), (30, 0.02, 5), (30, 0.005, 8)]
+)
+def test_the_seconds_of_the_first_samples_are_those_of_all_calls_together(monkeypatch, calls, seconds, rounds):
+    """Thirty blocks of a network that take as long as one call each would take as many times the seconds."""
+    monkeypatch.setattr(timing, "stopwatch", lambda call: lambda runs: seconds)
+    latencies = timing.time_interleaved(dict.fromkeys(range(calls), print), samples=15)
+    assert {len(each.samples) for each in latencies.values()} == {rounds}
+
+
 def test_time_that_a_busy_machine_takes_is_counted_as_it_passes(monkeypatch):
     """What takes ten times as long as at first would take ten times the seconds, if only estimated."""
     ran = []
