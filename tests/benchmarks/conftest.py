@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from lightning_easier.zoo import CifarResNet
-from tests.benchmarks.tiny import cells_of
+from tests.benchmarks.tiny import SIDE, cells_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import networks
@@ -25,7 +25,7 @@ def root(tmp_path_factory):
             folder = root / split / str(label)
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(128 * label, 128 * label + 128, (3, 32, 32), generator=generator)
+                pixels = torch.randint(128 * label, 128 * label + 128, (3, SIDE, SIDE), generator=generator)
                 to_pil_image(pixels.to(torch.uint8)).save(folder / f"{number}.jpg")
     return root
 
