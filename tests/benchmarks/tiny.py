@@ -2,7 +2,7 @@
 
 from torch import nn
 
-# Pixels of an image: with half of CIFAR's a network computes a quarter
+# Pixels of an image that a ResNet is given: with half of CIFAR's it computes a quarter
 SIDE = 16
 
 
