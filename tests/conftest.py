@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import settings
 from lightning.fabric.utilities import registry
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -24,10 +23,6 @@ from tests.clocks import Clock, honest
 torch.set_num_threads(1)
 os.fsync = lambda file: None  # runs write a checkpoint a round, and no test cuts the power: what is renamed is there
 registry.entry_points = cache(registry.entry_points)  # each Trainer read what is told of all packages: eight of ten ms
-_move = _ResultMetric.to  # all that a metric holds, with each value that is logged: a tenth of a short run
-_ResultMetric.to = lambda metric, *args, **kwargs: (
-    metric if args == (getattr(metric.value, "device", None),) else _move(metric, *args, **kwargs)
-)
 # Each export to ONNX read anew what can be written, and looked through all of torch's operators ninety times: 0.8 of
 # its 1.2 s. They are what they were until another operator is registered
 ONNXRegistry.from_torchlib = classmethod(cache(ONNXRegistry.from_torchlib.__func__))

@@ -1,8 +1,6 @@
-"""What is done once for all tests, in the place of what torch and Lightning do each time, has the same outcome."""
+"""What is done once for all tests, in the place of what torch does each time, has the same outcome."""
 
-import pytest
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric
 from torch._export import utils
 from torch.library import Library
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -31,12 +29,3 @@ def test_operators_are_looked_through_again_when_another_is_registered(monkeypat
     library.impl("twice", lambda x: 2 * x, "CompositeImplicitAutograd")
     assert times() == before + 1
     assert "twice" in dir(torch.ops.once_for_all)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_was_logged_is_where_it_is_wanted(device):
-    metric = _ResultMetric(_Metadata("training_step", "loss"), is_tensor=True)
-    assert metric.to(torch.device(device)) is metric
-    assert {metric.value.device.type, metric.cumulated_batch_size.device.type} == {device}
-    moved = metric.to(device="meta")  # by name, as Lightning moves all of them
-    assert moved.value.device.type == "meta"
