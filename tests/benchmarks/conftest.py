@@ -9,25 +9,34 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from lightning_easier.zoo import CifarResNet
-from tests.benchmarks.tiny import cells_of
+from tests.benchmarks.tiny import SIDE, cells_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import networks
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    """Return a folder of few images, whose brightness tells their class."""
-    root = tmp_path_factory.mktemp("images")
+def _images(root, side):
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 66), ("test", 32)):
         for label in range(2):
             folder = root / split / str(label)
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(128 * label, 128 * label + 128, (3, 32, 32), generator=generator)
+                pixels = torch.randint(128 * label, 128 * label + 128, (3, side, side), generator=generator)
                 to_pil_image(pixels.to(torch.uint8)).save(folder / f"{number}.jpg")
     return root
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """Return a folder of few small images, whose brightness tells their class."""
+    return _images(tmp_path_factory.mktemp("images"), SIDE)
+
+
+@pytest.fixture(scope="session")
+def larger(tmp_path_factory):
+    """Return such a folder of images of CIFAR's size, for a network that is tiny itself."""
+    return _images(tmp_path_factory.mktemp("larger"), 32)
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +49,13 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, root, capsys):
+def run(monkeypatch, larger, capsys):
     """Return what runs a benchmark with a tiny network, and returns what it prints."""
 
     def run(benchmark, build, *arguments, unsuited=()):
         network = networks.Network("Tiny", build, unsuited=unsuited)
         monkeypatch.setitem(networks.NETWORKS, "vit", lambda depth: network)
-        monkeypatch.setattr(sys, "argv", ["benchmark", "--data.root", str(root), "--network", "vit", *arguments])
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--data.root", str(larger), "--network", "vit", *arguments])
         benchmark.main()
         return capsys.readouterr().out
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lightning_easier.zoo import CifarResNet
+from tests.benchmarks.tiny import SIDE
 
 # Of one 3×3 convolution of the first stage, on one image.
-CONVOLUTION = 16 * 16 * 9 * 32**2
+CONVOLUTION = 16 * 16 * 9 * SIDE**2
 
 
 @pytest.fixture(scope="module")

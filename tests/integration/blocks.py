@@ -32,7 +32,9 @@ SHORTER = {
     "collapse": ["--trainer.accelerator=cpu", "--objective=macs"],
     "export": ["--trainer.accelerator=cpu", "--objective=macs"],
     "candidates": ["--trainer.accelerator=cpu"],
-    "compress": ["--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64", "--max_minutes=0.1"],
+    "compress": [
+        "--trainer.accelerator=cpu", "--objective=macs", "--tolerance=1", "--samples=64", "--max_minutes=0.04",
+    ],
 }  # fmt: skip
 # Page -> what makes the data that its commands read, and what else makes them short
 ON_DATA: dict[str, tuple[Callable[[], None], Sequence[str]]] = {

@@ -35,6 +35,7 @@ class ChainPrices:
     def __init__(self, objective: Objective, table: LatencyTable) -> None:
         self.objective: Objective = objective
         self._table = table
+        self._macs: dict[tuple[str, torch.Size] | None, float] = {}
 
     def of(self, modules: dict[str, nn.Module], shape: torch.Size, like: Tensor) -> dict[str, float]:
         """Return what modules cost at the shape of their input, those that were not timed yet timed together.
@@ -44,26 +45,45 @@ class ChainPrices:
             shape: Of the input.
             like: A tensor of the dtype, on the device.
         """
-        value = random_like(like, shape)
-        modules = {name: deepcopy(module).to(value).eval() for name, module in modules.items()}
-        for module in modules.values():
-            remove_hooks_of_one_model(module)
         if self.objective == "depth":
             return {name: float(_depth(module)) for name, module in modules.items()}
         if self.objective == "macs":
-            return {name: float(count_macs(module, (value,))) for name, module in modules.items()}
-        keys: dict[str, Hashable] = {
-            name: (str(module), tuple(shape), str(like.dtype), str(like.device), torch.get_num_threads())
-            for name, module in modules.items()
-        }
-        self._table.measure(
-            {keys[name]: partial(partial, module, value) for name, module in modules.items()}, like.device
-        )
+            return {name: self._macs_of(module, shape, like) for name, module in modules.items()}
+        where = tuple(shape), str(like.dtype), str(like.device), torch.get_num_threads()
+        keys: dict[str, Hashable] = {name: (str(module), *where) for name, module in modules.items()}
+        missing = {key: modules[name] for name, key in keys.items() if key not in self._table.seconds}
+        if missing:  # weights are copied for what is timed alone
+            value = random_like(like, shape)
+            copied = {key: _alone(module, value) for key, module in missing.items()}
+            calls = {key: partial(partial, module, value) for key, module in copied.items()}
+            self._table.measure(calls, like.device)
         return {name: self._table.seconds[key] for name, key in keys.items()}
+
+    def _macs_of(self, module: nn.Module, shape: torch.Size, like: Tensor) -> float:
+        """Count once for modules of torch that are called alike; what the user wrote may compute anything."""
+        key = (str(module), shape) if all(map(_says_what_it_is, module.modules())) else None
+        if key in self._macs:
+            return self._macs[key]
+        macs = float(count_macs(_alone(module, like), (random_like(like, shape),)))
+        if key is not None:
+            self._macs[key] = macs
+        return macs
 
     def compared(self, after: float, before: float) -> str:
         """Say in words what something would cost beside what it costs."""
         return f"{price_in_words(after, self.objective)} instead of {price_in_words(before, self.objective)}"
+
+
+def _alone(module: nn.Module, like: Tensor) -> nn.Module:
+    """Return a copy as it runs outside of its model."""
+    copied = deepcopy(module).to(like).eval()
+    remove_hooks_of_one_model(copied)
+    return copied
+
+
+def _says_what_it_is(part: nn.Module) -> bool:
+    """Tell whether modules with the same words compute the same: attention does not say which axis is the batch."""
+    return type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.MultiheadAttention)
 
 
 def _depth(module: nn.Module) -> int:
