@@ -14,22 +14,15 @@ import pytest
 import torch
 from hypothesis import settings
 from lightning.fabric.utilities import registry
-from torch._export import utils
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lightning_easier.support import operators, timing
 from tests.clocks import Clock, honest
+from tests.once import read_once
 
 torch.set_num_threads(1)
 os.fsync = lambda file: None  # runs write a checkpoint a round, and no test cuts the power: what is renamed is there
 registry.entry_points = cache(registry.entry_points)  # each Trainer read what is told of all packages: eight of ten ms
-# Each export to ONNX read anew what can be written, and looked through all of torch's operators ninety times: 0.8 of
-# its 1.2 s. They are what they were until another operator is registered
-ONNXRegistry.from_torchlib = classmethod(cache(ONNXRegistry.from_torchlib.__func__))
-_registered = torch._C._dispatch_get_registrations_for_dispatch_key
-_look_through = utils._materialize_cpp_cia_ops
-_look_through_once = cache(lambda names: _look_through())
-utils._materialize_cpp_cia_ops = lambda: _look_through_once(tuple(_registered("CompositeImplicitAutograd")))
+read_once()
 # The same examples in each run, so that a test that passes goes on to pass; `make prove` draws new ones
 settings.register_profile("alike", derandomize="COLLAPSE_EXAMPLES" not in os.environ)
 settings.load_profile("alike")
