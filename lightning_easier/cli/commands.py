@@ -28,7 +28,7 @@ from lightning_easier.pruning.targets import check_target
 from lightning_easier.report import Report, check_report_path, save_report
 from lightning_easier.support.arguments import check_integer, check_non_negative, check_positive
 from lightning_easier.support.calls import Arguments
-from lightning_easier.support.storage import check_writable, replacing
+from lightning_easier.support.storage import check_writable, first_line, replacing
 
 Files = Sequence[str] | None
 
@@ -189,7 +189,7 @@ def compress(
         session.network, calibration, example_inputs=inputs, inputs_of=inputs_of,
         evaluate=evaluate if score else None, mode=told.mode, **options,
     )  # fmt: skip
-    with _shown_at_last(result.report, report), export_to.keeping(result.model):
+    with _shown_at_last(result.report, report), export_to.keeping(result.model, fitted):
         try:
             if fitted is not None:
                 with replacing(fitted) as new:
@@ -236,9 +236,17 @@ class _Exporting:
             check_export(session.network, self._output, inputs, **self._names)
         return inputs
 
-    def keeping(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Have a network that took long to make survive a block that fails to export it."""
-        return nullcontext() if self._output is None else kept(network, Path(self._output), lambda: self._is_written)
+    def keeping(self, network: nn.Module, *others: str | None) -> AbstractContextManager[None]:
+        """Have a network that took long to make survive a block that fails to export it.
+
+        Args:
+            network: The network.
+            *others: Files that the block writes besides.
+        """
+        if self._output is None:
+            return nullcontext()
+        paths = [Path(other) for other in others if other is not None]
+        return kept(network, Path(self._output), lambda: self._is_written, paths)
 
     def __call__(self, network: nn.Module, inputs: Arguments) -> None:
         if self._output is not None:
@@ -295,8 +303,13 @@ def _shown_at_last(report: Report, files: Files) -> Iterator[None]:
     """Show a report after the block, which writes what took the longest to make, whether it fails or not."""
     try:
         yield
-    finally:
-        _show(report, files)
+    except BaseException as failure:
+        try:
+            _show(report, files)
+        except Exception as error:  # of the two failures the first says where the network is
+            failure.add_note(f"The report could not be shown, either: {first_line(error)}")
+        raise
+    _show(report, files)
 
 
 def _show(report: Report, files: Files) -> None:

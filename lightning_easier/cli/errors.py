@@ -40,7 +40,10 @@ def one_line_errors(program: str, *, debug: bool | None = None) -> Iterator[None
     except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"{program}: error: {_told(error)}{_notes(error)} (`{DEBUG}` shows the traceback)\n")
+        told, notes = _told(error), _notes(error)
+        sys.stderr.write(
+            f"{program}: error: {told.rstrip('.') if notes else told}{notes} (`{DEBUG}` shows the traceback)\n"
+        )
         raise SystemExit(WRONG_VALUE if _is_wrong_value(error) else FAILURE) from error
 
 
@@ -87,8 +90,8 @@ def _told(error: Exception) -> str:
 
 
 def _notes(error: BaseException) -> str:
-    """Return what was noted of an error besides, such as where what was made by then is."""
-    return "".join(f". {in_one_line(note)}" for note in getattr(error, "__notes__", ()))
+    """Return what was noted of an error besides, such as where what was made by then is, and a command: uncut."""
+    return "".join(f". {' '.join(note.splitlines())}" for note in getattr(error, "__notes__", ()))
 
 
 def _is_wrong_value(error: Exception) -> bool:

@@ -126,10 +126,11 @@ class EasierSubcommands(_Base):
         subcommand = self.config.get("subcommand") or ""
         given = self.config.get(subcommand, {})
         path = given.get("ckpt_path")
-        if subcommand and not path and (word := _checkpoint_among(self._words)) is not None:
+        meant = _checkpoint_before_a_config(self._words)
+        if subcommand and meant is not None and meant != str(path or ""):
             self.parser.error(
-                f"Expected argument `--ckpt_path` to come after `--config`, but got `{word}` before it: the config of "
-                f"a run has a `ckpt_path` of its own, null, which took its place"
+                f"Expected argument `--ckpt_path` to come after `--config`, but got `--ckpt_path {meant}` before it: "
+                f"the config has a `ckpt_path` of its own, {path or 'null'}, which took its place"
             )
         if not path or not given.get("model"):
             return
@@ -243,14 +244,16 @@ class EasierSubcommands(_Base):
         command.run(start, **given)
 
 
-def _checkpoint_among(words: Sequence[str]) -> str | None:
-    """Return the words that name a checkpoint; None if none do."""
+def _checkpoint_before_a_config(words: Sequence[str]) -> str | None:
+    """Return the last checkpoint that words name, if a config follows it; None if none is named there."""
+    found, is_followed = "", False
     for word, following in zip(words, [*words[1:], ""], strict=False):
-        name, _, value = word.partition("=")
-        value = value or following
-        if name == "--ckpt_path" and value not in ("", "null", "None", "none", "~"):
-            return f"--ckpt_path {value}"
-    return None
+        name, sign, value = word.partition("=")
+        if name == "--ckpt_path":
+            found, is_followed = value if sign else following, False
+        elif name in ("--config", "-c"):
+            is_followed = True
+    return found if is_followed and found.lower() not in ("", "null", "none", "~") else None
 
 
 def _may_be_one(path: str) -> bool:

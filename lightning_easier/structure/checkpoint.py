@@ -133,13 +133,14 @@ def read_saved(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict nor a network.
+        ValueError: If the file can't be read, or holds neither a checkpoint nor a state dict nor a network, as
+            one of TorchScript is none: nothing here can be done with it.
     """
     if not isfile(path):
         raise FileNotFoundError(f"Expected argument `{argument}` to be a checkpoint file, but {str(path)!r} is none")
     what, opt_in = f"argument `{argument}` to be a checkpoint file", "pass `weights_only=False`"
     found = loading.read(Path(path), what, opt_in, map_location=map_location, weights_only=weights_only)
-    if isinstance(found, nn.Module):
+    if isinstance(found, nn.Module) and not isinstance(found, torch.jit.ScriptModule):
         return found
     state_dict = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(state_dict, Mapping):

@@ -40,6 +40,11 @@ def explained(path: Path, what: str, opt_in: str | None) -> Iterator[None]:
                 f"Expected {what}, but {path} can't be read safely: it holds {more}. If you trust the file, {opt_in}, "
                 f"which runs what it names; or allow these classes alone with `torch.serialization.add_safe_globals`."
             ) from error
+        if isinstance(error, ImportError | AttributeError) and opt_in is None:
+            raise ValueError(
+                f"Expected {what}, but {path} can't be read here: a class or function that it names is not found "
+                f"({first_line(error)[:120]}). Make it importable where it was when the file was saved."
+            ) from error
         raise ValueError(
             f"Expected {what}, but {path} can't be read ({first_line(error)[:120]}). Was it cut short, as by a full "
             f"disk? Take another one."
