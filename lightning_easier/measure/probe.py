@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_easier.measure.affines import AffineFit, AffineStatistics, affine_of, merged
@@ -281,9 +283,9 @@ class EntropyProbe:
     def _hook(self, name: str, states: StateCounts) -> Callable[..., None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.paused:
-                return
             pre_activation: Tensor = input_of(args, kwargs)
+            if self.paused or _is_traced(pre_activation):
+                return
             if pre_activation.is_nested:  # of a transformer layer with padding; zeros do not count
                 pre_activation = pre_activation.to_padded_tensor(0.0)
             if states.device != pre_activation.device:
@@ -308,6 +310,11 @@ class EntropyProbe:
                 ) from error
 
         return count
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Tell whether a forward is only traced, as ``torch.export`` does: there are no values to count then."""
+    return isinstance(value, FakeTensor) or get_proxy_mode() is not None
 
 
 def _check_axes(axes: Mapping[str, int], sites: Sequence[ActivationSite]) -> None:

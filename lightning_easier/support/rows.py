@@ -1,6 +1,7 @@
 """Tell whether the rows of a batch are samples, each independent of the others: then some of them are a batch, too."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,12 @@ def rows_are_samples(model: nn.Module, batch: tuple[Tensor, ...]) -> bool:
     They may be the nodes of a graph, or the positions of sequences; or a forward takes so many and no others.
 
     Args:
-        model: The model; it runs in eval mode.
+        model: The model; a copy of it runs, in eval mode: it may keep something of a call for the next one.
         batch: The forward's positional arguments, all of which have equally many rows.
     """
     rows = torch.randperm(len(batch[0]), generator=torch.Generator().manual_seed(0))[: max(1, len(batch[0]) // 2)]
     some = mapped(lambda value: value[rows.to(value.device)], batch)
+    model = deepcopy(model, {id(weight): weight for weight in model.parameters()})
     with evaluation_mode(model):
         whole = tensors_in(call(model, copies(batch)))
         try:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easier import ActivationEntropy, EntropyProbe, linearize, measure_entropy
@@ -231,3 +232,22 @@ def test_counting_goes_on_from_saved_counts():
 def test_a_share_that_is_none_is_named(share):
     with pytest.raises((TypeError, ValueError), match="Expected argument `sample`"):
         EntropyProbe([], sample=share)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [lambda model, data: torch.export.export(model, (data,), strict=False), lambda model, data: make_fx(model)(data)],
+    ids=["export", "make_fx"],
+)
+def test_a_forward_that_is_only_traced_is_not_counted_and_what_was_counted_stays(trace):
+    model, data = make_model().eval(), images()
+    with EntropyProbe(isolated_sites(model)) as probe, torch.no_grad():
+        model(data)
+        before = probe.counts()
+        trace(model, data)
+        after = probe.counts()
+        model(data)
+    for name, count in probe.counts().items():
+        assert torch.equal(before[name]["on"], after[name]["on"])
+        assert torch.equal(2 * before[name]["on"], count["on"])
+        assert (before[name]["calls"], after[name]["calls"], count["calls"]) == (1, 1, 2)

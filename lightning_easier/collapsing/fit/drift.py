@@ -42,6 +42,8 @@ def first_samples(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, .
 def samples_that_tell(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """Return no more samples than tell how much outputs have changed, however large the batches are.
 
+    Of the last batch they are drawn from all of it: it may be sorted by class.
+
     Args:
         model: The model as given: where its forward takes the rows of a batch for what they are together, the batch
             stays whole.
@@ -51,7 +53,8 @@ def samples_that_tell(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -
     left, rows = _SAMPLES - sum(len(batch[0]) for batch in some), rows_of(last)
     if rows is None or not _FEWEST_OF_A_BATCH <= left < rows or not rows_are_samples(model, last):
         return [*some, last]
-    return [*some, mapped(lambda value: value[:left], last)]
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:left].sort().values
+    return [*some, mapped(lambda value: value[drawn.to(value.device)], last)]
 
 
 def as_matrices(returned: Sequence[Any]) -> list[Tensor]:
