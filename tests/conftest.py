@@ -17,7 +17,7 @@ from lightning.fabric.utilities import registry
 
 from lightning_easier.support import operators, timing
 from tests.clocks import Clock, honest
-from tests.once import read_once
+from tests.torch_once import read_once
 
 torch.set_num_threads(1)
 os.fsync = lambda file: None  # runs write a checkpoint a round, and no test cuts the power: what is renamed is there

@@ -1,34 +1,30 @@
-"""What torch reads anew for each export to ONNX is read once for all tests: it was 0.8 of the 1.2 s that one takes.
+"""What is costly to make, and only read: one of the processes of pytest-xdist makes it, for all of them."""
 
-That is what can be written, and torch's operators, which were looked through ninety times: they are what they were
-until another one is registered.
-"""
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
-from contextlib import suppress
-from functools import cache
-from typing import Any
-
-import torch
-
-look_through: Any = None
-"""What torch looks through its operators with; None where this torch has no such part."""
+import pytest
+from filelock import FileLock
 
 
-@cache
-def _looked_through(names: tuple[str, ...]) -> None:
-    look_through()
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder of this run of the tests that was filled once; whoever comes meanwhile waits.
 
-
-def read_once() -> None:
-    """Have torch read both once; other versions may not have these parts, and one of them needs onnxscript."""
-    global look_through
-    with suppress(ImportError, AttributeError):
-        from torch._export import utils
-
-        registered = torch._C._dispatch_get_registrations_for_dispatch_key
-        look_through = utils._materialize_cpp_cia_ops
-        utils._materialize_cpp_cia_ops = lambda: _looked_through(tuple(registered("CompositeImplicitAutograd")))
-    with suppress(ImportError, AttributeError):
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        ONNXRegistry.from_torchlib = classmethod(cache(ONNXRegistry.from_torchlib.__func__))
+    Args:
+        factory: The fixture of that name.
+        name: Of the folder; each has one of its own.
+        make: Fills the folder. Where that fails, the next process tries again.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own there
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder

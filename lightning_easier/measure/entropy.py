@@ -168,7 +168,7 @@ class StateCounts:
     Example:
         >>> import torch
         >>> counts = StateCounts()
-        >>> counts.update(torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.0, -4.0]]))
+        >>> _ = counts.update(torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.0, -4.0]]))
         >>> counts.on, counts.off
         (tensor([1, 2]), tensor([1, 1]))
     """

@@ -5,7 +5,7 @@ from torch._export import utils
 from torch.library import Library
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from tests import once
+from tests import torch_once
 
 
 def test_what_can_be_written_to_onnx_is_read_once():
@@ -15,8 +15,8 @@ def test_what_can_be_written_to_onnx_is_read_once():
 
 
 def test_operators_are_looked_through_again_when_another_is_registered(monkeypatch):
-    looked, look = [], once.look_through
-    monkeypatch.setattr(once, "look_through", lambda: looked.append(None) or look())
+    looked, look = [], torch_once.look_through
+    monkeypatch.setattr(torch_once, "look_through", lambda: looked.append(None) or look())
 
     def times():
         utils._materialize_cpp_cia_ops()
