@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
+from allocator import give_back_freed_memory, keep_freed_memory
 from children import ChildError, in_child, peak_memory
 from questions import (
     EFFORTS,
@@ -102,8 +103,10 @@ def times(setting: Setting, question: str, name: str) -> list[Measurement]:
     peak = None
     if len(own) == 1:
         # The first, which is the warm-up as well: later ones get memory that the first has given back
+        give_back_freed_memory()
         peak = peak_memory(variants[own[0]].sample, device)
         variants = {YARDSTICK: yardstick(device), **variants}
+    keep_freed_memory()
     samples = min(FEWEST, effort.samples) if case.is_slow else effort.samples
     latencies = in_turn(variants, samples, effort.seconds, warm_up=peak is None and not case.is_slow)
     against = next(iter(variants))
@@ -111,9 +114,14 @@ def times(setting: Setting, question: str, name: str) -> list[Measurement]:
 
 
 def memory(setting: Setting, question: str, name: str, variant: str) -> int:
-    """Return the peak of memory of one variant, which this process has to have to itself."""
+    """Return the peak of memory of one variant, which this process has to have to itself, after a warm-up."""
     device = setting.prepare()
-    return peak_memory(setting.find(question, name).make(device)[variant].sample, device)
+    give_back_freed_memory()
+    case = setting.find(question, name)
+    sample = case.make(device)[variant].sample
+    if not case.is_slow:  # the first needs memory for what is imported and compiled then
+        sample()
+    return peak_memory(sample, device)
 
 
 def _measurement(

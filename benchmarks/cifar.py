@@ -5,9 +5,7 @@ whose keys may begin with ``module.``.
 """
 
 import argparse
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +18,6 @@ from lightning_easier.zoo import CifarResNet
 
 # What networks are trained in: without AVX-512 a CPU takes ten times as long in bfloat16 as in float32.
 PRECISION = torch.bfloat16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else torch.float32
-
-# Of mallopt(3)
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -67,18 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data.root", dest="root", required=True, help="folder of the images")
     parser.add_argument("--weights", required=True, help="file of the weights")
     parser.add_argument("--depth", type=int, default=56, help="of the ResNet")
-
-
-def keep_freed_memory() -> None:
-    """Have the process keep memory that it frees, where the C library is glibc.
-
-    By default large tensors are given back to the system at once, and asked for again with the next operator. On a
-    virtual machine that takes up to four times as long as the operators themselves, and is all that is timed then.
-    """
-    with suppress(AttributeError, OSError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_MAX, 0)
-        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load(path: str, depth: int) -> nn.Module:

@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 import torch
-from cifar import Images, accuracy, add_arguments, keep_freed_memory, load
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, add_arguments, load
 from torch import nn
 
 from lightning_easier import compress

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, add_arguments, drawn, load
 from learner import Learner
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn

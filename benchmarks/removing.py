@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
-from cifar import Images, accuracy, add_arguments, keep_freed_memory, load
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, add_arguments, load
 from torch import Tensor, nn
 
 from lightning_easier import collapse, compress, linearize, measure_affines, measure_entropy

@@ -15,7 +15,8 @@ from copy import deepcopy
 from statistics import mean
 
 import rich
-from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load, tune
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, add_arguments, drawn, load, tune
 from torch import Tensor, nn
 
 from lightning_easier import fit_chains, isolate_activations, linearize, measure_affines, measure_entropy

@@ -25,7 +25,8 @@ from typing import Any
 
 import onnxruntime
 import torch
-from cifar import Images, accuracy, drawn, keep_freed_memory
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, drawn
 from networks import Network, add_arguments, chosen
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process

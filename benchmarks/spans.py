@@ -24,7 +24,8 @@ from copy import deepcopy
 from itertools import groupby, product
 from typing import NamedTuple
 
-from cifar import Images, accuracy, add_arguments, drawn, keep_freed_memory, load
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, add_arguments, drawn, load
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -43,7 +43,8 @@ from typing import Any, TypeVar
 
 import rich
 import torch
-from cifar import Images, accuracy, drawn, keep_freed_memory
+from allocator import keep_freed_memory
+from cifar import Images, accuracy, drawn
 from lightning.pytorch.callbacks import ModelPruning
 from networks import NETWORKS, Network, add_arguments, chosen
 from peers import PEERS, Speed

@@ -67,22 +67,73 @@ def _counted(pre_activation: Tensor, neuron_dim: int) -> _Counts:
 
 def _counted_in_cache(values: Tensor) -> _Counts:
     """Count values ``(N, C, *)`` on a CPU: each is fetched from memory once, and used four times while it is near."""
-    difference, zeros, sums = _count(values)
+    difference, zeros, sums = _count(values, _Room(values))
     of_each = values.numel() // max(values.shape[1], 1)
     return _Counts(difference.long(), of_each if zeros is None else of_each - zeros.long(), sums)
 
 
-def _count(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+class _Laid(NamedTuple):
+    """Memory that is laid out as the values of a part are.
+
+    Attributes:
+        signs: Room for the signs, in the shape of the part.
+        flat: The same as one axis, in the order in which they lie.
+        wide: Room for values of a dtype in which sums overflow early, in a wider one.
+        sums_over: Axes that signs are summed over: all but the neurons', or that of the samples first.
+    """
+
+    signs: Tensor
+    flat: Tensor
+    wide: Tensor | None
+    sums_over: list[int]
+
+
+class _Room:
+    """Memory for the signs of one part after the other: the system would hand out new pages for each, and fill them.
+
+    Args:
+        values: What will be counted, in parts.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+        length = min(values.numel(), _PART_ON_CPU)
+        self._signs = torch.empty(length, dtype=dtype)
+        self._wide = None if values.dtype == dtype else torch.empty(length, dtype=dtype)
+        self._last: _Laid | None = None
+
+    def laid_out_like(self, part: Tensor) -> _Laid:
+        """Return memory for a part, until the next part comes."""
+        if self._last is None or self._last.signs.shape != part.shape:  # most parts are alike
+            self._last = self._laid_out_like(part)
+        return self._last
+
+    def _laid_out_like(self, part: Tensor) -> _Laid:
+        strides, step = [0] * part.ndim, 1
+        for axis in sorted(range(part.ndim), key=part.stride):  # one beside the other, whatever gaps the values have
+            strides[axis] = step
+            step *= part.shape[axis]
+        signs = self._signs.as_strided(part.shape, strides)
+        short = part.ndim > 2 and strides[-1] == 1 and step < _SHORT_ROW * part.shape[0] * part.shape[1]
+        return _Laid(
+            signs,
+            self._signs[:step],
+            None if self._wide is None else self._wide.as_strided(part.shape, strides),
+            [0] if short and part.shape[0] >= _FEW_SAMPLES else [axis for axis in range(part.ndim) if axis != 1],
+        )
+
+
+def _count(values: Tensor, room: _Room) -> tuple[Tensor, Tensor | None, Tensor]:
     """Count values ``(N, C, *)``, in parts where they are too many, which are cut along their order in memory.
 
     Returns:
         ON − OFF of each neuron; how often each was neither, or None if none was; the sum of each sample.
     """
     if values.numel() <= _PART_ON_CPU:
-        return _count_part(values)
+        return _count_part(values, room)
     axis = max((axis for axis, length in enumerate(values.shape) if length > 1), key=values.stride)
     parts = values.split(max(1, _PART_ON_CPU * values.shape[axis] // values.numel()), axis)
-    differences, some_zeros, sums = zip(*map(_count, parts), strict=True)
+    differences, some_zeros, sums = zip(*(_count(part, room) for part in parts), strict=True)
     zeros = None
     if any(each is not None for each in some_zeros):
         pairs = zip(some_zeros, differences, strict=True)
@@ -95,28 +146,25 @@ def _put_together(parts: Iterable[Tensor], side_by_side: bool) -> Tensor:
     return torch.cat(list(parts)) if side_by_side else torch.stack(list(parts)).sum(0, dtype=torch.float64)
 
 
-def _count_part(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _count_part(values: Tensor, room: _Room) -> tuple[Tensor, Tensor | None, Tensor]:
     """Count what fits into the cache; return what :func:`_count` does."""
-    if values.dtype not in (torch.float32, torch.float64):
-        values = values.float()
+    laid = room.laid_out_like(values)
+    if laid.wide is not None:
+        values = laid.wide.copy_(values)
     sums = values.sum(list(range(1, values.ndim)))  # first of all: of what is read from memory it writes least
-    signs = values.sign()
-    flat = signs.as_strided((signs.numel(),), (1,))  # in the order in which they lie in memory, which has no gaps
-    all_have_one = torch.dot(flat, flat).item() == signs.numel()
-    difference = _by_neuron(signs)
-    return difference, None if all_have_one else signs.numel() // signs.shape[1] - _by_neuron(signs.abs_()), sums
+    torch.sign(values, out=laid.signs)
+    all_have_one = torch.dot(laid.flat, laid.flat).item() == len(laid.flat)
+    difference = _by_neuron(laid)
+    if all_have_one:
+        return difference, None, sums
+    laid.signs.abs_()
+    return difference, len(laid.flat) // max(values.shape[1], 1) - _by_neuron(laid), sums
 
 
-def _by_neuron(signs: Tensor) -> Tensor:
+def _by_neuron(laid: _Laid) -> Tensor:
     """Sum up signs ``(n, C, *)`` of each neuron."""
-    if (
-        signs.ndim > 2
-        and signs.stride(-1) == 1
-        and prod(signs.shape[2:]) < _SHORT_ROW
-        and signs.shape[0] >= _FEW_SAMPLES
-    ):
-        return signs.sum(0).flatten(1).sum(1)
-    return signs.sum([axis for axis in range(signs.ndim) if axis != 1])
+    sums = laid.signs.sum(laid.sums_over)
+    return sums if sums.ndim == 1 else sums.flatten(1).sum(1)
 
 
 def _counted_on_device(values: Tensor) -> _Counts:
