@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -160,35 +161,36 @@ class TargetWatch:
         """Whether there is anything to reach."""
         return self._target is not None
 
-    def look_if_due(self, model: nn.Module, saved: float) -> Look | None:
+    def look_if_due(self, model: nn.Module, saved: float, macs: int | None = None) -> Look | None:
         """Look at a model that may have reached the target; None for one that can't have, or if there is none.
 
         Args:
             model: The model.
             saved: Of its price, in the unit of the objective; 0 for the model as it was given.
+            macs: Its multiply-accumulates, where they were counted; else they are.
         """
         if not self.has_target or (saved == 0 and not self._gains_exactly):  # it is the dense network still
             return None
         if self._speedup is None:
             prepared = self._prepared(model, saved)
             return self._look(prepared, saved) if self._depth is not None and prepared.depth <= self._depth else None
-        if not self._is_due(model, saved, self._speedup):
+        if not self._is_due(model, saved, self._speedup, macs):
             return None
         prepared = self._prepared(model, saved)
-        macs = self._share(counted(count_macs, prepared.models["after"], self._arguments))
-        if self._is_impossible(macs, self._speedup):  # the search is over, whether it is enough or not
+        left = self._share(counted(count_macs, prepared.models["after"], self._arguments))
+        if self._is_impossible(left, self._speedup):  # the search is over, whether it is enough or not
             return self._look(prepared, saved)
         enough = self._speedup * (1 - MARGIN)
-        found = self._beside_the_dense(prepared, enough)
+        found, timed = self._beside_the_dense(prepared, enough)
         if found.is_above(enough):
-            return self._look(prepared, saved)
-        self._note(saved, macs, found.median)
+            return self._look(prepared, saved, timed)
+        self._note(saved, left, found.median)
         return None
 
-    def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
+    def _is_due(self, model: nn.Module, saved: float, speedup: float, macs: int | None = None) -> bool:
         if self._last is None and self._gains_exactly:  # what that saves is not estimated
             return True
-        by_macs = self._share(counted(count_macs, model, self._arguments))
+        by_macs = self._share(counted(count_macs, model, self._arguments) if macs is None else macs)
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         if by_price is None:  # nothing tells but the clock
             return True
@@ -277,22 +279,27 @@ class TargetWatch:
         prepared = self._prepared(model, saved)
         if self._depth is not None and prepared.depth > self._depth:
             return "it is too deep"
+        timed: Mapping[str, Latency] = MappingProxyType({})
         if self._speedup is not None:
             enough = self._speedup * (1 - MARGIN)
-            speedup = self._beside_the_dense(prepared, enough)
+            speedup, timed = self._beside_the_dense(prepared, enough)
             if not speedup.is_above(enough) or speedup.median < self._speedup:
                 return _of_wanted(speedup, self._speedup)
-        look = self._look(prepared, saved)
+        look = self._look(prepared, saved, timed)
         is_as_fast = self._speedup is None or look.result.report.speedup.median >= self._speedup
         return look if look.attained.is_reached and is_as_fast else look.attained.words
 
-    def _beside_the_dense(self, prepared: Prepared, bar: float) -> Speedup:
-        """Time a model and the dense network in turn, until it is clear whether it is so many times faster."""
+    def _beside_the_dense(self, prepared: Prepared, bar: float) -> tuple[Speedup, Mapping[str, Latency]]:
+        """Time a model and the dense network in turn, until it is clear whether it is so many times faster.
+
+        Returns:
+            How many times it is, and what was timed, by name: a look at the model counts that, too.
+        """
         names: list[str] = [name for name in ("after", "unmerged") if name in prepared.models]
         models: dict[str, nn.Module] = {"dense": self._dense, **{name: prepared.models[name] for name in names}}
         bars = [(("dense", name), bar) for name in names]
         latency = compare(models, copies(self._arguments), bars, self._table.pace)
-        return max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median)
+        return max((speed_up(latency["dense"], latency[name]) for name in names), key=lambda each: each.median), latency
 
     def _note(self, saved: float, macs: float | None, speedup: float) -> None:
         """Note what was left at a look, and how fast that was."""
@@ -324,15 +331,24 @@ class TargetWatch:
         share = 1 / look.result.report.speedup.median
         return share + (1 - share) * less / saved <= _PASSED / self._speedup
 
-    def _look(self, prepared: Prepared, saved: float) -> Look:
+    def _look(self, prepared: Prepared, saved: float, timed: Mapping[str, Latency] = MappingProxyType({})) -> Look:
+        """Time all that is told of a model in turn, and take the result.
+
+        Args:
+            prepared: The model, collapsed.
+            saved: As for :meth:`look_if_due`.
+            timed: What :meth:`_beside_the_dense` has timed of it. One answer is given to whether the target is
+                reached, by all that was timed of the two: else a second one may contradict the first by chance.
+        """
         both = {"exact": self._exact, "fitted": prepared}
         models = {(whose, name): model for whose, each in both.items() for name, model in each.models.items()}
         bars = [(((whose, a), (whose, b)), bar) for whose, each in both.items() for (a, b), bar in each.bars.items()]
         if self._speedup is not None:  # which is the result is known at last; and whether less might do is asked next
             names = [name for name in ("after", "unmerged") if name in prepared.models]
-            wanted = (self._speedup, self._speedup * _PASSED)
+            wanted = (self._speedup * (1 - MARGIN), self._speedup, self._speedup * _PASSED)
             bars += [((("exact", "dense"), ("fitted", name)), bar) for name in names for bar in wanted]
-        latency = compare(models, copies(self._arguments), bars, self._table.pace)
+        earlier = {("exact" if name == "dense" else "fitted", name): each for name, each in timed.items()}
+        latency = compare(models, copies(self._arguments), bars, self._table.pace, earlier)
 
         def settled(whose: str) -> CollapseResult:
             return both[whose].settle({name: each for (whom, name), each in latency.items() if whom == whose})
@@ -347,8 +363,8 @@ class TargetWatch:
         if self._speedup is not None:
             self._note(saved, by_macs, report.speedup.median)
             is_impossible = not attained.is_reached and self._is_impossible(by_macs, self._speedup)
-        timed = {name: each for (whose, name), each in latency.items() if whose == "fitted"}
-        return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, timed)
+        of_fitted = {name: each for (whose, name), each in latency.items() if whose == "fitted"}
+        return Look(result, exact.before, exact.dense, exact.after, attained, is_impossible, of_fitted)
 
 
 def _worth(estimated: float, measured: float) -> float:

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from itertools import islice
 from statistics import quantiles
 from timeit import Timer, default_timer
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -80,22 +81,34 @@ class Latency:
         median: Median over the rounds in which all took part that were timed in turn.
         spread: Interquartile range over the same.
         samples: All samples, in the order they were taken: one a round, in which others took theirs.
+        rounds: The number of each sample's round, of all that were timed in turn; 0, 1 and so on if it has none.
     """
 
     median: float
     spread: float
     samples: tuple[float, ...] = field(repr=False)
+    rounds: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, samples: Sequence[float], common: int | None = None) -> "Latency":
+    def of(cls, samples: Sequence[float]) -> "Latency":
+        """Sum up samples, one a round from the first on."""
+        return cls.by_round(dict(enumerate(samples)))
+
+    @classmethod
+    def by_round(cls, samples: Mapping[int, float], common: Collection[int] | None = None) -> "Latency":
         """Sum up samples.
 
         Args:
-            samples: The samples.
-            common: In how many rounds, the first, all took part; in all of them by default.
+            samples: Number of a round -> the sample.
+            common: The rounds in which all took part; all of them by default.
         """
-        first, middle, third = quantiles(samples[:common], n=4)
-        return cls(middle, third - first, tuple(samples))
+        first, middle, third = quantiles([samples[each] for each in (samples if common is None else common)], n=4)
+        return cls(middle, third - first, tuple(samples.values()), tuple(samples))
+
+    @property
+    def of_rounds(self) -> dict[int, float]:
+        """Number of a round -> the sample."""
+        return dict(zip(self.rounds or range(len(self.samples)), self.samples, strict=True))
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,11 @@ class Speedup:
 
 def speed_up(before: Latency, after: Latency) -> Speedup:
     """Compare two latencies that were measured in turn, by the rounds in which both were."""
-    return Speedup(tuple(b / a for b, a in zip(before.samples, after.samples, strict=False)))
+    return _speed_up(before.of_rounds, after.of_rounds)
+
+
+def _speed_up(before: Mapping[int, float], after: Mapping[int, float]) -> Speedup:
+    return Speedup(tuple(seconds / after[number] for number, seconds in before.items() if number in after))
 
 
 def _forever() -> float:
@@ -207,9 +224,10 @@ class _Turns:
         progress: What to call it in a progress bar; none by default.
         seconds: How long the rounds after the first may take together.
         device: Where the calls run; the current one by default.
+        earlier: What was timed in turn of some of the calls before: these rounds count, and go on.
 
     Attributes:
-        samples: Name -> seconds, one for each round that it took part in: the first of all.
+        samples: Name -> number of a round -> seconds, for each round that it took part in.
     """
 
     def __init__(
@@ -221,13 +239,20 @@ class _Turns:
         progress: str | None = None,
         seconds: float = _MORE_SECONDS,
         device: torch.device | None = None,
+        earlier: Mapping[Any, Latency] = MappingProxyType({}),
     ) -> None:
         self._device = device
-        self.samples: dict[Any, list[float]] = {name: [] for name in calls}
+        known = {name: latency for name, latency in earlier.items() if name in calls}
+        self.samples: dict[Any, dict[int, float]] = {
+            name: known[name].of_rounds if name in known else {} for name in calls
+        }
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
         self._pace = Pace() if pace is None else pace
         with torch.no_grad(), _current(device):
-            once = {name: self._estimate(seconds_of) for name, seconds_of in self._timers.items()}
+            once = {
+                name: known[name].median if name in known else self._estimate(seconds_of)
+                for name, seconds_of in self._timers.items()
+            }
         slowest = max([_SECONDS_A_SAMPLE, *once.values()])
         # all alike: what was run just before has its values in the caches. What ran before it has left others there
         self._warm_ups = int(slowest < _SLOW)
@@ -239,10 +264,10 @@ class _Turns:
         }
         a_round = sum(self._runs[name] * each for name, each in once.items())
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / max(a_round, _LEAST))))
-        self._most = max(self._first, most)
+        self._most = max(self._rounds + self._first, most)
         self._more_seconds = seconds
         more = int(seconds / max(sum(self._seconds.values()), _LEAST))
-        planned = len(calls) * min(self._most, self._first + more)
+        planned = len(calls) * min(self._most - self._rounds, self._first + more)
         self._step = 1 / max(planned, 1)
         self._share_told = 0.0
         self._bar = tqdm(total=planned, desc=progress, leave=False, delay=1, disable=None if progress else True)
@@ -259,7 +284,11 @@ class _Turns:
 
     @property
     def _rounds(self) -> int:
-        return max(map(len, self.samples.values()), default=0)
+        return max((number + 1 for samples in self.samples.values() for number in samples), default=0)
+
+    def _fewest(self, names: Iterable[Any]) -> int:
+        """Return how many samples there are of each of some calls at least."""
+        return min((len(self.samples[name]) for name in names), default=0)
 
     def _allowed(self, names: Collection[Any], seconds: float = math.inf) -> int:
         """Return how many more rounds of some calls the time allows, of those that are left."""
@@ -272,16 +301,17 @@ class _Turns:
         spent = 0.0
         with torch.no_grad(), _current(self._device):
             for _ in range(rounds):
-                if self._rounds >= _FEWEST_SAMPLES and self._allowed(names) <= 0:
+                if self._fewest(names) >= _FEWEST_SAMPLES and self._allowed(names) <= 0:
                     self._pace.was_short = True
                     break
-                forwards = self._rounds % 2 == 0
+                number = self._rounds
+                forwards = number % 2 == 0
                 for name in self._timers if forwards else reversed(self._timers):
                     if name in names:
                         if self._warm_ups:
                             self._timers[name](self._warm_ups)
                         seconds = self._timers[name](self._runs[name])
-                        self.samples[name].append(seconds)
+                        self.samples[name][number] = seconds
                         self._seconds[name] = (self._runs[name] + self._warm_ups) * seconds
                         spent += self._seconds[name]
                         self._tell(self._step)
@@ -295,7 +325,7 @@ class _Turns:
 
     def take_first(self) -> None:
         """Take as many samples as at first; as many again where there are some, if time allows."""
-        fewest = 0 if self._rounds else _FEWEST_SAMPLES
+        fewest = 0 if self._fewest(self.samples) else _FEWEST_SAMPLES
         rounds = min(self._first, max(fewest, self._allowed(self.samples)))
         self._pace.was_short |= rounds < self._first
         self._take(rounds, self.samples)
@@ -304,14 +334,14 @@ class _Turns:
         """Take samples of what is open still, until nothing is or there are as many as there may be.
 
         Args:
-            still_open: Given how many samples there may be in all, returns the names of the calls; one that is none of
+            still_open: Given how many more samples there may be, returns the names of the calls; one that is none of
                 them once is left out from then on.
         """
-        if not self._rounds:
+        if not self._fewest(self.samples):
             self.take_first()
         names, seconds = set(self.samples), self._more_seconds
         while self._rounds < self._most:
-            names &= set(still_open(self._rounds + max(0, self._allowed(names, seconds))))
+            names &= set(still_open(max(0, self._allowed(names, seconds))))
             if not names:
                 break
             rounds = min(self._rounds, self._allowed(names, seconds))
@@ -325,12 +355,12 @@ class _Turns:
     @property
     def latencies(self) -> dict[Any, Latency]:
         """What was measured so far."""
-        common = min(map(len, self.samples.values()), default=0)
-        return {name: Latency.of(samples, common) for name, samples in self.samples.items()}
+        shared = set.intersection(*map(set, self.samples.values())) if self.samples else set()
+        return {name: Latency.by_round(samples, sorted(shared)) for name, samples in self.samples.items()}
 
     def speedup(self, before: Hashable, after: Hashable) -> Speedup:
         """Compare two of the calls, by the rounds in which both were timed."""
-        return Speedup(tuple(b / a for b, a in zip(self.samples[before], self.samples[after], strict=False)))
+        return _speed_up(self.samples[before], self.samples[after])
 
 
 def measure_latency(
@@ -372,6 +402,7 @@ def compare(
     arguments: Sequence[Tensor],
     bars: Iterable[tuple[tuple[Name, Name], float]],
     pace: Pace | None = None,
+    earlier: Mapping[Name, Latency] = MappingProxyType({}),
 ) -> dict[Name, Latency]:
     """Time several callables in turn until it is clear of some of them whether one is so many times faster.
 
@@ -382,6 +413,9 @@ def compare(
             are taken while :meth:`Speedup.leaves_open` that, up to a limit; none where as many as that would leave it
             open still, see :meth:`Speedup.may_be_settled`. Without any nothing is decided, and few are taken of each.
         pace: How long it may take; no limit by default.
+        earlier: What an earlier comparison has found of some of them, on the same arguments. Rounds in which two were
+            timed tell the same of them whatever else took part: those count here, too, and no more are taken of what is
+            clear by all of them together, after the first with the others.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
@@ -390,14 +424,15 @@ def compare(
     turns = _Turns(
         {number: partial(call, each, arguments) for number, each in distinct.items()}, first, most, pace,
         "Timing" if pace is None else None, device=_device_of(arguments),
+        earlier={numbers[name]: latency for name, latency in earlier.items() if name in numbers},
     )  # fmt: skip
 
-    def still_open(at_most: int) -> set[int]:
+    def still_open(more: int) -> set[int]:
         compared = {pair: turns.speedup(*pair) for pair, _ in pairs}
         return {
             each
             for pair, bar in pairs
-            if compared[pair].leaves_open(bar) and compared[pair].may_be_settled(bar, at_most)
+            if compared[pair].leaves_open(bar) and compared[pair].may_be_settled(bar, len(compared[pair].ratios) + more)
             for each in pair
         }
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Iterable
 
 import pytest
@@ -184,6 +185,69 @@ def test_less_is_enough_where_its_median_is_and_noise_leaves_no_more_doubt_than_
     assert noisy.result.report.speedup.median >= true / 1.004
 
 
+def normed(width: int) -> nn.Module:
+    """Return a network that is another one when its batch norms are folded."""
+    torch.manual_seed(0)
+    layers = nn.Linear(32, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 32), nn.Tanh(), nn.Linear(32, 4)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("asked", ["look_if_due", "look_if_enough"])
+def test_a_look_counts_what_was_timed_beside_the_dense_network_before_it(monkeypatch, asked):
+    """So it is not timed twice, and a second answer does not take back the first."""
+    model, smaller = normed(64), normed(16)
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    found, compare = [], targets.compare
+
+    def noting(models, *given):
+        found.append(compare(models, *given))
+        return found[-1]
+
+    monkeypatch.setattr(targets, "compare", noting)
+
+    def watch(target: float) -> targets.TargetWatch:
+        arguments = (BATCHES[0],), "macs", timing.LatencyTable(), targets.Target(speedup=target)
+        return targets.TargetWatch(model, *arguments)
+
+    true = watch(1.1).look(smaller, 1.0).result.report.speedup.median
+    was_reached = looked = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        monkeypatch.setattr(timing, "stopwatch", Clock(lambda _, rng=rng: math.exp(rng.gauss(0, 0.05))))
+        found.clear()
+        look = getattr(watch(true), asked)(smaller, 1.0)  # it is just as fast as was asked for
+        if len(found) == 1:  # not clear at once
+            continue
+        looked += 1
+        beside, both = found
+        for mine, name in ((("exact", "dense"), "dense"), (("fitted", "after"), "after")):
+            assert both[mine].samples[: len(beside[name].samples)] == beside[name].samples
+        assert min(both["exact", "before"].rounds) == len(beside["dense"].samples)  # what is timed for the report
+        is_look = isinstance(look, targets.Look)
+        was_reached += is_look and look.attained.is_reached
+        if is_look:
+            assert len(look.result.report.speedup.ratios) == len(both["exact", "dense"].samples)
+    assert looked > 4
+    assert was_reached >= (looked if asked == "look_if_due" else looked - 2)  # else its median may be below in the end
+
+
+def test_what_a_first_timing_took_for_fast_enough_by_chance_is_not_reached_by_both(monkeypatch):
+    model, smaller = normed(64), normed(16)
+    monkeypatch.setattr(timing, "stopwatch", Clock(honest))
+    arguments = (BATCHES[0],), "macs", timing.LatencyTable()
+    first = targets.TargetWatch(model, *arguments, targets.Target(speedup=1.1)).look(smaller, 1.0)
+    true = first.result.report.speedup.median
+    watch = targets.TargetWatch(model, *arguments, targets.Target(speedup=1.1 * true))
+    seconds = first.result.report.after.latency.median
+    lucky = {
+        name: cost(first, (each * seconds,) * 20).latency for name, each in (("dense", 1.2 * true), ("after", 1.0))
+    }
+    prepared = watch._prepared(smaller, 1.0)
+    look = watch._look(prepared, 1.0, lucky)
+    assert not look.attained.is_reached
+    assert len(look.result.report.speedup.ratios) > 20
+
+
 class Branch(nn.Module):
     """A residual branch that ends in a batch norm, as it is before it is trained: its scale is zero."""
 
@@ -217,9 +281,9 @@ def test_whichever_of_a_collapse_is_the_result_is_timed_until_the_target_is_clea
     monkeypatch.setattr(timing, "stopwatch", Clock(honest))
     asked, compare = [], targets.compare
 
-    def asking(models, x, bars, pace):
+    def asking(models, x, bars, *given):
         asked.extend(bars)
-        return compare(models, x, bars, pace)
+        return compare(models, x, bars, *given)
 
     monkeypatch.setattr(targets, "compare", asking)
     torch.manual_seed(0)

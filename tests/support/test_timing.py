@@ -389,6 +389,53 @@ def test_of_a_comparison_only_what_is_open_is_timed_on(monkeypatch):
         assert each.median == pytest.approx(median(each.samples[:15]))
 
 
+def test_rounds_of_an_earlier_comparison_count_in_one_that_goes_on_with_others_beside(monkeypatch):
+    under(monkeypatch, jittering(0.1))
+    calls = {name: nn.Linear(64, width) for name, width in (("one", 512), ("two", 256), ("late", 64))}
+    x, bar = torch.randn(512, 64), (("one", "two"), 1.9)
+    early = compare({name: calls[name] for name in ("one", "two")}, (x,), [bar])
+    before = speed_up(early["one"], early["two"])
+    assert before.is_above(1.9)
+    both = compare(calls, (x,), [bar], earlier={"a": early["one"], **early})  # "a" is none of the calls
+    rounds = len(before.ratios)
+    assert rounds > 15
+    for name in ("one", "two"):
+        assert both[name].samples[:rounds] == early[name].samples
+        assert both[name].rounds == tuple(range(rounds + 15))  # it is clear by the earlier ones: no more than at first
+    assert both["late"].rounds == tuple(range(rounds, rounds + 15))
+    pooled, across = speed_up(both["one"], both["two"]), speed_up(both["one"], both["late"])
+    assert pooled.ratios[:rounds] == before.ratios
+    assert len(pooled.ratios) == rounds + 15
+    assert across.ratios == tuple(
+        a / b for a, b in zip(both["one"].samples[rounds:], both["late"].samples, strict=True)
+    )
+    for each in both.values():  # seconds that stand side by side are of the same rounds
+        assert each.median == pytest.approx(median(each.samples[-15:]))
+
+
+def test_what_goes_on_is_neither_estimated_again_nor_taken_more_often_than_one_comparison_would(monkeypatch):
+    watch = Taking(jitter=0.2)
+    monkeypatch.setattr(timing, "stopwatch", watch)
+    calls, seconds = {"one": lambda: 0.02, "other": lambda: 0.0101, "late": lambda: 0.01}, {0.02, 0.0101}
+    monkeypatch.setattr(timing, "call", lambda each, _: each())
+    bar = (("one", "other"), 1.98)
+    monkeypatch.setattr(Speedup, "may_be_settled", lambda *_: True)
+    early = compare({name: calls[name] for name in ("one", "other")}, (), [bar])
+    assert len(early["one"].samples) == 120
+    assert {watch.samples.pop(each) for each in seconds} == {2 + 2 * 120}  # each is warmed up before
+    both = compare(calls, (), [bar], earlier=early)
+    assert {watch.samples[each] for each in seconds} == {2 * 15}  # with the one that comes late, and no more
+    assert {name: len(each.samples) for name, each in both.items()} == {"one": 135, "other": 135, "late": 15}
+
+
+def test_what_comes_late_gets_the_fewest_samples_though_the_time_is_over(monkeypatch):
+    under(monkeypatch, honest)
+    calls = {name: nn.Linear(64, width) for name, width in (("one", 512), ("late", 64))}
+    early = compare({"one": calls["one"]}, (torch.randn(512, 64),), [])
+    both = compare(calls, (torch.randn(512, 64),), [(("one", "late"), 2.0)], timing.Pace(lambda: 0.0), early)
+    assert {name: len(each.samples) for name, each in both.items()} == {"one": 6 + 5, "late": 5}
+
+
 def test_calls_are_timed_in_turn_and_in_both_orders(monkeypatch):
     order = []
 
