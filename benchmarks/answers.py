@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from tempfile import TemporaryDirectory
 
 import torch
 from allocator import give_back_freed_memory, keep_freed_memory
@@ -48,6 +49,7 @@ class Setting:
         threads: How many torch may use.
         effort: Name of the effort.
         seconds: How long a case may take before it is stopped; None for no limit.
+        folder: Where a case may leave what later ones would make again; None for nowhere.
     """
 
     part: str
@@ -55,10 +57,11 @@ class Setting:
     threads: int
     effort: str
     seconds: float | None
+    folder: str | None = None
 
     def cases(self) -> Iterator[tuple[str, Case]]:
         """Yield the cases of the part, each with the name of its question."""
-        effort = replace(EFFORTS[self.effort], device=self.device)
+        effort = replace(EFFORTS[self.effort], device=self.device, folder=self.folder)
         for question in import_module(PARTS[self.part]).questions(effort):
             for case in question.cases:
                 yield question.name, case
@@ -78,6 +81,11 @@ class Setting:
 
 def answers(setting: Setting) -> Iterator[list[Measurement]]:
     """Yield what was measured of each case when it is done; what fails is told, and the next one follows."""
+    with TemporaryDirectory() as folder:
+        yield from _answers(replace(setting, folder=folder))
+
+
+def _answers(setting: Setting) -> Iterator[list[Measurement]]:
     for question, case in setting.cases():
         if missing := [name for name in case.needs if importlib.util.find_spec(name) is None]:
             yield [_nothing(setting, question, case.name, f"{', '.join(missing)} is not installed")]

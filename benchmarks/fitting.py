@@ -44,7 +44,7 @@ def questions(effort: Effort) -> Iterator[Question]:
             ("MobileNetV2", torchvision.models.mobilenet_v2, 224),
             ("ViT-S/16", _vit_small, 224),
         ],
-        [("ResNet-20", partial(CifarResNet, 20), 32)],
+        [("ResNet-8", partial(CifarResNet, 8), 32)],
         [("three convolutions", tiny, 8)],
     )
     objective: Objective = effort.pick("latency", "latency", "macs")  # timings take seconds, however small it is

@@ -36,19 +36,21 @@ class Effort:
         samples: Of each variant, unless that takes longer than ``seconds``.
         seconds: How long the variants of a case may be timed; three samples of each are always taken.
         device: Where: ``"cpu"`` or ``"cuda"``.
+        folder: Where a case may leave what later ones would make again; None for nowhere.
     """
 
     name: str
     samples: int
     seconds: float
     device: str = "cpu"
+    folder: str | None = None
 
     def pick(self, full: T, quick: T, dry: T) -> T:
         """Return what suits it."""
         return {"full": full, "quick": quick, "dry": dry}[self.name]
 
 
-EFFORTS = {each.name: each for each in (Effort("full", 15, 120.0), Effort("quick", 5, 6.0), Effort("dry", 2, 0.0))}
+EFFORTS = {each.name: each for each in (Effort("full", 15, 120.0), Effort("quick", 5, 4.0), Effort("dry", 2, 0.0))}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import os
 import runpy
 import sys
 from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import answers
 import children
@@ -13,6 +15,7 @@ import command
 import pytest
 import results
 import torch
+from questions import Case, Question, Variant
 
 from tests.benchmarks.tiny import rows_of
 
@@ -55,6 +58,27 @@ def test_every_part_runs_and_is_in_one_table_and_one_file(tmp_path, monkeypatch,
     rounds = [cells for number, cells in rows_of(written["tables"]["curve"]).items() if number.isdigit()]
     assert len(rounds) == 3
     assert all(0 <= float(score) <= 100 for score, _ in rounds)
+
+
+def test_cases_of_a_part_may_leave_something_for_the_next(monkeypatch):
+    there = []
+
+    def questions(effort):
+        def make(device):
+            there.append([file.name for file in Path(effort.folder).iterdir()])
+            (Path(effort.folder) / str(len(there))).touch()
+            return {"a": Variant(lambda: 1.0), "b": Variant(lambda: 1.0)}
+
+        yield Question("question", (Case("first", make, has_memory=False), Case("second", make, has_memory=False)))
+
+    monkeypatch.setitem(sys.modules, "a_part", SimpleNamespace(questions=questions))
+    monkeypatch.setitem(answers.PARTS, "a part", "a_part")
+    monkeypatch.setattr(answers, "in_child", lambda function, *arguments, seconds: function(*arguments))
+    for _ in range(2):  # what is left is gone when the part is done
+        there.clear()
+        measured = [*answers.answers(answers.Setting("a part", "cpu", torch.get_num_threads(), "dry", None))]
+        assert [each.case for case in measured for each in case] == ["first", "first", "second", "second"]
+        assert there == [[], ["1"]]
 
 
 def test_what_fails_is_told_and_the_next_follows():
