@@ -34,11 +34,10 @@ BARS = {"masks": Bar(time=1.05), "transport": Bar(time=1.15), "distillation": Ba
 
 def questions(effort: Effort) -> Iterator[Question]:
     """Ask what each adds to an epoch of training."""
-    small = ("CifarResNet-14", partial(CifarResNet, 14), [f"model.layer{stage}.1" for stage in (1, 2, 3)])
     name, make, blocks = effort.pick(
         ("ResNet-18", cifar_resnet18, [f"model.layer{stage}.1" for stage in (1, 2, 3, 4)]),
-        small,
-        small,
+        ("CifarResNet-20", partial(CifarResNet, 20), [f"model.layer{stage}.2" for stage in (1, 2, 3)]),
+        ("CifarResNet-14", partial(CifarResNet, 14), [f"model.layer{stage}.1" for stage in (1, 2, 3)]),
     )
     batch, steps = effort.pick(128, 64, 4), effort.pick(20, 4, 2)
     case = Case(
