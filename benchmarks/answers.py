@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from allocator import give_back_freed_memory, keep_freed_memory
-from children import ChildError, in_child, peak_memory
+from children import ChildError, forgets_peak, in_child, peak_memory
 from questions import (
     EFFORTS,
     FEWEST,
@@ -106,12 +106,12 @@ def times(setting: Setting, question: str, name: str) -> list[Measurement]:
     """Time the variants of a case in turn, here; with one alone, its memory is measured at its first sample."""
     device, effort = setting.prepare(), EFFORTS[setting.effort]
     case = setting.find(question, name)
+    give_back_freed_memory()  # from before anything is made: what was freed until then stays a hole
     variants = dict(case.make(device))
     own = list(variants)
     peak = None
     if len(own) == 1:
         # The first, which is the warm-up as well: later ones get memory that the first has given back
-        give_back_freed_memory()
         peak = peak_memory(variants[own[0]].sample, device)
         variants = {YARDSTICK: yardstick(device), **variants}
     keep_freed_memory()
@@ -127,7 +127,7 @@ def memory(setting: Setting, question: str, name: str, variant: str) -> int:
     give_back_freed_memory()
     case = setting.find(question, name)
     sample = case.make(device)[variant].sample
-    if not case.is_slow:  # the first needs memory for what is imported and compiled then
+    if not case.is_slow and forgets_peak(device):  # the first needs memory for what is imported and compiled then
         sample()
     return peak_memory(sample, device)
 

@@ -94,6 +94,17 @@ def _send(sending: Connection, tells: bool, function: Callable[..., Any], *argum
     sending.send((False, outcome))
 
 
+def forgets_peak(device: torch.device) -> bool:
+    """Have the process forget the most memory that it has held so far; tell whether it has: else a next peak hides."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+        return True
+    return False
+
+
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     """Return the most bytes that a call needs.
 
@@ -102,12 +113,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        forgets_peak(device)
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    with suppress(OSError):  # Linux: the highest so far is forgotten
-        Path("/proc/self/clear_refs").write_text("5")
+    forgets_peak(device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _UNIT

@@ -59,7 +59,7 @@ def _counted(pre_activation: Tensor, neuron_dim: int) -> _Counts:
             f"Expected argument `pre_activation` to have a batch axis and the neuron axis {neuron_dim}, "
             f"but got shape {tuple(pre_activation.shape)}"
         )
-    values = pre_activation.detach() if pre_activation.requires_grad else pre_activation
+    values = pre_activation.detach()  # without a tangent, too: signs are written to memory that is there
     if neuron_dim != 1:
         values = values.movedim(neuron_dim, 1)  # the samples are the first axis now, wherever they were
     return _counted_in_cache(values) if type(values) is Tensor and values.is_cpu else _counted_on_device(values)
@@ -98,8 +98,8 @@ class _Room:
     def __init__(self, values: Tensor) -> None:
         dtype = values.dtype if values.dtype == torch.float64 else torch.float32
         length = min(values.numel(), _PART_ON_CPU)
-        self._signs = torch.empty(length, dtype=dtype)
-        self._wide = None if values.dtype == dtype else torch.empty(length, dtype=dtype)
+        self._signs = values.new_empty(length, dtype=dtype)
+        self._wide = None if values.dtype == dtype else values.new_empty(length, dtype=dtype)
         self._last: _Laid | None = None
 
     def laid_out_like(self, part: Tensor) -> _Laid:
@@ -112,7 +112,7 @@ class _Room:
         strides, step = [0] * part.ndim, 1
         for axis in sorted(range(part.ndim), key=part.stride):  # one beside the other, whatever gaps the values have
             strides[axis] = step
-            step *= part.shape[axis]
+            step = step * part.shape[axis]  # not in place: while torch.jit traces, it is a tensor
         signs = self._signs.as_strided(part.shape, strides)
         short = part.ndim > 2 and strides[-1] == 1 and step < _SHORT_ROW * part.shape[0] * part.shape[1]
         return _Laid(

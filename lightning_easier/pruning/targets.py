@@ -161,20 +161,19 @@ class TargetWatch:
         """Whether there is anything to reach."""
         return self._target is not None
 
-    def look_if_due(self, model: nn.Module, saved: float, macs: int | None = None) -> Look | None:
+    def look_if_due(self, model: nn.Module, saved: float) -> Look | None:
         """Look at a model that may have reached the target; None for one that can't have, or if there is none.
 
         Args:
             model: The model.
             saved: Of its price, in the unit of the objective; 0 for the model as it was given.
-            macs: Its multiply-accumulates, where they were counted; else they are.
         """
         if not self.has_target or (saved == 0 and not self._gains_exactly):  # it is the dense network still
             return None
         if self._speedup is None:
             prepared = self._prepared(model, saved)
             return self._look(prepared, saved) if self._depth is not None and prepared.depth <= self._depth else None
-        if not self._is_due(model, saved, self._speedup, macs):
+        if not self._is_due(model, saved, self._speedup):
             return None
         prepared = self._prepared(model, saved)
         left = self._share(counted(count_macs, prepared.models["after"], self._arguments))
@@ -187,10 +186,10 @@ class TargetWatch:
         self._note(saved, left, found.median)
         return None
 
-    def _is_due(self, model: nn.Module, saved: float, speedup: float, macs: int | None = None) -> bool:
+    def _is_due(self, model: nn.Module, saved: float, speedup: float) -> bool:
         if self._last is None and self._gains_exactly:  # what that saves is not estimated
             return True
-        by_macs = self._share(counted(count_macs, model, self._arguments) if macs is None else macs)
+        by_macs = self._share(counted(count_macs, model, self._arguments))
         by_price = 1 - saved / self._dense_price() if self._objective == "latency" else by_macs
         if by_price is None:  # nothing tells but the clock
             return True

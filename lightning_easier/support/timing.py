@@ -264,10 +264,11 @@ class _Turns:
         }
         a_round = sum(self._runs[name] * each for name, each in once.items())
         self._first = min(first, max(_FEWEST_SAMPLES, int(_SECONDS_IN_ALL / max(a_round, _LEAST))))
-        self._most = max(self._rounds + self._first, most)
+        self._began = self._rounds  # those that were taken before
+        self._most = self._began + max(self._first, most)
         self._more_seconds = seconds
         more = int(seconds / max(sum(self._seconds.values()), _LEAST))
-        planned = len(calls) * min(self._most - self._rounds, self._first + more)
+        planned = len(calls) * min(self._most - self._began, self._first + more)
         self._step = 1 / max(planned, 1)
         self._share_told = 0.0
         self._bar = tqdm(total=planned, desc=progress, leave=False, delay=1, disable=None if progress else True)
@@ -344,7 +345,7 @@ class _Turns:
             names &= set(still_open(max(0, self._allowed(names, seconds))))
             if not names:
                 break
-            rounds = min(self._rounds, self._allowed(names, seconds))
+            rounds = min(max(self._rounds - self._began, self._first), self._allowed(names, seconds))
             if rounds <= 0:
                 self._pace.was_short |= self._allowed(names) <= 0
                 break
@@ -413,9 +414,10 @@ def compare(
             are taken while :meth:`Speedup.leaves_open` that, up to a limit; none where as many as that would leave it
             open still, see :meth:`Speedup.may_be_settled`. Without any nothing is decided, and few are taken of each.
         pace: How long it may take; no limit by default.
-        earlier: What an earlier comparison has found of some of them, on the same arguments. Rounds in which two were
-            timed tell the same of them whatever else took part: those count here, too, and no more are taken of what is
-            clear by all of them together, after the first with the others.
+        earlier: What one earlier comparison has found of some of them, on the same arguments. Rounds in which two were
+            timed tell the same of them whatever else took part, calls aside that are so slow that nothing is run before
+            each: those count here, too, and no more are taken of what is clear by all of them together, after the first
+            with the others. The limit is that of each pair, whose last samples are not cut short.
     """
     distinct = {id(each): each for each in calls.values()}
     numbers = {name: id(each) for name, each in calls.items()}
@@ -429,10 +431,13 @@ def compare(
 
     def still_open(more: int) -> set[int]:
         compared = {pair: turns.speedup(*pair) for pair, _ in pairs}
+        at_most = {pair: min(most, len(each.ratios) + more) for pair, each in compared.items()}
         return {
             each
             for pair, bar in pairs
-            if compared[pair].leaves_open(bar) and compared[pair].may_be_settled(bar, len(compared[pair].ratios) + more)
+            if len(compared[pair].ratios) < most
+            and compared[pair].leaves_open(bar)
+            and compared[pair].may_be_settled(bar, at_most[pair])
             for each in pair
         }
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,6 +105,37 @@ def test_what_counting_holds_besides_the_batch_fits_into_the_cache(dtype, layout
     with Largest() as largest:
         StateCounts().update(z)
     assert 0 < largest.values <= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_are_where_the_values_are_whatever_the_default_device(dtype):
+    z = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [0.0, -4.0]], dtype=dtype)
+    counts = StateCounts()
+    with torch.device("meta"):
+        sums = counts.update(z)
+    assert (counts.on.tolist(), counts.off.tolist(), sums.tolist()) == ([1, 2], [1, 1], [3.0, 2.0, -4.0])
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3, 3)])
+def test_what_is_counted_may_have_a_tangent(shape):
+    z, tangent = torch.randn(2, *shape)
+    counts = StateCounts()
+    value, slope = torch.func.jvp(lambda x: (counts.update(x), x.relu())[1], (z,), (tangent,))
+    assert torch.equal(value, z.relu())
+    assert torch.equal(slope, torch.where(z > 0, tangent, 0.0))
+    with forward_ad.dual_level():
+        counts.update(forward_ad.make_dual(z, tangent))
+    expected = [2 * sign.movedim(1, 0).flatten(1).sum(1) for sign in (z > 0, z < 0)]
+    assert torch.equal(counts.on, expected[0])
+    assert torch.equal(counts.off, expected[1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("shape", [(4, 3), (5, 4, 3, 3)])
+def test_a_model_that_is_traced_may_be_counted(shape):
+    z = torch.randn(shape)
+    traced = torch.jit.trace(lambda x: (StateCounts().update(x), x.relu())[1], z)
+    assert torch.equal(traced(z), z.relu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

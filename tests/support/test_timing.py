@@ -428,6 +428,23 @@ def test_what_goes_on_is_neither_estimated_again_nor_taken_more_often_than_one_c
     assert {name: len(each.samples) for name, each in both.items()} == {"one": 135, "other": 135, "late": 15}
 
 
+def test_what_comes_late_is_timed_for_as_long_as_in_a_comparison_of_its_own(monkeypatch):
+    watch = Taking(jitter=0.2)
+    monkeypatch.setattr(timing, "stopwatch", watch)
+    calls = {"one": lambda: 0.02, "other": lambda: 0.0101, "late": lambda: 0.01}
+    monkeypatch.setattr(timing, "call", lambda each, _: each())
+    monkeypatch.setattr(Speedup, "may_be_settled", lambda *_: True)
+    pairs = {name: calls[name] for name in ("one", "other")}
+    early = compare(pairs, (), [(("one", "other"), 1.98)])
+    assert len(early["one"].samples) == 120
+    both = compare(calls, (), [(("one", "other"), 1.98), (("other", "late"), 1.01)], earlier=early)
+    assert {name: len(each.samples) for name, each in both.items()} == {"one": 135, "other": 240, "late": 120}
+    few = compare(pairs, (), [])
+    assert len(few["one"].samples) == 6
+    again = compare(pairs, (), [(("one", "other"), 1.98)], earlier=few)  # all are known, and go on where that is open
+    assert {len(each.samples) for each in again.values()} == {6 + 120}  # its last step is not cut
+
+
 def test_what_comes_late_gets_the_fewest_samples_though_the_time_is_over(monkeypatch):
     under(monkeypatch, honest)
     calls = {name: nn.Linear(64, width) for name, width in (("one", 512), ("late", 64))}
