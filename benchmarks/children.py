@@ -118,6 +118,14 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     forgets_peak(device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _highest()
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _UNIT
+    return _highest() - before
+
+
+def _highest() -> int:
+    """Return the most bytes of resident memory so far, since that was forgotten where it can be."""
+    with suppress(OSError, StopIteration):  # Linux; what getrusage tells there begins with that of who has started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT

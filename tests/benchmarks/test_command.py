@@ -74,6 +74,10 @@ def test_cases_of_a_part_may_leave_something_for_the_next(monkeypatch):
     monkeypatch.setitem(sys.modules, "a_part", SimpleNamespace(questions=questions))
     monkeypatch.setitem(answers.PARTS, "a part", "a_part")
     monkeypatch.setattr(answers, "in_child", lambda function, *arguments, seconds: function(*arguments))
+    # not that of a process of its own: levels of loggers, filters and the allocator are those of all tests
+    monkeypatch.setattr(answers.Setting, "prepare", lambda self: torch.device(self.device))
+    monkeypatch.setattr(answers, "give_back_freed_memory", lambda: None)
+    monkeypatch.setattr(answers, "keep_freed_memory", lambda: None)
     for _ in range(2):  # what is left is gone when the part is done
         there.clear()
         measured = [*answers.answers(answers.Setting("a part", "cpu", torch.get_num_threads(), "dry", None))]
