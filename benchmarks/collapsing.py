@@ -100,17 +100,7 @@ def network(name: str) -> nn.Module:
     """Build a network with random weights, batch-norm statistics and layer scales."""
     torch.manual_seed(0)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return randomized(torchvision.models.get_model(name, **options).eval())
-
-
-def two_stages() -> nn.Module:
-    """Build the first two stages of a Swin-T, 4 of its 12 blocks, with random weights."""
-    torch.manual_seed(0)
-    return torchvision.models.SwinTransformer([4, 4], 96, [2, 2], [3, 6], [7, 7]).eval()
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Give a network random batch-norm statistics and layer scales, in place."""
+    model = torchvision.models.get_model(name, **options).eval()
     if isinstance(model, torchvision.models.VisionTransformer):  # its head begins as zeros
         nn.init.normal_(model.heads.head.weight, std=0.02)
     for parameter_name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -121,6 +111,12 @@ def randomized(model: nn.Module) -> nn.Module:
         elif "layer_scale" in parameter_name:
             tensor.data.normal_()
     return model
+
+
+def two_stages() -> nn.Module:
+    """Build the first two stages of a Swin-T, 4 of its 12 blocks, with random weights."""
+    torch.manual_seed(0)
+    return torchvision.models.SwinTransformer([4, 4], 96, [2, 2], [3, 6], [7, 7]).eval()
 
 
 def a_third_linear(model: nn.Module, shift_padding: bool = True) -> nn.Module:
