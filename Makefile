@@ -10,7 +10,7 @@ LOWEST_PYTHON ?= python3.11
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
 
-.PHONY: help demo test matrix prove lint format docs notebooks networks index tensorboard bench clean
+.PHONY: help demo test device matrix prove lint format docs notebooks networks index tensorboard bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /	/'
@@ -30,6 +30,9 @@ demo: $(VENV)/.demo  ## Train, prune, collapse, export and verify on handwritten
 
 test: $(VENV)/.dev lint  ## Lint, then run all tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+device: $(VENV)/.dev  ## Run the tests for GPUs on a device that is made of the host's memory for them; needs a C++ compiler.
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -p tests.devices.elsewhere tests/integration/test_gpu.py
 
 matrix:  ## Test in fresh environments with the lowest versions (tests/lowest.txt), then with the newest; gigabytes.
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)

@@ -37,6 +37,7 @@ from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import read_calibration
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.costs import count_macs, count_parameters, count_together, measure_activation_memory
+from lightning_easier.support.devices import draws_restored
 from lightning_easier.support.inference import check_weights, forward, full_float32, without_masks
 from lightning_easier.support.operators import time_inside
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Pace, compare, speed_up
@@ -160,8 +161,7 @@ def collapse(
     arguments = as_arguments(example_inputs, model)
     check_weights(model)
     table = LatencyTable() if latencies is None else latencies
-    device = arguments[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with draws_restored(arguments[0].device):
         source, expected = _source(model, arguments)
         fits = _Fits([], {}, [])
         fitted = source
@@ -196,8 +196,7 @@ def prepare(
     Raises:
         CollapseError: As :func:`collapse`.
     """
-    device = arguments[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with draws_restored(arguments[0].device):
         source, expected = _source(model, arguments)
         return Prepared(model, source, source, expected, arguments, objective, table, _Fits([], {}, []), baseline)
 
@@ -223,12 +222,11 @@ def with_operators(
         arguments: Example inputs.
         pace: How long it may take; about a second by default.
     """
-    device = arguments[0].device
     left = Pace().left if pace is None else pace.left
     counting = [module for module in result.model.modules() if uses_batch_statistics(module)]
     counted = [deepcopy(module.state_dict()) for module in counting]  # runs that are timed are no training
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with draws_restored(arguments[0].device):
             times = time_inside({"before": dense, "after": result.model}, arguments, left)
     except Exception as error:
         _logger.debug("%s fails while its operators are timed: %s", type(result.model).__name__, error)
@@ -423,8 +421,7 @@ class Prepared:
         depths["after"] = self._depth if chosen == "before" else depth(result)  # type: ignore[arg-type]
         known: dict[int, ModelCost] = {}
         cost = {}
-        device = self._arguments[0].device
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), draws_restored(self._arguments[0].device):
             for name, each in models.items():
                 known[id(each)] = known.get(id(each)) or cost_of(
                     each, copies(self._arguments), depths[name], latency[chosen if name == "after" else name]

@@ -1,10 +1,11 @@
 """Whether a compressed model is still good enough: by its score, by how much its outputs have changed, or both."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easier.pruning.rules import Tolerance
 from lightning_easier.support.inference import describe
@@ -97,14 +98,35 @@ class Judge:
         return ended
 
 
+@torch.no_grad()
+def _put_back(held: dict[str, Any], tensors: Mapping[str, Tensor | None]) -> None:
+    """Have a module hold the tensors that it held, with the values of those that it holds now.
+
+    A module that was on another device meanwhile, as after a Trainer's validation, has new buffers, and a search knows
+    those that were there.
+    """
+    for name, tensor in tensors.items():
+        now = held.get(name)
+        if tensor is None or now is None or now is tensor:
+            continue
+        if (now.shape, now.dtype, now.device) == (tensor.shape, tensor.dtype, tensor.device):
+            if not torch.equal(tensor, now):  # what was not written to may not be writable: an expanded buffer
+                tensor.copy_(now)
+            held[name] = tensor
+
+
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
-    """Evaluate a model in eval mode, and have it in that mode and place afterwards.
+    """Evaluate a model in eval mode, and have it in that mode and place afterwards, with the tensors that it had.
 
     Raises:
         TypeError: If what is returned is no number.
     """
+    modules = list(model.modules())
+    before = [(held, dict(held)) for module in modules for held in (module._parameters, module._buffers)]
     score = evaluate(model.eval())
     model.to(device).eval()
+    for held, tensors in before:
+        _put_back(held, tensors)
     try:
         return float(score)
     except (TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from lightning_easier.sites.tracing import chance_restored, undone
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.structure.stand_in import Bypass
 from lightning_easier.support.calibration import tell
+from lightning_easier.support.devices import draws_restored
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.hooks import HookOfOneModel, Remembered
 from lightning_easier.support.inference import device_of, tensors_in
@@ -75,10 +76,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
     What forwards of a LightningModule log meanwhile is not logged: it would count in the means of the validation.
     """
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
     before = {buffer: buffer.clone() for buffer in model.buffers()}
-    with chance_restored(), torch.random.fork_rng(devices):
+    with chance_restored(), draws_restored(device_of(model)):
         try:
             with ExitStack() as stack:
                 for module in model.modules():

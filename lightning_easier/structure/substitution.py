@@ -134,7 +134,7 @@ class Substitution:
         self._tensors = {name: value.clone() for name, value in tensors.items()}  # those that are not in force
         self._attributes = dict(form.attributes)  # so are these
         self._modules: dict[str, nn.Module] = {}  # what was absorbed, while it is
-        self._like: tuple[torch.dtype, torch.device] | None = None  # what the model was then
+        self._like: tuple[torch.dtype, torch.device] | None = None  # what the host was then, or the model without one
 
     @classmethod
     def blank(cls, form: Form, model: nn.Module, site: str) -> "Substitution":
@@ -165,7 +165,7 @@ class Substitution:
 
     def apply(self, model: nn.Module, site: str) -> None:
         """Carry it out."""
-        self._like = _like(model)
+        self._like = _like(self.host(model, site) or model)
         for name in self.form.absorbed:
             module = self._modules[name] = model.get_submodule(resolved(site, name))
             model.set_submodule(resolved(site, name), Absorbed.of(module))
@@ -174,11 +174,13 @@ class Substitution:
     def undo(self, model: nn.Module, site: str) -> None:
         """Take it back; what was trained since is kept for the next time."""
         self._swap(model, site)
-        dtype, device = _like(model)
+        dtype, device = _like(self.host(model, site) or model)
         for name, module in self.absorbed_by_name(site).items():
             module.train(model.get_submodule(name).training)
-            if (dtype, device) != self._like:  # it was not moved or cast with the model
-                module.to(device, dtype)
+            if self._like is not None and device != self._like[1]:  # it was not moved with the model
+                module.to(device)
+            if self._like is not None and dtype != self._like[0]:
+                module.to(dtype)
             model.set_submodule(name, module)
         self._modules = {}
 
@@ -207,7 +209,7 @@ class Substitution:
         self._attributes = now
 
 
-def _like(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return dtype and device of a model's first parameter."""
-    tensor = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+def _like(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Return dtype and device of a module's first parameter."""
+    tensor = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     return tensor.dtype, tensor.device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_easier.support.calls import call, copies
+from lightning_easier.support.devices import waits_for
 
 _ROUNDS = 3  # a median of which leaves out one that was held up
 
@@ -71,7 +72,7 @@ class _Stopwatch(TorchFunctionMode):
         super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside: list[tuple[str, bool]] = []
-        self._wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+        self._wait = waits_for(device)
 
     def enter(self, name: str, has_children: bool, *_: Any) -> None:
         self._inside.append((name, has_children))
@@ -95,9 +96,6 @@ class _Stopwatch(TorchFunctionMode):
             return name
         called = getattr(func, "__name__", str(func)).partition(".")[0].strip("_")
         return f"{name}: {called}" if name else called
-
-
-def _nothing() -> None: ...
 
 
 def _holds_tensors(value: Any) -> bool:

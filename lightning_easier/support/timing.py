@@ -7,7 +7,6 @@ All that decides anything here is such a ratio.
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_easier.support.calls import call
+from lightning_easier.support.devices import current
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -57,20 +57,17 @@ def stopwatch(call: Callable[[], Any]) -> Callable[[int], float]:
     It runs nothing besides: torch's own ``Timer`` runs a call twice before each sample, two thirds of the time of what
     is slow. Every time of a whole call that is measured in this package comes from here.
     """
-    from torch.utils.benchmark import timer  # looks for compilers when it is imported
-
-    # where there is none, torch would look for one before and after each sample, longer than many a call takes
-    timed = Timer(call, timer=timer if torch.accelerator.is_available() else default_timer)
+    timed = Timer(call, timer=_when_done if torch.accelerator.is_available() else default_timer)
     return lambda runs: max(timed.timeit(runs) / runs, _LEAST)
+
+
+def _when_done() -> float:
+    torch.accelerator.synchronize()
+    return default_timer()
 
 
 def _device_of(arguments: Sequence[Tensor]) -> torch.device | None:
     return next((each.device for each in arguments), None)
-
-
-def _current(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Have a GPU be the current one, which alone is waited for."""
-    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,7 @@ class _Turns:
         }
         self._timers = {name: stopwatch(call) for name, call in calls.items()}
         self._pace = Pace() if pace is None else pace
-        with torch.no_grad(), _current(device):
+        with torch.no_grad(), current(device):
             once = {
                 name: known[name].median if name in known else self._estimate(seconds_of)
                 for name, seconds_of in self._timers.items()
@@ -300,7 +297,7 @@ class _Turns:
     def _take(self, rounds: int, names: Collection[Any]) -> float:
         """Take samples of some calls, each round if time allows; return the seconds that it took."""
         spent = 0.0
-        with torch.no_grad(), _current(self._device):
+        with torch.no_grad(), current(self._device):
             for _ in range(rounds):
                 if self._fewest(names) >= _FEWEST_SAMPLES and self._allowed(names) <= 0:
                     self._pace.was_short = True
