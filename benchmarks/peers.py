@@ -2,7 +2,9 @@
 
 - ``taylor``: Torch-Pruning (Fang et al., "DepGraph", arXiv 2301.12900). Channels go in groups that depend on each
   other, those of least first-order Taylor importance in the whole network. Of a transformer, the width that attention
-  has stays, since torchvision's forward reads it as a number; that inside the MLPs and of the stem goes.
+  has stays, since torchvision's forward reads it as a number; that inside the MLPs and of the stem goes. Of a CIFAR
+  ResNet those inside the blocks go: its shortcuts pad channels with zeros, and DepGraph takes one padded for one that
+  was there, so that shapes do not fit at some step.
 - ``fastnas``: ModelOpt's FastNAS. The widths of all layers are searched, under a bound of the multiply-accumulates.
 - ``blocks_kl``, ``blocks_cka``: whole residual blocks go, the one at a time after which the logits diverge least, or
   after which the features before the head are most alike (1 − linear CKA; Pons et al., arXiv 2405.17081).
@@ -27,6 +29,7 @@ from lightning_easier import TakenOut, collapse
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.support.costs import count_macs
 from lightning_easier.support.timing import measure_latency, speed_up
+from lightning_easier.zoo import CifarResNet
 
 _STEPS, _LEAST_LEFT = 50, 0.1  # of Torch-Pruning: until a tenth of the channels is left
 _DIVISOR = 4  # of widths in FastNAS: its default, 32, leaves narrow networks as they are
@@ -72,10 +75,12 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]
     """Prune channels by Torch-Pruning, step by step, until the network is fast enough."""
     import torch_pruning as tp
 
-    attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    stays = [_head(model), *(module for module in model.modules() if isinstance(module, nn.MultiheadAttention))]
+    if isinstance(model, CifarResNet):
+        stays += [model.conv1, *(module for name, module in model.named_modules() if name.endswith(".conv2"))]
     pruner = tp.pruner.BasePruner(
         model, batches[0][:2], importance=tp.importance.GroupTaylorImportance(), global_pruning=True,
-        pruning_ratio=1 - _LEAST_LEFT, iterative_steps=_STEPS, ignored_layers=[_head(model), *attention],
+        pruning_ratio=1 - _LEAST_LEFT, iterative_steps=_STEPS, ignored_layers=stays,
     )  # fmt: skip
     for _ in range(_STEPS):
         model.zero_grad()
