@@ -32,7 +32,7 @@ test: $(VENV)/.dev lint  ## Lint, then run all tests.
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 device: $(VENV)/.dev  ## Run the tests for GPUs on a device that is made of the host's memory for them; needs a C++ compiler.
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -p tests.devices.elsewhere tests/integration/test_gpu.py
+	PATH="$(abspath $(BIN)):$$PATH" TORCH_EXTENSIONS_DIR=$(abspath $(VENV))/extensions $(BIN)/python -m pytest -p tests.devices.elsewhere tests/integration/test_gpu.py
 
 matrix:  ## Test in fresh environments with the lowest versions (tests/lowest.txt), then with the newest; gigabytes.
 	$(LOWEST_PYTHON) -m venv --clear $(LOWEST)

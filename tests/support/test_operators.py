@@ -67,7 +67,10 @@ def test_no_hook_is_left_and_inputs_are_as_they_were_even_where_a_forward_fails(
 
 def test_the_device_is_waited_for_that_is_timed(monkeypatch):
     waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
-    with _Stopwatch(torch.device("cuda:1")):
-        torch.ones(2).exp()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1"):
+        with _Stopwatch(torch.device(device)):
+            torch.ones(2).exp()
     assert set(waited) == {torch.device("cuda:1")}
