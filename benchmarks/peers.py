@@ -14,6 +14,7 @@
 The first two need the extra ``peers``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]
 
 
 def fastnas(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor], speed: Speed) -> nn.Module:
-    """Search widths by FastNAS, under the bound of multiply-accumulates that makes the network fast enough."""
+    """Search widths by FastNAS, under the bound of multiply-accumulates that makes the network fast enough.
+
+    Where none does, the fastest that was found is returned.
+    """
     import modelopt.torch.prune as mtp
     from modelopt.torch.prune.fastnas import FastNASConfig
 
@@ -107,7 +111,7 @@ def fastnas(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor
     space = FastNASConfig().model_dump()
     space["nn.Conv2d"]["*"]["channel_divisor"] = space["nn.BatchNorm2d"]["*"]["feature_divisor"] = _DIVISOR
     low, high = 0.1, 1.0  # the share of multiply-accumulates: too few, too many
-    best = model
+    best, fastest = model, 0.0
     with TemporaryDirectory() as folder:
         settings = {
             "data_loader": [(x,) for x in batches], "collect_func": lambda batch: batch[0], "score_func": hits,
@@ -123,10 +127,12 @@ def fastnas(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor
                 low = share
                 continue
             reached = speed.of(found)
-            if reached < speed.wanted * (1 - _CLOSE_ENOUGH):
-                high = share
+            if reached >= speed.wanted * (1 - _CLOSE_ENOUGH):
+                best, fastest, low = found, math.inf, share
             else:
-                best, low = found, share
+                high = share
+                if reached > fastest:
+                    best, fastest = found, reached
             if abs(reached / speed.wanted - 1) <= _CLOSE_ENOUGH:
                 break
     return best
