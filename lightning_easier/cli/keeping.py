@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from shlex import quote
@@ -10,17 +11,18 @@ from shlex import quote
 import torch
 from torch import nn
 
+from lightning_easier.support.inference import device_of
 from lightning_easier.support.storage import first_line, remove, replacing
 
 
 def save_whole(network: nn.Module, path: Path) -> None:
-    """Write a network with its classes, for ``torch.load(..., weights_only=False)``.
+    """Write a network with its classes, for ``torch.load(..., weights_only=False)`` on whatever machine: on the CPU.
 
     Raises:
         OSError: If there is no room. torch's own writer ends the process then.
     """
     whole = io.BytesIO()
-    torch.save(network, whole)
+    torch.save(network if device_of(network).type == "cpu" else deepcopy(network).cpu(), whole)
     path.write_bytes(whole.getbuffer())
 
 

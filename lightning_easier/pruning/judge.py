@@ -107,12 +107,18 @@ def _put_back(held: dict[str, Any], tensors: Mapping[str, Tensor | None]) -> Non
     """
     for name, tensor in tensors.items():
         now = held.get(name)
-        if tensor is None or now is None or now is tensor:
+        if tensor is None or now is None or now is tensor or not _is_writable(tensor):
             continue
-        if (now.shape, now.dtype, now.device) == (tensor.shape, tensor.dtype, tensor.device):
-            if not torch.equal(tensor, now):  # what was not written to may not be writable: an expanded buffer
-                tensor.copy_(now)
-            held[name] = tensor
+        alike = [(each.shape, each.dtype, each.device, each.layout) for each in (now, tensor)]
+        if alike[0] == alike[1]:
+            held[name] = tensor.copy_(now)
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Tell whether a tensor may be written into, and has a place of its own for each value."""
+    if tensor.layout != torch.strided or tensor.is_inference():
+        return False
+    return all(stride or length < 2 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: torch.device) -> float:
@@ -120,13 +126,23 @@ def _score(evaluate: Callable[[nn.Module], float], model: nn.Module, device: tor
 
     Raises:
         TypeError: If what is returned is no number.
+        ValueError: If the model is in another dtype afterwards.
     """
-    modules = list(model.modules())
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(held, dict(held)) for module in modules for held in (module._parameters, module._buffers)]
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     score = evaluate(model.eval())
     model.to(device).eval()
     for held, tensors in before:
         _put_back(held, tensors)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            raise ValueError(
+                f"Expected argument `evaluate` to leave the model in its dtype, but `{name}` was {dtypes[name]} and is "
+                f"{parameter.dtype}. Evaluate a copy: `evaluate=lambda model: score(copy.deepcopy(model))`"
+            )
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():  # moved in it; it may be trained yet
+            parameter.data = parameter.detach().clone()
     try:
         return float(score)
     except (TypeError, ValueError) as error:

@@ -198,13 +198,19 @@ class _Reader(_ForwardTracer):
         pass
 
 
-def modes() -> tuple[bool, ...]:
-    """Return what is set of autograd and autocast."""
+def modes() -> tuple[int, ...]:
+    """Return what is set of autograd and autocast, and how many contexts of autocast are entered.
+
+    One that turns off what is off already, or that is of another device, shows only there.
+    """
     devices = ("cpu", "cuda")
+    entered = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *(torch.is_autocast_enabled(device) for device in devices),
+        entered,
     )
 
 

@@ -134,7 +134,7 @@ class Substitution:
         self._tensors = {name: value.clone() for name, value in tensors.items()}  # those that are not in force
         self._attributes = dict(form.attributes)  # so are these
         self._modules: dict[str, nn.Module] = {}  # what was absorbed, while it is
-        self._like: tuple[torch.dtype, torch.device] | None = None  # what the host was then, or the model without one
+        self._like: tuple[torch.dtype, torch.device] | None = None  # what is left in its place was, while it is
 
     @classmethod
     def blank(cls, form: Form, model: nn.Module, site: str) -> "Substitution":
@@ -165,24 +165,34 @@ class Substitution:
 
     def apply(self, model: nn.Module, site: str) -> None:
         """Carry it out."""
-        self._like = _like(self.host(model, site) or model)
         for name in self.form.absorbed:
             module = self._modules[name] = model.get_submodule(resolved(site, name))
             model.set_submodule(resolved(site, name), Absorbed.of(module))
         self._swap(model, site)
+        self._like = self._like_now(model, site)
 
     def undo(self, model: nn.Module, site: str) -> None:
         """Take it back; what was trained since is kept for the next time."""
         self._swap(model, site)
-        dtype, device = _like(self.host(model, site) or model)
+        like = self._like_now(model, site)
         for name, module in self.absorbed_by_name(site).items():
             module.train(model.get_submodule(name).training)
-            if self._like is not None and device != self._like[1]:  # it was not moved with the model
-                module.to(device)
-            if self._like is not None and dtype != self._like[0]:
-                module.to(dtype)
+            if like is not None and self._like is not None:  # it was not moved or cast with the model
+                module.to(
+                    device=like[1] if like[1] != self._like[1] else None,
+                    dtype=like[0] if like[0] != self._like[0] else None,
+                )
             model.set_submodule(name, module)
         self._modules = {}
+
+    def _like_now(self, model: nn.Module, site: str) -> tuple[torch.dtype, torch.device] | None:
+        """Return dtype and device of what is left: the host, the stand-in of the activation, or any of the model."""
+        for module in (self.host(model, site), model.get_submodule(site), model):
+            likes = [] if module is None else [*module.parameters(), *module.buffers()]
+            for tensor in likes:
+                if tensor.is_floating_point():
+                    return tensor.dtype, tensor.device
+        return None
 
     def _swap(self, model: nn.Module, site: str) -> None:
         """Exchange values and attributes with those that are not in force."""
@@ -207,9 +217,3 @@ class Substitution:
         if padding is not None and not isinstance(padding, str):
             host._reversed_padding_repeated_twice = _reverse_repeat_tuple(padding, 2)
         self._attributes = now
-
-
-def _like(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return dtype and device of a module's first parameter."""
-    tensor = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
-    return tensor.dtype, tensor.device

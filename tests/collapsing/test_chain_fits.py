@@ -317,6 +317,20 @@ def test_what_was_absorbed_keeps_its_dtype_and_a_fit_is_not_shared():
     assert torch.equal(second[1](values), model[1](values))
 
 
+def test_operators_in_whose_place_none_is_follow_the_model_and_nothing_else():
+    torch.manual_seed(0)
+    channels = [nn.Conv2d(8, 8, 1, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=8)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2).bfloat16()]
+    model = nn.Sequential(*channels, *head).eval()
+    fits = fit_chains(model[:3], [torch.randn(64, 8, 6, 6)])
+    assert fits["1"].form.host is None
+    linearize(model, ["1"], stand_in="fitted", statistics=fits)
+    assert restore(model)[0].weight.dtype == torch.float32
+    alone = model[:3]
+    linearize(alone, ["1"], stand_in="fitted", statistics=fits)
+    assert restore(alone.double())[0].weight.dtype == torch.float64
+
+
 def test_names_with_slashes_and_operators_called_by_keyword():
     class ByKeyword(nn.Module):
         def __init__(self):

@@ -508,6 +508,12 @@ def test_a_forward_that_leaves_something_behind_or_draws_numbers_is_refused():
         collapse(Net(lambda s, x: s.a(x) + torch.rand(3), a=nn.Linear(3, 3)), torch.randn(2, 3))
 
 
+def test_a_buffer_that_is_not_a_number_is_none_that_is_written_to():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model.register_buffer("unset", torch.tensor([float("nan"), 1.0]))
+    assert len(collapse(model, torch.randn(2, 3), objective="macs").report.merges) == 1
+
+
 def test_the_random_state_is_left_alone():
     model = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 3))
     state = torch.random.get_rng_state()

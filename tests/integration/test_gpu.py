@@ -26,6 +26,7 @@ from lightning_easier import (
     restore,
     sliced_wasserstein,
 )
+from lightning_easier.cli.keeping import save_whole
 from lightning_easier.sites.activations import isolated_sites
 from lightning_easier.structure.linearize import stand_ins
 from lightning_easier.support.operators import time_inside
@@ -316,6 +317,13 @@ def test_a_score_that_a_trainer_measures_elsewhere_leaves_what_is_taken_back_as_
     assert not any(trial.kept for trial in result.report.trials)
     for name, value in result.fitted.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_network_is_kept_for_machines_without_the_device(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).to(DEVICE)
+    save_whole(model, tmp_path / "kept.pt")
+    assert torch.load(tmp_path / "kept.pt", weights_only=False)(torch.ones(2, 3)).device.type == "cpu"
+    assert next(model.parameters()).device.type == DEVICE
 
 
 def test_numbers_are_drawn_as_if_nothing_had_been_collapsed():

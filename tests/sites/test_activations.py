@@ -144,6 +144,23 @@ class Filling(nn.Module):
         return F.relu(x)
 
 
+class InFloat32(nn.Module):
+    """What turns autocast off is off already while it is recorded."""
+
+    device = "cpu"
+
+    def forward(self, x):
+        @torch.autocast(self.device, enabled=False)
+        def computed(x):
+            return x.float() * 2
+
+        return F.relu(computed(x))
+
+
+class ElsewhereInFloat32(InFloat32):
+    device = "xpu"
+
+
 class Drawing(nn.Module):
     def forward(self, x):
         random.random()
@@ -177,6 +194,8 @@ class Overridden(nn.Module):
     ("make", "reason"),
     [
         (WithBlock, "changes the autograd or autocast mode"),
+        (InFloat32, "changes the autograd or autocast mode"),
+        (ElsewhereInFloat32, "changes the autograd or autocast mode"),
         (Branching, "control flow"),
         (Remembering, r"changes `self\.last`"),
         (Filling, r"changes `self\.cache`"),

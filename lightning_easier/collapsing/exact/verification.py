@@ -70,7 +70,7 @@ def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, argumen
     changed = [
         key
         for key, buffer in after.items()
-        if id(buffer) not in counted and (key not in before or not torch.equal(before[key], buffer))
+        if id(buffer) not in counted and (key not in before or not _are_equal(before[key], buffer))
     ]
     if changed:
         raise CollapseError(f"The forward of {name} writes to the buffer {changed[0]!r}, which a collapse would lose")
@@ -78,6 +78,14 @@ def check_repeatable(model: nn.Module, source: nn.Module, expected: Any, argumen
     if relative_difference(again, expected) > 0:
         raise CollapseError(f"The output of {name} differs from call to call on the same inputs, so that a collapsed "
                             f"model can't be compared with it")  # fmt: skip
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two buffers hold the same values, NaN in the same places."""
+    if torch.equal(first, second):
+        return True
+    is_alike = first.shape == second.shape and first.is_floating_point() and second.is_floating_point()
+    return is_alike and bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 @full_float32()
