@@ -174,14 +174,14 @@ class Substitution:
     def undo(self, model: nn.Module, site: str) -> None:
         """Take it back; what was trained since is kept for the next time."""
         self._swap(model, site)
-        like = self._like_now(model, site)
+        before, now = self._like, self._like_now(model, site)
         for name, module in self.absorbed_by_name(site).items():
             module.train(model.get_submodule(name).training)
-            if like is not None and self._like is not None:  # it was not moved or cast with the model
-                module.to(
-                    device=like[1] if like[1] != self._like[1] else None,
-                    dtype=like[0] if like[0] != self._like[0] else None,
-                )
+            if before is not None and now is not None:  # it was not cast or moved with the model
+                if now[0] != before[0]:
+                    module.to(now[0])
+                if now[1] != before[1]:
+                    module.to(now[1])
             model.set_submodule(name, module)
         self._modules = {}
 
