@@ -25,7 +25,7 @@ def current(device: torch.device | None) -> AbstractContextManager[Any]:
 
 
 def draws_restored(device: torch.device) -> AbstractContextManager[None]:
-    """Put back what random generators of the host and of a device have drawn; that of MPS, torch can't fork."""
+    """Put the random generators of the host and of a device back afterwards. torch can not do that for MPS."""
     kind = device.type
     can_be_forked = kind not in ("cpu", "mps") and hasattr(getattr(torch, kind, None), "get_rng_state")
     return torch.random.fork_rng([device], device_type=kind) if can_be_forked else torch.random.fork_rng([])
