@@ -2,9 +2,9 @@
 
 - ``taylor``: Torch-Pruning (Fang et al., "DepGraph", arXiv 2301.12900). Channels go in groups that depend on each
   other, those of least first-order Taylor importance in the whole network. Of a transformer, the width that attention
-  has stays, since torchvision's forward reads it as a number; that inside the MLPs and of the stem goes. The
-  shortcuts of a CIFAR ResNet that pad channels with zeros become convolutions first, which compute the same: DepGraph
-  takes a channel that was padded for one that was there, and shapes do not fit at some step.
+  has stays, since torchvision's forward reads it as a number; that inside the MLPs and of the stem goes. Of a CIFAR
+  ResNet those inside the blocks go: its shortcuts pad channels with zeros, and DepGraph takes one padded for one that
+  was there, so that shapes do not fit at some step.
 - ``fastnas``: ModelOpt's FastNAS. The widths of all layers are searched, under a bound of the multiply-accumulates.
 - ``blocks_kl``, ``blocks_cka``: whole residual blocks go, the one at a time after which the logits diverge least, or
   after which the features before the head are most alike (1 − linear CKA; Pons et al., arXiv 2405.17081).
@@ -76,8 +76,9 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]
     """Prune channels by Torch-Pruning, step by step, until the network is fast enough."""
     import torch_pruning as tp
 
-    model = with_convolutions_for_padding(model)
     stays = [_head(model), *(module for module in model.modules() if isinstance(module, nn.MultiheadAttention))]
+    if isinstance(model, CifarResNet):
+        stays += [model.conv1, *(module for name, module in model.named_modules() if name.endswith(".conv2"))]
     pruner = tp.pruner.BasePruner(
         model, batches[0][:2], importance=tp.importance.GroupTaylorImportance(), global_pruning=True,
         pruning_ratio=1 - _LEAST_LEFT, iterative_steps=_STEPS, ignored_layers=stays,
@@ -90,33 +91,6 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], labels: Sequence[Tensor]
         if speed.is_reached(model):
             break
     model.zero_grad()
-    return model
-
-
-class _Projected(nn.Module):
-    """A block of a CIFAR ResNet, its shortcut a convolution of ones and zeros."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(block.conv1, block.bn1, block.relu1, block.conv2, block.bn2)
-        channels, missing = block.conv1.in_channels, block.missing_channels
-        self.shortcut = nn.Conv2d(channels, channels + missing, 1, block.stride, bias=False)
-        self.relu = block.relu2
-        with torch.no_grad():
-            self.shortcut.weight.zero_()
-            self.shortcut.weight[missing // 2 : missing // 2 + channels, :, 0, 0] = torch.eye(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.relu(self.inner(x) + self.shortcut(x))
-        return out
-
-
-def with_convolutions_for_padding(model: nn.Module) -> nn.Module:
-    """Replace the shortcuts of a CIFAR ResNet that pad channels by convolutions that compute the same, in place."""
-    if isinstance(model, CifarResNet):
-        for name, module in [*model.named_modules()]:
-            if getattr(module, "missing_channels", 0):
-                model.set_submodule(name, _Projected(module))
     return model
 
 

@@ -3,13 +3,11 @@
 from functools import partial
 
 import networks
-import peers
 import pytest
 import torch
 import tuned
 import tuning
 
-from lightning_easier.zoo import CifarResNet
 from tests.benchmarks.tiny import Tiny, rows_of
 
 
@@ -87,14 +85,3 @@ def test_the_part_that_calls_tuning_returns_its_table_alone():
     assert table.startswith("**Tiny, ")
     assert set(rows_of(table)) == {"method", "---", "dense", "identity"}
     assert "tiny" not in networks.NETWORKS
-
-
-def test_shortcuts_that_pad_channels_are_convolutions_for_torch_pruning():
-    torch.manual_seed(0)
-    model, x = CifarResNet(8).eval(), torch.randn(2, 3, 17, 12)
-    expected = model(x)
-    found = peers.with_convolutions_for_padding(model)
-    assert torch.equal(found(x), expected)
-    assert [name for name, _ in found.named_modules() if name.endswith("shortcut")] == [
-        "layer2.0.shortcut", "layer3.0.shortcut",
-    ]  # fmt: skip
