@@ -326,7 +326,10 @@ def test_operators_in_whose_place_none_is_follow_the_model_and_nothing_else():
     assert fits["1"].form.host is None
     linearize(model, ["1"], stand_in="fitted", statistics=fits)
     assert restore(model)[0].weight.dtype == torch.float32
-    alone = model[:3]
+    beside = nn.Sequential(*model[:5], nn.Linear(8, 2).double())  # which tells nothing of a cast
+    linearize(beside, ["1"], stand_in="fitted", statistics=fits)
+    assert restore(beside.double())[0].weight.dtype == torch.float64
+    alone = model[:3].float()
     linearize(alone, ["1"], stand_in="fitted", statistics=fits)
     assert restore(alone.double())[0].weight.dtype == torch.float64
 

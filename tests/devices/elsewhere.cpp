@@ -1,6 +1,6 @@
 // A device that is not the CPU, for machines that have no other: its tensors lie in the host's memory, and the CPU runs
-// each operator on copies of them. It refuses what a GPU refuses, tensors of two devices in one operator, and counts
-// how often a value is read back, which a GPU would have to be waited for.
+// each operator on copies of them. It refuses what a GPU refuses, tensors of two devices in one operator, and can refuse
+// to have a value read back, which a GPU would have to be waited for.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -31,22 +31,16 @@ const c10::Device elsewhere_0{kElsewhere, 0};
 
 // ---- what is read back to the host
 
-int64_t reads = 0;
 bool reading_is_an_error = false;
 
 void note_read(const char* how) {
-  ++reads;
   TORCH_CHECK(!reading_is_an_error, "a value is read back to the host: ", how);
 }
 
 struct Unnoted {  // what the CPU does in place of the device
-  const int64_t before = reads;
   const bool was_an_error = reading_is_an_error;
   Unnoted() { reading_is_an_error = false; }
-  ~Unnoted() {
-    reads = before;
-    reading_is_an_error = was_an_error;
-  }
+  ~Unnoted() { reading_is_an_error = was_an_error; }
 };
 
 // ---- what torch expects of a device
@@ -64,10 +58,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const c10::DeviceIndex) const override { ++waits; }
-  static int64_t waits;
+  void synchronizeDevice(const c10::DeviceIndex) const override {}
 };
-int64_t Guard::waits = 0;
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 
 struct Allocator final : at::Allocator {
@@ -296,7 +288,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     at::RegisterPrivateUse1HooksInterface(&hooks);
   });
   module.def("default_generator", &default_generator);
-  module.def("reads", [] { return reads; });
-  module.def("waits", [] { return Guard::waits; });
   module.def("set_reading_is_an_error", [](bool is_one) { reading_is_an_error = is_one; });
 }

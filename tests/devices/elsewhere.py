@@ -15,8 +15,6 @@ from torch.utils.cpp_extension import load
 
 _built = load("easier_elsewhere", [str(Path(__file__).with_name("elsewhere.cpp"))], extra_cflags=["-O0"])
 
-reads = _built.reads  # how often a value was read back to the host
-waits = _built.waits  # how often the device was waited for
 set_reading_is_an_error = _built.set_reading_is_an_error
 
 

@@ -22,6 +22,15 @@ class Shifted(nn.Sequential):
         return super().forward(x) + self.shift
 
 
+class Fixed(Shifted):
+    """Adds a buffer that may not be written into."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.inference_mode():
+            self.shift = torch.full((1, 8), 1 / 3)
+
+
 def body():
     torch.manual_seed(0)
     return [nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)]
@@ -51,7 +60,7 @@ def compressed(model, look, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(*body()), Shifted, scripted])
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(*body()), Shifted, Fixed, scripted])
 @pytest.mark.parametrize("look", [in_half, in_double, lambda model: model(X), lambda model: model._apply(torch.clone)])
 def test_a_network_is_searched_whatever_its_evaluation_moves(make, look):
     result = compressed(make(), look)
