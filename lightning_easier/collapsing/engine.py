@@ -39,6 +39,7 @@ from lightning_easier.support.calls import call, copies
 from lightning_easier.support.costs import count_macs, count_parameters, count_together, measure_activation_memory
 from lightning_easier.support.devices import draws_restored
 from lightning_easier.support.inference import check_weights, forward, full_float32, without_masks
+from lightning_easier.support.layouts import in_fast_layout
 from lightning_easier.support.operators import time_inside
 from lightning_easier.support.timing import MARGIN, Latency, LatencyTable, Pace, compare, speed_up
 
@@ -279,7 +280,8 @@ def _fit(
                 f"one of {list(known)}"
             )
     data = read_calibration(reader, calibration, fitted)
-    return _Fits(*replace_chains(fitted, sites, data.batches, arguments, prices, slack), data.notes)
+    batches = in_fast_layout(fitted, data.batches)
+    return _Fits(*replace_chains(fitted, sites, batches, arguments, prices, slack), data.notes)
 
 
 class Prepared:

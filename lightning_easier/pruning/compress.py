@@ -53,6 +53,7 @@ from lightning_easier.support.inference import (
     forward,
     without_masks,
 )
+from lightning_easier.support.layouts import in_fast_layout
 from lightning_easier.support.progress import Stages
 from lightning_easier.support.timing import LatencyTable, Pace
 
@@ -212,6 +213,7 @@ def compress(
             rank_zero_warn(doubt)
         notes += [said for said in (doubt, decision) if said is not None]
     arguments = copies(given or data.batches[0])
+    calibration = in_fast_layout(source, data.batches)
 
     with Stages(stages) as progress:
         progress.begin(PREPARING, units=_TIMINGS)
@@ -221,7 +223,7 @@ def compress(
         is_guided = evaluate is not None or target is not None
         is_for_speed = objective != "depth" and (target is None or target_speedup is not None)
         search = Search(
-            source, data.batches, arguments, ChainPrices(objective, table), math.inf if is_guided else slack,
+            source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack,
             narrow and is_guided and is_for_speed,
         )  # fmt: skip
         clock.begin(SEARCHING)
@@ -235,7 +237,7 @@ def compress(
         clock.begin(TRYING)
         progress.begin(TRYING, len(candidates), _TIMINGS)
         followed = places_of_features(found, activations)
-        finetuner = None if settings is None else Finetuner(source, followed, data.batches, settings, clock, most)
+        finetuner = None if settings is None else Finetuner(source, followed, calibration, settings, clock, most)
         rejections, ended, is_over, score = 0, "", False, judge.dense_score
         left = list(candidates)
         while left:
@@ -273,7 +275,7 @@ def compress(
         unneeded = Unneeded(search, candidates, judge, watch, look, score, most, clock, progress)
         unneeded.take_back()
         look, score = unneeded.look, unneeded.score
-        mending = Mending(search, source, data.batches, judge, score, clock, progress)
+        mending = Mending(search, source, calibration, judge, score, clock, progress)
         mending.mend(finetuner)
         if mending.notes:
             score = mending.score

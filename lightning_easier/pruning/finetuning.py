@@ -20,7 +20,7 @@ from lightning_easier.pruning.search import Search
 from lightning_easier.pruning.stages import Clock
 from lightning_easier.report import Trial
 from lightning_easier.support.arguments import check_integer, check_positive
-from lightning_easier.support.calls import Arguments, names_of
+from lightning_easier.support.calls import Arguments, layout_of, names_of
 from lightning_easier.support.inference import evaluation_mode
 from lightning_easier.support.rows import rows_are_samples, rows_of
 
@@ -329,6 +329,7 @@ class _Samples:
                 yield self._batches[group] if isinstance(group, int) else self._at(group)
 
     def _at(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-        count = len(self._batches[places[0][0]])
+        first = self._batches[places[0][0]]
+        count = len(first)
         stacked = (torch.stack([self._batches[batch][each][row] for batch, row in places]) for each in range(count))
-        return Arguments(stacked, names_of(self._batches[places[0][0]]))
+        return Arguments(stacked, names_of(first), layout_of(first))

@@ -29,7 +29,7 @@ from lightning_easier.pruning.stages import SEARCHING, Clock
 from lightning_easier.report import Trial
 from lightning_easier.sites.discovery import KnownForwards
 from lightning_easier.support.beginnings import Beginnings
-from lightning_easier.support.calls import call, copies
+from lightning_easier.support.calls import Arguments, call, copies, layout_of, names_of
 from lightning_easier.support.finite import is_finite
 from lightning_easier.support.progress import Stages
 
@@ -190,7 +190,7 @@ class Search:
         self.looked_at = ""
         self._batches = batches
         self._telling = samples_that_tell(source, batches)
-        self._arguments = arguments
+        self._arguments = Arguments(arguments, names_of(arguments), layout_of(batches[0]))  # they run as the batches do
         self._prices = prices
         self._slack = slack
         self._narrows = narrows

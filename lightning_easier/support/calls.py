@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ class Arguments(tuple[Any, ...]):
     Args:
         values: The tensors.
         names: What the last of them are passed as.
+        layout: In which layout of memory :func:`copies` of images ``(N, C, H, W)`` are; by default as they are.
 
     Example:
         >>> import torch
@@ -25,19 +27,22 @@ class Arguments(tuple[Any, ...]):
     """
 
     names: tuple[str, ...]
+    layout: torch.memory_format
 
-    def __new__(cls, values: Iterable[Any], names: Iterable[str] = ()) -> "Arguments":
+    def __new__(
+        cls, values: Iterable[Any], names: Iterable[str] = (), layout: torch.memory_format = torch.preserve_format
+    ) -> "Arguments":
         """Make the tuple."""
         arguments = super().__new__(cls, values)
-        arguments.names = tuple(names)
+        arguments.names, arguments.layout = tuple(names), layout
         return arguments
 
 
 # Else torch would take them for one value, which is no tensor
 pytree.register_pytree_node(
     Arguments,
-    lambda arguments: (list(arguments), arguments.names),
-    lambda tensors, names: Arguments(tensors, names or ()),
+    lambda arguments: (list(arguments), (arguments.names, arguments.layout)),
+    lambda tensors, context: Arguments(tensors, *(context or ())),
 )
 
 
@@ -48,12 +53,18 @@ def names_of(arguments: Sequence[Any]) -> tuple[str, ...]:
 
 def mapped(function: Callable[[Tensor], Tensor], arguments: Sequence[Tensor]) -> Arguments:
     """Make other tensors of those that a forward is called with; they are passed as these are."""
-    return Arguments(map(function, arguments), names_of(arguments))
+    return Arguments(map(function, arguments), names_of(arguments), layout_of(arguments))
+
+
+def layout_of(arguments: Sequence[Any]) -> torch.memory_format:
+    """Return in which layout of memory copies of images are."""
+    return arguments.layout if isinstance(arguments, Arguments) else torch.preserve_format
 
 
 def copies(arguments: Sequence[Tensor]) -> Arguments:
     """Copy arguments for a forward that may write into them."""
-    return mapped(lambda argument: argument.clone(), arguments)
+    layout = layout_of(arguments)
+    return mapped(lambda x: x.clone(memory_format=layout if x.ndim == 4 else torch.preserve_format), arguments)
 
 
 def split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -258,8 +258,11 @@ def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_statistics_of_what_is_far_from_zero_are_as_exact():
-    norm, value = nn.Sequential(nn.BatchNorm2d(3)).eval(), 1e4 + torch.randn(16, 3, 9, 7)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(16, 3, 9, 7), (5, 3, 160, 190)], ids=["together", "in parts"])
+def test_statistics_of_what_is_far_from_zero_are_as_exact(shape, layout):
+    norm, value = nn.Sequential(nn.BatchNorm2d(3)).eval(), 1e4 + torch.randn(shape)
+    value = (value + torch.arange(3.0).view(-1, 1, 1)).to(memory_format=layout)  # channels that differ
     before = NormsBefore(norm, [(value,)])
     with before.matching(norm) as read:
         norm(value)
