@@ -17,8 +17,10 @@ from lightning_easier import (
     restore_structure_on_load,
 )
 from lightning_easier.collapsing.algebra.least_squares import Geometry, Moments
-from lightning_easier.collapsing.fit import chain_fits
+from lightning_easier.collapsing.fit import chain_fits, fittable
 from lightning_easier.collapsing.fit.fit_prices import PricedFit
+from lightning_easier.collapsing.fit.fittable import FittableChain, FittableChains
+from lightning_easier.collapsing.fit.fitting import gather
 from lightning_easier.collapsing.fit.placing import as_chain_fit, replace
 from lightning_easier.structure.linearize import read_marks, stand_ins
 from lightning_easier.zoo import CifarResNet
@@ -387,3 +389,51 @@ def test_a_forward_may_read_plain_attributes_of_what_is_gone():
     x = torch.randn(3, 4)
     torch.testing.assert_close(model(x), model.first(x) / 4)
     assert copy.deepcopy(model).second.out_features == 4
+
+
+def inverted(channels: int, outputs: int, stride: int = 1, groups: int | None = None) -> nn.Sequential:
+    groups = channels if groups is None else groups
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, stride, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(channels, outputs, 1)
+    ).eval()
+
+
+def chain_of(model: nn.Sequential) -> FittableChain:
+    return FittableChains(model, ["1"]).around(["1"])
+
+
+@pytest.mark.parametrize(
+    ("model", "unknowns"),
+    [
+        (inverted(512, 128), 512 + 1),
+        (inverted(512, 64), 512 * 9 + 1),  # seven times the weights of the chain
+        (inverted(512, 128, stride=2), 512 * 9 + 1),  # where it is depthwise it has four times the positions
+        (inverted(512, 128, groups=1), 512 * 9 + 1),
+        (inverted(256, 128), 256 * 9 + 1),
+    ],
+    ids=["in vain", "may pay", "stride", "dense", "small"],
+)
+def test_sums_for_an_operator_that_would_never_pay_are_over_one_tap(model, unknowns):
+    """Those over all nine taps of 960 channels took minutes, for a convolution with nine times the weights."""
+    assert chain_of(model).geometry.unknowns == unknowns
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pointwise_operator_is_the_same_whatever_is_summed_up_besides(stride, monkeypatch):
+    torch.manual_seed(0)
+    model = inverted(12, 12, stride).double()
+    batches = [torch.randn(40, 12, 9, 7).double() for _ in range(2)]
+
+    def found():
+        ((place, gathered),) = gather(model, [chain_of(model)], [(x,) for x in batches], (batches[0],))
+        return {fit.kind: fit.operator for fit in place.fits(model, gathered.moments)}
+
+    whole = found()
+    monkeypatch.setattr(fittable, "_MOST_IN_VAIN", 0)
+    monkeypatch.setattr(fittable, "_NEVER_PAYS", 0)
+    alone = found()
+    assert {"convolution", "separable", "pointwise"} <= {*whole}
+    assert "separable" not in alone
+    assert alone["convolution"].kernel_size == (1, 1)
+    x = torch.randn(3, 12, 9, 7).double()
+    torch.testing.assert_close(alone["convolution"](x), whole["pointwise"](x), rtol=1e-6, atol=1e-6)

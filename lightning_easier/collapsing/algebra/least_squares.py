@@ -107,6 +107,14 @@ class Geometry:
             place = place * size + size // 2
         return place
 
+    @property
+    def one_tap(self) -> "Geometry | None":
+        """What reads the middle tap only; None where there is none, or it would read less."""
+        padding = tuple(p - d * (k // 2) for p, d, k in zip(self.padding, self.apart, self.kernel, strict=True))
+        if self.centre is None or any(each < 0 for each in padding):
+            return None
+        return Geometry(self.channels, (1,) * len(self.kernel), self.stride, padding)
+
     def patches(self, value: Tensor) -> Tensor:
         """Return a view of what every output position reads, shape ``(N, *positions, C, *kernel)``; ``(N, *, C)``."""
         if not self.kernel:
@@ -383,7 +391,7 @@ def _all_fits(moments: Moments) -> Iterator[Fit]:
     yield _fit("convolution" if geometry.kernel else "linear", moments, dense, _dense(geometry, dense))
     if geometry.taps > 1:
         yield _separable(moments, dense)
-    one_tap = _one_tap(geometry)
+    one_tap = geometry.one_tap
     if one_tap is None:
         return
     columns = _columns_of_centre(geometry)
@@ -483,14 +491,6 @@ def _columns_of_centre(geometry: Geometry) -> Tensor:
     assert geometry.centre is not None
     centres = torch.arange(geometry.channels) * geometry.taps + geometry.centre
     return torch.cat([centres, torch.tensor([geometry.unknowns - 1])])
-
-
-def _one_tap(geometry: Geometry) -> Geometry | None:
-    """Return the geometry that reads the middle tap only; None where there is none, or it would read less."""
-    padding = tuple(p - d * (k // 2) for p, d, k in zip(geometry.padding, geometry.apart, geometry.kernel, strict=True))
-    if geometry.centre is None or any(each < 0 for each in padding):
-        return None
-    return Geometry(geometry.channels, (1,) * len(geometry.kernel), geometry.stride, padding)
 
 
 def _low_rank(moments: Moments, weight: Tensor) -> Iterator[Fit]:

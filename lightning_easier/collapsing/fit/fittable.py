@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from lightning_easier.structure.padding import numeric_padding
 
 ACTIVATIONS_IN_A_CHAIN = 2
 """How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
+# An operator with so many times the weights of a chain takes longer, however few operators it is; the sums for it are
+# gathered up to so many unknowns: others that have fewer weights are made of them, too.
+_NEVER_PAYS, _MOST_IN_VAIN = 8, 2**12
 
 
 class Place(ABC):
@@ -323,7 +327,24 @@ def _chain(
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
     norm, total = after.norms.get(operators[-1]), after.totals.get(operators[-1])
-    return FittableChain(tuple(sites), tuple(operators), tuple(inside), geometry_of(modules), norm, total)
+    return FittableChain(tuple(sites), tuple(operators), tuple(inside), _worth_its_sums(modules), norm, total)
+
+
+def _worth_its_sums(operators: Sequence[nn.Module]) -> Geometry:
+    """Return what an operator reads in the place of several: the middle tap alone where all taps would never pay.
+
+    A depthwise convolution has few weights. One of all channels in its place may have many times those of the chain,
+    and the sums for it are over all pairs of values that it reads: minutes for a place late in a MobileNetV2.
+
+    Raises:
+        CannotFitError: As for :func:`geometry_of`.
+    """
+    geometry = geometry_of(operators)
+    weights: list[Tensor] = [operator.weight for operator in operators]  # type: ignore[misc]
+    least = sum(weight.numel() for weight in weights)
+    most = geometry.channels * geometry.taps * len(weights[-1])
+    never_pays = most > _NEVER_PAYS * least * prod(geometry.stride)
+    return geometry.one_tap or geometry if never_pays and geometry.unknowns > _MOST_IN_VAIN else geometry
 
 
 def geometry_of(operators: Sequence[nn.Module]) -> Geometry:
