@@ -332,4 +332,5 @@ class _Samples:
         first = self._batches[places[0][0]]
         count = len(first)
         stacked = (torch.stack([self._batches[batch][each][row] for batch, row in places]) for each in range(count))
-        return Arguments(stacked, names_of(first), layout_of(first))
+        layout = layout_of(first) if len(first[0]) > 1 else torch.preserve_format  # one sample allows more views
+        return Arguments(stacked, names_of(first), layout)

@@ -192,6 +192,7 @@ class Search:
         self._telling = samples_that_tell(source, batches)
         self._arguments = Arguments(arguments, names_of(arguments), layout_of(batches[0]))  # they run as the batches do
         self._prices = prices
+        self._by_depth = prices.objective == "depth"
         self._slack = slack
         self._narrows = narrows
         self._dense_outputs = self._outputs()
@@ -248,7 +249,7 @@ class Search:
         self, sites: Sequence[str], blocks: Sequence[FittableBlock], clock: Clock, progress: Stages
     ) -> list[FittedCandidate]:
         """Fit operators for every chain and block alone, and return those that may take its place, the best first."""
-        chains = FittableChains(self.model, sites, self._known)
+        chains = FittableChains(self.model, sites, self._known, self._by_depth)
         found: list[FittedCandidate] = []
         windows = chains.in_windows(ACTIVATIONS_IN_A_CHAIN)
         whole = self._in_order([*windows, *self._narrowable(windows), *blocks])
@@ -472,7 +473,7 @@ class Search:
         """
         if not isinstance(place, FittableChain):
             return place
-        chain = FittableChains(self.model, place.sites, self._known).around(place.sites)
+        chain = FittableChains(self.model, place.sites, self._known, self._by_depth).around(place.sites)
         if not isinstance(place, NarrowableChain):
             return chain
         found = narrowable(self.model, chain)

@@ -64,7 +64,9 @@ def layout_of(arguments: Sequence[Any]) -> torch.memory_format:
 def copies(arguments: Sequence[Tensor]) -> Arguments:
     """Copy arguments for a forward that may write into them."""
     layout = layout_of(arguments)
-    return mapped(lambda x: x.clone(memory_format=layout if x.ndim == 4 else torch.preserve_format), arguments)
+    if layout == torch.preserve_format:  # sparse tensors take no layout, not even theirs
+        return mapped(lambda argument: argument.clone(), arguments)
+    return mapped(lambda x: x.clone(memory_format=layout) if x.ndim == 4 else x.clone(), arguments)
 
 
 def split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

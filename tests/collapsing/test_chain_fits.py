@@ -418,6 +418,18 @@ def test_sums_for_an_operator_that_would_never_pay_are_over_one_tap(model, unkno
     assert chain_of(model).geometry.unknowns == unknowns
 
 
+def test_where_depth_counts_weights_do_not():
+    chains = FittableChains(inverted(512, 128), ["1"], by_depth=True)
+    assert chains.around(["1"]).geometry.kernel == (3, 3)
+
+
+def test_the_body_of_a_bottleneck_keeps_its_kernel():
+    model = nn.Sequential(
+        nn.Conv2d(512, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 512, 1)
+    ).eval()
+    assert FittableChains(model, ["1", "3"]).around(["1", "3"]).geometry.kernel == (3, 3)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_pointwise_operator_is_the_same_whatever_is_summed_up_besides(stride, monkeypatch):
     torch.manual_seed(0)

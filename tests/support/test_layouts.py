@@ -1,6 +1,7 @@
 """Inputs are copied with their channels last where convolutions on a CPU are faster with that, and nothing changes."""
 
 import copy
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier import Finetuning, collapse, compress, isolate_activations
+from lightning_easier.collapsing import engine
+from lightning_easier.collapsing.fit.replacing import replace_chains
 from lightning_easier.support.calls import Arguments, copies, layout_of, mapped
 from lightning_easier.support.layouts import in_fast_layout
 from lightning_easier.zoo import CifarResNet
@@ -17,7 +20,7 @@ LAST = torch.channels_last
 
 
 class Seen(nn.Sequential):
-    """A convolution that remembers in which layout it was called."""
+    """A convolution that remembers in which layouts it was called."""
 
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 4, 3))
@@ -54,9 +57,8 @@ class Strided(nn.Module):
 
 @needs_onednn
 def test_images_come_with_their_channels_last() -> None:
-    model, batches = Seen(), [(torch.randn(2, 3, 6, 7),), (torch.randn(1, 3, 6, 7),)]
-    found = in_fast_layout(model, batches)
-    assert model.layouts == [False, True] * 2, "of each size one is tried"
+    batches = [(torch.randn(2, 3, 6, 7),), (torch.randn(1, 3, 6, 7),)]
+    found = in_fast_layout(nn.Conv2d(3, 4, 3), batches)
     assert [each is given for (each,), (given,) in zip(found, batches, strict=True)] == [True, True], "no copy is kept"
     for each, (given,) in zip(found, batches, strict=True):
         (made,) = copies(each)
@@ -110,6 +112,81 @@ def test_a_model_in_training_mode_stays_in_it() -> None:
     in_fast_layout(model, [(torch.randn(2, 3, 6, 7),)])
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Noted(nn.Module):
+    """Notes of each call whether channels came last, and whether it was trained."""
+
+    calls: ClassVar[set[tuple[bool, bool]]] = set()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(is_last := x.is_contiguous(memory_format=LAST), bool):  # else it is traced
+            self.calls.add((is_last, torch.is_grad_enabled()))
+        return self.body(x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("size", [1, 8])
+def test_both_the_search_and_its_training_have_channels_last(size: int) -> None:
+    """A sample alone can be viewed in more ways than several: what is stacked of such was never tried."""
+    torch.manual_seed(0)
+    Noted.calls.clear()
+    batches = [torch.randn(size, 3, 9, 7) for _ in range(64 // size)]
+    compress(Noted(), batches, objective="macs", max_drift=1.0, finetune=Finetuning(2, samples=4))
+    assert (True, False) in Noted.calls
+    assert ((True, True) in Noted.calls) == (size > 1)
+
+
+@needs_onednn
+def test_a_fitting_collapse_has_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts: list[torch.memory_format] = []
+
+    def noting(model: nn.Module, sites: Any, batches: Any, *others: Any) -> Any:
+        layouts.extend(map(layout_of, batches))
+        return replace_chains(model, sites, batches, *others)
+
+    monkeypatch.setattr(engine, "replace_chains", noting)
+    batches = [torch.randn(16, 3, 9, 7) for _ in range(3)]
+    collapse(Noted(), batches[0], mode="fit", sites=["body.1"], calibration=batches[1:], objective="macs")
+    assert layouts == [LAST, LAST]
+
+
+class Flattened(nn.Module):
+    """Takes channels for samples, by a view that channels that come last allow of one sample alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.view(x.shape[0] * 3, 9, 7).mean((1, 2)).view(x.shape[0], 3, 1, 1)
+        return self.body(x - mean)
+
+
+@pytest.mark.parametrize("finetune", [None, Finetuning(2, samples=4)])
+def test_examples_are_tried_as_well(finetune: Finetuning | None) -> None:
+    torch.manual_seed(0)
+    batches, examples = [torch.randn(1, 3, 9, 7) for _ in range(64)], torch.randn(4, 3, 9, 7)
+    result = compress(Flattened(), batches, example_inputs=examples, objective="macs", max_drift=1.0, finetune=finetune)
+    assert any(trial.kept for trial in result.report.trials)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_arguments_are_copied(layout: torch.layout) -> None:
+    given = torch.eye(3).to_sparse(layout=layout)
+    (made,) = copies([given])
+    assert made is not given
+    assert torch.equal(made.to_dense(), given.to_dense())
+
+
+def test_what_a_model_keeps_of_a_call_is_left_as_it_was() -> None:
+    model = Seen()
+    in_fast_layout(model, [(torch.randn(2, 3, 6, 7),)])
+    assert model.layouts == []
 
 
 def random_resnet() -> nn.Module:

@@ -228,15 +228,18 @@ class FittableChains:
         model: A model in eval mode, its activations isolated.
         sites: Names of the activations.
         known: What earlier looks at the same model have found out.
+        by_depth: Whether the number of operators counts, however many weights they have.
 
     Attributes:
         reasons: Site -> why it is in no chain.
     """
 
-    def __init__(self, model: nn.Module, sites: Collection[str], known: KnownForwards | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Collection[str], known: KnownForwards | None = None, by_depth: bool = False
+    ) -> None:
         plan = Discovery(frozenset(GATES), known).plan(model)
         adjacency = Adjacency(model, plan)
-        self._model = model
+        self._model, self._by_depth = model, by_depth
         self._names = {module: name for name, module in model.named_modules()}
         self._after = AfterOperators(plan.flow, self._names)
         self._meetings: dict[str, Meeting] = {}
@@ -285,7 +288,7 @@ class FittableChains:
         meetings = [self._meetings[site] for site in sites]
         if any(before.second != after.first for before, after in pairwise(meetings)):
             raise CannotFitError("its activations lie in a row no more")
-        return _chain(self._model, sites, meetings, self._names, self._after)
+        return _chain(self._model, sites, meetings, self._names, self._after, self._by_depth)
 
     def _made(self, runs: Iterable[list[str]]) -> list[FittableChain]:
         chains: list[FittableChain] = []
@@ -321,25 +324,30 @@ def _chain(
     meetings: Sequence[Meeting],
     names: Mapping[nn.Module, str],
     after: AfterOperators,
+    by_depth: bool,
 ) -> FittableChain:
     operators = [meetings[0].first, *(meeting.second for meeting in meetings)]
     between = [names[m] for meeting in meetings for m in (*meeting.between, *meeting.idle) if m is not None]
     modules = [model.get_submodule(name) for name in operators]
     inside = [name for name in between if name not in operators and name not in sites]
     norm, total = after.norms.get(operators[-1]), after.totals.get(operators[-1])
-    return FittableChain(tuple(sites), tuple(operators), tuple(inside), _worth_its_sums(modules), norm, total)
+    geometry = geometry_of(modules) if by_depth else _worth_its_sums(modules)
+    return FittableChain(tuple(sites), tuple(operators), tuple(inside), geometry, norm, total)
 
 
 def _worth_its_sums(operators: Sequence[nn.Module]) -> Geometry:
     """Return what an operator reads in the place of several: the middle tap alone where all taps would never pay.
 
-    A depthwise convolution has few weights. One of all channels in its place may have many times those of the chain,
-    and the sums for it are over all pairs of values that it reads: minutes for a place late in a MobileNetV2.
+    A depthwise convolution, or one of groups, has few weights. One of all channels in its place may have many times
+    those of the chain, and the sums for it are over all pairs of values that it reads: minutes for a place late in a
+    MobileNetV2.
 
     Raises:
         CannotFitError: As for :func:`geometry_of`.
     """
     geometry = geometry_of(operators)
+    if all(getattr(operator, "groups", 1) == 1 for operator in operators):
+        return geometry
     weights: list[Tensor] = [operator.weight for operator in operators]  # type: ignore[misc]
     least = sum(weight.numel() for weight in weights)
     most = geometry.channels * geometry.taps * len(weights[-1])

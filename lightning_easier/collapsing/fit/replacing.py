@@ -37,7 +37,7 @@ def replace_chains(
     Returns:
         What was chosen, and site -> why nothing takes the place of its chain.
     """
-    chains = FittableChains(model, sites)
+    chains = FittableChains(model, sites, by_depth=prices.objective == "depth")
     dense = deepcopy(model)
     dense_begun = cache(lambda: beginnings_of(dense, batches))  # where anything is replaced
     choices: list[PricedFit] = []
