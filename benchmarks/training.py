@@ -39,7 +39,7 @@ def questions(effort: Effort) -> Iterator[Question]:
         ("CifarResNet-20", partial(CifarResNet, 20), [f"model.layer{stage}.2" for stage in (1, 2, 3)]),
         ("CifarResNet-14", partial(CifarResNet, 14), [f"model.layer{stage}.1" for stage in (1, 2, 3)]),
     )
-    batch, steps = effort.pick(128, 64, 4), effort.pick(20, 4, 2)
+    batch, steps = effort.pick(128, 64, 4), effort.pick(6, 4, 2)
     case = Case(
         f"{name}, {steps} steps of {batch}×3×32×32", partial(runs, make, blocks, batch, steps), BARS,
         is_slow=effort.name == "dry", has_memory=False,
