@@ -213,7 +213,7 @@ def compress(
             rank_zero_warn(doubt)
         notes += [said for said in (doubt, decision) if said is not None]
     arguments = copies(given or data.batches[0])
-    calibration = in_fast_layout(source, [*data.batches, arguments])[:-1]
+    calibration = in_fast_layout(source, [*data.batches, arguments])[:-1]  # examples run beside them: tried as well
 
     with Stages(stages) as progress:
         progress.begin(PREPARING, units=_TIMINGS)
