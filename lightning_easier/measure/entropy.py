@@ -14,9 +14,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-# How many values are counted at a time: on a CPU so many that they and their signs stay in the cache of a core,
-# elsewhere what is worth a kernel. A float32 holds every integer up to 2**24, so a sum of that many signs is exact.
-_PART_ON_CPU, _PART_ELSEWHERE = 2**17, 2**21
+from lightning_easier.support.caches import values_in_caches
+
+# How many values are counted at a time where the device has its own memory: what is worth a kernel. A float32 holds
+# every integer up to 2**24, so a sum of that many signs is exact.
+_PART_ELSEWHERE = 2**21
 # Rows that are shorter are first added to each other, since a sum along an axis costs something for each row.
 _SHORT_ROW, _FEW_SAMPLES = 64, 4
 
@@ -93,11 +95,15 @@ class _Room:
 
     Args:
         values: What will be counted, in parts.
+
+    Attributes:
+        length: How many values a part has at most: so many that they and their signs stay in the caches.
     """
 
     def __init__(self, values: Tensor) -> None:
         dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-        length = min(values.numel(), _PART_ON_CPU)
+        self.length = values_in_caches()
+        length = min(values.numel(), self.length)
         self._signs = values.new_empty(length, dtype=dtype)
         self._wide = None if values.dtype == dtype else values.new_empty(length, dtype=dtype)
         self._last: _Laid | None = None
@@ -129,10 +135,10 @@ def _count(values: Tensor, room: _Room) -> tuple[Tensor, Tensor | None, Tensor]:
     Returns:
         ON − OFF of each neuron; how often each was neither, or None if none was; the sum of each sample.
     """
-    if values.numel() <= _PART_ON_CPU:
+    if values.numel() <= room.length:
         return _count_part(values, room)
     axis = max((axis for axis, length in enumerate(values.shape) if length > 1), key=values.stride)
-    parts = values.split(max(1, _PART_ON_CPU * values.shape[axis] // values.numel()), axis)
+    parts = values.split(max(1, room.length * values.shape[axis] // values.numel()), axis)
     differences, some_zeros, sums = zip(*(_count(part, room) for part in parts), strict=True)
     zeros = None
     if any(each is not None for each in some_zeros):

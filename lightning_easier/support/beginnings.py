@@ -1,7 +1,7 @@
 """Run a model again and again where only an end of it changes: what comes before returns what it has returned."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_easier.support.calls import call, copies
+from lightning_easier.support.forwards import computing
 from lightning_easier.support.inference import has_hooks
 
 # So many bytes of outputs are kept at most.
@@ -38,6 +39,7 @@ class Beginnings:
     Attributes:
         model: The model.
         outputs: What the model returns on each batch.
+        samples: How many there are in all batches.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Sequence[Tensor]], most: int = _MOST) -> None:
@@ -46,15 +48,16 @@ class Beginnings:
         self._kept: dict[nn.Module, list[Any]] = {}
         self._ended: dict[nn.Module, int] = {}
         self.outputs: list[Any] = []
+        sizes = [len(batch[0]) if batch[0].ndim else 1 for batch in batches]
+        self.samples = sum(sizes)
         worth_keeping: set[nn.Module] | None = None
         for batch in batches[:1]:  # which are worth the room
             watch = _Watch(model)
             watch.run(model, batch)
             self._began = {module: span.began for module, span in watch.spans.items()}
             self._ended = {module: span.ended for module, span in watch.spans.items()}
-            samples = [len(each[0]) if each[0].ndim else 1 for each in batches]
             alone = {module: span for module, span in watch.spans.items() if module in watch.alone}
-            worth_keeping = _within(alone, most * samples[0] // max(sum(samples), 1))
+            worth_keeping = _within(alone, most * sizes[0] // max(self.samples, 1))
         for batch in batches:
             watch = _Watch(model, worth_keeping)
             self.outputs.append(watch.run(model, batch))
@@ -204,20 +207,9 @@ def _within(spans: dict[nn.Module, _Span], most: int) -> set[nn.Module]:
     return wanted
 
 
-@contextmanager
-def _returning(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+def _returning(outputs: dict[nn.Module, Any]) -> AbstractContextManager[None]:
     """Have modules return what they have returned, until the end."""
-    own = {module: vars(module)["forward"] for module in outputs if "forward" in vars(module)}
-    try:
-        for module, output in outputs.items():
-            module.forward = _constant(output)
-        yield
-    finally:
-        for module in outputs:
-            if module in own:
-                module.forward = own[module]
-            else:
-                vars(module).pop("forward", None)
+    return computing({module: _constant(output) for module, output in outputs.items()})
 
 
 def _constant(output: Any) -> Callable[..., Any]:

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
-from lightning_easier.collapsing.fit.norms import MatchedNorms, NormsBefore, _affine, match_norms
+from lightning_easier.collapsing.fit.norms import MatchedNorms, NormsBefore, match_norms
 
 WIDTHS = (3, 8, 6)
 
@@ -230,19 +230,59 @@ def test_norms_that_were_left_at_the_last_match_are_left():
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+class Moved(nn.Module):
+    """Scales and moves each channel; the norm behind it can make up for all of that."""
+
+    def __init__(self, channels: int, by_name: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("offset", torch.zeros(channels))
+        self.by_name = by_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        along = (-1, *[1] * (x.ndim - 2))
+        return self.scale.view(along) * x + self.offset.view(along)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module, by_name: bool) -> None:
+        super().__init__()
+        self.moved, self.norm, self.by_name = Moved(3, by_name), norm, by_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.moved(x)
+        return self.norm(input=x) if self.by_name else self.norm(x)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 7), (4, 3, 2, 5, 7)])
-def test_channels_are_scaled_and_moved_whatever_their_positions(dtype, shape):
-    value, scale, offset = (each.to(dtype) for each in (torch.randn(shape), torch.randn(3), torch.randn(3)))
-    along = (-1, *[1] * (len(shape) - 2))
-    expected = value.double() * scale.double().view(along) + offset.double().view(along)
-    found = _affine(value, scale, offset)
-    assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.double(),
-        expected,
-        **({"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}),
-    )
+@pytest.mark.parametrize("shape", [(), (5,), (5, 7), (2, 5, 7)])
+def test_what_a_norm_reads_is_scaled_and_moved_back_while_it_runs(dtype, shape, by_name):
+    kinds = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    torch.manual_seed(0)
+    norm = kinds[len(shape)](3, eps=0.1)
+    for values, low in ((norm.weight, -2.0), (norm.bias, -1.0), (norm.running_mean, -1.0), (norm.running_var, 0.5)):
+        nn.init.uniform_(values, low, 2.0)
+    model = Normed(norm, by_name).eval().to(dtype)
+    data = [(torch.randn(64, 3, *shape).to(dtype),) for _ in range(2)]
+    before, changed = NormsBefore(model, data), deepcopy(model)
+    changed.moved.scale += torch.tensor([1.0, -0.5, 0.0])
+    changed.moved.offset += torch.tensor([1.0, 0.0, -2.0])
+    state = deepcopy(changed.state_dict())
+    bounds = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        wanted = [model(*batch) for batch in data]
+        with before.matching(changed) as read:
+            found = [changed(*batch) for batch in data]
+            again = changed(*data[0])  # called more often than before, it computes what it does
+        plain = changed(*data[0])
+    assert [len(parts) for parts in read.values()] == [2]
+    assert all(value.dtype == dtype for value in found)
+    torch.testing.assert_close(found, wanted, **bounds)
+    torch.testing.assert_close(again, plain)
+    assert not torch.allclose(plain, wanted[0], rtol=0.1)
+    assert "forward" not in vars(changed.norm)
+    assert all(torch.equal(value, state[name]) for name, value in changed.state_dict().items())
 
 
 def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():

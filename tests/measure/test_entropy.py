@@ -69,7 +69,7 @@ def test_does_not_depend_on_how_a_batch_is_cut_into_parts_nor_on_its_layout(axis
     z = LAYOUTS[layout](z)
     expected = [sign.movedim(axis, 0).flatten(1).sum(1) for sign in (z > 0, z < 0)]
     for most in (1, 3, 50, 300, 10_000):
-        monkeypatch.setattr(entropy, "_PART_ON_CPU", most)
+        monkeypatch.setattr(entropy, "values_in_caches", lambda most=most: most)
         counts = StateCounts(axis)
         sums = counts.update(z)
         assert torch.equal(counts.on, expected[0])
@@ -99,7 +99,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_counting_holds_besides_the_batch_fits_into_the_cache(dtype, layout, monkeypatch):
-    monkeypatch.setattr(entropy, "_PART_ON_CPU", 100)
+    monkeypatch.setattr(entropy, "values_in_caches", lambda: 100)
     z = LAYOUTS[layout](torch.randn(4, 6, 8, 8).to(dtype))  # one sample is 384 values
     z[2] = 0.0
     with Largest() as largest:

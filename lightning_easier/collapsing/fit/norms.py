@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
+from lightning_easier.support.caches import values_in_caches
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
-from lightning_easier.support.hooks import HookOfOneModel
+from lightning_easier.support.forwards import computing
+from lightning_easier.support.hooks import HookOfOneModel, first_tensor
 from lightning_easier.support.inference import evaluation_mode
 
 # Of each channel in a batch: fewer tell too little of its mean and deviation.
@@ -35,8 +37,6 @@ _FEWEST_VALUES = 64
 _MOST_SCALE = 4.0
 # An offset below this share of the deviation is rounding.
 _AS_IT_WAS = 1e-5
-# So many values fit into a core's cache, with what is made of them.
-_VALUES_IN_CACHE = 2**17
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -83,12 +83,7 @@ class _Statistics(NamedTuple):
 
 def _samples_in_cache(rows: Tensor) -> int:
     """Return how many samples are summed up at a time: on an accelerator all."""
-    return max(1, _VALUES_IN_CACHE // max(1, rows[0].numel())) if rows.device.type == "cpu" else len(rows)
-
-
-def _affine(value: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Scale and move each channel; torch's batch norm does so in a third of the time of a broadcast product and sum."""
-    return F.batch_norm(value, torch.zeros_like(offset), torch.ones_like(scale), scale, offset, eps=0.0)
+    return max(1, values_in_caches() // max(1, rows[0].numel())) if rows.device.type == "cpu" else len(rows)
 
 
 def _pooled(parts: Sequence[_Statistics]) -> _Statistics:
@@ -140,6 +135,8 @@ def match_norms(
     Returns:
         What can undo it; None if nothing was changed.
     """
+    if not _norms(model):
+        return None
     wanted = outputs_of(dense, batches)
     before = drift_of(outputs_of(model, batches), wanted)
     matched = NormsBefore(dense, batches).match(model, kept)
@@ -168,8 +165,8 @@ class NormsBefore:
         too_few: set[str] = set()
 
         def note(name: str) -> Callable[..., None]:
-            def hook(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                (value,) = arguments
+            def hook(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                value = first_tensor(arguments, named)
                 if value.ndim < 2 or value.numel() // max(value.shape[1], 1) < _FEWEST_VALUES:
                     too_few.add(name)
                 else:
@@ -180,8 +177,8 @@ class NormsBefore:
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
             for name, norm in norms.items():
-                stack.callback(norm.register_forward_pre_hook(HookOfOneModel(note(name))).remove)
-            for arguments in batches:
+                stack.callback(norm.register_forward_pre_hook(HookOfOneModel(note(name)), with_kwargs=True).remove)
+            for arguments in batches if norms else ():
                 call(model, copies(arguments))
         self._computed: dict[str, list[_Computed]] = {}
         self._wanted: dict[str, _Computed] = {}
@@ -211,20 +208,24 @@ class NormsBefore:
         }
         read: dict[str, list[_Statistics]] = {name: [] for name in norms}
 
-        def correct(name: str) -> Callable[..., Tensor]:
-            def hook(norm: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                parts, computed = read[name], self._computed[name]
+        def corrected(name: str, norm: Any) -> Callable[..., Tensor]:
+            forward, parts, computed = norm.forward, read[name], self._computed[name]
+
+            def run(*arguments: Any, **named: Any) -> Tensor:
+                value = first_tensor(arguments, named)
                 if len(parts) == len(computed):  # called more often than before
-                    return output
-                parts.append(_Statistics.of(arguments[0]))
+                    result: Tensor = forward(value)
+                    return result
+                parts.append(_Statistics.of(value))
                 scale, offset = _Computed.by(norm, parts[-1]).correction(computed[len(parts) - 1].of(kept.get(name)))
-                return _affine(output, scale.to(output), offset.to(output))
+                weight, bias = scale * norm.weight, scale * norm.bias + offset
+                return F.batch_norm(
+                    value, norm.running_mean, norm.running_var, weight.to(norm.weight), bias.to(norm.bias), eps=norm.eps
+                )
 
-            return hook
+            return run
 
-        with ExitStack() as stack:
-            for name, norm in norms.items():
-                stack.callback(norm.register_forward_hook(correct(name)).remove)
+        with computing({norm: corrected(name, norm) for name, norm in norms.items()}):
             yield read
 
     @torch.no_grad()
@@ -361,7 +362,7 @@ class MatchedNorms:
         was_matched = self._is_matched
         self.restore()
         self._is_matched = was_matched
-        if was_matched:
+        if was_matched and self._before.names:
             self._before.match(self._model, kept, run)
 
     @torch.no_grad()
