@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.engine import warn_of_lost_arguments
 from lightning_easier.collapsing.exact.prices import OBJECTIVES, Objective
+from lightning_easier.collapsing.fit.enough import enough_to_fit
 from lightning_easier.collapsing.fit.fit_prices import SLACK, ChainPrices
 from lightning_easier.collapsing.fit.fittable_blocks import fittable_blocks
 from lightning_easier.measure.features import places_of_features
@@ -30,6 +31,7 @@ from lightning_easier.pruning.stages import (
 )
 from lightning_easier.pruning.targets import Look, Target, TargetWatch, check_target
 from lightning_easier.pruning.unneeded import Unneeded
+from lightning_easier.pruning.work import work_of_a_sample
 from lightning_easier.report import CompressReport
 from lightning_easier.sites.activations import isolate_activations, match_names, unwrap
 from lightning_easier.sites.blocks import Block, find_blocks
@@ -45,7 +47,7 @@ from lightning_easier.support.arguments import (
 )
 from lightning_easier.support.batches import BatchReader, InputsOf, as_arguments
 from lightning_easier.support.calibration import inputs_left_out, read_calibration
-from lightning_easier.support.calls import copies
+from lightning_easier.support.calls import Arguments, copies
 from lightning_easier.support.hooks import remove_hooks_of_one_model
 from lightning_easier.support.inference import (
     check_weights,
@@ -205,7 +207,14 @@ def compress(
     if given is not None:
         with torch.no_grad():
             forward(source, copies(given), "example_inputs")
-    data = read_calibration(reader, batches, source)
+    work: float | None = None
+
+    def tried(first: Arguments) -> float:
+        nonlocal work
+        work = work_of_a_sample(source, first)
+        return enough_to_fit(work) if settings is None else math.inf  # trained on all of them
+
+    data = read_calibration(reader, batches, source, tried)
     notes = list(data.notes)
     if given is None and inputs_of is None:
         doubt, decision = inputs_left_out(source, data.first, len(data.batches[0]))
@@ -224,7 +233,7 @@ def compress(
         is_for_speed = objective != "depth" and (target is None or target_speedup is not None)
         search = Search(
             source, calibration, arguments, ChainPrices(objective, table), math.inf if is_guided else slack,
-            narrow and is_guided and is_for_speed,
+            narrow and is_guided and is_for_speed, work,
         )  # fmt: skip
         clock.begin(SEARCHING)
         watch = TargetWatch(source, arguments, objective, table, target)
@@ -275,7 +284,7 @@ def compress(
         unneeded = Unneeded(search, candidates, judge, watch, look, score, most, clock, progress)
         unneeded.take_back()
         look, score = unneeded.look, unneeded.score
-        mending = Mending(search, source, calibration, judge, score, clock, progress)
+        mending = Mending(search, source, search.some_batches, judge, score, clock, progress)
         mending.mend(finetuner)
         if mending.notes:
             score = mending.score

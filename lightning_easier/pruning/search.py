@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_easier.collapsing.algebra.least_squares import Fit
 from lightning_easier.collapsing.fit.correcting import RunUpTo, beginnings_of, gather_alone
 from lightning_easier.collapsing.fit.drift import as_matrices, change_of, drift_of, outputs_of, samples_that_tell
+from lightning_easier.collapsing.fit.enough import enough_to_fit, first_batches
 from lightning_easier.collapsing.fit.fit_prices import ChainPrices, PricedFit, choose
 from lightning_easier.collapsing.fit.fittable import (
     ACTIVATIONS_IN_A_CHAIN,
@@ -164,6 +165,7 @@ class Search:
         prices: Tells what modules cost.
         slack: How much less of the variance of a chain than the best operator one may explain to be tried.
         narrows: Whether chains may lose inner channels.
+        work: Of the model for each sample, see :func:`~lightning_easier.pruning.work.work_of_a_sample`.
 
     Attributes:
         model: What it has become.
@@ -171,6 +173,7 @@ class Search:
         reasons: Site -> why nothing was tried.
         was_cut: Whether the time was over before all chains were looked at.
         looked_at: How many chains were, in words.
+        some_batches: Of the calibration data, as much as is run through the model where each value is known then.
     """
 
     def __init__(
@@ -181,6 +184,7 @@ class Search:
         prices: ChainPrices,
         slack: float,
         narrows: bool = False,
+        work: float | None = None,
     ) -> None:
         self.model = deepcopy(source)
         self._source = source
@@ -189,7 +193,9 @@ class Search:
         self.was_cut = False
         self.looked_at = ""
         self._batches = batches
-        self._telling = samples_that_tell(source, batches)
+        self._work = work
+        self.some_batches = first_batches(batches, enough_to_fit(work))
+        self._telling = samples_that_tell(source, batches, work)
         self._arguments = Arguments(arguments, names_of(arguments), layout_of(batches[0]))  # they run as the batches do
         self._prices = prices
         self._by_depth = prices.objective == "depth"
@@ -212,7 +218,7 @@ class Search:
     @cached_property
     def dense(self) -> Beginnings:
         """The model as it was given, and what its modules return; kept until :meth:`forget_dense`."""
-        return beginnings_of(self._source, self._batches)
+        return beginnings_of(self._source, self._batches, self._work)
 
     def forget_dense(self) -> None:
         """Keep no longer what the modules of the model as it was given return: hundreds of megabytes."""
@@ -568,7 +574,9 @@ class Search:
     def _gather(
         self, places: Sequence[Place], advance: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[Place, Gathered | None]]:
-        return gather(self.model, places, self._batches, self._arguments, self._watched, advance)
+        return gather(
+            self.model, places, self._batches, self._arguments, self._watched, advance, len(self.some_batches)
+        )
 
     @property
     def _watched(self) -> list[str]:

@@ -1,7 +1,8 @@
 """Read calibration data: what a model is called with, batch by batch, and what has to be left out of it."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +32,13 @@ class Calibration:
     first: Any
 
 
-def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module) -> Calibration:
+def _all(first: Arguments) -> float:
+    return math.inf
+
+
+def read_calibration(
+    reader: BatchReader, data: Iterable[Any], model: nn.Module, tried: Callable[[Arguments], float] = _all
+) -> Calibration:
     """Read batches, and leave out those without samples, and samples whose values are not all finite.
 
     One sample that is not finite would make every sum over the data so.
@@ -39,7 +46,9 @@ def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module)
     Args:
         reader: Tells what the forward is called with.
         data: Batches.
-        model: The model; it is called on every batch. Batches go where the reader's example is, or to the model.
+        model: The model; it is called on the batches. Batches go where the reader's example is, or to the model.
+        tried: Of the first batch, returns on how many samples it is called; all by default. Of other samples only the
+            inputs are looked at.
 
     Raises:
         TypeError: If the data is no iterable of batches, or a batch holds no tensors.
@@ -53,6 +62,7 @@ def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module)
     devices = None if reader.example is None else [x.device for x in reader.example]
     first = None
     read, empty, samples, strange = [], 0, 0, 0
+    most: float | None = None
     for number, batch in enumerate(over(data, "Reading")):
         first = batch if number == 0 else first
         given = reader(batch)
@@ -61,7 +71,9 @@ def read_calibration(reader: BatchReader, data: Iterable[Any], model: nn.Module)
             continue
         there = devices or [device_of(model)] * len(given)
         arguments = Arguments((x.to(device) for x, device in zip(given, there, strict=True)), given.names)
-        kept = _finite_samples(reader, model, arguments)
+        most = tried(arguments) if most is None else most
+        outputs = _outputs(reader, model, arguments) if samples < most else []
+        kept = _finite_samples(arguments, outputs)
         samples += len(kept)
         strange += int((~kept).sum())
         if bool(kept.all()):
@@ -170,12 +182,15 @@ def _check_left(argument: str, data: Iterable[Any], left: int, notes: Sequence[s
         )
 
 
-def _finite_samples(reader: BatchReader, model: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
+def _outputs(reader: BatchReader, model: nn.Module, arguments: Sequence[Tensor]) -> list[Tensor]:
+    with evaluation_mode(model):
+        return list(tensors_in(reader.call(model, copies(arguments))))
+
+
+def _finite_samples(arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
     """Tell of each sample whether all its values, and those that the model makes of it, are finite; on the CPU."""
     first = arguments[0]
     samples = len(first) if first.ndim else 1
-    with evaluation_mode(model):
-        outputs = tensors_in(reader.call(model, copies(arguments)))
     kept = torch.ones(samples, dtype=torch.bool)
     for value in (*arguments, *outputs):
         if value.is_floating_point() and _has_samples(value, samples):

@@ -398,6 +398,11 @@ def inverted(channels: int, outputs: int, stride: int = 1, groups: int | None = 
     ).eval()
 
 
+def expanded(channels: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    depthwise = nn.Conv2d(outputs, outputs, 3, stride, padding=1, groups=outputs)
+    return nn.Sequential(nn.Conv2d(channels, outputs, 1), nn.ReLU(), depthwise).eval()
+
+
 def chain_of(model: nn.Sequential) -> FittableChain:
     return FittableChains(model, ["1"]).around(["1"])
 
@@ -406,12 +411,15 @@ def chain_of(model: nn.Sequential) -> FittableChain:
     ("model", "unknowns"),
     [
         (inverted(512, 128), 512 + 1),
-        (inverted(512, 64), 512 * 9 + 1),  # seven times the weights of the chain
-        (inverted(512, 128, stride=2), 512 * 9 + 1),  # where it is depthwise it has four times the positions
+        (inverted(512, 4), 512 * 9 + 1),  # three times the weights of the chain
+        (inverted(384, 64), 384 + 1),  # eight times, all but a little
+        (inverted(512, 128, stride=2), 512 + 1),  # both have the positions of the result
+        (expanded(256, 512), 256 + 1),
+        (expanded(256, 512, stride=2), 256 * 9 + 1),  # the first has four times as many
         (inverted(512, 128, groups=1), 512 * 9 + 1),
-        (inverted(256, 128), 256 * 9 + 1),
+        (inverted(160, 128), 160 * 9 + 1),
     ],
-    ids=["in vain", "may pay", "stride", "dense", "small"],
+    ids=["in vain", "may pay", "nearly eight times", "stride", "expansion", "expansion and stride", "dense", "small"],
 )
 def test_sums_for_an_operator_that_would_never_pay_are_over_one_tap(model, unknowns):
     """Those over all nine taps of 960 channels took minutes, for a convolution with nine times the weights."""

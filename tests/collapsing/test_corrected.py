@@ -19,6 +19,7 @@ from lightning_easier.collapsing.fit.replacing import replace_chains
 from lightning_easier.sites.activations import isolate_activations
 from lightning_easier.sites.blocks import find_blocks
 from lightning_easier.support.beginnings import Beginnings
+from lightning_easier.support.inference import evaluation_mode
 from lightning_easier.support.timing import LatencyTable
 
 PLAIN = Geometry(6)
@@ -342,7 +343,8 @@ def test_errors_are_the_same_whatever_of_the_dense_network_is_kept(make):
         changed.first[0].weight *= 0.5
     state = deepcopy(dense.state_dict())
     place = FittableChains(changed, ["second.1"]).around(["second.1"])
-    nothing_kept = Beginnings(dense, [])
+    with evaluation_mode(dense):
+        nothing_kept = Beginnings(dense, batches, 0)
     sums = [
         gather_corrected(changed, before, place, batches, batches[0]).moments.fitted
         for before in (beginnings_of(dense, batches), nothing_kept)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
 from lightning_easier.collapsing.engine import cost_of, counted
-from lightning_easier.support.costs import count_macs, count_together, measure_activation_memory
+from lightning_easier.support.costs import count_macs, count_together, count_work, measure_activation_memory
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.support.timing import Latency
 
@@ -153,3 +153,20 @@ def test_a_recurrent_network_is_counted_whatever_is_set_of_float32_and_that_stay
         if kind is not None:
             kind.fp32_precision = before
     assert [each.enabled for each in libraries] == is_enabled
+
+
+def test_work_is_multiply_accumulates_and_all_values_that_operators_return():
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(60, 7))
+    assert count_work(layers, (torch.randn(5, 2, 4, 5),)) == 5 * (20 * 2 * 3 * 9 + 60 * 7 + 64 * (60 + 60 + 7))
+    depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # a few products for each value
+    assert count_work(depthwise, (torch.randn(1, 6, 4, 4),)) == 96 * (9 + 64)
+
+
+def test_work_that_can_not_be_counted_is_not_known():
+    class Refusing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if _get_current_dispatch_mode_stack():
+                raise RuntimeError("looked at")
+            return x
+
+    assert counted(count_work, Refusing(), (torch.randn(2, 3),)) is None

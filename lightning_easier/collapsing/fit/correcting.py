@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_easier.collapsing.algebra.corrected import CorrectedMoments
 from lightning_easier.collapsing.algebra.least_squares import Moments
 from lightning_easier.collapsing.fit.chain_hooks import ChainHooks
+from lightning_easier.collapsing.fit.enough import enough, first_batches
 from lightning_easier.collapsing.fit.fittable import FittableChain, Place
-from lightning_easier.collapsing.fit.fitting import Gathered, gather, positions_wanted, shapes_of_inputs
+from lightning_easier.collapsing.fit.fitting import Gathered, gather, is_known, positions_wanted, shapes_of_inputs
 from lightning_easier.support.beginnings import Beginnings
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
@@ -27,7 +28,7 @@ from lightning_easier.support.inference import evaluation_mode
 _LEAST_SCALE = 1e-2
 # Half as many images give nearly as much as a thousand, for half of the runs of both models; where each has but one
 # position, as before a classifier, more are used if there are.
-_SAMPLES, _POSITIONS_FOR_EACH_UNKNOWN = 500, 14
+_SAMPLES, _FEWEST = 500, 96
 
 
 def _nothing() -> None: ...
@@ -79,9 +80,9 @@ def gather_corrected(
             if sums is None:
                 sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
             is_off = is_off or bool(error.any())
-            sums.add(value, output, error.to(output), positions_of(place, batch, batches))
+            sums.add(value, output, error.to(output), positions_of(place, batch, batches, dense))
             advance()
-            if is_enough(sums.moments, place):
+            if is_enough(sums.moments, place, dense):
                 break
     shape = shapes_of_inputs(model, [place.whole], arguments).get(place.whole)
     if sums is None or not is_off or shape is None:
@@ -121,28 +122,27 @@ def gather_alone(
     return gathered
 
 
-def positions_of(place: Place, batch: Sequence[Tensor], batches: Sequence[Sequence[Tensor]]) -> int:
+def positions_of(place: Place, batch: Sequence[Tensor], batches: Sequence[Sequence[Tensor]], dense: Beginnings) -> int:
     """Return how many positions of one batch are used, so that all that are looked at have as many as are wanted."""
-    samples = min(sum(len(each[0]) for each in batches), _SAMPLES)
+    samples = min(sum(len(each[0]) for each in batches), dense.samples)
     return -(-positions_wanted(place) * len(batch[0]) // samples)
 
 
-def is_enough(moments: Moments, place: Place) -> bool:
+def is_enough(moments: Moments, place: Place, dense: Beginnings) -> bool:
     """Tell whether so many samples have been compared that more would hardly tell more of a place."""
-    is_known = moments.positions >= _POSITIONS_FOR_EACH_UNKNOWN * place.geometry.unknowns
-    return moments.samples >= _SAMPLES and is_known
+    return moments.samples >= dense.samples and is_known(moments, place)
 
 
-def beginnings_of(dense: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Beginnings:
-    """Return the model as given with what its modules return on as many samples as are compared of most places."""
-    some, samples = [], 0
-    for batch in batches:
-        if samples >= _SAMPLES:
-            break
-        some.append(batch)
-        samples += len(batch[0])
+def beginnings_of(dense: nn.Module, batches: Sequence[tuple[Tensor, ...]], work: float | None = None) -> Beginnings:
+    """Return the model as given with what its modules return on as many samples as are compared of most places.
+
+    Args:
+        dense: The model as given, in eval mode.
+        batches: The forward's positional arguments, for each batch.
+        work: Of the model for each sample, as for :func:`enough`.
+    """
     with evaluation_mode(dense):  # as both are compared, whatever batch norm was left in training mode
-        return Beginnings(dense, some)
+        return Beginnings(dense, first_batches(batches, enough(_SAMPLES, _FEWEST, work)))
 
 
 class Compared(NamedTuple):

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_easier.collapsing.fit.enough import enough, first_batches
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.inference import tensors_in
 from lightning_easier.support.rows import rows_are_samples, rows_of
 
 # So many tell how much the outputs have changed, and so many values of each in which direction.
 _SAMPLES, _VALUES = 200, 1024
-# No fewer are left of a batch: norms are matched by what each tells of their channels.
-_FEWEST_OF_A_BATCH = 64
+# No fewer are left of a batch where there are batch norms: they are matched by what each tells of their channels.
+_FEWEST, _FEWEST_WITH_NORMS = 32, 50
 
 
 def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -24,22 +25,12 @@ def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[
         batches: The forward's positional arguments, for each batch.
     """
     with torch.no_grad():
-        return as_matrices([call(model, copies(batch)) for batch in first_samples(batches)])
+        return as_matrices([call(model, copies(batch)) for batch in first_batches(batches, _SAMPLES)])
 
 
-def first_samples(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Return the batches that tell how much outputs have changed."""
-    some: list[tuple[Tensor, ...]] = []
-    samples = 0
-    for batch in batches:
-        some.append(batch)
-        samples += len(batch[0])
-        if samples >= _SAMPLES:
-            break
-    return some
-
-
-def samples_that_tell(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+def samples_that_tell(
+    model: nn.Module, batches: Sequence[tuple[Tensor, ...]], work: float | None = None
+) -> list[tuple[Tensor, ...]]:
     """Return no more samples than tell how much outputs have changed, however large the batches are.
 
     Of the last batch they are drawn from all of it: it may be sorted by class.
@@ -48,10 +39,14 @@ def samples_that_tell(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -
         model: The model as given: where its forward takes the rows of a batch for what they are together, the batch
             stays whole.
         batches: The forward's positional arguments, for each batch.
+        work: Of the model for each sample, as for :func:`enough`.
     """
-    *some, last = first_samples(batches)
-    left, rows = _SAMPLES - sum(len(batch[0]) for batch in some), rows_of(last)
-    if rows is None or not _FEWEST_OF_A_BATCH <= left < rows or not rows_are_samples(model, last):
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    fewest = _FEWEST_WITH_NORMS if has_norms else _FEWEST
+    samples = enough(_SAMPLES, fewest, work)
+    *some, last = first_batches(batches, samples)
+    left, rows = samples - sum(len(batch[0]) for batch in some), rows_of(last)
+    if rows is None or not fewest <= left < rows or not rows_are_samples(model, last):
         return [*some, last]
     drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:left].sort().values
     return [*some, mapped(lambda value: value[drawn.to(value.device)], last)]

@@ -24,9 +24,9 @@ from lightning_easier.structure.padding import numeric_padding
 
 ACTIVATIONS_IN_A_CHAIN = 2
 """How many in a row a search looks at: the bodies of bottlenecks and inverted residuals have two."""
-# An operator with so many times the weights of a chain takes longer, however few operators it is; the sums for it are
-# gathered up to so many unknowns: others that have fewer weights are made of them, too.
-_NEVER_PAYS, _MOST_IN_VAIN = 8, 2**12
+# An operator that computes so many times what a chain does takes longer, however few operators it is; the sums for it
+# are gathered up to so many unknowns: others that have fewer weights are made of them, too.
+_NEVER_PAYS, _MOST_IN_VAIN = 4, 1536
 
 
 class Place(ABC):
@@ -338,8 +338,8 @@ def _chain(
 def _worth_its_sums(operators: Sequence[nn.Module]) -> Geometry:
     """Return what an operator reads in the place of several: the middle tap alone where all taps would never pay.
 
-    A depthwise convolution, or one of groups, has few weights. One of all channels in its place may have many times
-    those of the chain, and the sums for it are over all pairs of values that it reads: minutes for a place late in a
+    A depthwise convolution, or one of groups, computes little. One of all channels in its place may compute many times
+    what the chain does, and the sums for it are over all pairs of values that it reads: minutes for a place late in a
     MobileNetV2.
 
     Raises:
@@ -348,10 +348,13 @@ def _worth_its_sums(operators: Sequence[nn.Module]) -> Geometry:
     geometry = geometry_of(operators)
     if all(getattr(operator, "groups", 1) == 1 for operator in operators):
         return geometry
-    weights: list[Tensor] = [operator.weight for operator in operators]  # type: ignore[misc]
-    least = sum(weight.numel() for weight in weights)
-    most = geometry.channels * geometry.taps * len(weights[-1])
-    never_pays = most > _NEVER_PAYS * least * prod(geometry.stride)
+    convolutions: list[Any] = list(operators)
+    products, positions = 0, 1  # for each position of the result
+    for convolution in reversed(convolutions):
+        products += convolution.weight.numel() * positions
+        positions *= prod(convolution.stride)
+    most = geometry.channels * geometry.taps * len(convolutions[-1].weight)
+    never_pays = most > _NEVER_PAYS * products
     return geometry.one_tap or geometry if never_pays and geometry.unknowns > _MOST_IN_VAIN else geometry
 
 

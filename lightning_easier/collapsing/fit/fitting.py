@@ -33,8 +33,13 @@ class _EndOfChainError(BaseException):
     """Ends a forward of which all that is wanted has been seen; no forward catches it."""
 
 
+def is_known(moments: Moments, place: Place) -> bool:
+    """Tell whether there are enough positions for a fit; more are used where that is cheap."""
+    return moments.positions >= _POSITIONS_FOR_EACH_UNKNOWN * place.geometry.unknowns
+
+
 def positions_wanted(place: Place) -> int:
-    """Return how many positions of the calibration data are enough for a fit."""
+    """Return how many positions of the calibration data are used for a fit, if there are so many."""
     unknowns = place.geometry.unknowns
     return max(_POSITIONS_FOR_EACH_UNKNOWN * unknowns, min(_ENOUGH_POSITIONS, _WORK // unknowns))
 
@@ -64,6 +69,7 @@ def gather(
     arguments: Sequence[Tensor],
     watched: Iterable[str] = (),
     advance: Callable[[], object] = _nothing,
+    enough: int | None = None,
 ) -> Iterator[tuple[Place, Gathered | None]]:
     """Sum up what goes into each of some places and what comes out, in one run over the data for as many as fit.
 
@@ -74,11 +80,14 @@ def gather(
         arguments: Example inputs.
         watched: Names of modules of which is said whether they ran.
         advance: What is called after each batch, for each place.
+        enough: So many of the batches are looked at, and more as long as there are too few positions in them; all of
+            them by default.
 
     Yields:
         Each place, and its sums; None if the forward does not get there.
     """
     watched = tuple(watched)
+    fewest = len(batches) if enough is None else enough
     for group in _groups(model, places):
         moments: dict[Place, Moments] = {}
         shapes: dict[Place, torch.Size] = {}
@@ -94,10 +103,17 @@ def gather(
                 axis = 1 if place.geometry.kernel else -1
                 moments[place] = Moments.of(place.geometry, output.shape[axis], output.device)
                 shapes[place] = value.shape
-            moments[place].add(value, output, -(-positions_wanted(place) // len(batches)))
+            moments[place].add(value, output, -(-positions_wanted(place) // fewest))
             advance()
 
-        reached = _run_up_to(model, group, batches, add, watched)
+        def needed(moments: dict[Place, Moments] = moments) -> Iterator[tuple[Tensor, ...]]:
+            yield from batches[:fewest]
+            for batch in batches[fewest:]:
+                if all(is_known(sums, place) for place, sums in moments.items()):
+                    return
+                yield batch
+
+        reached = _run_up_to(model, group, needed(), add, watched)
         wholes = list(dict.fromkeys(place.whole for place in reached))
         if [x.shape for x in arguments] != [x.shape for x in batches[0]] or not shapes.keys() >= {*wholes}:
             shapes = shapes_of_inputs(model, wholes, arguments)

@@ -1,0 +1,106 @@
+"""Fewer samples are looked at of networks that do more for each, and never fewer than fits need."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_easier import compress
+from lightning_easier.collapsing.fit import correcting, fitting
+from lightning_easier.collapsing.fit.correcting import beginnings_of
+from lightning_easier.collapsing.fit.drift import samples_that_tell
+from lightning_easier.collapsing.fit.enough import enough, first_batches
+from lightning_easier.collapsing.fit.fittable import FittableChains
+from lightning_easier.pruning import mending, search
+from lightning_easier.pruning import work as work_module
+from lightning_easier.zoo import CifarResNet
+
+SMALL, LARGE = 1e6, 4e9
+
+
+@given(st.integers(1, 5000), st.integers(1, 500), st.floats(1, 1e12))
+def test_all_together_take_no_more_work_than_of_a_small_network(samples: int, fewest: int, work: float) -> None:
+    found = enough(samples, fewest, work)
+    assert min(samples, fewest) <= found <= samples
+    assert found == min(samples, fewest) or found * work <= samples * 2**28 * (1 + 1e-9)
+    assert enough(samples, fewest, 2 * work) <= found
+
+
+def test_a_small_network_is_run_on_all_and_one_of_which_nothing_is_known() -> None:
+    assert [enough(200, 64, work) for work in (None, 0.0, SMALL, 2**28)] == [200] * 4
+    assert enough(200, 64, 2**29) == 100
+    assert enough(200, 64, LARGE) == 64
+    assert enough(40, 64, LARGE) == 40
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(1, 1000))
+def test_the_first_batches_are_no_more_than_it_takes(sizes: list[int], samples: int) -> None:
+    batches = [(torch.empty(size, 0),) for size in sizes]
+    found = first_batches(batches, samples)
+    assert found
+    assert all(a is b for a, b in zip(found, batches, strict=False))
+    assert sum(sizes[: len(found) - 1]) < samples
+    assert len(found) == len(batches) or sum(sizes[: len(found)]) >= samples
+
+
+@pytest.mark.parametrize(("work", "told", "corrected"), [(None, 200, 500), (SMALL, 200, 500), (LARGE, 32, 96)])
+def test_drift_and_corrections_are_looked_at_in_fewer_samples(work: float, told: int, corrected: int) -> None:
+    model, batches = nn.Linear(6, 2).eval(), [(torch.randn(10, 6),) for _ in range(60)]
+    assert abs(sum(len(batch[0]) for batch in samples_that_tell(model, batches, work)) - told) < 10
+    assert abs(beginnings_of(model, batches, work).samples - corrected) < 10
+
+
+def sums_of(looked_at: int | None, positions: int) -> tuple[int, float]:
+    """Return how many batches of 20 samples a fit has read of the 10 that there are, and how many positions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    batches = [(torch.randn(20, positions, 5),) for _ in range(10)]
+    chains = [FittableChains(model, ["1"]).around(["1"])]
+    read: list[Tensor] = []
+    model[0].register_forward_pre_hook(lambda module, arguments: read.append(arguments[0]))
+    ((_, gathered),) = fitting.gather(model, chains, batches, batches[0], enough=looked_at)
+    assert gathered is not None
+    return len(read), gathered.moments.positions
+
+
+def test_a_fit_reads_more_than_is_enough_of_others_where_it_has_too_few_positions() -> None:
+    assert sums_of(None, 1) == (10, 200)
+    assert sums_of(2, 10) == (2, 400)  # of six unknowns, 14 for each are enough
+    assert sums_of(2, 1) == (5, 100)
+    assert sums_of(10, 1) == (10, 200)
+
+
+def test_as_many_positions_are_drawn_from_fewer_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_ENOUGH_POSITIONS", 200)
+    assert sums_of(None, 10) == (10, 200)
+    assert sums_of(4, 10) == (4, 200)
+
+
+@pytest.mark.parametrize(("work", "told", "kept", "fitted"), [(SMALL, 20, 38, 38), (LARGE, 5, 10, 26)])
+def test_a_search_runs_a_network_that_does_much_on_fewer(
+    work: float, told: int, kept: int, fitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batches = CifarResNet(8).eval(), [torch.randn(10, 3, 8, 8) for _ in range(38)]
+    looked_at: dict[str, list[int]] = {"told": [], "kept": [], "fitted": [], "matched": []}
+
+    def noting(module: Any, name: str, of: str, argument: int) -> None:
+        plain = getattr(module, name)
+
+        def noted(*args: Any) -> Any:
+            looked_at[of].append(args[argument] if isinstance(args[argument], int) else len(args[argument]))
+            return plain(*args)
+
+        monkeypatch.setattr(module, name, noted)
+
+    noting(search, "MatchedNorms", "told", 2)
+    noting(correcting, "Beginnings", "kept", 1)
+    noting(search, "gather", "fitted", -1)
+    noting(mending, "match_norms", "matched", 2)
+    monkeypatch.setattr(work_module, "count_work", lambda model, arguments: int(work) * len(arguments[0]))
+    assert compress(model, batches, objective="macs", max_drift=math.inf).report.trials
+    assert looked_at == {"told": [told], "kept": [kept], "fitted": [fitted], "matched": [fitted]}
