@@ -15,4 +15,4 @@ def work_of_a_sample(model: nn.Module, batch: tuple[Tensor, ...]) -> float | Non
         batch: What its forward is called with.
     """
     work = counted(count_work, model, copies(batch))
-    return None if work is None else work / (len(batch[0]) if batch[0].ndim else 1)
+    return None if work is None else work / len(batch[0])

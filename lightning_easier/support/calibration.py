@@ -47,8 +47,8 @@ def read_calibration(
         reader: Tells what the forward is called with.
         data: Batches.
         model: The model; it is called on the batches. Batches go where the reader's example is, or to the model.
-        tried: Of the first batch, returns on how many samples it is called; all by default. Of other samples only the
-            inputs are looked at.
+        tried: Of the first batch, returns on how many samples that are kept the model is called; all by default. Of
+            others only the inputs are looked at, but of the first batch of other shapes or dtypes.
 
     Raises:
         TypeError: If the data is no iterable of batches, or a batch holds no tensors.
@@ -63,6 +63,7 @@ def read_calibration(
     first = None
     read, empty, samples, strange = [], 0, 0, 0
     most: float | None = None
+    kinds = set()
     for number, batch in enumerate(over(data, "Reading")):
         first = batch if number == 0 else first
         given = reader(batch)
@@ -72,7 +73,9 @@ def read_calibration(
         there = devices or [device_of(model)] * len(given)
         arguments = Arguments((x.to(device) for x, device in zip(given, there, strict=True)), given.names)
         most = tried(arguments) if most is None else most
-        outputs = _outputs(reader, model, arguments) if samples < most else []
+        kind = tuple((value.dtype, value.shape[1:]) for value in arguments)
+        outputs = _outputs(reader, model, arguments) if samples - strange < most or kind not in kinds else []
+        kinds.add(kind)
         kept = _finite_samples(arguments, outputs)
         samples += len(kept)
         strange += int((~kept).sum())

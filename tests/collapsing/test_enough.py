@@ -1,5 +1,6 @@
 """Fewer samples are looked at of networks that do more for each, and never fewer than fits need."""
 
+import importlib
 import math
 from typing import Any
 
@@ -15,8 +16,11 @@ from lightning_easier.collapsing.fit.correcting import beginnings_of
 from lightning_easier.collapsing.fit.drift import samples_that_tell
 from lightning_easier.collapsing.fit.enough import enough, first_batches
 from lightning_easier.collapsing.fit.fittable import FittableChains
+from lightning_easier.collapsing.fit.norms import NormsBefore
 from lightning_easier.pruning import mending, search
 from lightning_easier.pruning import work as work_module
+from lightning_easier.support.batches import BatchReader
+from lightning_easier.support.calibration import read_calibration
 from lightning_easier.zoo import CifarResNet
 
 SMALL, LARGE = 1e6, 4e9
@@ -104,3 +108,85 @@ def test_a_search_runs_a_network_that_does_much_on_fewer(
     monkeypatch.setattr(work_module, "count_work", lambda model, arguments: int(work) * len(arguments[0]))
     assert compress(model, batches, objective="macs", max_drift=math.inf).report.trials
     assert looked_at == {"told": [told], "kept": [kept], "fitted": [fitted], "matched": [fitted]}
+
+
+@pytest.mark.parametrize("size", [70, 75, 140, 150])
+@pytest.mark.parametrize("work", [None, LARGE])
+def test_what_is_left_of_a_batch_is_enough_for_a_norm_of_vectors(work: float | None, size: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    batches = samples_that_tell(model, [(torch.randn(size, 6),) for _ in range(5)], work)
+    assert NormsBefore(model, batches).names == ("1",)
+
+
+def strange(batches: int, size: int, share: float) -> list[Tensor]:
+    """Batches of which a share of the samples of each of the first three makes a model return NaN."""
+    data = [torch.rand(size, 6) for _ in range(batches)]
+    for batch in data[:3]:
+        batch[: round(size * share)] = -1.0
+    return data
+
+
+class Rooted(nn.Module):
+    """Returns NaN of what is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.sqrt())
+
+
+def test_samples_that_make_no_finite_values_are_none_of_those_that_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "count_work", lambda model, arguments: int(LARGE) * len(arguments[0]))
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not all finite"):
+        report = compress(Rooted(), strange(8, 100, 0.9), objective="macs", max_drift=math.inf).report
+    assert math.isfinite(report.drift)
+    assert report.trials
+
+
+def read(tried: float, batches: list[Tensor]) -> tuple[int, int]:
+    """Return on how many rows a model is called while batches are read, and how many rows are left."""
+    model = Rooted().eval()
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    reader = BatchReader(model, "batches", None, None)
+    data = read_calibration(reader, batches, model, lambda first: tried)
+    return sum(rows), sum(len(batch[0]) for batch in data.batches)
+
+
+@pytest.mark.filterwarnings("ignore:.*not all finite.*")
+def test_a_model_is_called_on_as_many_as_are_enough_while_batches_are_read() -> None:
+    whole, gaps = strange(6, 20, 0.0), strange(6, 20, 0.5)
+    assert read(math.inf, whole) == (120, 120)
+    assert read(40, whole) == (40, 120)
+    assert read(41, whole) == (60, 120)
+    assert read(math.inf, gaps) == (120, 90)
+    assert read(40, gaps) == (80, 90)  # ten of each of the first three, and a whole one
+
+
+def test_a_batch_that_a_model_refuses_is_named_wherever_it_is() -> None:
+    batches = [torch.rand(20, 6) for _ in range(5)]
+    with pytest.raises(ValueError, match="batches"):
+        read(20, [*batches, torch.rand(20, 7)])
+    with pytest.raises(ValueError, match="batches"):
+        read(20, [*batches, torch.ones(20, 6, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize(("finetune", "rows"), [(None, 260), (1, 380)])
+def test_what_is_trained_on_is_read_whole(finetune: int | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "count_work", lambda model, arguments: int(LARGE) * len(arguments[0]))
+    module, seen = importlib.import_module("lightning_easier.pruning.compress"), []
+    plain = module.read_calibration
+
+    def watched(reader: BatchReader, data: Any, model: nn.Module, tried: Any) -> Any:
+        handle = model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+        found = plain(reader, data, model, tried)
+        handle.remove()
+        return found
+
+    monkeypatch.setattr(module, "read_calibration", watched)
+    batches = [torch.rand(10, 6) for _ in range(38)]
+    compress(Rooted(), batches, objective="macs", max_drift=math.inf, finetune=finetune)
+    assert sum(seen) == rows

@@ -285,6 +285,17 @@ def test_what_a_norm_reads_is_scaled_and_moved_back_while_it_runs(dtype, shape, 
     assert all(torch.equal(value, state[name]) for name, value in changed.state_dict().items())
 
 
+def test_a_norm_whose_forward_was_replaced_is_left_alone():
+    model, data = network(), batches(16)
+    plain = model[1].forward
+    model[1].forward = lambda x: 2 * plain(x)
+    before = NormsBefore(model, data)
+    assert "1" not in before.names
+    with torch.no_grad(), before.matching(model):
+        torch.testing.assert_close(model(*data[0]), outputs_of(model, data)[0])
+    assert model[1].forward is not plain
+
+
 def test_what_brings_the_outputs_no_nearer_is_not_kept_matched():
     model, data = network(), batches(16)
     other = deepcopy(model)

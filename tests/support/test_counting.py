@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
 from lightning_easier.collapsing.engine import cost_of, counted
+from lightning_easier.support import costs
 from lightning_easier.support.costs import count_macs, count_together, count_work, measure_activation_memory
 from lightning_easier.support.inference import relative_difference
 from lightning_easier.support.timing import Latency
@@ -170,3 +171,20 @@ def test_work_that_can_not_be_counted_is_not_known():
             return x
 
     assert counted(count_work, Refusing(), (torch.randn(2, 3),)) is None
+
+
+def test_the_work_of_a_recurrent_layer_is_counted(monkeypatch):
+    """Fused, it has no formula of multiply-accumulates; step by step it has."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(4, 6, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0]
+
+    x = torch.randn(2, 5, 4)
+    assert count_work(Recurrent(), (x,)) >= 2 * 5 * (4 * 6 * (4 + 6) + 64 * 6)
+    monkeypatch.setattr(costs, "_MACS_FOR_A_VALUE", 0)
+    assert count_work(Recurrent(), (x,)) == count_macs(Recurrent(), (x,)) == 2 * 5 * 4 * 6 * (4 + 6)

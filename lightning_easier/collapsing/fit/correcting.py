@@ -80,7 +80,7 @@ def gather_corrected(
             if sums is None:
                 sums = CorrectedMoments(place.geometry, output.shape[axis], output.device)
             is_off = is_off or bool(error.any())
-            sums.add(value, output, error.to(output), positions_of(place, batch, batches, dense))
+            sums.add(value, output, error.to(output), positions_of(place, batch, dense))
             advance()
             if is_enough(sums.moments, place, dense):
                 break
@@ -122,10 +122,9 @@ def gather_alone(
     return gathered
 
 
-def positions_of(place: Place, batch: Sequence[Tensor], batches: Sequence[Sequence[Tensor]], dense: Beginnings) -> int:
+def positions_of(place: Place, batch: Sequence[Tensor], dense: Beginnings) -> int:
     """Return how many positions of one batch are used, so that all that are looked at have as many as are wanted."""
-    samples = min(sum(len(each[0]) for each in batches), dense.samples)
-    return -(-positions_wanted(place) * len(batch[0]) // samples)
+    return -(-positions_wanted(place) * len(batch[0]) // dense.samples)
 
 
 def is_enough(moments: Moments, place: Place, dense: Beginnings) -> bool:

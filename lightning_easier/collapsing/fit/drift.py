@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_easier.collapsing.fit.enough import enough, first_batches
+from lightning_easier.collapsing.fit.enough import FEWEST_VALUES, enough, first_batches
 from lightning_easier.support.calls import call, copies, mapped
 from lightning_easier.support.inference import tensors_in
 from lightning_easier.support.rows import rows_are_samples, rows_of
 
 # So many tell how much the outputs have changed, and so many values of each in which direction.
 _SAMPLES, _VALUES = 200, 1024
-# No fewer are left of a batch where there are batch norms: they are matched by what each tells of their channels.
-_FEWEST, _FEWEST_WITH_NORMS = 32, 50
+# No fewer are left of a batch where there are no batch norms, for which they may be too few.
+_FEWEST = 32
 
 
 def outputs_of(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -42,7 +42,7 @@ def samples_that_tell(
         work: Of the model for each sample, as for :func:`enough`.
     """
     has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    fewest = _FEWEST_WITH_NORMS if has_norms else _FEWEST
+    fewest = FEWEST_VALUES if has_norms else _FEWEST
     samples = enough(_SAMPLES, fewest, work)
     *some, last = first_batches(batches, samples)
     left, rows = samples - sum(len(batch[0]) for batch in some), rows_of(last)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_easier.collapsing.algebra.operators import BATCH_NORMS
 from lightning_easier.collapsing.fit.drift import as_matrices, drift_of, outputs_of
+from lightning_easier.collapsing.fit.enough import FEWEST_VALUES
 from lightning_easier.support.caches import values_in_caches
 from lightning_easier.support.calls import call, copies
 from lightning_easier.support.finite import is_finite
@@ -31,8 +32,6 @@ from lightning_easier.support.forwards import computing
 from lightning_easier.support.hooks import HookOfOneModel, first_tensor
 from lightning_easier.support.inference import evaluation_mode
 
-# Of each channel in a batch: fewer tell too little of its mean and deviation.
-_FEWEST_VALUES = 64
 # By how much a channel is scaled up or down at most: a channel that hardly varies any more is mostly noise.
 _MOST_SCALE = 4.0
 # An offset below this share of the deviation is rounding.
@@ -167,7 +166,7 @@ class NormsBefore:
         def note(name: str) -> Callable[..., None]:
             def hook(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
                 value = first_tensor(arguments, named)
-                if value.ndim < 2 or value.numel() // max(value.shape[1], 1) < _FEWEST_VALUES:
+                if value.ndim < 2 or value.numel() // max(value.shape[1], 1) < FEWEST_VALUES:
                     too_few.add(name)
                 else:
                     read[name].append(_Statistics.of(value))
@@ -218,7 +217,7 @@ class NormsBefore:
                     return result
                 parts.append(_Statistics.of(value))
                 scale, offset = _Computed.by(norm, parts[-1]).correction(computed[len(parts) - 1].of(kept.get(name)))
-                weight, bias = scale * norm.weight, scale * norm.bias + offset
+                weight, bias = scale * _wide(norm.weight), scale * _wide(norm.bias) + offset
                 return F.batch_norm(
                     value, norm.running_mean, norm.running_var, weight.to(norm.weight), bias.to(norm.bias), eps=norm.eps
                 )
@@ -387,11 +386,17 @@ def _tensors_of(norm: Any) -> list[Tensor]:
 
 
 def _norms(model: nn.Module) -> dict[str, Any]:
-    """Return the batch norms with statistics, and a scale and an offset that are nobody else's, by name."""
+    """Return the batch norms with statistics, and a scale and an offset that are nobody else's, by name.
+
+    One whose forward was replaced computes something else.
+    """
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     named: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if type(m) in BATCH_NORMS]
     return {
         name: norm
         for name, norm in named
-        if norm.running_mean is not None and norm.affine and holders[id(norm.weight)] == holders[id(norm.bias)] == 1
+        if norm.running_mean is not None
+        and norm.affine
+        and "forward" not in vars(norm)
+        and holders[id(norm.weight)] == holders[id(norm.bias)] == 1
     }

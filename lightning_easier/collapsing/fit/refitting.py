@@ -151,7 +151,7 @@ def _errors(
             compared = side_by_side.run(batch)
             if compared is None:
                 return None
-            moments.add(compared.value, compared.error, positions_of(place, batch, batches, dense))
+            moments.add(compared.value, compared.error, positions_of(place, batch, dense))
             if is_enough(moments, place, dense):
                 break
     return moments if moments.why_no_fit() is None else None
