@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_easier import collapse
 from lightning_easier.collapsing.engine import cost_of, counted
+from lightning_easier.pruning.work import work_of_a_sample
 from lightning_easier.support import costs
 from lightning_easier.support.costs import count_macs, count_together, count_work, measure_activation_memory
 from lightning_easier.support.inference import relative_difference
@@ -163,6 +164,11 @@ def test_work_is_multiply_accumulates_and_all_values_that_operators_return():
     assert count_work(depthwise, (torch.randn(1, 6, 4, 4),)) == 96 * (9 + 64)
 
 
+def test_work_is_told_for_each_sample():
+    model, of_each = nn.Linear(6, 7), 6 * 7 + 64 * 7
+    assert [work_of_a_sample(model, (torch.randn(rows, 6),)) for rows in (1, 5)] == [of_each, of_each]
+
+
 def test_work_that_can_not_be_counted_is_not_known():
     class Refusing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ def test_work_that_can_not_be_counted_is_not_known():
                 raise RuntimeError("looked at")
             return x
 
-    assert counted(count_work, Refusing(), (torch.randn(2, 3),)) is None
+    assert work_of_a_sample(Refusing(), (torch.randn(2, 3),)) is None
 
 
 def test_the_work_of_a_recurrent_layer_is_counted(monkeypatch):
